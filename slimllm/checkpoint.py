@@ -1,0 +1,221 @@
+"""Lazy, checked reading of a checkpoint: a Hugging Face folder of safetensors, a hub id or a GGUF file.
+
+Only the tensors asked for are read, and no mapping of the file outlives the call. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
+from slimllm.errors import InputError
+
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+# What comes along with the weights when a model is written anew.
+_COMPANIONS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+class Checkpoint(ABC):
+    """A model on disk: its configuration, its tensors by their Hugging Face names, its tokenizer."""
+
+    name: str
+    path: Path
+    config: PretrainedConfig
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, from the headers alone."""
+
+    @abstractmethod
+    def storage_dtype(self, name: str) -> torch.dtype:
+        """dtype in which a tensor is stored, bfloat16 if quantised; of a bias that is new, that of its weight."""
+
+    @abstractmethod
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]: ...
+
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    @abstractmethod
+    def companion_files(self) -> list[Path]:
+        """Tokenizer and other small files to copy as they are; empty when there are none to copy."""
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tensors, on the CPU, as they are stored (fp32 if quantised).
+
+        Raises:
+            ValueError: (as InputError) a tensor holds NaN or infinity, or its file cannot be read.
+        """
+        tensors = self._read(list(names))
+        for name, tensor in tensors.items():
+            # The sum of |x| is finite exactly if every x is, short of overflow, which is then looked at closely.
+            if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+                raise InputError(f"Tensor {name} of {self.path} holds NaN or infinite values; the checkpoint is damaged.")
+        return tensors
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
+        """Compare the headers with what the configuration says, before anything is read.
+
+        Returns:
+            Names of tensors in the checkpoint that the model has no place for.
+
+        Raises:
+            ValueError: (as InputError) a tensor is missing or has another shape; names it.
+        """
+        found = self.shapes()
+        for name, shape in expected.items():
+            if name not in found:
+                raise InputError(f"Tensor {name} is missing in {self.path}; is the checkpoint complete?")
+            if found[name] != shape:
+                raise InputError(
+                    f"Tensor {name} in {self.path} has shape {found[name]}, but its config.json asks for {shape}."
+                )
+        return sorted(set(found) - set(expected))
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A Hugging Face folder with one or many safetensors shards."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self.config = _read_config(path)
+        self._shard_of: dict[str, Path] = {}
+        self._shape_of: dict[str, tuple[int, ...]] = {}
+        self._dtype_of: dict[str, str] = {}
+        for shard in _shards(path):
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    for tensor in file.keys():
+                        view = file.get_slice(tensor)
+                        self._shard_of[tensor] = shard
+                        self._shape_of[tensor] = tuple(view.get_shape())
+                        self._dtype_of[tensor] = view.get_dtype()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shape_of)
+
+    def storage_dtype(self, name: str) -> torch.dtype:
+        stored = self._dtype_of.get(name) or self._dtype_of[name.removesuffix("bias") + "weight"]
+        dtype = _SAFETENSORS_DTYPES.get(stored)
+        if dtype is None:
+            raise InputError(
+                f"Tensor {name} of {self.path} is stored as {stored}; "
+                "only unquantised float checkpoints can be pruned."
+            )
+        return dtype
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        result = {}
+        for shard in sorted({self._shard_of[name] for name in names}):
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    for name in names:
+                        if self._shard_of[name] == shard:
+                            # A copy, so that the mapped file does not stay in memory.
+                            result[name] = file.get_tensor(name).clone()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
+        return result
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
+            raise InputError(f"The tokenizer in {self.path} cannot be loaded: {first_line(error)}") from error
+
+    def companion_files(self) -> list[Path]:
+        return sorted({file for pattern in _COMPANIONS for file in self.path.glob(pattern) if file.is_file()})
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder, a GGUF file or a model of the hub (only its safetensors and tokenizer are fetched).
+
+    Raises:
+        ValueError: (as InputError) there is no such model, it is no causal language model, it is quantised, or a file
+            of it cannot be read.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is a file, but not a .gguf file; give a model folder, a GGUF file or a hub id.")
+        from slimllm.checkpoint_gguf import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    if path.is_dir():
+        return SafetensorsCheckpoint(path, path.resolve().name)
+    return SafetensorsCheckpoint(_download(str(model)), str(model))
+
+
+def _download(model: str) -> Path:
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_COMPANIONS]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except HFValidationError:
+        raise InputError(f"There is no folder or file {model}, and it cannot be the name of a model on the hub.") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"There is no folder or file {model}, and the hub gave no model of that name ({first_line(error)})"
+        ) from None
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
+    try:
+        raw: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path / 'config.json'} is not valid JSON: {error}.") from None
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "quantised")
+        raise InputError(f"{path} holds {method} weights; prune the unquantised model and quantise the result.")
+    from slimllm.families import layer_spec
+
+    layer_spec(str(raw.get("model_type")))
+    architectures = raw.get("architectures") or []
+    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+        raise InputError(f"{path} is no causal language model, but {', '.join(architectures)}.")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InputError(f"The configuration in {path} cannot be used: {first_line(error)}") from error
+
+
+def _shards(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{index} cannot be read ({first_line(error)}).") from None
+        shards = [path / name for name in names]
+    else:
+        shards = [path / "model.safetensors"]
+    for shard in shards:
+        if not shard.is_file():
+            if any(path.glob("*.bin")):
+                raise InputError(
+                    f"{path} holds its weights as pickled .bin files, which are never read; convert them to safetensors."
+                )
+            raise InputError(f"Shard {shard} is missing.")
+    return shards
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, as the end of a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + "."

@@ -1,0 +1,114 @@
+"""A GGUF file as a checkpoint: tensors are dequantised one by one when they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from slimllm.checkpoint import Checkpoint
+from slimllm.errors import InputError
+from slimllm.families import GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
+
+_FLOAT_TYPES = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies in the file; `shape` is in torch order."""
+
+    offset: int
+    num_bytes: int
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file of the LLaMA architecture, quantised or not."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.stem
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, OSError, IndexError) as error:
+            raise InputError(f"{path} cannot be read as GGUF ({error}); it is damaged or truncated.") from None
+        field = reader.get_field("general.architecture")
+        architecture = field.contents() if field else None
+        if architecture not in GGUF_ARCHITECTURES:
+            raise InputError(
+                f"GGUF files of architecture {architecture!r} are not supported; "
+                f"supported are {', '.join(GGUF_ARCHITECTURES)}."
+            )
+        if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+            raise InputError(
+                f"{path} carries rotary scaling factors (rope_freqs), whose rule cannot be read back from GGUF; "
+                "prune the model's Hugging Face folder instead."
+            )
+        self._entries = {}
+        for tensor in reader.tensors:
+            name = _hugging_face_name(tensor.name)
+            if name is not None:
+                shape = tuple(int(size) for size in reversed(tensor.shape))
+                self._entries[name] = _Entry(tensor.data_offset, int(tensor.n_bytes), tensor.tensor_type, shape)
+        del reader  # with it goes the mapping of the file
+        self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        for leftover in ("_model_name_or_path", "unk_token_id"):
+            if hasattr(self.config, leftover):
+                delattr(self.config, leftover)
+        self.config.tie_word_embeddings = "lm_head.weight" not in self._entries
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def storage_dtype(self, name: str) -> torch.dtype:
+        kinds = {_FLOAT_TYPES.get(entry.kind, torch.bfloat16) for entry in self._entries.values() if len(entry.shape) > 1}
+        # GGUF keeps norms in fp32 whatever the weights are; a model has one dtype.
+        return kinds.pop() if len(kinds) == 1 else torch.bfloat16
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        return {name: self._read_tensor(name, self._entries[name]) for name in names}
+
+    def _read_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
+        raw = np.fromfile(self.path, dtype=np.uint8, count=entry.num_bytes, offset=entry.offset)
+        if raw.size != entry.num_bytes:
+            raise InputError(f"{self.path} ends inside tensor {name}; it is truncated.")
+        if entry.kind == gguf.GGMLQuantizationType.F32:
+            values = raw.view(np.float32)
+        else:
+            rows = raw.reshape(*entry.shape[:-1], -1)
+            values = gguf.quants.dequantize(rows, entry.kind)
+        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(entry.shape)
+        if name.endswith("q_proj.weight"):
+            return _undo_rope_order(tensor, self.config.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            return _undo_rope_order(tensor, self.config.num_key_value_heads)
+        return tensor
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+
+    def companion_files(self) -> list[Path]:
+        return []
+
+
+def _hugging_face_name(name: str) -> str | None:
+    parts = name.split(".")
+    if parts[0] == "blk" and parts[2] in GGUF_LAYER_NAMES:
+        return f"model.layers.{parts[1]}.{GGUF_LAYER_NAMES[parts[2]]}.{parts[3]}"
+    if parts[0] in GGUF_MODEL_NAMES:
+        return f"{GGUF_MODEL_NAMES[parts[0]]}.{parts[1]}"
+    return None
+
+
+def _undo_rope_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """llama.cpp stores the rows of q and k with the rotary pairs side by side; Hugging Face, half by half."""
+    pairs = weight.view(num_heads, weight.shape[0] // num_heads // 2, 2, -1)
+    return pairs.transpose(1, 2).reshape(weight.shape)

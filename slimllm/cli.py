@@ -1,0 +1,130 @@
+"""The command line: arguments to the same functions that Python users call. An error of the input exits with 2."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from slimllm.errors import InputError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+)
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file or a hub id.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
+@app.callback()
+def _root() -> None:
+    """Structured pruning of large language models (SlimLLM)."""
+
+
+@app.command("prune")
+def prune_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")],
+    preset: Annotated[str, typer.Option(help="default, or paper: the published settings.")] = "default",
+    head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
+    recovery: Annotated[str, typer.Option(help="affine (regression of the output), or none.")] = "affine",
+    calibration: Annotated[
+        Optional[str], typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split]]. Default: bundled text.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
+    batch_size: Annotated[Optional[int], typer.Option(help="Windows in a forward pass. Default: about 2048 tokens.")] = None,
+    pruned_layers: Annotated[Optional[int], typer.Option(help="n, how many layers are pruned. Default: as published.")] = None,
+    alpha: Annotated[Optional[float], typer.Option(help="Temperature of the allocation. Default: as published.")] = None,
+    keep_lowest: Annotated[
+        Optional[float], typer.Option(help="Fraction of the least important channels kept. Default: 0, paper: 0.01.")
+    ] = None,
+    round_to: Annotated[
+        Optional[int], typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
+    ] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="dtype to write. Default: the checkpoint's.")] = None,
+    compute_dtype: Annotated[
+        Optional[str], typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU.")
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model and write the result as a Hugging Face folder."""
+    from slimllm.config import PruneConfig
+    from slimllm.display import PruneDisplay
+    from slimllm.engine import prune
+
+    config = PruneConfig(
+        ratio=ratio, preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration, samples=samples,
+        seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers, alpha=alpha,
+        keep_lowest=keep_lowest, round_to=round_to, dtype=dtype, compute_dtype=compute_dtype, device=device,
+    )  # fmt: skip
+    command = shlex.join(["slimllm", *sys.argv[1:]])
+    with PruneDisplay(console, quiet) as display:
+        report = prune(
+            model, out, config, overwrite=overwrite, progress=display.progress, notice=display.notice, command=command
+        )
+    if not quiet:
+        display.summary(report)
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    text: Annotated[Optional[str], typer.Option(help="FILE.txt, FILE.jsonl or a dataset. Default: bundled text.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window: 128 as in the paper, 2048 as is common now.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
+    max_windows: Annotated[Optional[int], typer.Option(help="Only so many windows from the beginning.")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")] = False,
+) -> None:
+    """Perplexity of a model, pruned or not, over non-overlapping windows of a text."""
+    from slimllm.calibration import bundled_text, read_texts, tokenize
+    from slimllm.evaluate import load, perplexity
+
+    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if text is None:
+        console.print("Evaluating on the bundled text (the last fifth of War and Peace, Book One).", style="dim")
+        documents = [bundled_text("evaluation")]
+    else:
+        documents = read_texts(text, (max_windows or 2048) * seq_len)
+    tokens = tokenize(tokenizer, documents)
+    windows = min(len(tokens) // seq_len, max_windows or len(tokens))
+    value = perplexity(loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
+    console.print(f"perplexity {value:.4f}   ({windows} windows of {seq_len} tokens)", highlight=False)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("smollm2-135m-slim"),
+    ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")] = 0.2,
+) -> None:
+    """Prune a small real model and show what it was and what it is."""
+    from slimllm.demo import run_demo
+
+    run_demo(out, ratio, console)
+
+
+def main() -> None:
+    """Entry point of the command `slimllm`."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except InputError as error:
+        errors.print(f"Error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("Interrupted; nothing was written.", style="bold red")
+        sys.exit(130)

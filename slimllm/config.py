@@ -1,0 +1,125 @@
+"""What the user decides about a pruning run: one frozen, validated object."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimllm.errors import InputError
+
+PRESETS = ("default", "paper")
+HEAD_UNITS = ("kv-group", "query")
+RECOVERIES = ("affine", "none")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Settings of one pruning run.
+
+    Attributes:
+        ratio: Fraction of the decoder layers' parameters to remove, in (0, 1).
+        preset: `default`: the SlimLLM method with an exact target, clamped ratios and rounded widths. `paper`: the
+            published r, n and alpha (the target is then r * n / num_layers, which the report states), no rounding
+            of widths, and the published implementation's rule that always keeps the lowest 1 % of channels.
+        head_unit: What is removed from attention. `kv-group`: a KV head with all its query heads. `query`: the same
+            number of query heads out of every group of a layer. Both are the single head when the group size is 1.
+        recovery: `affine`: the paper's regression of every output dimension on its pruned self. `none`: no recovery.
+        calibration: A text file (.txt), a file of JSON lines with a "text" field (.jsonl), the name of a hub dataset
+            as `name`, `name:config` or `name:config:split`, or token ids (samples, seq_len) int64. None: the bundled
+            public-domain text.
+        samples: Number of calibration windows.
+        seq_len: Tokens per window.
+        seed: Seed of the draw of the windows, the only random thing in a run.
+        batch_size: Windows that go through a layer together; None chooses about 2048 tokens.
+        pruned_layers: n, how many layers are pruned (those of highest importance c); None: by the ratio, as published.
+        alpha: Temperature of the softmax over layer importances; None: by the ratio, as published. 0 is uniform.
+        keep_lowest: Fraction of the least important channels that are kept all the same; None: 0 (paper: 0.01).
+        round_to: FFN widths are multiples of this; None: the largest power of two up to 64 that still meets the
+            target within 0.5 % (paper: 1).
+        dtype: dtype of the written weights, `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own
+            (bfloat16 for a quantised GGUF file).
+        compute_dtype: dtype of the forward passes; None: float32 on a CPU, the checkpoint's own on a GPU.
+        device: `cpu`, `cuda`, `cuda:1`, …; None: a GPU if there is one.
+
+    Raises:
+        ValueError: (as InputError) a value is out of range; the sentence says which and what to give.
+        TypeError: a value has the wrong type.
+    """
+
+    ratio: float
+    preset: str = "default"
+    head_unit: str = "kv-group"
+    recovery: str = "affine"
+    calibration: str | Path | torch.Tensor | None = None
+    samples: int = 32
+    seq_len: int = 128
+    seed: int = 0
+    batch_size: int | None = None
+    pruned_layers: int | None = None
+    alpha: float | None = None
+    keep_lowest: float | None = None
+    round_to: int | None = None
+    dtype: str | None = None
+    compute_dtype: str | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_number("ratio", self.ratio, (int, float))
+        if not 0 < self.ratio < 1:
+            raise InputError(
+                f"ratio is the fraction of the layers' parameters to remove and must lie between 0 and 1, got {self.ratio}."
+            )
+        _check_choice("preset", self.preset, PRESETS)
+        _check_choice("head_unit", self.head_unit, HEAD_UNITS)
+        _check_choice("recovery", self.recovery, RECOVERIES)
+        for name in ("dtype", "compute_dtype"):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), tuple(DTYPES))
+        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
+            _check_number(name, getattr(self, name), int, least)
+        for name in ("batch_size", "pruned_layers", "round_to"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), int, 1)
+        if self.alpha is not None:
+            _check_number("alpha", self.alpha, (int, float), 0)
+        if self.keep_lowest is not None:
+            _check_number("keep_lowest", self.keep_lowest, (int, float), 0)
+            if self.keep_lowest >= 1:
+                raise InputError(f"keep_lowest is a fraction of the channels and must be below 1, got {self.keep_lowest}.")
+        if self.calibration is not None and not isinstance(self.calibration, (str, Path, torch.Tensor)):
+            raise TypeError(
+                "calibration must be a path, the name of a dataset or a tensor of token ids, "
+                f"got {type(self.calibration).__name__}."
+            )
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise InputError(f"device must be cpu, cuda or cuda:N, got {self.device!r}.") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain JSON types; token ids appear as their shape."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.calibration, torch.Tensor):
+            settings["calibration"] = f"token ids {tuple(self.calibration.shape)}"
+        elif self.calibration is not None:
+            settings["calibration"] = str(self.calibration)
+        return settings
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _check_number(name: str, value: Any, kind: type | tuple[type, ...], least: float | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        wanted = "an integer" if kind is int else "a number"
+        raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+    if value != value or (least is not None and value < least):
+        raise InputError(f"{name} must be at least {least}, got {value}.")

@@ -1,0 +1,86 @@
+"""What `slimllm prune` shows: a bar over the layers with the estimated time left, each layer's sizes, a summary."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from slimllm.report import PruneReport
+
+
+class PruneDisplay:
+    """Progress of a run on the terminal; silent with `quiet`."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._bar = Progress(
+            TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(), TextColumn("{task.fields[layer]}"), console=console, disable=quiet,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> PruneDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def notice(self, sentence: str) -> None:
+        """Print a sentence above the bar."""
+        if not self._quiet:
+            self._console.print(sentence, style="dim", highlight=False)
+
+    def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
+        """One more layer is done; a `ProgressCallback`."""
+        if stage not in self._tasks:
+            title = {"dense": "dense pass", "prune": "pruning"}[stage]
+            self._tasks[stage] = self._bar.add_task(title, total=num_layers, layer="")
+        layer = ""
+        if report is not None:
+            layer = (
+                f"layer {index}: ratio {report['ratio']:.3f}, {report['num_heads']} heads "
+                f"({report['num_kv_heads']} KV), width {report['intermediate_size']}"
+            )
+        self._bar.update(self._tasks[stage], advance=1, layer=layer)
+
+    def summary(self, report: PruneReport) -> None:
+        """Print what was done."""
+        print_summary(self._console, report)
+
+
+def print_summary(console: Console, report: PruneReport) -> None:
+    """Parameters, perplexity, time and memory of a run, and where the result is."""
+    parameters, calibration, memory = report.parameters, report.calibration, report.memory_gib
+    table = Table(box=None, padding=(0, 2), show_header=True, header_style="bold")
+    for title, justify in (("", "left"), ("before", "right"), ("after", "right"), ("removed", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table.add_row(
+        "parameters of the layers", f"{parameters['layers_before']:,}", f"{parameters['layers_after']:,}",
+        f"{report.achieved_ratio:.2%}",
+    )  # fmt: skip
+    table.add_row(
+        "parameters of the model", f"{parameters['before']:,}", f"{parameters['after']:,}",
+        f"{report.achieved_ratio_model:.2%}",
+    )  # fmt: skip
+    table.add_row(
+        f"perplexity on {calibration['perplexity_tokens']} calibration tokens",
+        f"{calibration['perplexity_dense']:.2f}", f"{calibration['perplexity_pruned']:.2f}", "",
+    )  # fmt: skip
+    console.print(table)
+    parts = ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in memory.items())
+    lines = [
+        f"time    {report.elapsed_s:.1f} s = {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass "
+        f"({report.dense_pass_s:.1f} s); {report.setup_s:.1f} s before that to open the model and draw the text",
+        f"memory  {report.peak_host_gib:.2f} GiB at most; the account allows {sum(memory.values()):.2f} ({parts})",
+    ]
+    if report.peak_gpu_gib:
+        lines.append(f"GPU     {report.peak_gpu_gib:.2f} GiB at most")
+    lines.append(f"saved   {report.out} ({report.format}); details in report.json")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)

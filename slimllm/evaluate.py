@@ -1,0 +1,106 @@
+"""Loading any model, pruned or not, and its perplexity. Called by `slimllm eval`, the demo and users."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimllm.calibration import windows_of
+from slimllm.checkpoint import Checkpoint, first_line, open_checkpoint
+from slimllm.config import DTYPES
+from slimllm.errors import InputError
+from slimllm.skeleton import expected_tensors, meta_model
+from slimllm.families import layer_spec
+
+
+def load(
+    model: str | Path, *, dtype: str | None = None, device: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer: a Hugging Face folder, pruned or not, a GGUF file or a hub id.
+
+    The native pruned format is known to this package and needs no remote code.
+
+    Args:
+        model: The model; of any family that transformers knows.
+        dtype: `float32`, `float16` or `bfloat16`; None: float32 on a CPU, the checkpoint's own on a GPU.
+        device: `cpu`, `cuda`, …; None: a GPU if there is one.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        ValueError: (as InputError) there is no such model, or it cannot be loaded.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else None)
+    path = Path(model).expanduser()
+    if path.is_file():
+        checkpoint = open_checkpoint(path)
+        return _fill(checkpoint, wanted).to(where), checkpoint.tokenizer()
+    if not path.is_dir() and path.exists() is False and str(model).count("/") != 1:
+        raise InputError(f"There is no model folder or GGUF file {model}.")
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=wanted or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise InputError(f"{model} cannot be loaded: {first_line(error)}") from error
+    return loaded.to(where).eval(), tokenizer
+
+
+def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model with the checkpoint's tensors, for files that are not in a format of transformers."""
+    model = meta_model(checkpoint.config)
+    names = expected_tensors(model, layer_spec(checkpoint.config.model_type))
+    checkpoint.check(names)
+    for name in names:
+        tensor = checkpoint.read([name])[name].to(dtype or checkpoint.storage_dtype(name))
+        model.load_state_dict({name: tensor}, strict=False, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    token_ids: torch.Tensor,
+    *,
+    seq_len: int = 128,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+) -> float:
+    """exp of the mean next-token negative log-likelihood over non-overlapping windows.
+
+    Each window is scored on its own, its first token only as context, so that seq_len - 1 tokens of each count: the
+    protocol of the SlimLLM paper with seq_len 128, and the common one with 2048.
+
+    Args:
+        model: A causal language model.
+        token_ids: The text, (num_tokens,) int64; what does not fill a window at the end is left out.
+        seq_len: Tokens in a window, from 2 to the longest the model takes.
+        batch_size: Windows in a forward pass; it changes the result by rounding only.
+        max_windows: Take only so many windows from the beginning.
+
+    Raises:
+        ValueError: (as InputError) the text is shorter than a window, or a setting is out of range.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if seq_len < 2 or batch_size < 1 or (max_windows is not None and max_windows < 1):
+        raise InputError(
+            f"seq_len must be at least 2, batch_size and max_windows at least 1, got {seq_len}, {batch_size}, {max_windows}."
+        )
+    if longest is not None and seq_len > longest:
+        raise InputError(f"seq_len is {seq_len}, but the model takes at most {longest} tokens.")
+    windows = windows_of(token_ids, seq_len)[:max_windows]
+    if len(windows) == 0:
+        raise InputError(f"The text has {len(token_ids)} tokens, fewer than one window of {seq_len}; give more text.")
+    total = 0.0
+    for batch in windows.split(batch_size):
+        batch = batch.to(model.device)
+        logits = model(batch, use_cache=False).logits
+        for scores, ids in zip(logits, batch):
+            loss = torch.nn.functional.cross_entropy(scores[:-1].float(), ids[1:], reduction="sum")
+            total += float(loss.double())
+    return math.exp(min(total / (len(windows) * (seq_len - 1)), 700.0))

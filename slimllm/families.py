@@ -1,0 +1,72 @@
+"""The only place that knows the names inside a model family: one row of data for each.
+
+A decoder layer is two residual sub-layers, `h += project(inner(norm(h)))`. `inner` is the attention (or the FFN) with
+its output projection taken out, and its output is what the statistics are made of.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slimllm.errors import InputError
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Names of one family's modules, relative to the decoder layer unless a full path is meant.
+
+    `slim_type` is the model type of the family's native pruned format; `gguf` maps GGUF tensor names of a layer
+    (behind `blk.N.`) to ours.
+    """
+
+    slim_type: str
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    rotary: str = "model.rotary_emb"
+    head: str = "lm_head"
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    q_proj: str = "self_attn.q_proj"
+    k_proj: str = "self_attn.k_proj"
+    v_proj: str = "self_attn.v_proj"
+    o_proj: str = "self_attn.o_proj"
+    ffn: str = "mlp"
+    ffn_norm: str = "post_attention_layernorm"
+    gate_proj: str = "mlp.gate_proj"
+    up_proj: str = "mlp.up_proj"
+    down_proj: str = "mlp.down_proj"
+
+
+_LLAMA = LayerSpec(slim_type="slim_llama")
+
+# By `model_type` of config.json. seed_oss is LLaMA's mathematics with a home for every bias: our own uniform results
+# are written in it, and must be prunable again.
+FAMILIES: dict[str, LayerSpec] = {"llama": _LLAMA, "slim_llama": _LLAMA, "seed_oss": _LLAMA}
+
+GGUF_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GGUF_MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GGUF_ARCHITECTURES = ("llama",)
+
+
+def layer_spec(model_type: str) -> LayerSpec:
+    """The row of a family.
+
+    Raises:
+        ValueError: (as InputError) the family is not supported; lists those that are.
+    """
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"Models of type {model_type!r} are not supported; supported types are {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[model_type]

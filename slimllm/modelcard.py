@@ -1,0 +1,60 @@
+"""The README.md inside a pruned checkpoint: how it was made, and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slimllm.report import PruneReport
+
+
+def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
+    """Write README.md; nothing in it depends on the clock, so that the same run writes the same file."""
+    parameters, calibration = report.parameters, report.calibration
+    native = report.format.startswith("slim_")
+    loading = (
+        "Layers have sizes of their own, so the folder carries one short modeling file:"
+        if native
+        else f"It is a stock `{report.format}` model and needs no custom code:"
+    )
+    trust = ", trust_remote_code=True" if native else ""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    notes = "".join(f"- {note}\n" for note in report.allocation["notes"])
+    text = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- slimllm
+- pruned
+---
+
+# {Path(report.model).stem}, pruned by {report.achieved_ratio:.1%}
+
+Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
+FFN channels are gone, {"outputs are recovered by linear regression" if report.config["recovery"] == "affine" else "without recovery"}.
+
+| | before | after | removed |
+|---|---|---|---|
+| parameters | {parameters["before"]:,} | {parameters["after"]:,} | {report.achieved_ratio_model:.2%} |
+| of the decoder layers | {parameters["layers_before"]:,} | {parameters["layers_after"]:,} | {report.achieved_ratio:.2%} |
+| perplexity on {calibration["perplexity_tokens"]} calibration tokens | {calibration["perplexity_dense"]:.2f} | {calibration["perplexity_pruned"]:.2f} | |
+
+The perplexity is in-sample (calibration: {calibration["text"]}, {calibration["samples"]} x {calibration["seq_len"]}
+tokens, seed {report.config["seed"]}); measure on your own text with `slimllm eval`. {loading}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+Made from `{report.model}` by
+
+```
+{command}
+```
+
+{notes}
+Versions: {versions}. Computed in {report.compute_dtype} on {report.device}. Everything per layer is in `report.json`.
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,140 @@
+"""How a pruned model is written down: stock architecture if its layers are all alike, else the native format."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from slimllm import modeling_slim_llama
+from slimllm.families import LayerSpec
+from slimllm.modeling_slim_llama import SlimLlamaConfig
+from slimllm.slicing import LayerSizes, Tensors, install
+
+# Settings of a LLaMA configuration that hold for the whole model and go on unchanged into any format.
+_GLOBAL = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "max_position_embeddings", "initializer_range",
+    "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
+    "rope_parameters", "rope_theta", "rope_scaling", "attention_bias", "mlp_bias", "head_dim", "dtype",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """The configuration to write, and whether output projections without a bias need one of zeros."""
+
+    config: PretrainedConfig
+    zero_attention_out_bias: bool = False
+    zero_ffn_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.config.model_type)
+
+    def complete(self, tensors: Tensors, spec: LayerSpec) -> Tensors:
+        """A layer's tensors with the zero biases that the format asks for."""
+        wanted = []
+        if self.zero_attention_out_bias:
+            wanted += [spec.o_proj]
+        if self.zero_ffn_bias:
+            wanted += [spec.gate_proj, spec.up_proj, spec.down_proj]
+        zeros = {}
+        for projection in wanted:
+            weight = tensors[f"{projection}.weight"]
+            if f"{projection}.bias" not in tensors:
+                zeros[f"{projection}.bias"] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+        return {**tensors, **zeros}
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Size of an attention head; older configurations leave it to be computed."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
+    """Choose how to write a model of these layer sizes.
+
+    Alike layers: `llama` if it has a home for every bias, else `seed_oss`, LLaMA's mathematics with separate switches
+    for the biases. Otherwise the native format, with sizes by layer.
+    """
+    common = {name: copy.deepcopy(getattr(source, name)) for name in _GLOBAL if hasattr(source, name)}
+    common |= {"head_dim": head_dim_of(source), "dtype": dtype}
+    qkv_bias, gate_bias = bool(common.pop("attention_bias", False)), bool(common.pop("mlp_bias", False))
+    largest: dict[str, Any] = {
+        "num_attention_heads": max(size.num_heads for size in sizes),
+        "num_key_value_heads": max(size.num_kv_heads for size in sizes),
+        "intermediate_size": max(size.intermediate_size for size in sizes),
+    }
+    out_bias = any(size.attention_out_bias for size in sizes)
+    ffn_bias = any(size.ffn_out_bias for size in sizes)
+    alike = all(
+        (size.num_heads, size.num_kv_heads, size.intermediate_size) == tuple(largest.values()) for size in sizes
+    )
+    if not alike:
+        overrides = {}
+        for index, size in enumerate(sizes):
+            own = {
+                "num_attention_heads": size.num_heads,
+                "num_key_value_heads": size.num_kv_heads,
+                "intermediate_size": size.intermediate_size,
+                "attention_out_bias": size.attention_out_bias,
+                "mlp_out_bias": size.ffn_out_bias,
+            }
+            most = {**largest, "attention_out_bias": out_bias, "mlp_out_bias": ffn_bias}
+            different = {name: value for name, value in own.items() if value != most[name]}
+            if different:
+                overrides[str(index)] = different
+        return OutputFormat(
+            SlimLlamaConfig(
+                **common, **largest, attention_bias=qkv_bias, mlp_bias=gate_bias, attention_out_bias=out_bias,
+                mlp_out_bias=ffn_bias, per_layer_config=overrides, architectures=["SlimLlamaForCausalLM"],
+            )
+        )  # fmt: skip
+    fits_llama = qkv_bias == out_bias and gate_bias == ffn_bias
+    if fits_llama and source.hidden_size % largest["num_attention_heads"] == 0:
+        config = AutoConfig.for_model(
+            "llama", **common, **largest, attention_bias=out_bias, mlp_bias=ffn_bias, architectures=["LlamaForCausalLM"]
+        )
+        return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias)
+    config = AutoConfig.for_model(
+        "seed_oss", **common, **largest, attention_bias=qkv_bias, attention_out_bias=out_bias, mlp_bias=ffn_bias or gate_bias,
+        attention_dropout=0.0, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
+    )  # fmt: skip
+    return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias or gate_bias)
+
+
+def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSpec) -> None:
+    """Give a pruned model in memory the class and configuration of what it has become."""
+    device, dtype = model.device, model.dtype
+    for layer in model.get_submodule(spec.layers):
+        tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
+        install(layer, spec, output.complete(tensors, spec), device, dtype)
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(output.config, dtype=dtype)
+    attention, name = model.config._attn_implementation, model.config.name_or_path
+    for module, like in zip(model.modules(), twin.modules(), strict=True):
+        module.__class__ = like.__class__
+        if hasattr(module, "config"):
+            module.config = output.config
+    output.config._attn_implementation = attention
+    output.config.name_or_path = name
+
+
+def write_config(config: PretrainedConfig, folder: Path) -> None:
+    """config.json, readable by transformers 4 too, and the modeling file if the format needs one."""
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if rope and config.model_type != "slim_llama":
+        # transformers 4 knows only these two; version 5 reads rope_parameters and ignores them.
+        config = copy.deepcopy(config)
+        theta = rope.pop("rope_theta", 10000.0)
+        config.rope_theta = theta
+        config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
+    config.to_json_file(folder / "config.json")
+    if config.model_type == "slim_llama":
+        source = Path(modeling_slim_llama.__file__)
+        shutil.copyfile(source, folder / source.name)

@@ -1,0 +1,182 @@
+"""The layer loop: one dense pass to weigh the layers, one pass that prunes them in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from slimllm.allocation import Allocation, LayerBudget, LayerShape, allocate
+from slimllm.config import PruneConfig
+from slimllm.importance import layer_similarity
+from slimllm.layer import Batch, Layer, pass_sublayer, prune_attention, prune_ffn, run_layer
+from slimllm.memory import peak_host_gib
+from slimllm.progress import ProgressCallback, Stopwatch
+from slimllm.skeleton import record_layer_inputs
+from slimllm.slicing import LayerSizes
+from slimllm.source import ModelSource
+
+# So many calibration tokens give the perplexity before and after; the output head is too costly to run on all.
+PERPLEXITY_TOKENS = 1024
+_TOKENS_PER_BATCH = 2048
+
+
+@dataclass
+class Outcome:
+    """What the loop found: the similarity c of every layer, the allocation, and a report for each layer."""
+
+    similarity: list[float]
+    allocation: Allocation
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    dense_pass_s: float = 0.0
+    loss_dense: float = 0.0
+    loss_pruned: float = 0.0
+
+
+@torch.no_grad()
+def prune_layers(
+    source: ModelSource,
+    token_ids: torch.Tensor,
+    config: PruneConfig,
+    watch: Stopwatch,
+    on_allocation: Callable[[Allocation], None],
+    store: Callable[[int, Layer], None],
+    progress: ProgressCallback | None = None,
+) -> Outcome:
+    """Prune the decoder layers of a model, in order, each on the activations of the already pruned model before it.
+
+    Args:
+        source: The model.
+        token_ids: Calibration windows (samples, seq_len) int64.
+        config: The settings.
+        watch: Gathers seconds by stage.
+        on_allocation: Told how much every layer will give, before the first one is touched.
+        store: Takes every finished layer, in order.
+        progress: Told about every layer that is done.
+    """
+    similarity, dense_pass_s, loss_dense = _dense_pass(source, token_ids, config, watch, progress)
+    sizes = source.sizes()
+    allocation = allocate(similarity, [_shape(source, size, config) for size in sizes], config)
+    on_allocation(allocation)
+    outcome = Outcome(similarity, allocation, dense_pass_s=dense_pass_s, loss_dense=loss_dense)
+
+    batches = _batches(source, token_ids, config, watch)
+    for index, budget in enumerate(allocation.budgets):
+        start = time.perf_counter()
+        with watch("read"):
+            layer = source.load(index)
+        report = _prune_layer(layer, batches, index, budget, config, watch)
+        with watch("write"):
+            store(index, layer)
+        report |= {
+            "parameters_before": sizes[index].params,
+            "parameters_after": sum(tensor.numel() for tensor in layer.tensors.values()),
+            "similarity": similarity[index],
+            "elapsed_s": time.perf_counter() - start,
+            "peak_host_gib": peak_host_gib(),
+        }
+        outcome.layers.append(report)
+        if progress:
+            progress("prune", index, source.num_layers, report)
+    with watch("perplexity"):
+        outcome.loss_pruned = _loss(source, batches, token_ids)
+    return outcome
+
+
+def _dense_pass(
+    source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, watch: Stopwatch, progress: ProgressCallback | None
+) -> tuple[list[float], float, float]:
+    """c of every layer, the mean cosine over tokens of its input with its output; the pass's seconds; the loss."""
+    batches = _batches(source, token_ids, config, watch)
+    dense, similarity = Stopwatch(source.device), []
+    for index in range(source.num_layers):
+        with watch("read"):
+            layer = source.load(index)
+        total = torch.zeros((), dtype=torch.float64, device=source.device)
+        for batch in batches:
+            with watch("dense pass"), dense("forward"):
+                hidden = run_layer(layer, batch.hidden, batch.kwargs[index])
+            with watch("statistics"):
+                total += layer_similarity(batch.hidden, hidden)
+            batch.hidden.copy_(hidden)
+        similarity.append(float(total) / token_ids.numel())
+        if progress:
+            progress("dense", index, source.num_layers, None)
+    with watch("perplexity"):
+        loss = _loss(source, batches, token_ids)
+    return similarity, dense.seconds["forward"], loss
+
+
+def _prune_layer(
+    layer: Layer, batches: list[Batch], index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
+) -> dict[str, Any]:
+    report: dict[str, Any] = {"index": index, "ratio": budget.ratio}
+    if budget.units:
+        report |= prune_attention(layer, batches, index, budget, config, watch)
+    else:
+        pass_sublayer(layer, layer.spec.o_proj, batches, index, watch)
+    if budget.channels:
+        report |= prune_ffn(layer, batches, index, budget, config, watch)
+    else:
+        pass_sublayer(layer, layer.spec.down_proj, batches, index, watch)
+    sizes = layer.sizes()
+    return {
+        "kept_heads": list(range(sizes.num_heads)),
+        "kept_kv_heads": list(range(sizes.num_kv_heads)),
+        "kept_channels": list(range(sizes.intermediate_size)),
+        **report,
+        "num_heads": sizes.num_heads,
+        "num_kv_heads": sizes.num_kv_heads,
+        "intermediate_size": sizes.intermediate_size,
+    }
+
+
+def _batches(source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, watch: Stopwatch) -> list[Batch]:
+    """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
+    with watch("read"):
+        embeddings = source.embed(token_ids)
+    batch_size = config.batch_size or max(1, _TOKENS_PER_BATCH // token_ids.shape[1])
+    batches: list[Batch] = []
+    for part in embeddings.split(batch_size):
+        hidden, kwargs = record_layer_inputs(source.model, source.spec, part)
+        if batches and hidden.shape == batches[0].hidden.shape:
+            kwargs = batches[0].kwargs  # they depend on the shape of a batch alone, and masks are large
+        batches.append(Batch(hidden, kwargs))
+    return batches
+
+
+def _loss(source: ModelSource, batches: list[Batch], token_ids: torch.Tensor) -> float:
+    windows = perplexity_windows(token_ids)
+    hidden = torch.cat([batch.hidden for batch in batches[:windows]])[:windows]
+    return source.loss(hidden, token_ids[:windows])
+
+
+def perplexity_windows(token_ids: torch.Tensor) -> int:
+    """How many calibration windows the reported calibration perplexity is of."""
+    return min(len(token_ids), max(1, PERPLEXITY_TOKENS // token_ids.shape[1]))
+
+
+def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:
+    hidden_size: int = source.config.hidden_size
+    qkv_bias = int(bool(getattr(source.config, "attention_bias", False)))
+    gate_bias = int(bool(getattr(source.config, "mlp_bias", False)))
+    query_params = source.head_dim * (2 * hidden_size + qkv_bias)  # rows of q_proj and columns of o_proj
+    kv_params = 2 * source.head_dim * (hidden_size + qkv_bias)
+    group_size = size.num_heads // size.num_kv_heads
+    if config.head_unit == "kv-group":
+        units, unit_params = size.num_kv_heads, group_size * query_params + kv_params
+    else:
+        units, unit_params = group_size, size.num_kv_heads * query_params
+    new_bias = hidden_size if config.recovery == "affine" else 0
+    return LayerShape(
+        units=units,
+        unit_params=unit_params,
+        channels=size.intermediate_size,
+        channel_params=3 * hidden_size + 2 * gate_bias,
+        params=size.params,
+        attention_bias_params=0 if size.attention_out_bias else new_bias,
+        ffn_bias_params=0 if size.ffn_out_bias else new_bias,
+    )

@@ -1,0 +1,36 @@
+"""Where the time goes and who is told about it: a stopwatch by stage, and the events a caller may listen to."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+# Called with ("dense" or "prune", layer index, number of layers, the layer's report or None).
+ProgressCallback = Callable[[str, int, int, dict[str, Any] | None], None]
+
+
+class Stopwatch:
+    """Seconds by stage; on a GPU it waits for the work in flight, so that a stage is charged what it launched."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device = device
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self._wait()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._wait()
+            self.seconds[stage] += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

@@ -1,0 +1,106 @@
+"""report.json: everything about a run, for people and programs. Written by `prune`, read by whoever shows results."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPORT_NAME = "report.json"
+
+
+@dataclass
+class PruneReport:
+    """What a pruning run did. Keys of report.json are the names of these fields.
+
+    Attributes:
+        model: Name of the model as it was given.
+        out: The folder written, or None for a model in memory.
+        config: The settings (`PruneConfig.to_dict`).
+        allocation: target_params, pruned_layers (n), alpha, round_to and notes.
+        calibration: text, samples, seq_len, tokens, perplexity_tokens and the perplexity of the first so many calibration
+            tokens before and after (`perplexity_dense`, `perplexity_pruned`).
+        parameters: before, after (whole model), layers_before, layers_after (decoder layers).
+        achieved_ratio: Fraction of the layers' parameters removed; `achieved_ratio_model` of the whole model.
+        elapsed_s: Seconds from the first weight read to the finished folder.
+        setup_s: Seconds before that: opening the model, drawing the calibration windows.
+        dense_pass_s: Seconds of computing in one forward pass of the dense decoder layers over the same tokens.
+        stages_s: Seconds by stage.
+        peak_host_gib, peak_gpu_gib: Peak memory of the run.
+        memory_gib: The account of the host's peak, part by part.
+        backend, device, compute_dtype, format: What ran, and the architecture written.
+        versions: Of python, torch, transformers, slimllm.
+        layers: One entry per layer: index, similarity (c), ratio, num_heads, num_kv_heads, intermediate_size,
+            kept_heads, kept_kv_heads, kept_channels, parameters_before, parameters_after, elapsed_s, peak_host_gib,
+            and for pruned parts head_importance (by unit), channel_importance, attention_error_before/_after and
+            ffn_error_before/_after (output error relative to the output's variance, without and with recovery).
+    """
+
+    model: str
+    out: str | None
+    config: dict[str, Any]
+    allocation: dict[str, Any]
+    calibration: dict[str, Any]
+    parameters: dict[str, int]
+    achieved_ratio: float
+    achieved_ratio_model: float
+    elapsed_s: float
+    setup_s: float
+    dense_pass_s: float
+    stages_s: dict[str, float]
+    peak_host_gib: float
+    peak_gpu_gib: float
+    memory_gib: dict[str, float]
+    backend: str
+    device: str
+    compute_dtype: str
+    format: str
+    versions: dict[str, str]
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        """Write report.json into the folder."""
+        text = json.dumps(_rounded(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> PruneReport:
+        """Read the report of a pruned checkpoint.
+
+        Raises:
+            ValueError: the folder holds no report.json of ours.
+        """
+        path = Path(folder) / REPORT_NAME
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not the report of a pruning run: {error}") from None
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    import transformers
+
+    return {
+        "slimllm": importlib.metadata.version("slimllm-engine"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to 7 digits: what the numbers are good for, at a third of the size."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,81 @@
+"""The model without its weights: tensor shapes, layer modules on the meta device, and how every layer is called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from slimllm.families import LayerSpec, layer_spec
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device (no memory), but for the rotary embedding, whose tables are computed."""
+    spec = layer_spec(config.model_type)
+    config = copy.deepcopy(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    parent, name = spec.rotary.rsplit(".", 1)
+    rotary = model.get_submodule(spec.rotary)
+    setattr(model.get_submodule(parent), name, type(rotary)(config=model.config))
+    return model.eval().requires_grad_(False)
+
+
+def expected_tensors(model: PreTrainedModel, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint of this model holds; a tied head is not stored."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        shapes.pop(f"{spec.head}.weight")
+    return shapes
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: remembers its input and arguments, passes the hidden states on."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.hidden_states, self.kwargs = hidden_states, kwargs
+        return hidden_states
+
+
+@contextmanager
+def _recorders(model: PreTrainedModel, spec: LayerSpec) -> Iterator[list[_Recorder]]:
+    decoder = model.get_submodule(spec.layers.rsplit(".", 1)[0])
+    norm_name = spec.final_norm.rsplit(".", 1)[1]
+    layers, norm = decoder.layers, getattr(decoder, norm_name)
+    recorders = [_Recorder() for _ in layers]
+    try:
+        decoder.layers = nn.ModuleList(recorders)
+        setattr(decoder, norm_name, nn.Identity())
+        yield recorders
+    finally:
+        decoder.layers = layers
+        setattr(decoder, norm_name, norm)
+
+
+def record_layer_inputs(
+    model: PreTrainedModel, spec: LayerSpec, embeddings: torch.Tensor
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Run the model's own forward pass with its decoder layers taken out, to learn how it calls them.
+
+    So masks, rotary embeddings and whatever else a family or a version of transformers passes are the real ones.
+
+    Args:
+        embeddings: (batch, seq_len, D), the token embeddings of one batch.
+
+    Returns:
+        The hidden states that enter the first layer, and the keyword arguments of every layer.
+    """
+    decoder = model.get_submodule(spec.layers.rsplit(".", 1)[0])
+    with _recorders(model, spec) as recorders:
+        decoder(inputs_embeds=embeddings, use_cache=False)
+    return recorders[0].hidden_states, [recorder.kwargs for recorder in recorders]
+
+
+def empty_module(model: PreTrainedModel, name: str) -> nn.Module:
+    """A module of the model of its own, on the meta device, to be filled with weights."""
+    return copy.deepcopy(model.get_submodule(name))

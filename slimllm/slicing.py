@@ -1,0 +1,120 @@
+"""Weights and keep indices to smaller weights: on a layer's dict of tensors, and on its modules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from slimllm.families import LayerSpec
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of one decoder layer and which of its output projections have a bias."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    attention_out_bias: bool
+    ffn_out_bias: bool
+    params: int
+
+
+def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: int) -> LayerSizes:
+    """The sizes of a layer from the shapes of its tensors (names relative to the layer)."""
+    return LayerSizes(
+        num_heads=shapes[f"{spec.q_proj}.weight"][0] // head_dim,
+        num_kv_heads=shapes[f"{spec.k_proj}.weight"][0] // head_dim,
+        intermediate_size=shapes[f"{spec.down_proj}.weight"][1],
+        attention_out_bias=f"{spec.o_proj}.bias" in shapes,
+        ffn_out_bias=f"{spec.down_proj}.bias" in shapes,
+        params=sum(torch.Size(shape).numel() for shape in shapes.values()),
+    )
+
+
+def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tensors:
+    """Rows of a projection's weight and, if it has one, of its bias."""
+    names = [name for name in (f"{projection}.weight", f"{projection}.bias") if name in tensors]
+    return {name: tensors[name][rows.to(tensors[name].device)] for name in names}
+
+
+def _output_projection(
+    tensors: Tensors, projection: str, columns: torch.Tensor, slope: torch.Tensor | None, intercept: torch.Tensor | None
+) -> Tensors:
+    """W[k, columns] scaled by a_k, and the bias with b_k added; in the dtype of the weight."""
+    weight = tensors[f"{projection}.weight"]
+    bias = tensors.get(f"{projection}.bias")
+    sliced = weight[:, columns.to(weight.device)]
+    if slope is not None and intercept is not None:
+        sliced = (sliced.double() * slope.to(weight.device)[:, None]).to(weight.dtype)
+        total = intercept.to(weight.device) + (bias.double() if bias is not None else 0.0)
+        bias = total.to(weight.dtype)
+    result = {f"{projection}.weight": sliced.contiguous()}
+    if bias is not None:
+        result[f"{projection}.bias"] = bias
+    return result
+
+
+def slice_attention(
+    tensors: Tensors,
+    spec: LayerSpec,
+    query_rows: torch.Tensor,
+    kv_rows: torch.Tensor,
+    slope: torch.Tensor | None = None,
+    intercept: torch.Tensor | None = None,
+) -> Tensors:
+    """A layer's tensors with only some heads.
+
+    Args:
+        tensors: All tensors of the layer, by names relative to it.
+        query_rows: Rows of q_proj, and columns of o_proj, to keep.
+        kv_rows: Rows of k_proj and v_proj to keep.
+        slope, intercept: (D,) a and b of the affine recovery; None leaves o_proj's values as they are.
+    """
+    return {
+        **tensors,
+        **_select_rows(tensors, spec.q_proj, query_rows),
+        **_select_rows(tensors, spec.k_proj, kv_rows),
+        **_select_rows(tensors, spec.v_proj, kv_rows),
+        **_output_projection(tensors, spec.o_proj, query_rows, slope, intercept),
+    }
+
+
+def slice_ffn(
+    tensors: Tensors,
+    spec: LayerSpec,
+    channels: torch.Tensor,
+    slope: torch.Tensor | None = None,
+    intercept: torch.Tensor | None = None,
+) -> Tensors:
+    """A layer's tensors with only some FFN channels; arguments as in `slice_attention`."""
+    return {
+        **tensors,
+        **_select_rows(tensors, spec.gate_proj, channels),
+        **_select_rows(tensors, spec.up_proj, channels),
+        **_output_projection(tensors, spec.down_proj, channels, slope, intercept),
+    }
+
+
+def install(layer: nn.Module, spec: LayerSpec, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the tensors into a layer's modules, replacing the linear layers whose shape or bias has changed."""
+    for projection in (spec.q_proj, spec.k_proj, spec.v_proj, spec.o_proj, spec.gate_proj, spec.up_proj, spec.down_proj):
+        weight, bias = tensors[f"{projection}.weight"], tensors.get(f"{projection}.bias")
+        old = layer.get_submodule(projection)
+        assert isinstance(old, nn.Linear)
+        if old.weight.shape != weight.shape or (old.bias is None) != (bias is None):
+            parent, name = projection.rsplit(".", 1)
+            new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+            new.requires_grad_(old.weight.requires_grad)
+            setattr(layer.get_submodule(parent), name, new)
+    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+    layer.load_state_dict(placed, assign=True)
+    attention, ffn = layer.get_submodule(spec.attention), layer.get_submodule(spec.ffn)
+    attention.num_key_value_groups = (
+        tensors[f"{spec.q_proj}.weight"].shape[0] // tensors[f"{spec.k_proj}.weight"].shape[0]
+    )
+    ffn.intermediate_size = tensors[f"{spec.down_proj}.weight"].shape[1]

@@ -1,0 +1,144 @@
+"""Where the layers come from: a checkpoint, of which one layer at a time is in memory, or a model in memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimllm.checkpoint import Checkpoint
+from slimllm.families import layer_spec
+from slimllm.layer import Layer
+from slimllm.native import head_dim_of
+from slimllm.skeleton import empty_module, expected_tensors, meta_model
+from slimllm.slicing import LayerSizes, layer_sizes
+
+
+class ModelSource(ABC):
+    """What the layer loop needs of a model.
+
+    `model` is the whole model, on the meta device or real; `dtype` and `device` are those of the forward passes.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self.config = model.config
+        self.spec = layer_spec(self.config.model_type)
+        self.num_layers: int = self.config.num_hidden_layers
+        self.head_dim = head_dim_of(self.config)
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, by full name."""
+
+    @abstractmethod
+    def load(self, index: int) -> Layer:
+        """A decoder layer, ready to compute."""
+
+    @abstractmethod
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids (samples, seq_len) to embeddings (samples, seq_len, D)."""
+
+    @abstractmethod
+    def head(self) -> tuple[nn.Module, torch.Tensor]:
+        """The final norm, and the weight of the output head (vocabulary, D)."""
+
+    def sizes(self) -> list[LayerSizes]:
+        """Sizes of every decoder layer."""
+        shapes = self.shapes()
+        result = []
+        for index in range(self.num_layers):
+            prefix = self.layer_prefix(index)
+            own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+            result.append(layer_sizes(own, self.spec, self.head_dim))
+        return result
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.spec.layers}.{index}."
+
+    @torch.no_grad()
+    def loss(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> float:
+        """Mean next-token negative log-likelihood, in nats, of windows whose last hidden states are given.
+
+        Args:
+            hidden: (samples, seq_len, D), output of the last decoder layer.
+            token_ids: (samples, seq_len).
+        """
+        norm, weight = self.head()
+        total, count = 0.0, 0
+        for states, ids in zip(hidden, token_ids.to(self.device)):
+            logits = nn.functional.linear(norm(states[:-1]), weight).float()
+            total += float(nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+            count += len(ids) - 1
+        return total / count
+
+
+class CheckpointModel(ModelSource):
+    """A model on disk; whatever is read is let go by the caller."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(meta_model(checkpoint.config), device, dtype)
+        self.checkpoint = checkpoint
+        # Only what the model has a place for is ever read or written.
+        self._shapes = expected_tensors(self.model, self.spec)
+        self.unexpected = checkpoint.check(self._shapes)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def other_tensors(self) -> list[str]:
+        """Names of all tensors outside the decoder layers."""
+        return [name for name in self._shapes if not name.startswith(f"{self.spec.layers}.")]
+
+    def load(self, index: int) -> Layer:
+        prefix = self.layer_prefix(index)
+        names = [name for name in self._shapes if name.startswith(prefix)]
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names).items()}
+        layer = Layer(
+            empty_module(self.model, f"{self.spec.layers}.{index}"), tensors, self.spec, self.head_dim, self.device,
+            self.dtype,
+        )
+        layer.replace(tensors)
+        return layer
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        weight = self._read(f"{self.spec.embedding}.weight")
+        return nn.functional.embedding(token_ids, weight).to(self.device, self.dtype)
+
+    def head(self) -> tuple[nn.Module, torch.Tensor]:
+        norm = empty_module(self.model, self.spec.final_norm)
+        prefix = f"{self.spec.final_norm}."
+        names = [name for name in self._shapes if name.startswith(prefix)]
+        norm.load_state_dict(
+            {name.removeprefix(prefix): self._read(name).to(self.device, self.dtype) for name in names}, assign=True
+        )
+        tied = f"{self.spec.head}.weight" not in self._shapes
+        weight = self._read(f"{self.spec.embedding if tied else self.spec.head}.weight")
+        return norm, weight.to(self.device, self.dtype)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read([name])[name]
+
+
+class InMemoryModel(ModelSource):
+    """A model in memory, on one device; its layers are pruned in place."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        embedding = model.get_input_embeddings().weight
+        super().__init__(model, embedding.device, embedding.dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return expected_tensors(self.model, self.spec)
+
+    def load(self, index: int) -> Layer:
+        module = self.model.get_submodule(f"{self.spec.layers}.{index}")
+        tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
+        return Layer(module, tensors, self.spec, self.head_dim, self.device, self.dtype)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.get_input_embeddings()(token_ids.to(self.device))
+
+    def head(self) -> tuple[nn.Module, torch.Tensor]:
+        return self.model.get_submodule(self.spec.final_norm), self.model.get_output_embeddings().weight

@@ -1,0 +1,137 @@
+"""Streaming statistics of activations: constant memory, any split into batches, safe when the mean dwarfs the spread."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm import ops
+
+
+class GramStatistics:
+    """Count, mean and (co)variance of a stream of token batches (num_tokens, features).
+
+    The Gram is accumulated about a pivot p, the mean of the first batch: with u_t = x_t - p,
+
+        gram = Σ_t u_t u_tᵀ,  total = Σ_t u_t,  Cov(x) = gram/N - δδᵀ,  δ = total/N,  mean = p + δ.
+
+    δ is then of the order of the spread and not of the mean, so the subtraction loses nothing even when
+    |mean| = 10⁴ σ, where the raw Gram in fp32 has lost every digit of the variance.
+
+    Args:
+        features: Number of features F.
+        full: Keep the whole (F, F) Gram; otherwise only its diagonal (variances).
+        device: Where the accumulators live.
+
+    The Gram is accumulated in fp32, the sums in fp64. Results are fp64.
+    """
+
+    def __init__(self, features: int, *, full: bool = True, device: torch.device | str = "cpu") -> None:
+        if features < 1:
+            raise ValueError(f"features must be at least 1, got {features}.")
+        self.features = features
+        self.full = full
+        self.count = 0
+        self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
+        shape = (features, features) if full else (features,)
+        self.gram = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            x: (num_tokens, features), any floating dtype; num_tokens may be 0.
+        """
+        if x.ndim != 2 or x.shape[1] != self.features:
+            raise ValueError(f"x must have shape (num_tokens, {self.features}), got {tuple(x.shape)}.")
+        if x.shape[0] == 0:
+            return
+        x = x.float()
+        if self.count == 0:
+            self.pivot = x.mean(0)
+        u = x - self.pivot
+        if self.full:
+            ops.gram_(self.gram, self.total, u)
+        else:
+            self.gram += u.square().sum(0)
+            self.total += u.sum(0)
+        self.count += x.shape[0]
+
+    def merge(self, other: GramStatistics) -> None:
+        """Add the statistics of another part of the stream, in place; the pivots may differ."""
+        if (other.features, other.full) != (self.features, self.full):
+            raise ValueError(
+                f"cannot merge statistics of {other.features} features (full={other.full}) "
+                f"into {self.features} (full={self.full})."
+            )
+        if other.count == 0:
+            return
+        if self.count == 0:
+            self.pivot = other.pivot.clone()
+        # u about our pivot is u about theirs plus the shift between the pivots.
+        shift = other.pivot.double() - self.pivot.double()
+        if self.full:
+            cross = torch.outer(other.total, shift)
+            correction = cross + cross.T + other.count * torch.outer(shift, shift)
+        else:
+            correction = 2 * other.total * shift + other.count * shift.square()
+        self.gram = (self.gram.double() + other.gram.double() + correction).float()
+        self.total += other.total + other.count * shift
+        self.count += other.count
+
+    def mean(self) -> torch.Tensor:
+        """Mean over tokens: (features,) fp64."""
+        self._check_not_empty()
+        return self.pivot.double() + self.total / self.count
+
+    def covariance(self) -> torch.Tensor:
+        """Population covariance: (features, features) fp64, or the variances (features,) if not `full`."""
+        self._check_not_empty()
+        delta = self.total / self.count
+        if self.full:
+            return torch.addr(self.gram.double() / self.count, delta, delta, alpha=-1)
+        return (self.gram.double() / self.count - delta.square()).clamp_(min=0)
+
+    def norms(self) -> torch.Tensor:
+        """Euclidean norm over tokens of every feature, ‖X[:,j]‖₂, about zero: (features,) fp64."""
+        self._check_not_empty()
+        diagonal = self.gram.diagonal() if self.full else self.gram
+        pivot = self.pivot.double()
+        squares = diagonal.double() + 2 * pivot * self.total + self.count * pivot.square()
+        return squares.clamp_(min=0).sqrt()
+
+    def _check_not_empty(self) -> None:
+        if self.count == 0:
+            raise ValueError("no tokens have been added yet; call update() first.")
+
+
+class PairedMoments:
+    """Variance of ŷ and covariance of y with ŷ, dimension by dimension, about means known beforehand.
+
+    Args:
+        mean_y: (features,) fp64, mean of y over all tokens of the stream.
+        mean_y_hat: (features,) fp64, mean of ŷ over all tokens of the stream.
+    """
+
+    def __init__(self, mean_y: torch.Tensor, mean_y_hat: torch.Tensor) -> None:
+        self.mean_y, self.mean_y_hat = mean_y, mean_y_hat
+        self._center_y, self._center_y_hat = mean_y.float(), mean_y_hat.float()
+        self.count = 0
+        self.squares = torch.zeros_like(mean_y)
+        self.products = torch.zeros_like(mean_y)
+
+    def update(self, y: torch.Tensor, y_hat: torch.Tensor) -> None:
+        """Add a batch: y and ŷ of the same tokens, both (num_tokens, features)."""
+        centered_y = y.float() - self._center_y
+        centered_y_hat = y_hat.float() - self._center_y_hat
+        self.squares += centered_y_hat.square().sum(0, dtype=torch.float64)
+        self.products += centered_y.mul_(centered_y_hat).sum(0, dtype=torch.float64)
+        self.count += y.shape[0]
+
+    def variance(self) -> torch.Tensor:
+        """var(ŷ_k): (features,) fp64."""
+        return self.squares / self.count
+
+    def covariance(self) -> torch.Tensor:
+        """cov(y_k, ŷ_k): (features,) fp64."""
+        return self.products / self.count
