@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ _FLOAT_TYPES = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
+
+_ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,21 @@ class GGUFCheckpoint(Checkpoint):
         return {name: self._read_tensor(name, self._entries[name]) for name in names}
 
     def _read_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
-        raw = np.fromfile(self.path, dtype=np.uint8, count=entry.num_bytes, offset=entry.offset)
-        if raw.size != entry.num_bytes:
-            raise InputError(f"{self.path} ends inside tensor {name}; it is truncated.")
-        if entry.kind == gguf.GGMLQuantizationType.F32:
-            values = raw.view(np.float32)
-        else:
-            rows = raw.reshape(*entry.shape[:-1], -1)
-            values = gguf.quants.dequantize(rows, entry.kind)
-        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(entry.shape)
+        rows = entry.shape[0] if len(entry.shape) > 1 else 1
+        values = np.empty((rows, math.prod(entry.shape) // rows), dtype=np.float32)
+        bytes_per_row = entry.num_bytes // rows
+        # A few rows at a time: dequantising takes several times the memory of its result.
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            block = values[start : start + _ROWS_AT_ONCE]
+            offset, count = entry.offset + start * bytes_per_row, len(block) * bytes_per_row
+            raw = np.fromfile(self.path, dtype=np.uint8, count=count, offset=offset)
+            if raw.size != count:
+                raise InputError(f"{self.path} ends inside tensor {name}; it is truncated.")
+            if entry.kind == gguf.GGMLQuantizationType.F32:
+                block[:] = raw.view(np.float32).reshape(block.shape)
+            else:
+                block[:] = gguf.quants.dequantize(raw.reshape(len(block), bytes_per_row), entry.kind)
+        tensor = torch.from_numpy(values).view(entry.shape)
         if name.endswith("q_proj.weight"):
             return _undo_rope_order(tensor, self.config.num_attention_heads)
         if name.endswith("k_proj.weight"):

@@ -42,7 +42,7 @@ def prune_command(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
-    batch_size: Annotated[Optional[int], typer.Option(help="Windows in a forward pass. Default: about 2048 tokens.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(help="Windows in a forward pass. Default: about 1024 tokens.")] = None,
     pruned_layers: Annotated[Optional[int], typer.Option(help="n, how many layers are pruned. Default: as published.")] = None,
     alpha: Annotated[Optional[float], typer.Option(help="Temperature of the allocation. Default: as published.")] = None,
     keep_lowest: Annotated[

@@ -35,7 +35,7 @@ class PruneConfig:
         samples: Number of calibration windows.
         seq_len: Tokens per window.
         seed: Seed of the draw of the windows, the only random thing in a run.
-        batch_size: Windows that go through a layer together; None chooses about 2048 tokens.
+        batch_size: Windows that go through a layer together; None chooses about 1024 tokens.
         pruned_layers: n, how many layers are pruned (those of highest importance c); None: by the ratio, as published.
         alpha: Temperature of the softmax over layer importances; None: by the ratio, as published. 0 is uniform.
         keep_lowest: Fraction of the least important channels that are kept all the same; None: 0 (paper: 0.01).

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from slimllm.report import PruneReport
@@ -18,8 +18,9 @@ class PruneDisplay:
     def __init__(self, console: Console, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
         self._bar = Progress(
-            TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), TextColumn("{task.fields[layer]}"), console=console, disable=quiet,
+            TextColumn("{task.description:<10}"), BarColumn(bar_width=16), MofNCompleteColumn(), 
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.fields[layer]}"),
+            console=console, disable=quiet,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
 
@@ -45,8 +46,7 @@ class PruneDisplay:
         layer = ""
         if report is not None:
             layer = (
-                f"layer {index}: ratio {report['ratio']:.3f}, {report['num_heads']} heads "
-                f"({report['num_kv_heads']} KV), width {report['intermediate_size']}"
+                f"ratio {report['ratio']:.3f}, {report['num_heads']} heads, width {report['intermediate_size']}"
             )
         self._bar.update(self._tasks[stage], advance=1, layer=layer)
 
@@ -70,7 +70,7 @@ def print_summary(console: Console, report: PruneReport) -> None:
         f"{report.achieved_ratio_model:.2%}",
     )  # fmt: skip
     table.add_row(
-        f"perplexity on {calibration['perplexity_tokens']} calibration tokens",
+        "perplexity, calibration text",
         f"{calibration['perplexity_dense']:.2f}", f"{calibration['perplexity_pruned']:.2f}", "",
     )  # fmt: skip
     console.print(table)

@@ -21,7 +21,7 @@ from slimllm.errors import InputError
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
 from slimllm.native import OutputFormat, convert_in_place, output_format, write_config
-from slimllm.pipeline import Outcome, perplexity_windows, prune_layers
+from slimllm.pipeline import Outcome, batch_windows, perplexity_windows, prune_layers
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.report import PruneReport, versions
 from slimllm.slicing import LayerSizes
@@ -86,8 +86,9 @@ def prune(
 
         outcome = run.prune(store, progress)
         with run.watch("write"):
-            others = checkpoint.read(source.other_tensors())
-            writer.write_shard(source.num_layers + 1, {name: cast(name, tensor) for name, tensor in others.items()})
+            # One by one, so that only one of the large matrices is in memory as it was read.
+            others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
+            writer.write_shard(source.num_layers + 1, others)
             del others
             write_config(run.format.config, writer.folder)
             _write_companions(checkpoint, tokenizer, writer.folder)
@@ -163,7 +164,11 @@ class _Run:
         self.format: OutputFormat
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
-        self.account = memory.account(source.config, self.sizes, token_ids.numel(), source.head_dim, source.dtype)
+        self.account = memory.account(
+            source.config, self.sizes, token_ids.numel(), batch_windows(token_ids, config) * token_ids.shape[1],
+            source.head_dim, source.dtype,
+        )  # fmt: skip
+        memory.warm_up(source.device)
         memory.reset_peak(source.device)
         self.runtime_gib = memory.resident_gib()
         self.started = time.perf_counter()

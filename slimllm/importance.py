@@ -107,4 +107,6 @@ def layer_similarity(hidden_in: torch.Tensor, hidden_out: torch.Tensor) -> torch
     Returns:
         fp64 scalar.
     """
-    return torch.cosine_similarity(hidden_in.float(), hidden_out.float(), dim=-1).sum(dtype=torch.float64)
+    hidden_in, hidden_out = hidden_in.float(), hidden_out.float()
+    norms = torch.linalg.vector_norm(hidden_in, dim=-1) * torch.linalg.vector_norm(hidden_out, dim=-1)
+    return (torch.linalg.vecdot(hidden_in, hidden_out) / norms.clamp(min=1e-30)).sum(dtype=torch.float64)

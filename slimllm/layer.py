@@ -22,7 +22,7 @@ from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputMoments, affine_fit, head_moments
 from slimllm.selection import head_columns, select_channels, select_heads
 from slimllm.slicing import LayerSizes, Tensors, install, layer_sizes, slice_attention, slice_ffn
-from slimllm.statistics import GramStatistics, PairedMoments
+from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
 
 KEEP_INNER_BYTES = 256 * 2**20
 
@@ -54,6 +54,11 @@ class Batch:
     hidden: torch.Tensor
     kwargs: list[dict[str, Any]]  # the arguments of every layer
 
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The residual stream as (num_tokens, D), the same memory."""
+        return self.hidden.view(-1, self.hidden.shape[-1])
+
 
 def run_layer(layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """The layer's own forward pass."""
@@ -62,7 +67,7 @@ def run_layer(layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tor
 
 
 def _inner(layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[str, Any] | None) -> torch.Tensor:
-    """What enters the output projection: the sub-layer's module, run with that projection taken out."""
+    """What enters the output projection, (num_tokens, features): the sub-layer, run with that projection taken out."""
     parent, name = projection.rsplit(".", 1)
     module = layer.module.get_submodule(parent)
     linear = getattr(module, name)
@@ -71,7 +76,8 @@ def _inner(layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[str
         output = module(hidden_states=hidden, **kwargs) if kwargs is not None else module(hidden)
     finally:
         setattr(module, name, linear)
-    return output[0] if isinstance(output, tuple) else output
+    inner: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return inner.flatten(0, 1)
 
 
 def pass_sublayer(layer: Layer, projection: str, batches: list[Batch], index: int, watch: Stopwatch) -> None:
@@ -82,7 +88,7 @@ def pass_sublayer(layer: Layer, projection: str, batches: list[Batch], index: in
     for batch in batches:
         with watch("forward"):
             kwargs = batch.kwargs[index] if attention else None
-            batch.hidden += project(_inner(layer, projection, norm(batch.hidden), kwargs))
+            batch.tokens.add_(project(_inner(layer, projection, norm(batch.hidden), kwargs)))
 
 
 def prune_attention(
@@ -96,14 +102,14 @@ def prune_attention(
     spec, sizes = layer.spec, layer.sizes()
     group_size = sizes.num_heads // sizes.num_kv_heads
     norm = layer.module.get_submodule(spec.attention_norm)
-    statistics = GramStatistics(sizes.num_heads * layer.head_dim, device=layer.device)
+    statistics = GramStatistics(sizes.num_heads * layer.head_dim, layer.device)
     keep_inner = _fits(batches, sizes.num_heads * layer.head_dim)
     kept_inner: list[torch.Tensor] = []
     for batch in batches:
         with watch("forward"):
             inner = _inner(layer, spec.o_proj, norm(batch.hidden), batch.kwargs[index])
         with watch("statistics"):
-            statistics.update(inner.flatten(0, 1))
+            statistics.update(inner)
         if keep_inner:
             kept_inner.append(inner)
 
@@ -134,10 +140,10 @@ def prune_attention(
     for batch in batches:
         with watch("forward"):
             if keep_inner:
-                kept = kept_inner.pop(0).index_select(-1, device_columns)
+                kept = kept_inner.pop(0).index_select(1, device_columns)
             else:
                 kept = _inner(layer, spec.o_proj, norm(batch.hidden), batch.kwargs[index])
-            batch.hidden += project(kept)
+            batch.tokens.add_(project(kept))
     return {
         "kept_heads": heads.tolist(),
         "kept_kv_heads": kv_heads.tolist(),
@@ -163,9 +169,9 @@ def prune_ffn(
     norm = layer.module.get_submodule(spec.ffn_norm)
     weight = layer.module.get_submodule(spec.down_proj).weight
     hidden_size = weight.shape[0]
-    inputs = GramStatistics(hidden_size, full=False, device=layer.device)
-    channels = GramStatistics(num_channels, full=False, device=layer.device)
-    outputs = GramStatistics(hidden_size, device=layer.device)
+    inputs = ColumnStatistics(hidden_size, layer.device)
+    channels = ColumnStatistics(num_channels, layer.device)
+    outputs = GramStatistics(hidden_size, layer.device)
     keep_inner = _fits(batches, num_channels)
     kept_inner: list[torch.Tensor] = []
     dense_outputs: list[torch.Tensor] = []
@@ -176,8 +182,8 @@ def prune_ffn(
             y = nn.functional.linear(inner, weight)
         with watch("statistics"):
             inputs.update(x.flatten(0, 1))
-            channels.update(inner.flatten(0, 1))
-            outputs.update(y.flatten(0, 1))
+            channels.update(inner)
+            outputs.update(y)
         dense_outputs.append(y)
         if keep_inner:
             kept_inner.append(inner)
@@ -201,12 +207,12 @@ def prune_ffn(
     for batch, y in zip(batches, dense_outputs):
         with watch("forward"):
             if keep_inner:
-                kept = kept_inner.pop(0).index_select(-1, device_channels)
+                kept = kept_inner.pop(0).index_select(1, device_channels)
             else:
                 kept = _inner(layer, spec.down_proj, norm(batch.hidden), None)
             y_hat = nn.functional.linear(kept, kept_weight)
         with watch("recovery"):
-            paired.update(y.flatten(0, 1), y_hat.flatten(0, 1))
+            paired.update(y, y_hat)
             y.copy_(y_hat)
 
     with watch("recovery"):
@@ -221,7 +227,7 @@ def prune_ffn(
         with watch("forward"):
             if slope is not None:
                 y_hat *= slope.to(y_hat.dtype)
-            batch.hidden += y_hat if bias is None else y_hat.add_(bias)
+            batch.tokens.add_(y_hat if bias is None else y_hat.add_(bias))
     return {
         "kept_channels": kept_channels.tolist(),
         "channel_importance": importance.tolist(),

@@ -24,6 +24,13 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def warm_up(device: torch.device) -> None:
+    """Let the linear algebra libraries allocate the buffers of their own, which are no part of a run's account."""
+    square = torch.ones(1024, 1024, device=device)
+    square @ square
+    torch.linalg.eigh(torch.eye(512, dtype=torch.float64, device=device))
+
+
 def resident_gib() -> float:
     """Resident memory of this process now, in GiB."""
     return _status("VmRSS")
@@ -40,28 +47,33 @@ def peak_gpu_gib(device: torch.device) -> float:
 
 
 def account(
-    config: PretrainedConfig, sizes: list[LayerSizes], tokens: int, head_dim: int, dtype: torch.dtype
+    config: PretrainedConfig, sizes: list[LayerSizes], tokens: int, batch_tokens: int, head_dim: int, dtype: torch.dtype
 ) -> dict[str, float]:
-    """The parts of the peak of a run, in GiB: embeddings, two layers, statistics and hidden states.
+    """The parts of a run's peak beside the runtime, in GiB: embeddings, two layers, statistics and hidden states.
 
     Args:
         config: The model's configuration.
         sizes: Sizes of its decoder layers.
         tokens: Number of calibration tokens.
+        batch_tokens: Tokens that go through a layer together.
         head_dim: Size of an attention head.
-        dtype: dtype of the forward passes; weights are read in fp32 at most.
+        dtype: dtype of the forward passes.
     """
     hidden_size, item = config.hidden_size, dtype.itemsize
     heads = max(size.num_heads for size in sizes) * head_dim
     widest = max(size.intermediate_size for size in sizes)
     square = max(hidden_size, heads) ** 2
     num_bytes = {
-        "embeddings": config.vocab_size * hidden_size * 4,
+        # The output head, as it is stored and as it computes; it stays behind no longer than it is needed.
+        "embeddings": config.vocab_size * hidden_size * (2 + 4),
         "two_layers": 2 * max(size.params for size in sizes) * 4,
         # A Gram in fp32, its centred copy, eigenvectors and the decomposition's workspace in fp64.
         "statistics": square * (4 + 5 * 8),
-        # The residual stream, the outputs of the sub-layer at work, and the inputs of its output projection.
-        "hidden_states": tokens * item * 2 * hidden_size + min(tokens * widest * item, KEEP_INNER_BYTES),
+        # The residual stream, the dense outputs of the sub-layer at work, the inputs of its output projection where
+        # they are kept, and one batch's activations inside the FFN (gate, its activation, up, their product).
+        "hidden_states": tokens * item * 2 * hidden_size
+        + min(tokens * widest * item, KEEP_INNER_BYTES)
+        + 4 * batch_tokens * widest * item,
     }
     return {name: size / GIB for name, size in num_bytes.items()}
 

@@ -21,7 +21,7 @@ from slimllm.source import ModelSource
 
 # So many calibration tokens give the perplexity before and after; the output head is too costly to run on all.
 PERPLEXITY_TOKENS = 1024
-_TOKENS_PER_BATCH = 2048
+_TOKENS_PER_BATCH = 1024
 
 
 @dataclass
@@ -57,13 +57,18 @@ def prune_layers(
         store: Takes every finished layer, in order.
         progress: Told about every layer that is done.
     """
-    similarity, dense_pass_s, loss_dense = _dense_pass(source, token_ids, config, watch, progress)
+    with watch("read"):
+        embeddings = source.embed(token_ids)
+    batches = _batches(source, embeddings.clone(), config)
+    similarity, dense_pass_s = _dense_pass(source, batches, watch, progress)
+    final_dense = _perplexity_states(batches)
     sizes = source.sizes()
     allocation = allocate(similarity, [_shape(source, size, config) for size in sizes], config)
     on_allocation(allocation)
-    outcome = Outcome(similarity, allocation, dense_pass_s=dense_pass_s, loss_dense=loss_dense)
+    outcome = Outcome(similarity, allocation, dense_pass_s=dense_pass_s)
 
-    batches = _batches(source, token_ids, config, watch)
+    batches = _batches(source, embeddings, config)
+    del embeddings
     for index, budget in enumerate(allocation.budgets):
         start = time.perf_counter()
         with watch("read"):
@@ -82,32 +87,32 @@ def prune_layers(
         if progress:
             progress("prune", index, source.num_layers, report)
     with watch("perplexity"):
-        outcome.loss_pruned = _loss(source, batches, token_ids)
+        windows = token_ids[: perplexity_windows(token_ids)]
+        final_pruned = _perplexity_states(batches)
+        outcome.loss_dense, outcome.loss_pruned = source.losses([final_dense, final_pruned], windows)
     return outcome
 
 
 def _dense_pass(
-    source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, watch: Stopwatch, progress: ProgressCallback | None
-) -> tuple[list[float], float, float]:
-    """c of every layer, the mean cosine over tokens of its input with its output; the pass's seconds; the loss."""
-    batches = _batches(source, token_ids, config, watch)
-    dense, similarity = Stopwatch(source.device), []
+    source: ModelSource, batches: list[Batch], watch: Stopwatch, progress: ProgressCallback | None
+) -> tuple[list[float], float]:
+    """c of every layer, the mean cosine over tokens of its input with its output, and the pass's seconds of computing."""
+    similarity = []
+    tokens = sum(len(batch.tokens) for batch in batches)
     for index in range(source.num_layers):
         with watch("read"):
             layer = source.load(index)
         total = torch.zeros((), dtype=torch.float64, device=source.device)
         for batch in batches:
-            with watch("dense pass"), dense("forward"):
+            with watch("dense pass"):
                 hidden = run_layer(layer, batch.hidden, batch.kwargs[index])
             with watch("statistics"):
                 total += layer_similarity(batch.hidden, hidden)
-            batch.hidden.copy_(hidden)
-        similarity.append(float(total) / token_ids.numel())
+                batch.hidden.copy_(hidden)
+        similarity.append(float(total) / tokens)
         if progress:
             progress("dense", index, source.num_layers, None)
-    with watch("perplexity"):
-        loss = _loss(source, batches, token_ids)
-    return similarity, dense.seconds["forward"], loss
+    return similarity, watch.seconds["dense pass"]
 
 
 def _prune_layer(
@@ -134,13 +139,13 @@ def _prune_layer(
     }
 
 
-def _batches(source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, watch: Stopwatch) -> list[Batch]:
-    """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
-    with watch("read"):
-        embeddings = source.embed(token_ids)
-    batch_size = config.batch_size or max(1, _TOKENS_PER_BATCH // token_ids.shape[1])
+def _batches(source: ModelSource, embeddings: torch.Tensor, config: PruneConfig) -> list[Batch]:
+    """The residual stream before the first layer, in batches of windows, and how each layer is called on it.
+
+    The batches may be views of `embeddings`, which the loop then overwrites.
+    """
     batches: list[Batch] = []
-    for part in embeddings.split(batch_size):
+    for part in embeddings.split(batch_windows(embeddings, config)):
         hidden, kwargs = record_layer_inputs(source.model, source.spec, part)
         if batches and hidden.shape == batches[0].hidden.shape:
             kwargs = batches[0].kwargs  # they depend on the shape of a batch alone, and masks are large
@@ -148,10 +153,16 @@ def _batches(source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, 
     return batches
 
 
-def _loss(source: ModelSource, batches: list[Batch], token_ids: torch.Tensor) -> float:
-    windows = perplexity_windows(token_ids)
-    hidden = torch.cat([batch.hidden for batch in batches[:windows]])[:windows]
-    return source.loss(hidden, token_ids[:windows])
+def _perplexity_states(batches: list[Batch]) -> torch.Tensor:
+    """A copy of the hidden states of the first windows, (perplexity_windows, seq_len, D)."""
+    seq_len = batches[0].hidden.shape[1]
+    wanted = max(1, PERPLEXITY_TOKENS // seq_len)
+    return torch.cat([batch.hidden for batch in batches[:wanted]])[:wanted].clone()
+
+
+def batch_windows(windows: torch.Tensor, config: PruneConfig) -> int:
+    """How many of the windows (samples, seq_len, …) go through a layer together."""
+    return min(len(windows), config.batch_size or max(1, _TOKENS_PER_BATCH // windows.shape[1]))
 
 
 def perplexity_windows(token_ids: torch.Tensor) -> int:

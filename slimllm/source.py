@@ -59,20 +59,24 @@ class ModelSource(ABC):
         return f"{self.spec.layers}.{index}."
 
     @torch.no_grad()
-    def loss(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> float:
-        """Mean next-token negative log-likelihood, in nats, of windows whose last hidden states are given.
+    def losses(self, hidden: list[torch.Tensor], token_ids: torch.Tensor) -> list[float]:
+        """Mean next-token negative log-likelihood, in nats, for each of several final hidden states of the same windows.
 
         Args:
-            hidden: (samples, seq_len, D), output of the last decoder layer.
+            hidden: Outputs of the last decoder layer, each (samples, seq_len, D).
             token_ids: (samples, seq_len).
         """
         norm, weight = self.head()
-        total, count = 0.0, 0
-        for states, ids in zip(hidden, token_ids.to(self.device)):
-            logits = nn.functional.linear(norm(states[:-1]), weight).float()
-            total += float(nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
-            count += len(ids) - 1
-        return total / count
+        result = []
+        for states in hidden:
+            total = 0.0
+            for window, ids in zip(states, token_ids.to(self.device)):
+                # A few tokens at a time: logits are wide.
+                for some, next_ids in zip(norm(window[:-1]).split(64), ids[1:].split(64)):
+                    logits = nn.functional.linear(some, weight).float()
+                    total += float(nn.functional.cross_entropy(logits, next_ids, reduction="sum"))
+            result.append(total / (len(token_ids) * (token_ids.shape[1] - 1)))
+        return result
 
 
 class CheckpointModel(ModelSource):

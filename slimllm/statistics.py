@@ -19,21 +19,18 @@ class GramStatistics:
 
     Args:
         features: Number of features F.
-        full: Keep the whole (F, F) Gram; otherwise only its diagonal (variances).
         device: Where the accumulators live.
 
     The Gram is accumulated in fp32, the sums in fp64. Results are fp64.
     """
 
-    def __init__(self, features: int, *, full: bool = True, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         if features < 1:
             raise ValueError(f"features must be at least 1, got {features}.")
         self.features = features
-        self.full = full
         self.count = 0
         self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
-        shape = (features, features) if full else (features,)
-        self.gram = torch.zeros(shape, dtype=torch.float32, device=device)
+        self.gram = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
 
     def update(self, x: torch.Tensor) -> None:
@@ -49,32 +46,21 @@ class GramStatistics:
         x = x.float()
         if self.count == 0:
             self.pivot = x.mean(0)
-        u = x - self.pivot
-        if self.full:
-            ops.gram_(self.gram, self.total, u)
-        else:
-            self.gram += u.square().sum(0)
-            self.total += u.sum(0)
+        ops.gram_(self.gram, self.total, x - self.pivot)
         self.count += x.shape[0]
 
     def merge(self, other: GramStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
-        if (other.features, other.full) != (self.features, self.full):
-            raise ValueError(
-                f"cannot merge statistics of {other.features} features (full={other.full}) "
-                f"into {self.features} (full={self.full})."
-            )
+        if other.features != self.features:
+            raise ValueError(f"cannot merge statistics of {other.features} features into {self.features}.")
         if other.count == 0:
             return
         if self.count == 0:
             self.pivot = other.pivot.clone()
         # u about our pivot is u about theirs plus the shift between the pivots.
         shift = other.pivot.double() - self.pivot.double()
-        if self.full:
-            cross = torch.outer(other.total, shift)
-            correction = cross + cross.T + other.count * torch.outer(shift, shift)
-        else:
-            correction = 2 * other.total * shift + other.count * shift.square()
+        cross = torch.outer(other.total, shift)
+        correction = cross + cross.T + other.count * torch.outer(shift, shift)
         self.gram = (self.gram.double() + other.gram.double() + correction).float()
         self.total += other.total + other.count * shift
         self.count += other.count
@@ -85,24 +71,41 @@ class GramStatistics:
         return self.pivot.double() + self.total / self.count
 
     def covariance(self) -> torch.Tensor:
-        """Population covariance: (features, features) fp64, or the variances (features,) if not `full`."""
+        """Population covariance: (features, features) fp64."""
         self._check_not_empty()
         delta = self.total / self.count
-        if self.full:
-            return torch.addr(self.gram.double() / self.count, delta, delta, alpha=-1)
-        return (self.gram.double() / self.count - delta.square()).clamp_(min=0)
-
-    def norms(self) -> torch.Tensor:
-        """Euclidean norm over tokens of every feature, ‖X[:,j]‖₂, about zero: (features,) fp64."""
-        self._check_not_empty()
-        diagonal = self.gram.diagonal() if self.full else self.gram
-        pivot = self.pivot.double()
-        squares = diagonal.double() + 2 * pivot * self.total + self.count * pivot.square()
-        return squares.clamp_(min=0).sqrt()
+        return self.gram.double().div_(self.count).addr_(delta, delta, alpha=-1)
 
     def _check_not_empty(self) -> None:
         if self.count == 0:
             raise ValueError("no tokens have been added yet; call update() first.")
+
+
+class ColumnStatistics:
+    """Mean and Euclidean norm over tokens of every feature of a stream; nothing is subtracted, so nothing cancels.
+
+    Sums of a batch are fp32, over batches fp64. Results are fp64.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(features, dtype=torch.float64, device=device)
+
+    def update(self, x: torch.Tensor) -> None:
+        """Add a batch x (num_tokens, features), any floating dtype."""
+        x = x.float()
+        self.total += x.sum(0)
+        self.squares += x.square().sum(0)
+        self.count += x.shape[0]
+
+    def mean(self) -> torch.Tensor:
+        """Mean over tokens: (features,) fp64."""
+        return self.total / self.count
+
+    def norms(self) -> torch.Tensor:
+        """‖X[:,j]‖₂ over all tokens: (features,) fp64."""
+        return self.squares.sqrt()
 
 
 class PairedMoments:
