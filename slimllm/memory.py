@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 
@@ -22,6 +23,14 @@ def reset_peak(device: torch.device) -> None:
         pass  # the peak is then that of the whole process, which is more, never less
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system; glibc keeps some of it, which would count towards the peak."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass  # another C library
 
 
 def warm_up(device: torch.device) -> None:

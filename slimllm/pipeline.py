@@ -13,7 +13,7 @@ from slimllm.allocation import Allocation, LayerBudget, LayerShape, allocate
 from slimllm.config import PruneConfig
 from slimllm.importance import layer_similarity
 from slimllm.layer import Batch, Layer, pass_sublayer, prune_attention, prune_ffn, run_layer
-from slimllm.memory import peak_host_gib
+from slimllm.memory import peak_host_gib, trim
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.skeleton import record_layer_inputs
 from slimllm.slicing import LayerSizes
@@ -62,6 +62,7 @@ def prune_layers(
     batches = _batches(source, embeddings.clone(), config)
     similarity, dense_pass_s = _dense_pass(source, batches, watch, progress)
     final_dense = _perplexity_states(batches)
+    trim()
     sizes = source.sizes()
     allocation = allocate(similarity, [_shape(source, size, config) for size in sizes], config)
     on_allocation(allocation)
@@ -89,7 +90,9 @@ def prune_layers(
     with watch("perplexity"):
         windows = token_ids[: perplexity_windows(token_ids)]
         final_pruned = _perplexity_states(batches)
+        del batches
         outcome.loss_dense, outcome.loss_pruned = source.losses([final_dense, final_pruned], windows)
+        trim()
     return outcome
 
 

@@ -72,7 +72,7 @@ class ModelSource(ABC):
             total = 0.0
             for window, ids in zip(states, token_ids.to(self.device)):
                 # A few tokens at a time: logits are wide.
-                for some, next_ids in zip(norm(window[:-1]).split(16), ids[1:].split(16)):
+                for some, next_ids in zip(norm(window[:-1]).split(64), ids[1:].split(64)):
                     logits = nn.functional.linear(some, weight).float()
                     total += float(nn.functional.cross_entropy(logits, next_ids, reduction="sum"))
             result.append(total / (len(token_ids) * (token_ids.shape[1] - 1)))
