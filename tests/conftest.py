@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["SLIMLLM_BACKEND"] = "auto"
+# Kernels run under the interpreter where there is no GPU; it must be chosen before triton is imported.
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from slimllm.calibration import bundled_text, draw_windows, tokenize
+from slimllm.checkpoint import open_checkpoint
+
+STORIES = Path(str(resources.files("slimllm").joinpath("data", "stories260k")))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU in this machine"))
+
+
+@pytest.fixture(scope="session")
+def stories_path() -> Path:
+    """The bundled, trained LLaMA: 5 layers, 8 heads in 4 KV groups, hidden 64, intermediate 172."""
+    return STORIES
+
+
+@pytest.fixture
+def stories(stories_path: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(stories_path).eval()
+
+
+@pytest.fixture(scope="session")
+def token_ids(stories_path: Path) -> torch.Tensor:
+    """Real text as windows, (16, 64)."""
+    tokens = tokenize(open_checkpoint(stories_path).tokenizer(), [bundled_text("calibration")[:60_000]])
+    return draw_windows(tokens, samples=16, seq_len=64, seed=0)
+
+
+def as_mha(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same function without grouped queries: every KV head repeated for each of its query heads."""
+    config = LlamaConfig(**{**model.config.to_dict(), "num_key_value_heads": model.config.num_attention_heads})
+    copy = LlamaForCausalLM(config).eval()
+    state = model.state_dict()
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            heads = tensor.view(model.config.num_key_value_heads, model.config.head_dim, -1)
+            state[name] = heads.repeat_interleave(group, 0).reshape(-1, tensor.shape[1])
+    copy.load_state_dict(state)
+    return copy
+
+
+def random_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """A seeded random LLaMA whose activations are hard on statistics: large means, dead and dominating channels."""
+    settings: dict[str, object] = {
+        "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
+        "num_key_value_heads": 6, "head_dim": 8, "max_position_embeddings": 128, "tie_word_embeddings": False,
+        "attention_bias": True, "mlp_bias": True,
+    }  # fmt: skip
+    config = LlamaConfig(**{**settings, **changes})
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0, 0.3)
+        for layer in model.model.layers:
+            if layer.self_attn.v_proj.bias is not None:
+                layer.self_attn.v_proj.bias.normal_(0, 30.0)  # inputs of o_proj with mean ≫ spread
+                layer.self_attn.o_proj.bias.normal_()
+            if layer.mlp.up_proj.bias is not None:
+                layer.mlp.gate_proj.bias.normal_(0, 2.0)
+                layer.mlp.up_proj.bias.normal_(0, 5.0)
+                layer.mlp.up_proj.bias[3] = 0.0
+                layer.mlp.down_proj.bias.normal_()
+            layer.mlp.up_proj.weight[3] = 0.0  # a dead channel
+            layer.mlp.down_proj.weight[:, 7] *= 30.0  # a dominating one
+    return model
