@@ -6,13 +6,14 @@ loudly if it cannot be built, `0` leaves it out.
 
 import os
 import sys
+from typing import Any
 
 from setuptools import setup
 
 MODES = ("auto", "1", "0")
 
 
-def extension_arguments() -> dict:
+def extension_arguments() -> dict[str, Any]:
     """The arguments of setup() that build the extension, or none."""
     mode = os.environ.get("SLIMLLM_BUILD_EXT", "auto")
     if mode not in MODES:
@@ -32,7 +33,7 @@ def extension_arguments() -> dict:
             except Exception as error:
                 if mode == "1":
                     raise
-                self.extensions = []
+                self.extensions: list[Any] = []
                 print(f"slimllm: extension not built, torch does its work ({error})")
 
     extension = Pybind11Extension(

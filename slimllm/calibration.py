@@ -19,7 +19,7 @@ _CHARACTERS_PER_TOKEN = 20
 
 def bundled_text(name: str) -> str:
     """The text that comes with the package: `calibration` or `evaluation`, two separate parts of War and Peace."""
-    return resources.files("slimllm").joinpath("data", f"war_and_peace.{name}.txt").read_text(encoding="utf-8")
+    return (resources.files("slimllm") / "data" / f"war_and_peace.{name}.txt").read_text(encoding="utf-8")
 
 
 def read_texts(source: str | Path, tokens_wanted: int) -> list[str]:
@@ -77,7 +77,7 @@ def _dataset_texts(name: str, characters_wanted: int) -> list[str]:
                 break
         return texts
     except KeyError:
-        raise InputError(f"The dataset {name} has no column \"text\".") from None
+        raise InputError(f'The dataset {name} has no column "text".') from None
     except Exception as error:  # datasets raises many types for one fact: it cannot be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"There is no file {name}, and no dataset of that name can be had: {reason}.") from error

@@ -115,8 +115,7 @@ class SafetensorsCheckpoint(Checkpoint):
         dtype = _SAFETENSORS_DTYPES.get(stored)
         if dtype is None:
             raise InputError(
-                f"Tensor {name} of {self.path} is stored as {stored}; "
-                "only unquantised float checkpoints can be pruned."
+                f"Tensor {name} of {self.path} is stored as {stored}; only unquantised float checkpoints can be pruned."
             )
         return dtype
 

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,7 +14,10 @@ from rich.console import Console
 from slimllm.errors import InputError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 console = Console()
 errors = Console(stderr=True)
@@ -37,25 +40,27 @@ def prune_command(
     head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
     recovery: Annotated[str, typer.Option(help="affine (regression of the output), or none.")] = "affine",
     calibration: Annotated[
-        Optional[str], typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split]]. Default: bundled text.")
+        str | None,
+        typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split]]. Default: bundled text."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
-    batch_size: Annotated[Optional[int], typer.Option(help="Windows in a forward pass. Default: about 1024 tokens.")] = None,
-    pruned_layers: Annotated[Optional[int], typer.Option(help="n, how many layers are pruned. Default: as published.")] = None,
-    alpha: Annotated[Optional[float], typer.Option(help="Temperature of the allocation. Default: as published.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass. Default: about 1024 tokens.")] = None,
+    pruned_layers: Annotated[int | None, typer.Option(help="n, how many layers are pruned. Default: as published.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Temperature of the allocation. Default: as published.")] = None,
     keep_lowest: Annotated[
-        Optional[float], typer.Option(help="Fraction of the least important channels kept. Default: 0, paper: 0.01.")
+        float | None, typer.Option(help="Fraction of the least important channels kept. Default: 0, paper: 0.01.")
     ] = None,
     round_to: Annotated[
-        Optional[int], typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
+        int | None, typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
     ] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="dtype to write. Default: the checkpoint's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype to write. Default: the checkpoint's.")] = None,
     compute_dtype: Annotated[
-        Optional[str], typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU.")
+        str | None,
+        typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU."),
     ] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -81,13 +86,15 @@ def prune_command(
 @app.command("eval")
 def eval_command(
     model: Model,
-    text: Annotated[Optional[str], typer.Option(help="FILE.txt, FILE.jsonl or a dataset. Default: bundled text.")] = None,
+    text: Annotated[str | None, typer.Option(help="FILE.txt, FILE.jsonl or a dataset. Default: bundled text.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window: 128 as in the paper, 2048 as is common now.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
-    max_windows: Annotated[Optional[int], typer.Option(help="Only so many windows from the beginning.")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")] = False,
+    max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the beginning.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
 ) -> None:
     """Perplexity of a model, pruned or not, over non-overlapping windows of a text."""
     from slimllm.calibration import bundled_text, read_texts, tokenize

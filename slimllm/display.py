@@ -28,9 +28,7 @@ class PruneDisplay:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
 
     def notice(self, sentence: str) -> None:
@@ -45,9 +43,7 @@ class PruneDisplay:
             self._tasks[stage] = self._bar.add_task(title, total=num_layers, layer="")
         layer = ""
         if report is not None:
-            layer = (
-                f"ratio {report['ratio']:.3f}, {report['num_heads']} heads, width {report['intermediate_size']}"
-            )
+            layer = f"ratio {report['ratio']:.3f}, {report['num_heads']} heads, width {report['intermediate_size']}"
         self._bar.update(self._tasks[stage], advance=1, layer=layer)
 
     def summary(self, report: PruneReport) -> None:

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +15,7 @@ from slimllm import memory, ops
 from slimllm.allocation import Allocation
 from slimllm.calibration import calibration_name, calibration_windows, check_token_ids
 from slimllm.checkpoint import Checkpoint, open_checkpoint
-from slimllm.config import DTYPES, PruneConfig
+from slimllm.config import DTYPES, PruneConfig, parse_device
 from slimllm.errors import InputError
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
@@ -61,7 +60,7 @@ def prune(
     started = time.perf_counter()
     notice = notice or (lambda sentence: None)
     out = Path(out).expanduser()
-    device = _device(config)
+    device = parse_device(config.device)
     check_destination(out, Path(model).expanduser(), overwrite)
     checkpoint = open_checkpoint(model)
     check_destination(out, checkpoint.path, overwrite)  # of a hub model, the folder it was downloaded to
@@ -243,13 +242,6 @@ class _Run:
 def _exp(loss: float) -> float:
     """Perplexity of a loss; a hopeless model's is capped, so that the report stays valid JSON."""
     return math.exp(min(loss, 700.0))
-
-
-def _device(config: PruneConfig) -> torch.device:
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {config.device} was asked for, but torch sees no GPU; use --device cpu.")
-    return device
 
 
 def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

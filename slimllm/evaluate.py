@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from slimllm.calibration import windows_of
 from slimllm.checkpoint import Checkpoint, first_line, open_checkpoint
-from slimllm.config import DTYPES
+from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
-from slimllm.skeleton import expected_tensors, meta_model
 from slimllm.families import layer_spec
+from slimllm.skeleton import expected_tensors, meta_model
 
 
 def load(
@@ -32,14 +32,14 @@ def load(
     Raises:
         ValueError: (as InputError) there is no such model, or it cannot be loaded.
     """
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = parse_device(device)
+    if dtype is not None:
+        check_choice("dtype", dtype, tuple(DTYPES))
     wanted = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else None)
     path = Path(model).expanduser()
     if path.is_file():
         checkpoint = open_checkpoint(path)
         return _fill(checkpoint, wanted).to(where), checkpoint.tokenizer()
-    if not path.is_dir() and path.exists() is False and str(model).count("/") != 1:
-        raise InputError(f"There is no model folder or GGUF file {model}.")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model, dtype=wanted or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
@@ -89,7 +89,8 @@ def perplexity(
     longest = getattr(model.config, "max_position_embeddings", None)
     if seq_len < 2 or batch_size < 1 or (max_windows is not None and max_windows < 1):
         raise InputError(
-            f"seq_len must be at least 2, batch_size and max_windows at least 1, got {seq_len}, {batch_size}, {max_windows}."
+            "seq_len must be at least 2, batch_size and max_windows at least 1, "
+            f"got {seq_len}, {batch_size} and {max_windows}."
         )
     if longest is not None and seq_len > longest:
         raise InputError(f"seq_len is {seq_len}, but the model takes at most {longest} tokens.")

@@ -42,6 +42,12 @@ class Layer:
         self.tensors = tensors
         install(self.module, self.spec, tensors, self.device, self.dtype)
 
+    def linear(self, name: str) -> nn.Linear:
+        """One of the layer's projections."""
+        module = self.module.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
     def sizes(self) -> LayerSizes:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
         return layer_sizes(shapes, self.spec, self.head_dim)
@@ -84,7 +90,7 @@ def pass_sublayer(layer: Layer, projection: str, batches: list[Batch], index: in
     """Let the residual stream pass a sub-layer that is not pruned, named by its output projection."""
     attention = projection == layer.spec.o_proj
     norm = layer.module.get_submodule(layer.spec.attention_norm if attention else layer.spec.ffn_norm)
-    project = layer.module.get_submodule(projection)
+    project = layer.linear(projection)
     for batch in batches:
         with watch("forward"):
             kwargs = batch.kwargs[index] if attention else None
@@ -114,7 +120,7 @@ def prune_attention(
             kept_inner.append(inner)
 
     with watch("heads"):
-        weight = layer.module.get_submodule(spec.o_proj).weight
+        weight = layer.linear(spec.o_proj).weight
         by_group = config.head_unit == "kv-group"
         units = sizes.num_kv_heads if by_group else sizes.num_heads
         covariance = head_covariance(weight, statistics.covariance(), units)
@@ -135,7 +141,7 @@ def prune_attention(
             slice_attention(layer.tensors, spec, columns, head_columns(kv_heads, layer.head_dim), slope, intercept)
         )
 
-    project = layer.module.get_submodule(spec.o_proj)
+    project = layer.linear(spec.o_proj)
     device_columns = columns.to(layer.device)
     for batch in batches:
         with watch("forward"):
@@ -167,7 +173,7 @@ def prune_ffn(
     spec, sizes = layer.spec, layer.sizes()
     num_channels = sizes.intermediate_size
     norm = layer.module.get_submodule(spec.ffn_norm)
-    weight = layer.module.get_submodule(spec.down_proj).weight
+    weight = layer.linear(spec.down_proj).weight
     hidden_size = weight.shape[0]
     inputs = ColumnStatistics(hidden_size, layer.device)
     channels = ColumnStatistics(num_channels, layer.device)
@@ -193,7 +199,7 @@ def prune_ffn(
         input_norms = inputs.norms()
         importance = feature_space_importance(weight, output_covariance, channels.norms())
         for projection in (spec.gate_proj, spec.up_proj):
-            importance += input_importance(layer.module.get_submodule(projection).weight, input_norms)
+            importance += input_importance(layer.linear(projection).weight, input_norms)
         keep_lowest = round(_keep_lowest(config) * num_channels)
         kept_channels = select_channels(importance, budget.channels, keep_lowest)
         device_channels = kept_channels.to(layer.device)
@@ -201,7 +207,7 @@ def prune_ffn(
     dense_tensors = layer.tensors
     with watch("recovery"):
         layer.replace(slice_ffn(dense_tensors, spec, kept_channels))
-        kept_weight = layer.module.get_submodule(spec.down_proj).weight
+        kept_weight = layer.linear(spec.down_proj).weight
         mean_inner = channels.mean()[device_channels]
         paired = PairedMoments(outputs.mean(), kept_weight.double() @ mean_inner)
     for batch, y in zip(batches, dense_outputs):
@@ -222,7 +228,7 @@ def prune_ffn(
         slope, intercept = _recovery(moments, config)
         if slope is not None:
             layer.replace(slice_ffn(dense_tensors, spec, kept_channels, slope, intercept))
-    bias = layer.module.get_submodule(spec.down_proj).bias
+    bias = layer.linear(spec.down_proj).bias
     for batch, y_hat in zip(batches, dense_outputs):
         with watch("forward"):
             if slope is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,7 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
     }
     out_bias = any(size.attention_out_bias for size in sizes)
     ffn_bias = any(size.ffn_out_bias for size in sizes)
-    alike = all(
-        (size.num_heads, size.num_kv_heads, size.intermediate_size) == tuple(largest.values()) for size in sizes
-    )
+    alike = all((size.num_heads, size.num_kv_heads, size.intermediate_size) == tuple(largest.values()) for size in sizes)
     if not alike:
         overrides = {}
         for index, size in enumerate(sizes):
@@ -102,8 +101,8 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
         )
         return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias)
     config = AutoConfig.for_model(
-        "seed_oss", **common, **largest, attention_bias=qkv_bias, attention_out_bias=out_bias, mlp_bias=ffn_bias or gate_bias,
-        attention_dropout=0.0, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
+        "seed_oss", **common, **largest, attention_bias=qkv_bias, attention_out_bias=out_bias,
+        mlp_bias=ffn_bias or gate_bias, attention_dropout=0.0, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
     )  # fmt: skip
     return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias or gate_bias)
 
@@ -119,6 +118,8 @@ def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSp
     attention, name = model.config._attn_implementation, model.config.name_or_path
     for module, like in zip(model.modules(), twin.modules(), strict=True):
         module.__class__ = like.__class__
+        for attribute, value in vars(like).items():
+            vars(module).setdefault(attribute, value)  # what this class has and the old one had not
         if hasattr(module, "config"):
             module.config = output.config
     output.config._attn_implementation = attention
@@ -127,14 +128,14 @@ def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSp
 
 def write_config(config: PretrainedConfig, folder: Path) -> None:
     """config.json, readable by transformers 4 too, and the modeling file if the format needs one."""
-    rope = dict(getattr(config, "rope_parameters", None) or {})
+    settings = json.loads(config.to_json_string())
+    rope = dict(settings.get("rope_parameters") or {})
     if rope and config.model_type != "slim_llama":
-        # transformers 4 knows only these two; version 5 reads rope_parameters and ignores them.
-        config = copy.deepcopy(config)
-        theta = rope.pop("rope_theta", 10000.0)
-        config.rope_theta = theta
-        config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
-    config.to_json_file(folder / "config.json")
+        # transformers 4 knows only these two; version 5 prefers rope_parameters.
+        settings["rope_theta"] = rope.pop("rope_theta", 10000.0)
+        settings["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     if config.model_type == "slim_llama":
         source = Path(modeling_slim_llama.__file__)
         shutil.copyfile(source, folder / source.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -102,7 +103,15 @@ def slice_ffn(
 
 def install(layer: nn.Module, spec: LayerSpec, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
     """Put the tensors into a layer's modules, replacing the linear layers whose shape or bias has changed."""
-    for projection in (spec.q_proj, spec.k_proj, spec.v_proj, spec.o_proj, spec.gate_proj, spec.up_proj, spec.down_proj):
+    for projection in (
+        spec.q_proj,
+        spec.k_proj,
+        spec.v_proj,
+        spec.o_proj,
+        spec.gate_proj,
+        spec.up_proj,
+        spec.down_proj,
+    ):
         weight, bias = tensors[f"{projection}.weight"], tensors.get(f"{projection}.bias")
         old = layer.get_submodule(projection)
         assert isinstance(old, nn.Linear)
@@ -113,8 +122,7 @@ def install(layer: nn.Module, spec: LayerSpec, tensors: Tensors, device: torch.d
             setattr(layer.get_submodule(parent), name, new)
     placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
     layer.load_state_dict(placed, assign=True)
-    attention, ffn = layer.get_submodule(spec.attention), layer.get_submodule(spec.ffn)
-    attention.num_key_value_groups = (
-        tensors[f"{spec.q_proj}.weight"].shape[0] // tensors[f"{spec.k_proj}.weight"].shape[0]
-    )
+    attention: Any = layer.get_submodule(spec.attention)
+    ffn: Any = layer.get_submodule(spec.ffn)
+    attention.num_key_value_groups = tensors[f"{spec.q_proj}.weight"].shape[0] // tensors[f"{spec.k_proj}.weight"].shape[0]
     ffn.intermediate_size = tensors[f"{spec.down_proj}.weight"].shape[1]

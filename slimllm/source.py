@@ -101,7 +101,11 @@ class CheckpointModel(ModelSource):
         names = [name for name in self._shapes if name.startswith(prefix)]
         tensors = {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names).items()}
         layer = Layer(
-            empty_module(self.model, f"{self.spec.layers}.{index}"), tensors, self.spec, self.head_dim, self.device,
+            empty_module(self.model, f"{self.spec.layers}.{index}"),
+            tensors,
+            self.spec,
+            self.head_dim,
+            self.device,
             self.dtype,
         )
         layer.replace(tensors)

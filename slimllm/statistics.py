@@ -71,10 +71,11 @@ class GramStatistics:
         return self.pivot.double() + self.total / self.count
 
     def covariance(self) -> torch.Tensor:
-        """Population covariance: (features, features) fp64."""
+        """Population covariance: (features, features) fp64, symmetric to the last bit."""
         self._check_not_empty()
         delta = self.total / self.count
-        return self.gram.double().div_(self.count).addr_(delta, delta, alpha=-1)
+        covariance = self.gram.double().div_(self.count).addr_(delta, delta, alpha=-1)
+        return (covariance + covariance.T).div_(2)
 
     def _check_not_empty(self) -> None:
         if self.count == 0:

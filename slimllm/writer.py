@@ -72,9 +72,7 @@ class CheckpointWriter:
         self.folder.chmod(0o777 & ~_umask())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.checkpoint import open_checkpoint
 
-STORIES = Path(str(resources.files("slimllm").joinpath("data", "stories260k")))
+STORIES = Path(str(resources.files("slimllm") / "data" / "stories260k"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimllm.allocation import Allocation, LayerShape, allocate, paper_settings
+from slimllm.config import PruneConfig
+from slimllm.errors import InputError
+
+LLAMA_7B = LayerShape(32, 4 * 128 * 4096, 11008, 3 * 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 4096, 4096)
+SMOLLM2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 576, 576)
+
+
+def removed(allocation: Allocation, shapes: list[LayerShape]) -> int:
+    """Parameters that really go, biases added."""
+    total = 0
+    for budget, shape in zip(allocation.budgets, shapes, strict=True):
+        assert 0 <= budget.units < shape.units and 0 <= budget.channels < shape.channels
+        total += budget.units * shape.unit_params + budget.channels * shape.channel_params
+        total -= shape.attention_bias_params * (budget.units > 0) + shape.ffn_bias_params * (budget.channels > 0)
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=st.floats(0.02, 0.85),
+    similarity=st.lists(st.floats(0, 1), min_size=12, max_size=40),
+    shape=st.sampled_from([LLAMA_7B, SMOLLM2]),
+)
+def test_the_target_is_met(ratio: float, similarity: list[float], shape: LayerShape) -> None:
+    shapes = [shape] * len(similarity)
+    allocation = allocate(similarity, shapes, PruneConfig(ratio=ratio))
+    total = sum(s.params for s in shapes)
+    assert abs(removed(allocation, shapes) / total - ratio) <= 0.005 * ratio + 1e-9
+    for budget in allocation.budgets:
+        assert (shape.channels - budget.channels) % allocation.round_to == 0
+
+
+def test_softmax_as_published() -> None:
+    """r_ℓ = r · n · softmax(alpha c)_ℓ over the n layers of highest c, the rest left alone."""
+    similarity = torch.linspace(0.90, 0.99, 32).tolist()
+    allocation = allocate(similarity, [LLAMA_7B] * 32, PruneConfig(ratio=0.2, preset="paper"))
+    weights = torch.softmax(10 * torch.tensor(similarity[6:], dtype=torch.float64), 0)
+    wanted = [0.0] * 6 + (0.25 * 26 * weights).tolist()
+    assert [budget.ratio for budget in allocation.budgets] == pytest.approx(wanted, rel=1e-6)
+    assert (allocation.pruned_layers, allocation.alpha, allocation.round_to) == (26, 10.0, 1)
+    for budget in allocation.budgets:
+        assert budget.units == round(budget.ratio * 32)
+        # Heads are rounded, channels make up for it: the same ratio to within that.
+        assert abs(budget.channels - budget.ratio * 11008) <= 0.5 * 4 * 128 / 3 + 3
+
+
+def test_paper_settings() -> None:
+    assert paper_settings(0.2) == (0.25, 26 / 32, 10.0)
+    assert paper_settings(0.5) == pytest.approx((0.55, 30 / 32, 7.0))
+    assert paper_settings(0.35) == pytest.approx((0.40, 28 / 32, 8.5))
+    assert paper_settings(0.1) == pytest.approx((0.125, 26 / 32, 10.0))
+    allocation = allocate([0.9] * 32, [LLAMA_7B] * 32, PruneConfig(ratio=0.35, preset="paper"))
+    assert any("interpolated" in note for note in allocation.notes)
+
+
+def test_clamped_layers_hand_on_what_they_cannot_give() -> None:
+    similarity = [0.999] + [0.5] * 9
+    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, alpha=30.0))
+    assert allocation.budgets[0].units == 31 and allocation.budgets[0].channels == 11008 - 64
+    assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.5, rel=0.005)
+
+
+def test_more_layers_when_n_cannot_give_it() -> None:
+    allocation = allocate([0.9] * 10, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, pruned_layers=3))
+    assert allocation.pruned_layers > 3
+    assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.5, rel=0.005)
+
+
+def test_almost_nothing_is_nothing() -> None:
+    allocation = allocate([0.9] * 10, [SMOLLM2] * 10, PruneConfig(ratio=1e-6))
+    assert not any(budget.pruned for budget in allocation.budgets)
+
+
+def test_too_much_is_refused() -> None:
+    with pytest.raises(InputError, match=r"more than this model can give.*the most is 0\.885"):
+        allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(ratio=0.99))
+    with pytest.raises(InputError, match="has 4 layers"):
+        allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(ratio=0.2, pruned_layers=5))
+
+
+def test_a_width_that_is_no_multiple() -> None:
+    shape = dataclasses.replace(SMOLLM2, channels=1500)
+    allocation = allocate([0.9] * 12, [shape] * 12, PruneConfig(ratio=0.3, round_to=64))
+    for budget in allocation.budgets:
+        assert budget.channels == 0 or (1500 - budget.channels) % 64 == 0

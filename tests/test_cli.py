@@ -1,0 +1,239 @@
+"""The command line as users meet it: results, sentences instead of tracebacks, exit codes, untouched folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "COLUMNS": "200", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "slimllm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """The same in this process, which spares seconds of importing; exit code, stdout, stderr without line breaks."""
+    from slimllm import cli
+
+    saved = sys.argv
+    sys.argv = ["slimllm", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = saved
+    captured = capsys.readouterr()
+    return code, captured.out, " ".join(captured.err.split())
+
+
+def test_prune_and_eval(stories_path: Path, tmp_path: Path) -> None:
+    done = run("prune", stories_path, "--out", "out", "--ratio", "0.2", "--samples", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "x one dense pass" in done.stdout and "bundled text" in done.stdout and "the account allows" in done.stdout
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["achieved_ratio"] == pytest.approx(0.2, rel=0.005)
+    assert "slimllm prune" in (tmp_path / "out" / "README.md").read_text()
+    values = []
+    for batch_size in ("1", "8"):
+        done = run("eval", "out", "--max-windows", "20", "--batch-size", batch_size, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        match = re.search(r"perplexity ([\d.]+)", done.stdout)
+        assert match
+        values.append(float(match[1]))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+def test_quiet(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(
+        capsys, "prune", stories_path, "--out", tmp_path / "o", "--ratio", "0.2", "--samples", "4", "--quiet"
+    )
+    assert (code, out.strip()) == (0, "")
+
+
+def test_cli_and_python_write_the_same(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import slimllm
+
+    call(
+        capsys, "prune", stories_path, "--out", tmp_path / "cli", "--ratio", "0.3", "--samples", "4", "--head-unit", "query"
+    )
+    slimllm.prune(stories_path, tmp_path / "py", slimllm.PruneConfig(ratio=0.3, samples=4, head_unit="query"))
+    for shard in (tmp_path / "cli").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "py" / shard.name).read_bytes()
+
+
+def broken(stories_path: Path, folder: Path, **config: object) -> Path:
+    """A copy of the model, with changes of its configuration."""
+    shutil.copytree(stories_path, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+def with_tensor(folder: Path, name: str, change: str) -> Path:
+    """Damage one tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    if change == "missing":
+        del tensors[name]
+    elif change == "shape":
+        tensors[name] = tensors[name][:-1].contiguous()
+    else:
+        tensors[name].view(-1)[5] = float(change)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+Q_PROJ = "model.layers.3.self_attn.q_proj.weight"
+
+
+def bad_inputs(stories: Path, tmp: Path) -> list[tuple[str, list[str | Path], str]]:
+    text = tmp / "short.txt"
+    text.write_text("Once upon a time.")
+    truncated = broken(stories, tmp / "truncated")
+    shard = truncated / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    unsharded = broken(stories, tmp / "no-shard")
+    (unsharded / "model.safetensors").unlink()
+    pickled = broken(stories, tmp / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    empty = tmp / "empty-folder"
+    empty.mkdir()
+    jsonl = tmp / "bad.jsonl"
+    jsonl.write_text('{"text": "a"}\n{"words": "b"}\n')
+    (tmp / "notes.md").write_text("x")
+    return [
+        ("no such folder", [tmp / "nowhere"], "There is no folder or file"),
+        ("no config", [empty], "holds no config.json"),
+        ("a file that is no GGUF", [tmp / "notes.md"], "not a .gguf file"),
+        (
+            "no causal LM",
+            [broken(stories, tmp / "cls", architectures=["LlamaForSequenceClassification"])],
+            "no causal language",
+        ),
+        ("unknown family", [broken(stories, tmp / "gpt2", model_type="gpt2")], "supported types are llama"),
+        ("quantised", [broken(stories, tmp / "q", quantization_config={"quant_method": "gptq"})], "gptq weights"),
+        ("missing shard", [unsharded], "is missing"),
+        ("pickled", [pickled], "never read"),
+        ("truncated shard", [truncated], "damaged or truncated"),
+        ("missing tensor", [with_tensor(broken(stories, tmp / "m"), Q_PROJ, "missing")], f"{Q_PROJ} is missing"),
+        ("wrong shape", [with_tensor(broken(stories, tmp / "s"), Q_PROJ, "shape")], r"has shape \(63, 64\)"),
+        ("NaN", [with_tensor(broken(stories, tmp / "nan"), Q_PROJ, "nan")], f"{Q_PROJ} .*NaN or infinite"),
+        ("Inf", [with_tensor(broken(stories, tmp / "inf"), Q_PROJ, "inf")], f"{Q_PROJ} .*NaN or infinite"),
+        ("ratio 0", [stories, "--ratio", "0"], "between 0 and 1, got 0"),
+        ("ratio 1", [stories, "--ratio", "1.0"], "between 0 and 1"),
+        ("ratio too high", [stories, "--ratio", "0.97"], "more than this model can give"),
+        ("short text", [stories, "--calibration", text], "give more text"),
+        ("no such text", [stories, "--calibration", tmp / "none.txt"], "does not exist"),
+        ("bad jsonl", [stories, "--calibration", jsonl], "Line 2 of"),
+        ("no such dataset", [stories, "--calibration", "nobody/nothing"], "no dataset of that name"),
+        ("windows too long", [stories, "--seq-len", "1024"], "at most 512"),
+        ("preset", [stories, "--preset", "best"], "preset must be one of default, paper, got 'best'"),
+        ("n", [stories, "--pruned-layers", "9"], "has 5 layers"),
+        ("device", [stories, "--device", "tpu9"], "device"),
+        ("samples", [stories, "--samples", "0"], "samples must be at least 1"),
+    ]
+
+
+def test_bad_input_is_a_sentence(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for title, arguments, sentence in bad_inputs(stories_path, tmp_path):
+        ratio = [] if "--ratio" in arguments else ["--ratio", "0.2"]
+        code, _, err = call(capsys, "prune", *arguments, "--out", out, *ratio)
+        assert code == 2, title
+        assert re.search(sentence, err), (title, err)
+        assert "Traceback" not in err and err.startswith("Error: "), (title, err)
+        assert not out.exists() and not list(tmp_path.glob(".out.*")), title
+
+
+def test_output_folders_that_would_cost_data(
+    stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    occupied, other = tmp_path / "occupied", tmp_path / "other"
+    model = broken(stories_path, tmp_path / "model")
+    for folder in (occupied, other):
+        folder.mkdir()
+        (folder / "precious.txt").write_text("mine")
+    (occupied / "config.json").write_text("{}")
+    file = tmp_path / "file"
+    file.write_text("x")
+    cases: list[tuple[list[str | Path], str]] = [
+        (["--out", occupied], "not empty"),
+        (["--out", other, "--overwrite"], "holds no model"),
+        (["--out", model, "--overwrite"], "is or contains the model"),
+        (["--out", tmp_path, "--overwrite"], "is or contains the model"),
+        (["--out", file], "is a file"),
+    ]
+    for arguments, sentence in cases:
+        code, _, err = call(capsys, "prune", model, "--ratio", "0.2", "--samples", "4", *arguments)
+        assert code == 2 and sentence in err, err
+    assert (occupied / "precious.txt").read_text() == (other / "precious.txt").read_text() == "mine"
+    assert (model / "model.safetensors").is_file()
+    # Asked for, a model is replaced, and only when the new one is complete.
+    code, _, err = call(capsys, "prune", model, "--ratio", "0.99", "--samples", "4", "--out", occupied, "--overwrite")
+    assert code == 2 and (occupied / "precious.txt").is_file()
+    code, _, err = call(capsys, "prune", model, "--ratio", "0.2", "--samples", "4", "--out", occupied, "--overwrite")
+    assert code == 0 and not (occupied / "precious.txt").exists() and (occupied / "report.json").is_file()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_no_room_on_the_disk(
+    stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    code, _, err = call(capsys, "prune", stories_path, "--out", tmp_path / "out", "--ratio", "0.2")
+    assert code == 2 and "are free" in err and not (tmp_path / "out").exists()
+
+
+def test_disk_full_while_writing(
+    stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import slimllm.writer
+
+    def save(tensors: dict[str, torch.Tensor], path: Path, **rest: object) -> None:
+        if "00003" in path.name:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(slimllm.writer, "save_file", save)
+    code, _, err = call(capsys, "prune", stories_path, "--out", tmp_path / "out", "--ratio", "0.2", "--samples", "4")
+    assert code == 2 and "No space left" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time")
+    cases: list[tuple[list[str | Path], str]] = [
+        ([tmp_path / "nowhere"], "cannot be loaded"),
+        ([stories_path, "--text", short], "fewer than one window"),
+        ([stories_path, "--seq-len", "600"], "at most 512"),
+        ([stories_path, "--seq-len", "1"], "at least 2"),
+        ([stories_path, "--dtype", "int4"], "dtype must be one of"),
+        ([stories_path, "--device", "cuda:99"], "torch sees"),
+    ]
+    for arguments, sentence in cases:
+        code, _, err = call(capsys, "eval", *arguments)
+        assert code == 2 and sentence in err, err
+
+
+def test_interrupt_leaves_nothing(stories_path: Path, tmp_path: Path) -> None:
+    import slimllm
+
+    def stop(stage: str, index: int, num_layers: int, report: object) -> None:
+        if stage == "prune" and index == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        slimllm.prune(stories_path, tmp_path / "out", slimllm.PruneConfig(ratio=0.2, samples=4), progress=stop)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,321 @@
+"""Runs of the whole engine on a real model: what comes out, and that it loads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import as_mha, random_llama
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+import slimllm
+from slimllm import InputError, PruneConfig, PruneReport
+from slimllm.layer import KEEP_INNER_BYTES
+
+
+def config(token_ids: torch.Tensor, ratio: float = 0.3, **settings: Any) -> PruneConfig:
+    return PruneConfig(ratio=ratio, calibration=token_ids, **settings)
+
+
+def logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(token_ids).logits
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of every file but the report, which holds times."""
+    files = sorted(file for file in folder.iterdir() if file.name != "report.json")
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.parametrize("head_unit", ["kv-group", "query"])
+def test_reload_is_the_model_in_memory(
+    stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path, head_unit: str
+) -> None:
+    report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, head_unit=head_unit))
+    assert report.format == "slim_llama"
+    slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3, head_unit=head_unit))
+    local, _ = slimllm.load(tmp_path / "out")
+    assert torch.equal(logits(local, token_ids[:4]), logits(stories, token_ids[:4]))
+
+
+# What a user does who has transformers and not slimllm.
+STRANGER = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
+ids = load_file("ids.safetensors")["ids"]
+with torch.no_grad():
+    save_file({"logits": model(ids).logits}, "logits.safetensors")
+settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+assert type(AutoModel.from_pretrained("out", trust_remote_code=True)).__name__ == "SlimLlamaModel"
+model.save_pretrained("again")
+again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(again(ids).logits, model(ids).logits)
+assert type(again).__module__.startswith("transformers_modules") and "slimllm" not in sys.modules
+"""
+
+
+def test_loads_without_slimllm(stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    slimllm.prune(stories_path, tmp_path / "out", config(token_ids))
+    slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3))
+    save_file({"ids": token_ids[:2]}, tmp_path / "ids.safetensors")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", STRANGER], cwd=tmp_path, env=environment, check=True)
+    assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits(stories, token_ids[:2]))
+
+
+def test_generate_with_and_without_cache(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    slimllm.prune(stories_path, tmp_path / "out", config(token_ids))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    prompt = token_ids[:2, :10]
+    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    with_cache = model.generate(prompt, use_cache=True, **settings)
+    assert torch.equal(with_cache, model.generate(prompt, use_cache=False, **settings))
+    eager = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, attn_implementation="eager"
+    )  # fmt: skip
+    assert torch.allclose(logits(eager, prompt), logits(model, prompt), atol=1e-4)
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_save_pretrained_round_trip(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, remote: bool) -> None:
+    slimllm.prune(stories_path, tmp_path / "out", config(token_ids))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=remote)
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "modeling_slim_llama.py").is_file()
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert set(saved["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(logits(again, token_ids[:2]), logits(model, token_ids[:2]))
+
+
+def test_model_in_memory_saves_and_reloads(stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3))
+    stories.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert torch.equal(logits(again, token_ids[:2]), logits(stories, token_ids[:2]))
+    stories.train()
+    loss = stories(token_ids[:2], labels=token_ids[:2]).loss
+    loss.backward()
+    assert all(p.grad is not None for p in stories.parameters())
+
+
+def test_a_pruned_checkpoint_can_be_pruned_again(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    first = slimllm.prune(stories_path, tmp_path / "once", config(token_ids, ratio=0.2))
+    second = slimllm.prune(tmp_path / "once", tmp_path / "twice", config(token_ids, ratio=0.2))
+    assert second.parameters["before"] == first.parameters["after"]
+    assert second.achieved_ratio == pytest.approx(0.2, rel=0.01)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=True)
+    assert sum(p.numel() for p in model.parameters()) == second.parameters["after"]
+    in_memory, _ = slimllm.load(tmp_path / "once")
+    slimllm.prune_model(in_memory, token_ids, PruneConfig(ratio=0.2))
+    assert torch.equal(logits(in_memory, token_ids[:2]), logits(model, token_ids[:2]))
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.35, 0.5, 0.7])
+def test_the_ratio_is_met(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, ratio: float) -> None:
+    report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, ratio=ratio))
+    assert report.achieved_ratio == pytest.approx(ratio, rel=0.005)
+    model, _ = slimllm.load(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == report.parameters["after"]
+    assert sum(p.numel() for p in model.model.layers.parameters()) == report.parameters["layers_after"]
+
+
+def test_almost_no_ratio_is_the_identity(stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, ratio=1e-5))
+    assert report.format == "llama" and report.achieved_ratio == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(model) is LlamaForCausalLM
+    state = stories.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_same_seed_same_files(stories_path: Path, tmp_path: Path) -> None:
+    settings = PruneConfig(ratio=0.3, samples=8, seq_len=64, seed=5)
+    runs = []
+    for name in ("a", "b"):
+        folder = tmp_path / name / "model"
+        slimllm.prune(stories_path, folder, settings, command="the same")
+        runs.append(digests(folder))
+    assert runs[0] == runs[1]
+    slimllm.prune(stories_path, tmp_path / "c", PruneConfig(ratio=0.3, samples=8, seq_len=64, seed=6), command="the same")
+    assert digests(tmp_path / "c") != runs[0]
+
+
+def test_batch_size_changes_rounding_only(stories: Any, token_ids: torch.Tensor) -> None:
+    import copy
+
+    reports, outputs = [], []
+    for batch_size in (1, 3, 16):
+        model = copy.deepcopy(stories)
+        reports.append(slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3, batch_size=batch_size)))
+        outputs.append(logits(model, token_ids[:2]))
+    for report, output in zip(reports[1:], outputs[1:]):
+        for one, other in zip(report.layers, reports[0].layers):
+            assert one["kept_heads"] == other["kept_heads"] and one["kept_channels"] == other["kept_channels"]
+        assert torch.allclose(output, outputs[0], atol=1e-3)
+
+
+def test_inner_activations_kept_or_made_again(
+    stories: Any, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import copy
+
+    assert token_ids.numel() * 172 * 4 < KEEP_INNER_BYTES
+    kept, again = copy.deepcopy(stories), copy.deepcopy(stories)
+    first = slimllm.prune_model(kept, token_ids, PruneConfig(ratio=0.3))
+    monkeypatch.setattr("slimllm.layer.KEEP_INNER_BYTES", 0)
+    second = slimllm.prune_model(again, token_ids, PruneConfig(ratio=0.3))
+    assert [r["kept_channels"] for r in first.layers] == [r["kept_channels"] for r in second.layers]
+    assert torch.allclose(logits(kept, token_ids[:2]), logits(again, token_ids[:2]), atol=1e-3)
+
+
+def test_recovery_helps(stories: Any, token_ids: torch.Tensor) -> None:
+    import copy
+
+    losses = {}
+    for recovery in ("affine", "none"):
+        model = copy.deepcopy(stories)
+        report = slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
+        losses[recovery] = report.calibration["perplexity_pruned"]
+        for layer in report.layers:
+            if "ffn_error_before" in layer:
+                assert layer["ffn_error_after"] <= layer["ffn_error_before"] + 1e-12
+        assert (report.layers[-1]["num_heads"], report.format) != (0, "")
+    assert losses["affine"] < losses["none"]
+
+
+# Ratios that come out without a remainder, so that all layers end with the same sizes.
+@pytest.mark.parametrize(
+    ("recovery", "ratio", "wanted"),
+    [("affine", 11200 / 45440, "seed_oss"), ("none", 11328 / 45440, "seed_oss"), ("none", 22656 / 45440, "llama")],
+)
+def test_uniform_sizes_are_written_as_stock_models(
+    stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, recovery: str, ratio: float, wanted: str
+) -> None:
+    """seed_oss has a home for every bias and any number of heads; llama only where the heads divide the width."""
+    settings = {"recovery": recovery, "ratio": ratio, "pruned_layers": 5, "alpha": 0.0, "round_to": 43}
+    out = tmp_path / "out"
+    report = slimllm.prune(stories_path, out, config(token_ids, **settings))
+    assert len({(r["num_heads"], r["intermediate_size"]) for r in report.layers}) == 1
+    assert report.format == wanted
+    assert not list(out.glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert model.config.model_type == wanted and type(model).__module__.startswith("transformers.models")
+    in_memory = AutoModelForCausalLM.from_pretrained(stories_path).eval()
+    slimllm.prune_model(in_memory, token_ids, PruneConfig(**settings))
+    assert torch.equal(logits(model, token_ids[:2]), logits(in_memory, token_ids[:2]))
+    again = slimllm.prune(out, tmp_path / "again", config(token_ids, ratio=0.2))
+    assert again.achieved_ratio == pytest.approx(0.2, rel=0.01)
+
+
+def test_biases_that_exist_are_kept_and_corrected(tmp_path: Path) -> None:
+    model = random_llama(3)
+    model.save_pretrained(tmp_path / "dense")
+    token_ids = torch.randint(0, 128, (6, 40))
+    report = slimllm.prune(tmp_path / "dense", tmp_path / "out", config(token_ids, ratio=0.3))
+    slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
+    assert report.parameters["after"] == sum(p.numel() for p in model.parameters())
+
+
+def test_report_says_what_happened(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    returned = slimllm.prune(stories_path, tmp_path / "out", config(token_ids))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["parameters"]) == {"before", "after", "layers_before", "layers_after"}
+    for name in ("elapsed_s", "dense_pass_s", "peak_host_gib", "peak_gpu_gib", "config", "versions", "backend"):
+        assert name in report
+    assert report["elapsed_s"] > report["dense_pass_s"] > 0
+    assert len(report["layers"]) == 5
+    for index, layer in enumerate(report["layers"]):
+        assert layer["index"] == index
+        assert len(layer["kept_heads"]) == layer["num_heads"]
+        assert len(layer["kept_kv_heads"]) == layer["num_kv_heads"]
+        assert len(layer["kept_channels"]) == layer["intermediate_size"]
+        assert {"similarity", "ratio", "elapsed_s", "peak_host_gib", "parameters_after"} <= set(layer)
+    pruned = [layer for layer in report["layers"] if layer["ratio"]]
+    assert pruned and all(len(layer["channel_importance"]) == 172 for layer in pruned)
+    assert PruneReport.read(tmp_path / "out").parameters == returned.parameters
+    with pytest.raises(ValueError, match="not the report"):
+        PruneReport.read(tmp_path)
+
+
+def test_what_comes_along(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    slimllm.prune(stories_path, tmp_path / "out", config(token_ids), command="slimllm prune X")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md", "report.json"} <= names
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Once upon")["input_ids"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "slimllm prune X" in card and "perplexity" in card and "trust_remote_code=True" in card
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["tie_word_embeddings"] is True
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in index["weight_map"]
+    assert len(set(index["weight_map"].values())) == 6
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_dtype_is_kept_or_changed(stories: Any, token_ids: torch.Tensor, tmp_path: Path, stored: torch.dtype) -> None:
+    stories.to(stored).save_pretrained(tmp_path / "dense")
+    for asked, wanted in ((None, stored), ("float32", torch.float32)):
+        out = tmp_path / f"out-{asked}"
+        slimllm.prune(tmp_path / "dense", out, config(token_ids, dtype=asked))
+        for shard in out.glob("*.safetensors"):
+            with safe_open(shard, framework="pt") as file:
+                assert {file.get_tensor(name).dtype for name in file.keys()} == {wanted}
+        assert AutoConfig.from_pretrained(out).dtype == wanted
+        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+        assert model.dtype == wanted and torch.isfinite(logits(model, token_ids[:1])).all()
+
+
+def test_compute_dtype(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, compute_dtype="bfloat16"))
+    exact = slimllm.prune(stories_path, tmp_path / "exact", config(token_ids))
+    assert report.compute_dtype == "bfloat16"
+    assert report.calibration["perplexity_pruned"] == pytest.approx(exact.calibration["perplexity_pruned"], rel=0.1)
+
+
+def test_mha_copy_of_a_gqa_model_prunes_to_the_ratio(stories: Any, token_ids: torch.Tensor) -> None:
+    report = slimllm.prune_model(as_mha(stories), token_ids, PruneConfig(ratio=0.4))
+    assert report.achieved_ratio == pytest.approx(0.4, rel=0.005)
+
+
+def test_lora_trains_and_merges(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    slimllm.prune(stories_path, tmp_path / "out", config(token_ids))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
+    tuned(token_ids[:2], labels=token_ids[:2]).loss.backward()
+    assert torch.isfinite(logits(tuned.merge_and_unload(), token_ids[:1])).all()
+
+
+def test_what_prune_model_refuses(stories: Any, token_ids: torch.Tensor) -> None:
+    before = {name: tensor.clone() for name, tensor in stories.state_dict().items()}
+    with pytest.raises(TypeError, match="transformers model"):
+        slimllm.prune_model("a folder", token_ids, PruneConfig(ratio=0.2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tokenizer"):
+        slimllm.prune_model(stories, "text", PruneConfig(ratio=0.2))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="dtype does not apply"):
+        slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.2, dtype="float16"))
+    with pytest.raises(InputError, match="int64 tensor"):
+        slimllm.prune_model(stories, token_ids.float(), PruneConfig(ratio=0.2))
+    with pytest.raises(InputError, match="vocabulary has 512"):
+        slimllm.prune_model(stories, token_ids + 500, PruneConfig(ratio=0.2))
+    with pytest.raises(InputError, match="more than this model can give"):
+        slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.95))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stories.state_dict().items())

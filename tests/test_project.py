@@ -1,0 +1,50 @@
+"""The shape of the project itself."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import slimllm
+
+PACKAGE = Path(slimllm.__file__).parent
+# The way of the data: a module imports only from those before it.
+ORDER = [
+    "errors", "config", "families", "modeling_slim_llama", "registration", "kernels", "ops", "statistics", "importance",
+    "selection", "recovery", "allocation", "slicing", "native", "progress", "layer", "memory", "skeleton", "checkpoint",
+    "checkpoint_gguf", "calibration", "source", "pipeline", "report", "modelcard", "writer", "engine", "evaluate",
+    "display", "demo", "cli", "__main__", "__init__",
+]  # fmt: skip
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "slimllm":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    return found & set(ORDER)
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda file: file.stem)
+def test_imports_go_one_way(file: Path) -> None:
+    position = ORDER.index(file.stem)
+    allowed_lazily = {"checkpoint": {"checkpoint_gguf"}}.get(file.stem, set())
+    assert imports_of(file) - allowed_lazily <= set(ORDER[:position]) | {file.stem}
+
+
+def test_files_stay_short() -> None:
+    for file in PACKAGE.glob("*.py"):
+        assert len(file.read_text().splitlines()) <= 300, file.name
+
+
+def test_extension_or_its_absence() -> None:
+    """Where it was built, it says how; nothing else depends on it yet."""
+    try:
+        from slimllm import _C
+    except ImportError:
+        pytest.skip("the extension was not built")
+    info = _C.build_info()
+    assert info["cpp_standard"] >= 201703 and info["compiler"]

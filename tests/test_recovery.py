@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slimllm.importance import head_covariance
+from slimllm.recovery import OutputMoments, affine_fit, head_moments
+from slimllm.statistics import GramStatistics
+
+
+def moments_of(y: torch.Tensor, y_hat: torch.Tensor) -> OutputMoments:
+    y, y_hat = y.double(), y_hat.double()
+    centered, centered_hat = y - y.mean(0), y_hat - y_hat.mean(0)
+    return OutputMoments(
+        y.mean(0), y_hat.mean(0), centered.square().mean(0), centered_hat.square().mean(0),
+        (centered * centered_hat).mean(0),
+    )  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), tokens=st.integers(3, 100), features=st.integers(1, 12))
+def test_residual_is_orthogonal_to_its_inputs(seed: int, tokens: int, features: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    y_hat = torch.randn(tokens, features, generator=generator, dtype=torch.float64) + 3
+    y = torch.randn(tokens, features, generator=generator, dtype=torch.float64) + y_hat
+    moments = moments_of(y, y_hat)
+    slope, intercept = affine_fit(moments)
+    residual = y - slope * y_hat - intercept
+    assert residual.mean(0).abs().max() <= 1e-9
+    assert (residual * y_hat).mean(0).abs().max() <= 1e-8
+    measured = residual.square().mean(0).sum() / (y - y.mean(0)).square().mean(0).sum()
+    assert abs(moments.relative_error(slope, intercept) - float(measured)) <= 1e-9
+    ones, zeros = torch.ones(features).double(), torch.zeros(features).double()
+    assert moments.relative_error(slope, intercept) <= moments.relative_error(ones, zeros) + 1e-12
+
+
+def test_constant_prediction_keeps_slope_one_and_meets_the_mean() -> None:
+    y = torch.randn(50, 2) + 4
+    y_hat = torch.tensor([7.0, 0.0]).expand(50, 2)
+    slope, intercept = affine_fit(moments_of(y, y_hat))
+    assert slope.tolist() == [1.0, 1.0]
+    assert torch.allclose(slope * y_hat[0] + intercept, y.double().mean(0))
+
+
+def test_perfect_prediction_is_left_alone() -> None:
+    y = torch.randn(50, 3)
+    slope, intercept = affine_fit(moments_of(y, y))
+    assert torch.allclose(slope, torch.ones(3).double()) and intercept.abs().max() < 1e-12
+
+
+def test_head_moments_are_those_of_the_outputs() -> None:
+    x, weight = torch.randn(300, 12) + 2, torch.randn(7, 12)
+    keep = torch.tensor([0, 2])
+    statistics = GramStatistics(12)
+    statistics.update(x)
+    covariance = head_covariance(weight, statistics.covariance(), 4)
+    means = (weight.double().view(7, 4, 3) * statistics.mean().view(4, 3)).sum(-1).T
+    got = head_moments(covariance, means, keep)
+    outputs = torch.einsum("nhd,khd->nkh", x.double().view(300, 4, 3), weight.double().view(7, 4, 3))
+    wanted = moments_of(outputs.sum(-1), outputs[..., keep].sum(-1))
+    for name in ("mean_y", "mean_y_hat", "variance_y", "variance_y_hat", "covariance"):
+        assert torch.allclose(getattr(got, name), getattr(wanted, name), rtol=1e-4, atol=1e-5), name

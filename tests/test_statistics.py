@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import FLOOR, assert_close
+
+from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
+
+
+def covariance(x: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    centered = x - x.mean(0)
+    return centered.T @ centered / len(x)
+
+
+def gathered(x: torch.Tensor, cuts: list[int]) -> GramStatistics:
+    statistics = GramStatistics(x.shape[1])
+    for part in x.tensor_split(cuts):
+        statistics.update(part)
+    return statistics
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), tokens=st.integers(1, 130), features=st.integers(1, 40), data=st.data())
+def test_any_split_gives_the_same(seed: int, tokens: int, features: int, data: st.DataObject) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, features, generator=generator) * 3 + 10 * torch.randn(features, generator=generator)
+    cuts = sorted(data.draw(st.lists(st.integers(0, tokens), max_size=4)))
+    wanted = covariance(x)
+    scale = x.double().square().mean()
+    for statistics in (gathered(x, []), gathered(x, cuts)):
+        got = statistics.covariance()
+        assert_close(got, wanted, plain=wanted, floor=5e-6, scale=scale)
+        assert torch.equal(got, got.T)
+        assert torch.linalg.eigvalsh(got).min() >= -5e-6 * scale
+        assert_close(statistics.mean(), x.double().mean(0), plain=x.mean(0), floor=1e-6)
+    parts = [gathered(part, []) for part in x.tensor_split(cuts) if len(part)]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged.merge(part)
+    assert merged.count == tokens
+    assert_close(merged.covariance(), wanted, plain=wanted, floor=5e-6, scale=scale)
+
+
+def test_mean_ten_thousand_times_the_spread() -> None:
+    """Where the raw Gram in fp32 has lost every digit of the covariance, the one about a pivot keeps five."""
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(4096, 32, generator=generator) @ torch.randn(32, 32, generator=generator) / 32**0.5
+    x = spread + 1e4 * torch.sign(torch.randn(32, generator=generator))
+    wanted = covariance(x)
+    raw = x.T @ x / len(x) - torch.outer(x.mean(0), x.mean(0))
+    assert (raw.double() - wanted).abs().max() > 0.5 * wanted.abs().max()
+    for statistics in (gathered(x, []), gathered(x, [1000, 3000])):
+        assert (statistics.covariance() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_first_batch_far_from_the_rest() -> None:
+    """The pivot is that of the first batch; the stream may still wander by several spreads."""
+    x = torch.randn(2000, 8) + torch.linspace(0, 20, 2000)[:, None]
+    assert (gathered(x, [10, 500]).covariance() - covariance(x)).abs().max() <= 1e-5 * covariance(x).abs().max()
+
+
+def test_merge_with_empty_and_into_empty() -> None:
+    x = torch.randn(50, 4) + 100
+    full, empty = gathered(x, []), GramStatistics(4)
+    full.merge(GramStatistics(4))
+    empty.merge(full)
+    assert torch.allclose(empty.covariance(), full.covariance()) and empty.count == 50
+
+
+def test_one_token_has_no_spread() -> None:
+    statistics = gathered(torch.randn(1, 5) * 1e4, [])
+    assert statistics.covariance().abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_are_taken_as_they_are(dtype: torch.dtype) -> None:
+    x = (torch.randn(300, 16) * 2 + 5).to(dtype)
+    assert (gathered(x, [100]).covariance() - covariance(x)).abs().max() <= 1e-5 * covariance(x).abs().max()
+
+
+def test_non_contiguous() -> None:
+    x = torch.randn(16, 300).T[::2]
+    assert_close(gathered(x, []).covariance(), covariance(x), plain=covariance(x), floor=FLOOR[torch.float32] * 5)
+
+
+def test_errors() -> None:
+    statistics = GramStatistics(4)
+    with pytest.raises(ValueError, match="no tokens"):
+        statistics.covariance()
+    with pytest.raises(ValueError, match=r"shape \(num_tokens, 4\)"):
+        statistics.update(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="cannot merge"):
+        statistics.merge(GramStatistics(5))
+    with pytest.raises(ValueError, match="at least 1"):
+        GramStatistics(0)
+
+
+def test_column_statistics() -> None:
+    x = torch.randn(500, 12) + 1000
+    statistics = ColumnStatistics(12)
+    for part in x.split(130):
+        statistics.update(part)
+    assert_close(statistics.norms(), x.double().norm(dim=0), plain=x.norm(dim=0), floor=1e-6)
+    assert_close(statistics.mean(), x.double().mean(0), plain=x.mean(0), floor=1e-6)
+
+
+def test_paired_moments_with_large_means() -> None:
+    y = torch.randn(800, 6) + 3000
+    y_hat = 0.5 * y + torch.randn(800, 6)
+    moments = PairedMoments(y.double().mean(0), y_hat.double().mean(0))
+    for part in torch.arange(800).split(300):
+        moments.update(y[part], y_hat[part])
+    centered, centered_hat = y.double() - y.double().mean(0), y_hat.double() - y_hat.double().mean(0)
+    assert torch.allclose(moments.variance(), centered_hat.square().mean(0), rtol=1e-4)
+    assert torch.allclose(moments.covariance(), (centered * centered_hat).mean(0), rtol=1e-4)
