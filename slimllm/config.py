@@ -134,9 +134,10 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def _check_number(name: str, value: Any, kind: type | tuple[type, ...], least: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind):
+    fits: bool = isinstance(value, kind) and not isinstance(value, bool)
+    if not fits:
         wanted = "an integer" if kind is int else "a number"
         raise TypeError(f"{name} must be {wanted}, got {value!r}.")
-    number = float(value)
+    number: float = value
     if math.isnan(number) or (least is not None and number < least):
         raise InputError(f"{name} must be at least {least}, got {value}.")

@@ -56,10 +56,8 @@ def test_prune_and_eval(stories_path: Path, tmp_path: Path) -> None:
 
 
 def test_quiet(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = call(
-        capsys, "prune", stories_path, "--out", tmp_path / "o", "--ratio", "0.2", "--samples", "4", "--quiet"
-    )
-    assert (code, out.strip()) == (0, "")
+    arguments = ["--out", tmp_path / "out", "--ratio", "0.2", "--samples", "4", "--quiet"]
+    assert call(capsys, "prune", stories_path, *arguments) == (0, "", "")
 
 
 def test_cli_and_python_write_the_same(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
