@@ -66,8 +66,9 @@ def prune(
     check_destination(out, checkpoint.path, overwrite)  # of a hub model, the folder it was downloaded to
     dtype = DTYPES[config.dtype] if config.dtype else None
     source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
-    for name in source.unexpected:
-        notice(f"{name} of the checkpoint has no place in the model and is left out.")
+    if source.unexpected:
+        first, number = source.unexpected[0], len(source.unexpected)
+        notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
     check_space(out, _bytes_to_write(source, dtype))
     tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
     token_ids = calibration_windows(config, tokenizer, source.config, notice)
@@ -287,3 +288,8 @@ def _write_companions(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase
         shutil.copyfile(file, folder / file.name)
     if not files:
         (tokenizer or checkpoint.tokenizer()).save_pretrained(folder)
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        # transformers 5 writes a name for it that version 4 does not know; this one both do.
+        text = settings.read_text(encoding="utf-8")
+        settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")

@@ -89,7 +89,7 @@ def test_gguf_loads_prunes_and_gives_the_same_as_the_folder(
 def test_quantised_gguf_is_written_as_bfloat16(stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
     path = write_gguf(stories, tmp_path / "q8.gguf", gguf.GGMLQuantizationType.Q8_0)
     slimllm.prune(path, tmp_path / "out", PruneConfig(ratio=0.3, calibration=token_ids))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype="auto")
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
         assert torch.isfinite(model(token_ids[:1]).logits).all()

@@ -278,7 +278,7 @@ def test_dtype_is_kept_or_changed(stories: Any, token_ids: torch.Tensor, tmp_pat
             with safe_open(shard, framework="pt") as file:
                 assert {file.get_tensor(name).dtype for name in file.keys()} == {wanted}
         assert AutoConfig.from_pretrained(out).dtype == wanted
-        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True, dtype="auto")
         assert model.dtype == wanted and torch.isfinite(logits(model, token_ids[:1])).all()
 
 

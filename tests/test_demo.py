@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from slimllm import PruneReport, demo
+
+
+def test_demo_with_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens where the package with the larger model cannot be had."""
+    monkeypatch.setattr(demo, "find_demo_model", lambda: None)
+    console = Console(width=400, record=True)
+    demo.run_demo(tmp_path / "out", 0.2, False, console)
+    text = console.export_text()
+    assert "is not installed" in text and "takes its place" in text
+    for line in ("parameters", "perplexity", "weights on disk", "prefill", "generation", "Pruned in", "before", "Next:"):
+        assert line in text
+    assert PruneReport.read(tmp_path / "out").achieved_ratio == pytest.approx(0.2, rel=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(demo.find_demo_model() is None, reason="the package with SmolLM2 is not installed (make demo does it)")
+def test_demo_with_the_real_model(tmp_path: Path) -> None:
+    console = Console(width=400, record=True)
+    demo.run_demo(tmp_path / "out", 0.2, False, console)
+    report = PruneReport.read(tmp_path / "out")
+    assert report.parameters["before"] == 134_515_008
+    assert report.peak_host_gib <= sum(report.memory_gib.values()) * 1.1
