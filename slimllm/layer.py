@@ -106,7 +106,6 @@ def prune_attention(
         The attention's part of the layer's report.
     """
     spec, sizes = layer.spec, layer.sizes()
-    group_size = sizes.num_heads // sizes.num_kv_heads
     norm = layer.module.get_submodule(spec.attention_norm)
     statistics = GramStatistics(sizes.num_heads * layer.head_dim, layer.device)
     keep_inner = _fits(batches, sizes.num_heads * layer.head_dim)
@@ -121,15 +120,15 @@ def prune_attention(
 
     with watch("heads"):
         weight = layer.linear(spec.o_proj).weight
-        by_group = config.head_unit == "kv-group"
+        by_group = sizes.by_group(config.head_unit)
         units = sizes.num_kv_heads if by_group else sizes.num_heads
         covariance = head_covariance(weight, statistics.covariance(), units)
         if by_group:
             kept_units = select_heads(covariance, budget.units)
             kv_heads = kept_units
-            heads = head_columns(kept_units, group_size)
+            heads = head_columns(kept_units, sizes.group_size)
         else:
-            kept_units = select_heads(covariance, budget.units * sizes.num_kv_heads, group_size)
+            kept_units = select_heads(covariance, budget.units * sizes.num_kv_heads, sizes.group_size)
             heads, kv_heads = kept_units, torch.arange(sizes.num_kv_heads)
         columns = head_columns(heads, layer.head_dim)
 

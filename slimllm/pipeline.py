@@ -179,11 +179,10 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
     gate_bias = int(bool(getattr(source.config, "mlp_bias", False)))
     query_params = source.head_dim * (2 * hidden_size + qkv_bias)  # rows of q_proj and columns of o_proj
     kv_params = 2 * source.head_dim * (hidden_size + qkv_bias)
-    group_size = size.num_heads // size.num_kv_heads
-    if config.head_unit == "kv-group":
-        units, unit_params = size.num_kv_heads, group_size * query_params + kv_params
+    if size.by_group(config.head_unit):
+        units, unit_params = size.num_kv_heads, size.group_size * query_params + kv_params
     else:
-        units, unit_params = group_size, size.num_kv_heads * query_params
+        units, unit_params = size.group_size, size.num_kv_heads * query_params
     new_bias = hidden_size if config.recovery == "affine" else 0
     return LayerShape(
         units=units,

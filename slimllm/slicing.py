@@ -24,6 +24,15 @@ class LayerSizes:
     ffn_out_bias: bool
     params: int
 
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def by_group(self, head_unit: str) -> bool:
+        """Whether heads go in whole KV groups; without grouped queries a group is a head, whatever was asked for."""
+        return head_unit == "kv-group" or self.group_size == 1
+
 
 def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: int) -> LayerSizes:
     """The sizes of a layer from the shapes of its tensors (names relative to the layer)."""

@@ -290,8 +290,14 @@ def test_compute_dtype(stories_path: Path, token_ids: torch.Tensor, tmp_path: Pa
 
 
 def test_mha_copy_of_a_gqa_model_prunes_to_the_ratio(stories: Any, token_ids: torch.Tensor) -> None:
-    report = slimllm.prune_model(as_mha(stories), token_ids, PruneConfig(ratio=0.4))
-    assert report.achieved_ratio == pytest.approx(0.4, rel=0.005)
+    reports = []
+    for head_unit in ("kv-group", "query"):
+        model = as_mha(stories)
+        reports.append(slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.4, head_unit=head_unit)))
+        assert reports[-1].achieved_ratio == pytest.approx(0.4, rel=0.005)
+    # A group of one query head is that head.
+    assert [layer["kept_heads"] for layer in reports[0].layers] == [layer["kept_heads"] for layer in reports[1].layers]
+    assert any(layer["num_heads"] < 8 for layer in reports[0].layers)
 
 
 def test_lora_trains_and_merges(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
