@@ -190,9 +190,20 @@ def _read_config(path: Path) -> PretrainedConfig:
     if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
         raise InputError(f"{path} is no causal language model, but {', '.join(architectures)}.")
     try:
-        return AutoConfig.from_pretrained(path)
+        return _with_known_rope(AutoConfig.from_pretrained(path))
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(f"The configuration in {path} cannot be used: {first_line(error)}") from error
+
+
+def _with_known_rope(config: PretrainedConfig) -> PretrainedConfig:
+    """Under transformers 4, the rotary settings of a configuration that version 5 wrote, which it would ignore silently."""
+    knows = "rope_parameters" in getattr(type(config), "__dataclass_fields__", {})
+    if not knows and getattr(config, "rope_parameters", None):
+        rope = dict(config.rope_parameters)
+        config.rope_theta = rope.pop("rope_theta", 10000.0)
+        config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
+        del config.rope_parameters
+    return config
 
 
 def _shards(path: Path) -> list[Path]:

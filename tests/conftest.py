@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from slimllm.calibration import bundled_text, draw_windows, tokenize
@@ -68,7 +69,11 @@ def random_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
         "num_key_value_heads": 6, "head_dim": 8, "max_position_embeddings": 128, "tie_word_embeddings": False,
         "attention_bias": True, "mlp_bias": True,
     }  # fmt: skip
-    config = LlamaConfig(**{**settings, **changes})
+    settings |= changes
+    if transformers.__version__ < "5" and "rope_parameters" in settings:
+        scaling = dict(settings.pop("rope_parameters"))  # type: ignore[call-overload]
+        settings |= {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
+    config = LlamaConfig(**settings)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():

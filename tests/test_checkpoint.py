@@ -138,3 +138,18 @@ def test_only_one_layer_is_in_memory(stories_path: Path, token_ids: torch.Tensor
         patch.setattr(SafetensorsCheckpoint, "_read", counted)
         slimllm.prune(stories_path, tmp_path / "out", PruneConfig(ratio=0.3, calibration=token_ids))
     assert 0 < most <= 2 * 9  # a layer has nine tensors
+
+
+def test_rope_of_a_config_written_by_transformers_5(stories_path: Path, tmp_path: Path) -> None:
+    """transformers 4 would take the default base without a word."""
+    import json
+    import shutil
+
+    from slimllm.skeleton import meta_model
+
+    shutil.copytree(stories_path, tmp_path / "model")
+    settings = json.loads((stories_path / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] = 123.0
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings))
+    rotary = meta_model(open_checkpoint(tmp_path / "model").config).model.rotary_emb
+    assert torch.allclose(rotary.inv_freq, 123.0 ** (-torch.arange(0, 8, 2) / 8))

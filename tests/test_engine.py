@@ -222,15 +222,37 @@ def test_uniform_sizes_are_written_as_stock_models(
     assert again.achieved_ratio == pytest.approx(0.2, rel=0.01)
 
 
-def test_biases_that_exist_are_kept_and_corrected(tmp_path: Path) -> None:
-    model = random_llama(3)
+# Peculiarities of LLaMA-type models; biases everywhere and an output head of its own are random_llama's defaults.
+PECULIAR: dict[str, dict[str, Any]] = {
+    "biases": {},
+    "rope scaling": {
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "heads wider than the model": {"head_dim": 16, "attention_bias": False, "mlp_bias": False},
+    "one KV head": {"num_key_value_heads": 1},
+    "odd width": {"intermediate_size": 101},
+    "tied": {"tie_word_embeddings": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("peculiarity", PECULIAR)
+@pytest.mark.parametrize("head_unit", ["kv-group", "query"])
+def test_peculiar_models_round_trip(tmp_path: Path, peculiarity: str, head_unit: str) -> None:
+    model = random_llama(3, **{"num_key_value_heads": 2, **PECULIAR[peculiarity]})
     model.save_pretrained(tmp_path / "dense")
-    token_ids = torch.randint(0, 128, (6, 40))
-    report = slimllm.prune(tmp_path / "dense", tmp_path / "out", config(token_ids, ratio=0.3))
-    slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3))
+    token_ids = torch.randint(0, 128, (6, 40), generator=torch.Generator().manual_seed(0))
+    settings = {"ratio": 0.3, "head_unit": head_unit}
+    report = slimllm.prune(tmp_path / "dense", tmp_path / "out", PruneConfig(calibration=token_ids, **settings))
+    assert report.achieved_ratio == pytest.approx(0.3, rel=0.02)
+    slimllm.prune_model(model, token_ids, PruneConfig(**settings))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
     assert report.parameters["after"] == sum(p.numel() for p in model.parameters())
+    if not model.config.attention_bias:
+        assert model.model.layers[0].self_attn.q_proj.bias is None
 
 
 def test_report_says_what_happened(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
