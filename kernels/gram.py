@@ -7,6 +7,8 @@ F / BLOCK_F times through L2, G is read and written once. Accumulation in fp32, 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -57,6 +59,7 @@ def gram_(gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor) -> None:
     """Add one batch in place; arguments as in `slimllm.ops.gram_`, which checks them."""
     num_tokens, features = x.shape
     blocks = triton.cdiv(features, BLOCK_F)
-    _gram_kernel[(blocks, blocks)](
-        x, gram, total, num_tokens, features, *x.stride(), *gram.stride(), BLOCK_F=BLOCK_F, BLOCK_N=BLOCK_N
-    )
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        _gram_kernel[(blocks, blocks)](
+            x, gram, total, num_tokens, features, *x.stride(), *gram.stride(), BLOCK_F=BLOCK_F, BLOCK_N=BLOCK_N
+        )

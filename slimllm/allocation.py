@@ -18,7 +18,8 @@ class LayerShape:
 
     `units` are KV groups (`kv-group`) or query heads per group (`query`), of `unit_params` parameters each;
     `channels` are FFN channels of `channel_params` each; `params` is the layer's whole number of parameters.
-    `attention_bias_params` and `ffn_bias_params` are what recovery would add to each sub-layer as a bias.
+    `attention_bias_params` and `ffn_bias_params` are what recovery would add to each sub-layer as a bias; `grouped` says
+    that query heads share KV heads.
     """
 
     units: int
@@ -28,6 +29,7 @@ class LayerShape:
     params: int
     attention_bias_params: int
     ffn_bias_params: int
+    grouped: bool
 
 
 @dataclass(frozen=True)
@@ -107,10 +109,16 @@ def allocate(similarity: list[float], shapes: list[LayerShape], config: PruneCon
             f"{round_to} channels; the most is {sum(most) / total:.3f}."
         )
     chosen = sorted(range(num_layers), key=lambda i: (-similarity[i], i))
+    asked = n
     while sum(most[i] for i in chosen[:n]) < target:
-        n += 1  # the n layers cannot give it all
+        n += 1
+    if n > asked:
+        notes.append(f"{asked} layers cannot give so much, so {n} are pruned")
     budgets = _softmax_budgets(similarity, shapes, most, chosen[:n], alpha, target)
-    return Allocation(_round_budgets(budgets, shapes, target, round_to), target, n, alpha, round_to, notes)
+    # The paper has no grouped queries: there, and in the default mode, channels make up what whole groups leave over.
+    as_published = config.preset == "paper" and not any(shape.grouped for shape in shapes)
+    rounded = _published_counts(budgets, shapes) if as_published else _round_budgets(budgets, shapes, target, round_to)
+    return Allocation(rounded, target, n, alpha, round_to, notes)
 
 
 def _default_rounding(target: int, shapes: list[LayerShape]) -> int:
@@ -134,6 +142,8 @@ def _softmax_budgets(
     budgets = [0.0] * len(shapes)
     open_layers, left = list(chosen), float(target)
     while open_layers:
+        if sum(weight[i] for i in open_layers) < 1e-200 * left:
+            weight |= {i: float(shapes[i].params) for i in open_layers}  # a steep softmax has run out of numbers
         scale = left / sum(weight[i] for i in open_layers)
         clamped = [i for i in open_layers if weight[i] * scale > most[i]]
         if not clamped:
@@ -145,6 +155,16 @@ def _softmax_budgets(
             left -= most[i]
         open_layers = [i for i in open_layers if i not in clamped]
     return budgets
+
+
+def _published_counts(budgets: list[float], shapes: list[LayerShape]) -> list[LayerBudget]:
+    """round(r_ℓ H) heads and round(r_ℓ I) channels of every layer, nothing made up for."""
+    result = []
+    for budget, shape in zip(budgets, shapes):
+        ratio = budget / shape.params
+        units = min(round(ratio * shape.units), shape.units - 1)
+        result.append(LayerBudget(ratio, units, min(round(ratio * shape.channels), shape.channels - 1)))
+    return result
 
 
 def _round_budgets(budgets: list[float], shapes: list[LayerShape], target: int, round_to: int) -> list[LayerBudget]:

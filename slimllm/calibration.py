@@ -84,14 +84,11 @@ def _dataset_texts(name: str, characters_wanted: int) -> list[str]:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
-    """One stream of token ids, (num_tokens,) int64: the documents one after the other, an end-of-text token between."""
-    # The bare backend does not warn about texts longer than the model, which windows cut up anyway.
-    separator = [tokenizer.eos_token_id] if len(documents) > 1 and tokenizer.eos_token_id is not None else []
-    ids: list[int] = []
-    for document in documents:
-        if ids:
-            ids += separator
-        ids += tokenizer(document, verbose=False)["input_ids"]
+    """One stream of token ids, (num_tokens,) int64: the documents joined by blank lines and tokenized at once.
+
+    This is the usual protocol of perplexity on data sets by rows, such as WikiText-2.
+    """
+    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -138,7 +135,7 @@ def calibration_windows(
         ValueError: (as InputError) the text cannot be had or is too short, or a window is longer than the model takes.
     """
     if isinstance(config.calibration, torch.Tensor):
-        return check_token_ids(config.calibration, model_config)
+        return _check_token_ids(config.calibration, model_config)
     if config.seq_len > model_config.max_position_embeddings:
         raise InputError(
             f"seq_len is {config.seq_len}, but the model takes at most {model_config.max_position_embeddings} tokens."
@@ -151,10 +148,10 @@ def calibration_windows(
     else:
         documents = read_texts(config.calibration, config.samples * config.seq_len)
     tokens = tokenize(tokenizer, documents)
-    return check_token_ids(draw_windows(tokens, config.samples, config.seq_len, config.seed), model_config)
+    return _check_token_ids(draw_windows(tokens, config.samples, config.seq_len, config.seed), model_config)
 
 
-def check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) -> torch.Tensor:
+def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) -> torch.Tensor:
     """The token ids, if the model can take them.
 
     Raises:

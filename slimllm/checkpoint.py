@@ -6,6 +6,7 @@ Only the tensors asked for are read, and no mapping of the file outlives the cal
 from __future__ import annotations
 
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,13 +20,14 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.errors import InputError
+from slimllm.families import layer_spec
 
 _SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 # What comes along with the weights when a model is written anew.
 _COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*",
+    "*.model", "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 
@@ -51,8 +53,8 @@ class Checkpoint(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 
     @abstractmethod
-    def companion_files(self) -> list[Path]:
-        """Tokenizer and other small files to copy as they are; empty when there are none to copy."""
+    def write_companions(self, folder: Path) -> None:
+        """Put what comes along with the weights into a folder: tokenizer, chat templates, generation settings."""
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The tensors, on the CPU, as they are stored (fp32 if quantised).
@@ -67,14 +69,19 @@ class Checkpoint(ABC):
                 raise InputError(f"Tensor {name} of {self.path} holds NaN or infinite values; the checkpoint is damaged.")
         return tensors
 
-    def check(self, expected: dict[str, tuple[int, ...]]) -> list[str]:
+    def check(self, expected: dict[str, tuple[int, ...]], layers: str) -> list[str]:
         """Compare the headers with what the configuration says, before anything is read.
+
+        Args:
+            expected: Names and shapes of the model's tensors.
+            layers: Name of the decoder layers' list, `model.layers`.
 
         Returns:
             Names of tensors in the checkpoint that the model has no place for.
 
         Raises:
-            ValueError: (as InputError) a tensor is missing or has another shape; names it.
+            ValueError: (as InputError) a tensor is missing or has another shape, or a decoder layer has one, such as a
+                bias, that the configuration says nothing of; names it.
         """
         found = self.shapes()
         for name, shape in expected.items():
@@ -84,7 +91,15 @@ class Checkpoint(ABC):
                 raise InputError(
                     f"Tensor {name} in {self.path} has shape {found[name]}, but its config.json asks for {shape}."
                 )
-        return sorted(set(found) - set(expected))
+        unexpected = sorted(set(found) - set(expected))
+        for name in unexpected:
+            # Old checkpoints hold the tables of the rotary embedding, which follow from the configuration.
+            if name.startswith(f"{layers}.") and not name.endswith("rotary_emb.inv_freq"):
+                raise InputError(
+                    f"Tensor {name} of {self.path} has no place in the model that its configuration describes; "
+                    "without it the result would be wrong."
+                )
+        return unexpected
 
 
 class SafetensorsCheckpoint(Checkpoint):
@@ -138,8 +153,21 @@ class SafetensorsCheckpoint(Checkpoint):
         except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
             raise InputError(f"The tokenizer in {self.path} cannot be loaded: {first_line(error)}") from error
 
-    def companion_files(self) -> list[Path]:
-        return sorted({file for pattern in _COMPANIONS for file in self.path.glob(pattern) if file.is_file()})
+    def write_companions(self, folder: Path) -> None:
+        for file in sorted({file for pattern in _COMPANIONS for file in self.path.glob(pattern)}):
+            if file.is_dir():
+                shutil.copytree(file, folder / file.name)
+            else:
+                shutil.copyfile(file, folder / file.name)
+        name_tokenizer_class(folder)
+
+
+def name_tokenizer_class(folder: Path) -> None:
+    """Name the class of a fast tokenizer as both transformers 4 and 5 know it; version 5 writes a name of its own."""
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        text = settings.read_text(encoding="utf-8")
+        settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -177,21 +205,23 @@ def _read_config(path: Path) -> PretrainedConfig:
     if not (path / "config.json").is_file():
         raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
     try:
-        raw: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        raw: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path / 'config.json'} is not valid JSON: {error}.") from None
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "quantised")
+    if not isinstance(raw, dict):
+        raise InputError(f"{path / 'config.json'} is not a JSON object.")
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "quantised") if isinstance(quantization, dict) else "quantised"
         raise InputError(f"{path} holds {method} weights; prune the unquantised model and quantise the result.")
-    from slimllm.families import layer_spec
-
     layer_spec(str(raw.get("model_type")))
     architectures = raw.get("architectures") or []
-    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
-        raise InputError(f"{path} is no causal language model, but {', '.join(architectures)}.")
+    architectures = architectures if isinstance(architectures, list) else [architectures]
+    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+        raise InputError(f"{path} is no causal language model, but {', '.join(map(str, architectures))}.")
     try:
         return _with_known_rope(AutoConfig.from_pretrained(path))
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # its settings are checked by transformers, with many types of errors
         raise InputError(f"The configuration in {path} cannot be used: {first_line(error)}") from error
 
 
@@ -210,10 +240,9 @@ def _shards(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{index} cannot be read ({first_line(error)}).") from None
-        shards = [path / name for name in names]
+            shards = [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is no index of shards ({first_line(error)}).") from None
     else:
         shards = [path / "model.safetensors"]
     for shard in shards:
@@ -227,5 +256,6 @@ def _shards(path: Path) -> list[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of another library, as the end of a sentence of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".") + "."
+    """An error of another library as the end of a sentence of ours; it may say what matters in its second line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]).rstrip(".") + "."

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from slimllm.checkpoint import Checkpoint
+from slimllm.checkpoint import Checkpoint, first_line, name_tokenizer_class
 from slimllm.errors import InputError
-from slimllm.families import GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
+from slimllm.families import GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, layer_spec
 
 _FLOAT_TYPES = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -22,6 +22,8 @@ _FLOAT_TYPES = {
 }
 
 _ROWS_AT_ONCE = 2048
+_LAYERS = layer_spec("llama").layers
+_Q_PROJ, _K_PROJ = GGUF_LAYER_NAMES["attn_q"], GGUF_LAYER_NAMES["attn_k"]
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,24 @@ class GGUFCheckpoint(Checkpoint):
                 f"GGUF files of architecture {architecture!r} are not supported; "
                 f"supported are {', '.join(GGUF_ARCHITECTURES)}."
             )
-        if any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors):
+        scaling = reader.get_field(f"{architecture}.rope.scaling.type")
+        scaled = scaling is not None and scaling.contents() != "none"
+        if scaled or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
             raise InputError(
-                f"{path} carries rotary scaling factors (rope_freqs), whose rule cannot be read back from GGUF; "
+                f"{path} scales its rotary embedding, by a rule that cannot be read back from GGUF; "
                 "prune the model's Hugging Face folder instead."
             )
         self._entries = {}
         for tensor in reader.tensors:
-            name = _hugging_face_name(tensor.name)
-            if name is not None:
-                shape = tuple(int(size) for size in reversed(tensor.shape))
-                self._entries[name] = _Entry(tensor.data_offset, int(tensor.n_bytes), tensor.tensor_type, shape)
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            entry = _Entry(tensor.data_offset, int(tensor.n_bytes), tensor.tensor_type, shape)
+            self._entries[_hugging_face_name(tensor.name)] = entry
         del reader  # with it goes the mapping of the file
-        self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        try:
+            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            self._tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:  # whatever transformers raises, the file lacks what it needs
+            raise InputError(f"The configuration or tokenizer in {path} cannot be used: {first_line(error)}") from error
         for leftover in ("_model_name_or_path", "unk_token_id"):
             if hasattr(self.config, leftover):
                 delattr(self.config, leftover)
@@ -95,26 +102,28 @@ class GGUFCheckpoint(Checkpoint):
             else:
                 block[:] = gguf.quants.dequantize(raw.reshape(len(block), bytes_per_row), entry.kind)
         tensor = torch.from_numpy(values).view(entry.shape)
-        if name.endswith("q_proj.weight"):
+        if name.endswith(f"{_Q_PROJ}.weight"):
             return _undo_rope_order(tensor, self.config.num_attention_heads)
-        if name.endswith("k_proj.weight"):
+        if name.endswith(f"{_K_PROJ}.weight"):
             return _undo_rope_order(tensor, self.config.num_key_value_heads)
         return tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        return self._tokenizer
 
-    def companion_files(self) -> list[Path]:
-        return []
+    def write_companions(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
+        name_tokenizer_class(folder)
 
 
-def _hugging_face_name(name: str) -> str | None:
+def _hugging_face_name(name: str) -> str:
+    """Ours for a tensor's name in GGUF; one that LLaMA does not have keeps its own, and is refused later on."""
     parts = name.split(".")
-    if parts[0] == "blk" and parts[2] in GGUF_LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{GGUF_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    if parts[0] in GGUF_MODEL_NAMES:
+    if parts[0] == "blk" and len(parts) == 4:
+        return f"{_LAYERS}.{parts[1]}.{GGUF_LAYER_NAMES.get(parts[2], parts[2])}.{parts[3]}"
+    if parts[0] in GGUF_MODEL_NAMES and len(parts) == 2:
         return f"{GGUF_MODEL_NAMES[parts[0]]}.{parts[1]}"
-    return None
+    return name
 
 
 def _undo_rope_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class PruneConfig:
     preset: str = "default"
     head_unit: str = "kv-group"
     recovery: str = "affine"
-    calibration: str | Path | torch.Tensor | None = None
+    calibration: str | Path | torch.Tensor | None = field(default=None, repr=False)
     samples: int = 32
     seq_len: int = 128
     seed: int = 0
@@ -83,6 +83,8 @@ class PruneConfig:
                 check_choice(name, getattr(self, name), tuple(DTYPES))
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
             _check_number(name, getattr(self, name), int, least)
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2 to the power of 63, got {self.seed}.")
         for name in ("batch_size", "pruned_layers", "round_to"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), int, 1)
@@ -139,5 +141,6 @@ def _check_number(name: str, value: Any, kind: type | tuple[type, ...], least: f
         wanted = "an integer" if kind is int else "a number"
         raise TypeError(f"{name} must be {wanted}, got {value!r}.")
     number: float = value
-    if math.isnan(number) or (least is not None and number < least):
-        raise InputError(f"{name} must be at least {least}, got {value}.")
+    if not math.isfinite(number) or (least is not None and number < least):
+        bound = "a finite number" if least is None or not math.isfinite(number) else f"at least {least}"
+        raise InputError(f"{name} must be {bound}, got {value}.")

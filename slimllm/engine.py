@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimllm import memory, ops
 from slimllm.allocation import Allocation
-from slimllm.calibration import calibration_name, calibration_windows, check_token_ids
+from slimllm.calibration import calibration_name, calibration_windows
 from slimllm.checkpoint import Checkpoint, open_checkpoint
 from slimllm.config import DTYPES, PruneConfig, parse_device
 from slimllm.errors import InputError
+from slimllm.families import layer_spec
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
 from slimllm.native import OutputFormat, convert_in_place, output_format, write_config
@@ -59,11 +60,13 @@ def prune(
     """
     started = time.perf_counter()
     notice = notice or (lambda sentence: None)
-    out = Path(out).expanduser()
+    out = Path(out).expanduser().resolve()
     device = parse_device(config.device)
-    check_destination(out, Path(model).expanduser(), overwrite)
+    inputs = [Path(model).expanduser()]
+    if isinstance(config.calibration, (str, Path)):
+        inputs.append(Path(config.calibration).expanduser())
+    check_destination(out, inputs, overwrite)
     checkpoint = open_checkpoint(model)
-    check_destination(out, checkpoint.path, overwrite)  # of a hub model, the folder it was downloaded to
     dtype = DTYPES[config.dtype] if config.dtype else None
     source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
     if source.unexpected:
@@ -77,12 +80,13 @@ def prune(
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype or checkpoint.storage_dtype(name))
 
-    with CheckpointWriter(out, num_shards=source.num_layers + 1) as writer:
+    with CheckpointWriter(out, num_shards=source.num_layers + 1, overwrite=overwrite) as writer:
 
-        def store(index: int, layer: Layer) -> None:
+        def store(index: int, layer: Layer) -> int:
             tensors = run.format.complete(layer.tensors, source.spec)
             prefix = source.layer_prefix(index)
             writer.write_shard(index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
+            return sum(tensor.numel() for tensor in tensors.values())
 
         outcome = run.prune(store, progress)
         with run.watch("write"):
@@ -91,7 +95,7 @@ def prune(
             writer.write_shard(source.num_layers + 1, others)
             del others
             write_config(run.format.config, writer.folder)
-            _write_companions(checkpoint, tokenizer, writer.folder)
+            checkpoint.write_companions(writer.folder)
         report = run.report(outcome, str(model), str(out), writer.num_parameters)
         write_model_card(report, writer.folder, command or f"slimllm.prune({str(model)!r}, {str(out)!r}, {config})")
         report.elapsed_s = run.elapsed_s()
@@ -137,14 +141,18 @@ def prune_model(
         )
     source = InMemoryModel(model)
     given = tokenizer_or_token_ids
-    windows = check_token_ids(given, source.config) if isinstance(given, torch.Tensor) else None
-    if windows is None:
-        windows = calibration_windows(config, given, source.config, notice)  # type: ignore[arg-type]
-    run = _Run(source, windows, config, notice, started)
+    if isinstance(given, torch.Tensor):
+        config = dataclasses.replace(config, calibration=given)
+    tokenizer = None if isinstance(given, torch.Tensor) else given
+    run = _Run(source, calibration_windows(config, tokenizer, source.config, notice), config, notice, started)
     training = model.training
     model.eval()
+
+    def store(index: int, layer: Layer) -> int:
+        return sum(tensor.numel() for tensor in run.format.complete(layer.tensors, source.spec).values())
+
     try:
-        outcome = run.prune(lambda index, layer: None, progress)
+        outcome = run.prune(store, progress)
     finally:
         model.train(training)
     convert_in_place(model, run.format, source.spec)
@@ -156,7 +164,12 @@ class _Run:
     """One run: the clocks, the account of memory, and the format, which is settled when the budgets are."""
 
     def __init__(
-        self, source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, notice: Notice, started: float
+        self,
+        source: ModelSource,
+        token_ids: torch.Tensor,
+        config: PruneConfig,
+        notice: Notice,
+        started: float,
     ) -> None:
         self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
         self.watch = Stopwatch(source.device)
@@ -177,7 +190,7 @@ class _Run:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.started
 
-    def prune(self, store: Callable[[int, Layer], None], progress: ProgressCallback | None) -> Outcome:
+    def prune(self, store: Callable[[int, Layer], int], progress: ProgressCallback | None) -> Outcome:
         return prune_layers(self.source, self.token_ids, self.config, self.watch, self._settle, store, progress)
 
     def _settle(self, allocation: Allocation) -> None:
@@ -254,7 +267,7 @@ def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.de
 
 
 def _weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return checkpoint.storage_dtype("model.embed_tokens.weight")
+    return checkpoint.storage_dtype(f"{layer_spec(checkpoint.config.model_type).embedding}.weight")
 
 
 def _config_dtype(source: ModelSource) -> torch.dtype:
@@ -279,16 +292,3 @@ def _pruned_sizes(size: LayerSizes, units: int, channels: int, config: PruneConf
         ffn_out_bias=size.ffn_out_bias or (new_bias and channels > 0),
         params=0,
     )
-
-
-def _write_companions(checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    files = checkpoint.companion_files()
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
-    if not files:
-        (tokenizer or checkpoint.tokenizer()).save_pretrained(folder)
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        # transformers 5 writes a name for it that version 4 does not know; this one both do.
-        text = settings.read_text(encoding="utf-8")
-        settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")

@@ -45,7 +45,7 @@ def load(
             model, dtype=wanted or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # transformers and its back ends raise many types for one fact: it cannot be loaded
         raise InputError(f"{model} cannot be loaded: {first_line(error)}") from error
     return loaded.to(where).eval(), tokenizer
 
@@ -53,8 +53,9 @@ def load(
 def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model with the checkpoint's tensors, for files that are not in a format of transformers."""
     model = meta_model(checkpoint.config)
-    names = expected_tensors(model, layer_spec(checkpoint.config.model_type))
-    checkpoint.check(names)
+    spec = layer_spec(checkpoint.config.model_type)
+    names = expected_tensors(model, spec)
+    checkpoint.check(names, spec.layers)
     for name in names:
         tensor = checkpoint.read([name])[name].to(dtype or checkpoint.storage_dtype(name))
         model.load_state_dict({name: tensor}, strict=False, assign=True)

@@ -13,13 +13,8 @@ from slimllm.errors import InputError
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Names of one family's modules, relative to the decoder layer unless a full path is meant.
+    """Names of one family's modules: full paths down to `head`, relative to the decoder layer from `attention` on."""
 
-    `slim_type` is the model type of the family's native pruned format; `gguf` maps GGUF tensor names of a layer
-    (behind `blk.N.`) to ours.
-    """
-
-    slim_type: str
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -38,12 +33,13 @@ class LayerSpec:
     down_proj: str = "mlp.down_proj"
 
 
-_LLAMA = LayerSpec(slim_type="slim_llama")
+_LLAMA = LayerSpec()
 
 # By `model_type` of config.json. seed_oss is LLaMA's mathematics with a home for every bias: our own uniform results
 # are written in it, and must be prunable again.
 FAMILIES: dict[str, LayerSpec] = {"llama": _LLAMA, "slim_llama": _LLAMA, "seed_oss": _LLAMA}
 
+# GGUF's names of a layer's modules (behind `blk.N.`) and of the others, and ours.
 GGUF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

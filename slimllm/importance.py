@@ -80,7 +80,8 @@ def feature_space_importance(
     eigenvalues = eigenvalues.abs()
     mean = eigenvalues.mean()
     scale = torch.sigmoid(eigenvalues / mean) if mean > 0 else torch.full_like(eigenvalues, 0.5)
-    features = (vectors * scale).T.to(down_weight.dtype) @ down_weight  # (D, I)
+    # In fp32 at least: half precision changes which channels are kept.
+    features = (vectors * scale).T.float() @ down_weight.float()  # (D, I)
     return channel_norms * torch.linalg.vector_norm(features, dim=0, dtype=torch.float64)
 
 

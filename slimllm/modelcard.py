@@ -27,7 +27,7 @@ tags:
 - pruned
 ---
 
-# {Path(report.model).stem}, pruned by {report.achieved_ratio:.1%}
+# {Path(report.model).name.removesuffix(".gguf")}, pruned by {report.achieved_ratio:.1%}
 
 Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
 FFN channels are gone, {"outputs are recovered by linear regression" if report.config["recovery"] == "affine" else "without recovery"}.

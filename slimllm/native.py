@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -17,12 +16,13 @@ from slimllm.families import LayerSpec
 from slimllm.modeling_slim_llama import SlimLlamaConfig
 from slimllm.slicing import LayerSizes, Tensors, install
 
-# Settings of a LLaMA configuration that hold for the whole model and go on unchanged into any format.
-_GLOBAL = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "max_position_embeddings", "initializer_range",
-    "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings",
-    "rope_parameters", "rope_theta", "rope_scaling", "attention_bias", "mlp_bias", "head_dim", "dtype",
-)  # fmt: skip
+# What the output format decides anew; every other setting of the source goes on unchanged.
+_DECIDED = {
+    "model_type", "architectures", "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access",
+    "transformers_version", "torch_dtype", "dtype", "head_dim", "num_attention_heads", "num_key_value_heads",
+    "intermediate_size", "attention_bias", "mlp_bias", "attention_out_bias", "mlp_out_bias", "residual_dropout",
+    "_name_or_path",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
     Alike layers: `llama` if it has a home for every bias, else `seed_oss`, LLaMA's mathematics with separate switches
     for the biases. Otherwise the native format, with sizes by layer.
     """
-    common = {name: copy.deepcopy(getattr(source, name)) for name in _GLOBAL if hasattr(source, name)}
+    common = {name: value for name, value in source.to_dict().items() if name not in _DECIDED}
     common |= {"head_dim": head_dim_of(source), "dtype": dtype}
-    qkv_bias, gate_bias = bool(common.pop("attention_bias", False)), bool(common.pop("mlp_bias", False))
+    qkv_bias = bool(getattr(source, "attention_bias", False))
+    gate_bias = bool(getattr(source, "mlp_bias", False))
     largest: dict[str, Any] = {
         "num_attention_heads": max(size.num_heads for size in sizes),
         "num_key_value_heads": max(size.num_kv_heads for size in sizes),
@@ -102,7 +103,7 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
         return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias)
     config = AutoConfig.for_model(
         "seed_oss", **common, **largest, attention_bias=qkv_bias, attention_out_bias=out_bias,
-        mlp_bias=ffn_bias or gate_bias, attention_dropout=0.0, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
+        mlp_bias=ffn_bias or gate_bias, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
     )  # fmt: skip
     return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias or gate_bias)
 

@@ -8,6 +8,8 @@ measured to be faster.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -65,5 +67,17 @@ def gram_(gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor) -> None:
         triton_gram_(gram, total, x)
         return
     x = x.float()
-    gram.addmm_(x.T, x)
+    with _full_precision():
+        gram.addmm_(x.T, x)
     total += x.sum(0)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """fp32 products in fp32, whatever the caller allows elsewhere (TF32, bf16)."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)

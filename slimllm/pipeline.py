@@ -11,6 +11,7 @@ import torch
 
 from slimllm.allocation import Allocation, LayerBudget, LayerShape, allocate
 from slimllm.config import PruneConfig
+from slimllm.errors import InputError
 from slimllm.importance import layer_similarity
 from slimllm.layer import Batch, Layer, pass_sublayer, prune_attention, prune_ffn, run_layer
 from slimllm.memory import peak_host_gib, trim
@@ -43,7 +44,7 @@ def prune_layers(
     config: PruneConfig,
     watch: Stopwatch,
     on_allocation: Callable[[Allocation], None],
-    store: Callable[[int, Layer], None],
+    store: Callable[[int, Layer], int],
     progress: ProgressCallback | None = None,
 ) -> Outcome:
     """Prune the decoder layers of a model, in order, each on the activations of the already pruned model before it.
@@ -54,17 +55,19 @@ def prune_layers(
         config: The settings.
         watch: Gathers seconds by stage.
         on_allocation: Told how much every layer will give, before the first one is touched.
-        store: Takes every finished layer, in order.
+        store: Takes every finished layer, in order, and says how many parameters it has.
         progress: Told about every layer that is done.
     """
+    sizes = source.sizes()
+    shapes = [_shape(source, size, config) for size in sizes]
+    allocate([1.0] * len(shapes), shapes, config)  # whether the model can give so much shows before the dense pass
     with watch("read"):
         embeddings = source.embed(token_ids)
     batches = _batches(source, embeddings.clone(), config)
     similarity, dense_pass_s = _dense_pass(source, batches, watch, progress)
     final_dense = _perplexity_states(batches)
     trim()
-    sizes = source.sizes()
-    allocation = allocate(similarity, [_shape(source, size, config) for size in sizes], config)
+    allocation = allocate(similarity, shapes, config)
     on_allocation(allocation)
     outcome = Outcome(similarity, allocation, dense_pass_s=dense_pass_s)
 
@@ -75,11 +78,14 @@ def prune_layers(
         with watch("read"):
             layer = source.load(index)
         report = _prune_layer(layer, batches, index, budget, config, watch)
+        if not all(bool(batch.hidden.isfinite().all()) for batch in batches):
+            raise _overflow(source, index, "pruned")
         with watch("write"):
-            store(index, layer)
+            parameters_after = store(index, layer)
+        del layer  # before the next one is read
         report |= {
             "parameters_before": sizes[index].params,
-            "parameters_after": sum(tensor.numel() for tensor in layer.tensors.values()),
+            "parameters_after": parameters_after,
             "similarity": similarity[index],
             "elapsed_s": time.perf_counter() - start,
             "peak_host_gib": peak_host_gib(),
@@ -112,10 +118,20 @@ def _dense_pass(
             with watch("statistics"):
                 total += layer_similarity(batch.hidden, hidden)
                 batch.hidden.copy_(hidden)
+        del layer  # before the next one is read
+        if not bool(total.isfinite()):
+            raise _overflow(source, index, "dense")
         similarity.append(float(total) / tokens)
         if progress:
             progress("dense", index, source.num_layers, None)
     return similarity, watch.seconds["dense pass"]
+
+
+def _overflow(source: ModelSource, index: int, which: str) -> InputError:
+    return InputError(
+        f"The hidden states behind layer {index} of the {which} model are not finite when computed in "
+        f"{str(source.dtype).removeprefix('torch.')}; compute in float32."
+    )
 
 
 def _prune_layer(
@@ -192,4 +208,5 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
         params=size.params,
         attention_bias_params=0 if size.attention_out_bias else new_bias,
         ffn_bias_params=0 if size.ffn_out_bias else new_bias,
+        grouped=size.group_size > 1,
     )

@@ -71,7 +71,7 @@ def select_channels(importance: torch.Tensor, num_pruned: int, keep_lowest: int 
         Sorted int64 indices of the kept channels, on the CPU.
     """
     num_channels = importance.shape[0]
-    if not 0 <= num_pruned < num_channels or not 0 <= keep_lowest < num_channels:
+    if not 0 <= num_pruned < num_channels or keep_lowest < 0:
         raise ValueError(f"cannot prune {num_pruned} of {num_channels} channels and keep the lowest {keep_lowest}.")
     keep_lowest = min(keep_lowest, num_channels - num_pruned)
     order = torch.argsort(importance, stable=True)

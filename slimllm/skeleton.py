@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from slimllm.errors import InputError
 from slimllm.families import LayerSpec, layer_spec
 
 
@@ -18,11 +19,16 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device (no memory), but for the rotary embedding, whose tables are computed."""
     spec = layer_spec(config.model_type)
     config = copy.deepcopy(config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    parent, name = spec.rotary.rsplit(".", 1)
-    rotary = model.get_submodule(spec.rotary)
-    setattr(model.get_submodule(parent), name, type(rotary)(config=model.config))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+        parent, name = spec.rotary.rsplit(".", 1)
+        rotary = model.get_submodule(spec.rotary)
+        setattr(model.get_submodule(parent), name, type(rotary)(config=model.config))
+    except (ValueError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"The model's configuration cannot be used: {type(error).__name__} {error}.") from error
+    if config.num_hidden_layers < 1:
+        raise InputError("The model's configuration says that it has no decoder layers.")
     return model.eval().requires_grad_(False)
 
 

@@ -55,14 +55,15 @@ def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tenso
 def _output_projection(
     tensors: Tensors, projection: str, columns: torch.Tensor, slope: torch.Tensor | None, intercept: torch.Tensor | None
 ) -> Tensors:
-    """W[k, columns] scaled by a_k, and the bias with b_k added; in the dtype of the weight."""
+    """W[k, columns] scaled by a_k, and the bias with b_k added; in fp32 at least, rounded once, when it is written."""
     weight = tensors[f"{projection}.weight"]
     bias = tensors.get(f"{projection}.bias")
     sliced = weight[:, columns.to(weight.device)]
     if slope is not None and intercept is not None:
-        sliced = (sliced.double() * slope.to(weight.device)[:, None]).to(weight.dtype)
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        sliced = (sliced.double() * slope.to(weight.device)[:, None]).to(precise)
         total = intercept.to(weight.device) + (bias.double() if bias is not None else 0.0)
-        bias = total.to(weight.dtype)
+        bias = total.to(precise)
     result = {f"{projection}.weight": sliced.contiguous()}
     if bias is not None:
         result[f"{projection}.bias"] = bias

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimllm.checkpoint import Checkpoint
+from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.layer import Layer
 from slimllm.native import head_dim_of
@@ -83,11 +84,12 @@ class CheckpointModel(ModelSource):
     """A model on disk; whatever is read is let go by the caller."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        untie_if_different(checkpoint)
         super().__init__(meta_model(checkpoint.config), device, dtype)
         self.checkpoint = checkpoint
         # Only what the model has a place for is ever read or written.
         self._shapes = expected_tensors(self.model, self.spec)
-        self.unexpected = checkpoint.check(self._shapes)
+        self.unexpected = checkpoint.check(self._shapes, self.spec.layers)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
@@ -130,10 +132,35 @@ class CheckpointModel(ModelSource):
         return self.checkpoint.read([name])[name]
 
 
+def untie_if_different(checkpoint: Checkpoint) -> None:
+    """Believe the weights: a stored head that differs from the embeddings is not tied, whatever the configuration says."""
+    spec = layer_spec(checkpoint.config.model_type)
+    head, embedding = f"{spec.head}.weight", f"{spec.embedding}.weight"
+    if checkpoint.config.tie_word_embeddings and {head, embedding} <= set(checkpoint.shapes()):
+        tensors = checkpoint.read([head, embedding])
+        if not torch.equal(tensors[head], tensors[embedding]):
+            checkpoint.config.tie_word_embeddings = False
+
+
 class InMemoryModel(ModelSource):
-    """A model in memory, on one device; its layers are pruned in place."""
+    """A model in memory, on one device; its layers are pruned in place.
+
+    Raises:
+        ValueError: (as InputError) it is not the plain causal language model of its family, or holds NaN or infinity.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        plain = {name: type(module) for name, module in meta_model(model.config).named_modules() if name}
+        found = {name: type(module) for name, module in model.named_modules() if name}
+        if found != plain:
+            different = sorted(name for name in {**plain, **found} if plain.get(name) != found.get(name))
+            raise InputError(
+                f"The model is not the plain {model.config.model_type} causal language model that can be pruned in place: "
+                f"{different[0]} differs; load it with AutoModelForCausalLM, and merge adapters first."
+            )
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise InputError(f"Parameter {name} of the model holds NaN or infinite values.")
         embedding = model.get_input_embeddings().weight
         super().__init__(model, embedding.device, embedding.dtype)
 

@@ -56,13 +56,14 @@ class GramStatistics:
         if other.count == 0:
             return
         if self.count == 0:
-            self.pivot = other.pivot.clone()
+            self.pivot = other.pivot.to(self.gram.device, copy=True)
         # u about our pivot is u about theirs plus the shift between the pivots.
-        shift = other.pivot.double() - self.pivot.double()
-        cross = torch.outer(other.total, shift)
+        device = self.gram.device
+        total, shift = other.total.to(device), other.pivot.to(device).double() - self.pivot.double()
+        cross = torch.outer(total, shift)
         correction = cross + cross.T + other.count * torch.outer(shift, shift)
-        self.gram = (self.gram.double() + other.gram.double() + correction).float()
-        self.total += other.total + other.count * shift
+        self.gram = (self.gram.double() + other.gram.to(device).double() + correction).float()
+        self.total += total + other.count * shift
         self.count += other.count
 
     def mean(self) -> torch.Tensor:
@@ -100,6 +101,12 @@ class ColumnStatistics:
         self.squares += x.square().sum(0)
         self.count += x.shape[0]
 
+    def merge(self, other: ColumnStatistics) -> None:
+        """Add the statistics of another part of the stream, in place."""
+        self.total += other.total.to(self.total.device)
+        self.squares += other.squares.to(self.squares.device)
+        self.count += other.count
+
     def mean(self) -> torch.Tensor:
         """Mean over tokens: (features,) fp64."""
         return self.total / self.count
@@ -131,6 +138,12 @@ class PairedMoments:
         self.squares += centered_y_hat.square().sum(0, dtype=torch.float64)
         self.products += centered_y.mul_(centered_y_hat).sum(0, dtype=torch.float64)
         self.count += y.shape[0]
+
+    def merge(self, other: PairedMoments) -> None:
+        """Add the moments of another part of the stream, about the same means, in place."""
+        self.squares += other.squares.to(self.squares.device)
+        self.products += other.products.to(self.products.device)
+        self.count += other.count
 
     def variance(self) -> torch.Tensor:
         """var(ŷ_k): (features,) fp64."""

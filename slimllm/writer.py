@@ -15,23 +15,32 @@ from safetensors.torch import save_file
 from slimllm.errors import InputError
 
 
-def check_destination(out: Path, model: Path, overwrite: bool) -> None:
-    """Refuse a destination that would cost the user data.
+def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Refuse a destination that would cost the user data, or could not be moved into place at the end.
+
+    Args:
+        out: The folder to make, resolved.
+        inputs: What the run reads: the model, the calibration text.
+        overwrite: Whether a model in `out` may be replaced.
 
     Raises:
-        ValueError: (as InputError) `out` is the model itself or holds it, is a file, is not empty without `overwrite`,
-            or is a folder that does not look like a model's with it.
+        ValueError: (as InputError) `out` is or holds an input, is a file, a mount point or the current directory, is not
+            empty without `overwrite`, or is a folder that does not look like a model's with it.
     """
-    resolved, source = out.resolve(), model.resolve()
-    if resolved == source or resolved in source.parents:
-        raise InputError(f"The output folder {out} is or contains the model being pruned; give another folder.")
+    for source in (path.resolve() for path in inputs):
+        if out == source or out in source.parents:
+            raise InputError(f"The output folder {out} is or contains {source}, which is read; give another folder.")
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {out} is a file; give a folder that does not exist yet.")
+    if os.path.ismount(out) or out == Path.cwd():
+        raise InputError(f"The output folder {out} is a mount point or the current directory; give a folder inside it.")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise InputError(f"The output folder {out} is not empty; give another one, or --overwrite to replace it.")
-        if not (out / "config.json").is_file():
-            raise InputError(f"The output folder {out} holds no model (no config.json), so it will not be overwritten.")
+        if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
+            raise InputError(
+                f"The output folder {out} holds no model (config.json and safetensors), so it will not be overwritten."
+            )
 
 
 def check_space(out: Path, num_bytes: int) -> None:
@@ -40,7 +49,7 @@ def check_space(out: Path, num_bytes: int) -> None:
     Raises:
         ValueError: (as InputError) less space is free than `num_bytes`.
     """
-    parent = next(folder for folder in [out.resolve(), *out.resolve().parents] if folder.is_dir())
+    parent = next(folder for folder in [out, *out.parents] if folder.is_dir())
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise InputError(
@@ -52,18 +61,19 @@ class CheckpointWriter:
     """A context manager: the folder `out` appears, complete, when the block ends without an error, and not before.
 
     Args:
-        out: The folder to make.
+        out: The folder to make, resolved.
         num_shards: How many shards will be written.
+        overwrite: Whether a model in `out` may be replaced.
     """
 
-    def __init__(self, out: Path, num_shards: int) -> None:
-        self.out, self._num_shards = out, num_shards
+    def __init__(self, out: Path, num_shards: int, overwrite: bool) -> None:
+        self.out, self._num_shards, self._overwrite = out, num_shards, overwrite
         self._weight_map: dict[str, str] = {}
         self._total_size = 0
         self.num_parameters = 0
 
     def __enter__(self) -> CheckpointWriter:
-        parent = self.out.resolve().parent
+        parent = self.out.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=parent))
@@ -75,6 +85,8 @@ class CheckpointWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"Writing to {self.out.parent} failed: {error}.") from error
 
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write the shard `number` (from 1) with these tensors, under their full names."""
@@ -99,15 +111,21 @@ class CheckpointWriter:
         }
         text = json.dumps(index, indent=2) + "\n"
         (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        replaced = None
-        if self.out.exists():
-            if any(self.out.iterdir()):
-                replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.replaced-", dir=self.out.resolve().parent))
-                os.rename(self.out, replaced / "old")
-            else:
+        # Once more: the run took a while, and somebody else may have put something there.
+        check_destination(self.out, [], self._overwrite)
+        if not self.out.exists() or not any(self.out.iterdir()):
+            if self.out.exists():
                 self.out.rmdir()
-        os.rename(self.folder, self.out)
-        if replaced is not None:
+            os.rename(self.folder, self.out)
+            return
+        replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.replaced-", dir=self.out.parent))
+        os.rename(self.out, replaced / "old")
+        try:
+            os.rename(self.folder, self.out)
+        except OSError:
+            os.rename(replaced / "old", self.out)
+            raise
+        finally:
             shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -20,6 +20,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.checkpoint import open_checkpoint
 
+# The models are tiny: more threads only make the tests slow where other work runs beside them.
+torch.set_num_threads(1)
+
 STORIES = Path(str(resources.files("slimllm") / "data" / "stories260k"))
 
 

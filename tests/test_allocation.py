@@ -11,8 +11,8 @@ from slimllm.allocation import Allocation, LayerShape, allocate, paper_settings
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 
-LLAMA_7B = LayerShape(32, 4 * 128 * 4096, 11008, 3 * 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 4096, 4096)
-SMOLLM2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 576, 576)
+LLAMA_7B = LayerShape(32, 4 * 128 * 4096, 11008, 3 * 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 4096, 4096, False)
+SMOLLM2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 576, 576, True)
 
 
 def removed(allocation: Allocation, shapes: list[LayerShape]) -> int:
@@ -49,9 +49,14 @@ def test_softmax_as_published() -> None:
     assert [budget.ratio for budget in allocation.budgets] == pytest.approx(wanted, rel=1e-6)
     assert (allocation.pruned_layers, allocation.alpha, allocation.round_to) == (26, 10.0, 1)
     for budget in allocation.budgets:
-        assert budget.units == round(budget.ratio * 32)
-        # Heads are rounded, channels make up for it: the same ratio to within that.
-        assert abs(budget.channels - budget.ratio * 11008) <= 0.5 * 4 * 128 / 3 + 3
+        assert (budget.units, budget.channels) == (round(budget.ratio * 32), round(budget.ratio * 11008))
+
+
+def test_paper_preset_with_grouped_queries_meets_its_target() -> None:
+    """Whole groups are coarse, and the paper has none: channels make up for them there."""
+    similarity = torch.linspace(0.90, 0.99, 30).tolist()
+    allocation = allocate(similarity, [SMOLLM2] * 30, PruneConfig(ratio=0.2, preset="paper"))
+    assert removed(allocation, [SMOLLM2] * 30) / (30 * SMOLLM2.params) == pytest.approx(0.25 * 24 / 30, rel=0.001)
 
 
 def test_paper_settings() -> None:
@@ -72,7 +77,7 @@ def test_clamped_layers_hand_on_what_they_cannot_give() -> None:
 
 def test_more_layers_when_n_cannot_give_it() -> None:
     allocation = allocate([0.9] * 10, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, pruned_layers=3))
-    assert allocation.pruned_layers > 3
+    assert allocation.pruned_layers > 3 and any("cannot give so much" in note for note in allocation.notes)
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.5, rel=0.005)
 
 
@@ -93,3 +98,10 @@ def test_a_width_that_is_no_multiple() -> None:
     allocation = allocate([0.9] * 12, [shape] * 12, PruneConfig(ratio=0.3, round_to=64))
     for budget in allocation.budgets:
         assert budget.channels == 0 or (1500 - budget.channels) % 64 == 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e3, 1e6])
+def test_any_temperature(alpha: float) -> None:
+    similarity = torch.linspace(0.1, 0.9, 10).tolist()
+    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.4, alpha=alpha))
+    assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.4, rel=0.005)

@@ -163,14 +163,20 @@ def test_output_folders_that_would_cost_data(
         folder.mkdir()
         (folder / "precious.txt").write_text("mine")
     (occupied / "config.json").write_text("{}")
+    (occupied / "model.safetensors").write_text("")
+    (other / "config.json").write_text("{}")
+    text = occupied / "text.txt"
+    text.write_text("Once upon a time. " * 500)
     file = tmp_path / "file"
     file.write_text("x")
     cases: list[tuple[list[str | Path], str]] = [
         (["--out", occupied], "not empty"),
         (["--out", other, "--overwrite"], "holds no model"),
-        (["--out", model, "--overwrite"], "is or contains the model"),
-        (["--out", tmp_path, "--overwrite"], "is or contains the model"),
+        (["--out", model, "--overwrite"], "which is read"),
+        (["--out", tmp_path, "--overwrite"], "which is read"),
         (["--out", file], "is a file"),
+        (["--out", occupied, "--overwrite", "--calibration", text], "which is read"),
+        (["--out", Path.cwd(), "--overwrite"], "current directory"),
     ]
     for arguments, sentence in cases:
         code, _, err = call(capsys, "prune", model, "--ratio", "0.2", "--samples", "4", *arguments)

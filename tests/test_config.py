@@ -25,6 +25,8 @@ from slimllm import InputError, PruneConfig
         ({"seq_len": 1}, InputError, "seq_len must be at least 2"),
         ({"batch_size": 0}, InputError, "batch_size"),
         ({"alpha": -1.0}, InputError, "alpha must be at least 0"),
+        ({"alpha": float("inf")}, InputError, "alpha must be a finite number"),
+        ({"seed": 2**70}, InputError, "seed must be below"),
         ({"keep_lowest": 1.0}, InputError, "below 1"),
         ({"round_to": 0}, InputError, "round_to"),
         ({"calibration": 5}, TypeError, "calibration must be"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +136,73 @@ def test_the_ratio_is_met(stories_path: Path, token_ids: torch.Tensor, tmp_path:
     assert sum(p.numel() for p in model.model.layers.parameters()) == report.parameters["layers_after"]
 
 
+def test_layer_similarity_is_that_of_the_dense_model(stories: Any, token_ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        hidden = stories(token_ids, output_hidden_states=True).hidden_states[:-1]  # the last one is behind the final norm
+    wanted = [torch.cosine_similarity(a.double(), b.double(), dim=-1).mean() for a, b in pairwise(hidden)]
+    report = slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3))
+    got = [layer["similarity"] for layer in report.layers]
+    assert got[:-1] == pytest.approx([float(value) for value in wanted], abs=1e-6)
+    chosen = [layer["index"] for layer in report.layers if layer["ratio"]]
+    assert chosen == sorted(sorted(range(5), key=lambda i: -got[i])[: len(chosen)])
+
+
+def test_recovery_is_rounded_once(stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """From bfloat16 weights to float32 ones: the slopes are not rounded to bfloat16 in between."""
+    stories.to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    slimllm.prune(tmp_path / "dense", tmp_path / "out", config(token_ids, dtype="float32"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    weight = model.model.layers[-1].mlp.down_proj.weight
+    assert not torch.equal(weight, weight.to(torch.bfloat16).float())
+
+
+def test_a_head_that_differs_is_not_tied(stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    shutil.copytree(stories_path, tmp_path / "model")
+    tensors = load_file(stories_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    slimllm.prune(tmp_path / "model", tmp_path / "out", config(token_ids, ratio=1e-5))
+    model, _ = slimllm.load(tmp_path / "out")
+    assert torch.allclose(logits(model, token_ids[:1]), 2 * logits(stories, token_ids[:1]), atol=1e-4)
+
+
+def test_a_tensor_without_a_home_is_refused(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    shutil.copytree(stories_path, tmp_path / "model")
+    tensors = load_file(stories_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"q_proj\.bias .*has no place"):
+        slimllm.prune(tmp_path / "model", tmp_path / "out", config(token_ids))
+
+
+def test_a_folder_that_appears_meanwhile_is_not_replaced(
+    stories_path: Path, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    def meddle(stage: str, index: int, num_layers: int, report: object) -> None:
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "precious").write_text("mine")
+
+    with pytest.raises(InputError, match="not empty"):
+        slimllm.prune(stories_path, tmp_path / "out", config(token_ids), progress=meddle)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+def test_weights_without_a_tokenizer(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(stories_path / name, tmp_path / "model" / name)
+    slimllm.prune(tmp_path / "model", tmp_path / "out", config(token_ids))
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_overflow_in_half_precision_is_a_sentence(stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    with torch.no_grad():
+        stories.model.layers[1].mlp.down_proj.weight.mul_(1e5)
+    stories.save_pretrained(tmp_path / "dense")
+    with pytest.raises(InputError, match=r"behind layer 1 .* not finite when computed in float16"):
+        slimllm.prune(tmp_path / "dense", tmp_path / "out", config(token_ids, compute_dtype="float16"))
+
+
 def test_almost_no_ratio_is_the_identity(stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
     report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, ratio=1e-5))
     assert report.format == "llama" and report.achieved_ratio == 0
@@ -194,7 +263,6 @@ def test_recovery_helps(stories: Any, token_ids: torch.Tensor) -> None:
         for layer in report.layers:
             if "ffn_error_before" in layer:
                 assert layer["ffn_error_after"] <= layer["ffn_error_before"] + 1e-12
-        assert (report.layers[-1]["num_heads"], report.format) != (0, "")
     assert losses["affine"] < losses["none"]
 
 
@@ -211,6 +279,9 @@ def test_uniform_sizes_are_written_as_stock_models(
     out = tmp_path / "out"
     report = slimllm.prune(stories_path, out, config(token_ids, **settings))
     assert len({(r["num_heads"], r["intermediate_size"]) for r in report.layers}) == 1
+    # What the stock format fills with zeros is counted, too.
+    written, _ = slimllm.load(out)
+    assert report.parameters["layers_after"] == sum(p.numel() for p in written.model.layers.parameters())
     assert report.format == wanted
     assert not list(out.glob("*.py"))
     model = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -346,4 +417,11 @@ def test_what_prune_model_refuses(stories: Any, token_ids: torch.Tensor) -> None
         slimllm.prune_model(stories, token_ids + 500, PruneConfig(ratio=0.2))
     with pytest.raises(InputError, match="more than this model can give"):
         slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.95))
+    with pytest.raises(InputError, match="not the plain llama"):
+        slimllm.prune_model(stories.model, token_ids, PruneConfig(ratio=0.2))
+    damaged = random_llama()
+    with torch.no_grad():
+        damaged.model.norm.weight[0] = torch.nan
+    with pytest.raises(InputError, match=r"model\.norm\.weight .*NaN"):
+        slimllm.prune_model(damaged, token_ids % 128, PruneConfig(ratio=0.2))
     assert all(torch.equal(tensor, before[name]) for name, tensor in stories.state_dict().items())

@@ -107,6 +107,23 @@ def test_column_statistics() -> None:
     assert_close(statistics.mean(), x.double().mean(0), plain=x.mean(0), floor=1e-6)
 
 
+def test_parts_of_a_stream_add_up() -> None:
+    y, y_hat = torch.randn(100, 4).double() + 5, torch.randn(100, 4).double()
+    whole, parts = ColumnStatistics(4), [ColumnStatistics(4), ColumnStatistics(4)]
+    pair = PairedMoments(y.mean(0), y_hat.mean(0))
+    pairs = [PairedMoments(y.mean(0), y_hat.mean(0)) for _ in range(2)]
+    whole.update(y)
+    pair.update(y, y_hat)
+    for part, moments, rows in zip(parts, pairs, (slice(0, 30), slice(30, 100))):
+        part.update(y[rows])
+        moments.update(y[rows], y_hat[rows])
+    parts[0].merge(parts[1])
+    pairs[0].merge(pairs[1])
+    assert torch.allclose(parts[0].norms(), whole.norms()) and torch.allclose(parts[0].mean(), whole.mean())
+    assert torch.allclose(pairs[0].variance(), pair.variance(), rtol=1e-5)
+    assert torch.allclose(pairs[0].covariance(), pair.covariance(), rtol=1e-4, atol=1e-6)
+
+
 def test_paired_moments_with_large_means() -> None:
     y = torch.randn(800, 6) + 3000
     y_hat = 0.5 * y + torch.randn(800, 6)

@@ -40,8 +40,8 @@ def test_text_files(tmp_path: Path, stories_path: Path) -> None:
     assert read_texts(tmp_path / "a.txt", 1) == ["One. Two."]
     assert read_texts(tmp_path / "a.jsonl", 1) == ["One.", "Two."]
     tokenizer = open_checkpoint(stories_path).tokenizer()
-    ids = tokenize(tokenizer, ["One.", "Two."]).tolist()
-    assert tokenizer.eos_token_id in ids[:-1]
+    joined = tokenizer("One.\n\nTwo.")["input_ids"]
+    assert tokenize(tokenizer, ["One.", "Two."]).tolist() == joined
     (tmp_path / "empty.txt").write_text("  \n")
     with pytest.raises(InputError, match="holds no text"):
         read_texts(tmp_path / "empty.txt", 1)
