@@ -25,8 +25,9 @@ class PruneConfig:
     Attributes:
         ratio: Fraction of the decoder layers' parameters to remove, in (0, 1).
         preset: `default`: the SlimLLM method with an exact target, clamped ratios and rounded widths. `paper`: the
-            published r, n and alpha (the target is then r * n / num_layers, which the report states), no rounding
-            of widths, and the published implementation's rule that always keeps the lowest 1 % of channels.
+            published r, n and alpha (the target is then r * n / num_layers, which the report states), round(r_l * H)
+            heads and round(r_l * I) channels of a layer, and the published implementation's rule that always keeps
+            the lowest 1 % of channels. With grouped queries, which the paper has not, channels make up for whole groups.
         head_unit: What is removed from attention. `kv-group`: a KV head with all its query heads. `query`: the same
             number of query heads out of every group of a layer. Both are the single head when the group size is 1.
         recovery: `affine`: the paper's regression of every output dimension on its pruned self. `none`: no recovery.

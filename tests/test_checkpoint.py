@@ -159,7 +159,7 @@ def test_rope_of_a_config_written_by_transformers_5(stories_path: Path, tmp_path
     ("content", "sentence"),
     [
         ({"quantization_config": {"quant_method": "awq"}}, "awq weights"),
-        ({"num_attention_heads": 7}, "cannot be used"),
+        ({"num_attention_heads": 7}, "cannot be used|asks for"),
         ({"hidden_size": "wide"}, "cannot be used"),
         ({"hidden_act": "nonsense"}, "cannot be used"),
         ({"num_hidden_layers": 0}, "no decoder layers"),
