@@ -139,9 +139,9 @@ def _print_table(console: Console, report: PruneReport, before: _Candidate, afte
 
     row("parameters", parameters["before"], parameters["after"], ",")
     row("  of the decoder layers", parameters["layers_before"], parameters["layers_after"], ",")
-    row(f"perplexity, {_EVAL_WINDOWS} held-out windows of 128", before.perplexity, after.perplexity, ".2f")
+    row("perplexity, held-out text", before.perplexity, after.perplexity, ".2f")
     size_before = bytes_per_parameter * parameters["before"]
-    row(f"weights on disk, MB ({8 * bytes_per_parameter:.0f} bits)", size_before / 1e6, written / 1e6, ".1f")
+    row(f"weights at {8 * bytes_per_parameter:.0f} bits, MB", size_before / 1e6, written / 1e6, ".1f")
     row(f"prefill of {_PREFILL_TOKENS}, tokens/s", before.prefill_per_s, after.prefill_per_s, ".0f")
     row("generation, tokens/s", before.generated_per_s, after.generated_per_s, ".1f")
     console.print(table)
