@@ -123,7 +123,8 @@ def prune_model(
         config: The settings; `dtype`, `compute_dtype` and `device` do not apply, the model's own do.
 
     Raises:
-        ValueError: (as InputError) something about the input is wrong; the model is then untouched.
+        ValueError: (as InputError) something about the input is wrong; the model is then untouched, unless its hidden
+            states overflow its dtype after some layers have been pruned.
         TypeError: an argument has the wrong type.
     """
     started = time.perf_counter()

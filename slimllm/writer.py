@@ -53,7 +53,7 @@ def check_space(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise InputError(
-            f"The pruned model needs up to {num_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free at {parent}."
+            f"The pruned model needs up to {num_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free at {parent}."
         )
 
 
