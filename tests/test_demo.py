@@ -15,7 +15,7 @@ def test_demo_with_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     demo.run_demo(tmp_path / "out", 0.2, False, console)
     text = console.export_text()
     assert "is not installed" in text and "takes its place" in text
-    for line in ("parameters", "perplexity", "weights on disk", "prefill", "generation", "Pruned in", "before", "Next:"):
+    for line in ("parameters", "perplexity", "weights at 32 bits", "prefill", "generation", "Pruned in", "before", "Next:"):
         assert line in text
     assert PruneReport.read(tmp_path / "out").achieved_ratio == pytest.approx(0.2, rel=0.005)
 
