@@ -138,6 +138,3 @@ def main() -> None:
     except InputError as error:
         errors.print(f"Error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("Interrupted; nothing was written.", style="bold red")
-        sys.exit(130)
