@@ -97,11 +97,15 @@ def allocate(similarity: list[float], shapes: list[LayerShape], config: PruneCon
             f"{target_ratio:.2%} of the layers' parameters"
         )
         if not any(math.isclose(config.ratio, known) for known in PAPER_SETTINGS):
-            notes.append(f"the paper gives settings for 20 % and 50 %; those for {config.ratio:.4g} are interpolated")
+            how = "interpolated" if min(PAPER_SETTINGS) < config.ratio < max(PAPER_SETTINGS) else "extrapolated"
+            notes.append(f"the paper gives settings for 20 % and 50 %; those for {config.ratio:.4g} are {how}")
     else:
         target_ratio = config.ratio
     target = round(target_ratio * total)
     round_to = config.round_to or (1 if config.preset == "paper" else _default_rounding(target, shapes))
+    narrowest = min(shape.channels for shape in shapes)
+    if round_to > narrowest:
+        raise InputError(f"round_to is {round_to}, but the FFN is only {narrowest} channels wide; give less.")
     most = [_most_removable(shape, round_to) for shape in shapes]
     if sum(most) < target:
         raise InputError(
@@ -118,7 +122,19 @@ def allocate(similarity: list[float], shapes: list[LayerShape], config: PruneCon
     # The paper has no grouped queries: there, and in the default mode, channels make up what whole groups leave over.
     as_published = config.preset == "paper" and not any(shape.grouped for shape in shapes)
     rounded = _published_counts(budgets, shapes) if as_published else _round_budgets(budgets, shapes, target, round_to)
+    removed = sum(_removed_params(budget, shape) for budget, shape in zip(rounded, shapes))
+    if abs(removed - target) > 0.005 * target:
+        notes.append(
+            f"{removed / total:.4%} of the layers' parameters are removed instead of {target / total:.4%}: whole heads and "
+            f"widths in steps of {round_to} come no nearer"
+        )
     return Allocation(rounded, target, n, alpha, round_to, notes)
+
+
+def _removed_params(budget: LayerBudget, shape: LayerShape) -> int:
+    """Parameters that a layer gives, less the biases that recovery adds."""
+    attention = budget.units * shape.unit_params - shape.attention_bias_params * (budget.units > 0)
+    return attention + budget.channels * shape.channel_params - shape.ffn_bias_params * (budget.channels > 0)
 
 
 def _default_rounding(target: int, shapes: list[LayerShape]) -> int:

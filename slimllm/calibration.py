@@ -34,8 +34,10 @@ def read_texts(source: str | Path, tokens_wanted: int) -> list[str]:
             documents = list(_jsonl_texts(path))
         elif path.is_file():
             documents = [path.read_text(encoding="utf-8")]
-        elif path.suffix in (".txt", ".jsonl"):
-            raise InputError(f"The text file {path} does not exist.")
+        elif "://" in str(source):
+            raise InputError(f"{source} is an address; download the text and give the file.")
+        elif path.suffix[1:].isalpha() and not path.is_dir():
+            raise InputError(f"The text file {source} does not exist.")
         else:
             documents = _dataset_texts(str(source), tokens_wanted * _CHARACTERS_PER_TOKEN)
     except (UnicodeDecodeError, OSError) as error:

@@ -159,15 +159,23 @@ class SafetensorsCheckpoint(Checkpoint):
                 shutil.copytree(file, folder / file.name)
             else:
                 shutil.copyfile(file, folder / file.name)
-        name_tokenizer_class(folder)
+        settle_tokenizer_class(folder)
 
 
-def name_tokenizer_class(folder: Path) -> None:
-    """Name the class of a fast tokenizer as both transformers 4 and 5 know it; version 5 writes a name of its own."""
-    settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        text = settings.read_text(encoding="utf-8")
-        settings.write_text(text.replace('"TokenizersBackend"', '"PreTrainedTokenizerFast"'), encoding="utf-8")
+def settle_tokenizer_class(folder: Path) -> None:
+    """Make a fast tokenizer load alike in transformers 4 and 5.
+
+    Version 5 writes a class name that version 4 does not know; and version 4's own class returns token_type_ids, which
+    LLaMA does not take, unless it is told what the model's inputs are.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
@@ -186,11 +194,16 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         return GGUFCheckpoint(path)
     if path.is_dir():
         return SafetensorsCheckpoint(path, path.resolve().name)
-    return SafetensorsCheckpoint(_download(str(model)), str(model))
+    return SafetensorsCheckpoint(download(str(model)), str(model))
 
 
-def _download(model: str) -> Path:
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_COMPANIONS]
+def download(model: str, code: bool = False) -> Path:
+    """The folder of a model of the hub, fetched if it is not there yet; with its code only if `code`.
+
+    Raises:
+        ValueError: (as InputError) there is no such model, or the hub cannot be reached.
+    """
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_COMPANIONS, *(["*.py"] if code else [])]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except HFValidationError:

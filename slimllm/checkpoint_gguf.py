@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from slimllm.checkpoint import Checkpoint, first_line, name_tokenizer_class
+from slimllm.checkpoint import Checkpoint, first_line, settle_tokenizer_class
 from slimllm.errors import InputError
 from slimllm.families import GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, layer_spec
 
@@ -113,7 +113,7 @@ class GGUFCheckpoint(Checkpoint):
 
     def write_companions(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)
-        name_tokenizer_class(folder)
+        settle_tokenizer_class(folder)
 
 
 def _hugging_face_name(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shlex
 import signal
@@ -27,8 +28,18 @@ Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file o
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(importlib.metadata.version("slimllm-engine"), highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Structured pruning of large language models (SlimLLM)."""
 
 
@@ -48,15 +59,19 @@ def prune_command(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass. Default: about 1024 tokens.")] = None,
-    pruned_layers: Annotated[int | None, typer.Option(help="n, how many layers are pruned. Default: as published.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Temperature of the allocation. Default: as published.")] = None,
+    pruned_layers: Annotated[
+        int | None, typer.Option(help="n, layers to prune. Default: 81 % of them (ratio 0.2) to 94 % (0.5).")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Temperature of the allocation. Default: 10 (ratio 0.2) to 7 (0.5).")
+    ] = None,
     keep_lowest: Annotated[
         float | None, typer.Option(help="Fraction of the least important channels kept. Default: 0, paper: 0.01.")
     ] = None,
     round_to: Annotated[
         int | None, typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="dtype to write. Default: the checkpoint's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")] = None,
     compute_dtype: Annotated[
         str | None,
         typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU."),
@@ -125,11 +140,18 @@ def demo_command(
     run_demo(out, ratio, overwrite, console)
 
 
+def _stop(number: int, frame: object) -> None:
+    """Leave by an exception, so that what was begun is removed on the way out."""
+    errors.print("Interrupted; nothing was written.", style="bold red")
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point of the command `slimllm`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that what was begun is removed
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         from transformers.utils import logging
 

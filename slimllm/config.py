@@ -32,7 +32,8 @@ class PruneConfig:
             number of query heads out of every group of a layer. Both are the single head when the group size is 1.
         recovery: `affine`: the paper's regression of every output dimension on its pruned self. `none`: no recovery.
         calibration: A text file (.txt), a file of JSON lines with a "text" field (.jsonl), the name of a hub dataset
-            as `name`, `name:config` or `name:config:split`, or token ids (samples, seq_len) int64. None: the bundled
+            as `name`, `name:config` or `name:config:split` (a folder of data files is one, too), or token ids (samples,
+            seq_len) int64, which then are the windows: `samples`, `seq_len` and `seed` do not apply. None: the bundled
             public-domain text.
         samples: Number of calibration windows.
         seq_len: Tokens per window.
@@ -128,6 +129,12 @@ def parse_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name} was asked for, but torch sees {torch.cuda.device_count()} GPUs.")
     return device
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError if settings are given as anything but a PruneConfig."""
+    if not isinstance(config, PruneConfig):
+        raise TypeError(f"config must be a PruneConfig, such as PruneConfig(ratio=0.2), got {type(config).__name__}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -59,9 +59,9 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
         )
         model = Path(str(resources.files("slimllm") / "data" / "stories260k"))
         prompt = "Once upon a time, there was a little"
+    config = PruneConfig(ratio=ratio)
     console.print(f"Pruning {model.stem} by {ratio:.0%} …", style="bold")
     with PruneDisplay(console, quiet=False) as display:
-        config = PruneConfig(ratio=ratio)
         report = prune(
             model, out, config, overwrite=overwrite, progress=display.progress, notice=display.notice,
             command=f"slimllm demo --ratio {ratio}",
@@ -71,7 +71,7 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
     _measure([before, after], prompt)
     _print_table(console, report, before, after, out)
     for title, candidate in (("before", before), ("after ", after)):
-        console.print(f"[bold]{title}[/bold] {prompt}[italic]{_escaped(candidate.text)}[/italic]")
+        console.print(f"[bold]{title}[/bold] {prompt}[italic]{_escaped(candidate.text)}[/italic]", highlight=False)
     console.print("\nNext:", style="bold")
     console.print(
         f"  slimllm eval {out} --seq-len 512\n"
@@ -146,7 +146,7 @@ def _print_table(console: Console, report: PruneReport, before: _Candidate, afte
     row("generation, tokens/s", before.generated_per_s, after.generated_per_s, ".1f")
     console.print(table)
     console.print(
-        f"Pruned in {report.elapsed_s:.1f} s ({report.elapsed_s / report.dense_pass_s:.2f} x one dense pass over the "
-        f"calibration text), with at most {report.peak_host_gib:.2f} GiB of memory.\n",
+        f"Pruned in {report.elapsed_s:.1f} s, {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass.\n"
+        f"Memory: {report.peak_host_gib:.2f} GiB at most, of {sum(report.memory_gib.values()):.2f} in the account.\n",
         highlight=False, soft_wrap=True,
     )  # fmt: skip

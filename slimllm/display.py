@@ -25,7 +25,6 @@ class PruneDisplay:
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> PruneDisplay:
-        self._bar.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -38,11 +37,12 @@ class PruneDisplay:
 
     def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
         """One more layer is done; a `ProgressCallback`."""
+        self._bar.start()  # not before there is something to show: an error of the input comes without a bar
         if stage not in self._tasks:
             title = {"dense": "dense pass", "prune": "pruning"}[stage]
             self._tasks[stage] = self._bar.add_task(title, total=num_layers, layer="")
         layer = ""
-        if report is not None:
+        if report is not None and index + 1 < num_layers:
             layer = f"ratio {report['ratio']:.3f}, {report['num_heads']} heads, width {report['intermediate_size']}"
         self._bar.update(self._tasks[stage], advance=1, layer=layer)
 
@@ -70,11 +70,13 @@ def print_summary(console: Console, report: PruneReport) -> None:
         f"{calibration['perplexity_dense']:.2f}", f"{calibration['perplexity_pruned']:.2f}", "",
     )  # fmt: skip
     console.print(table)
-    parts = ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in memory.items())
+    parts = ", ".join(f"{name.replace('_', ' ')} {size * 1024:,.0f}" for name, size in memory.items())
     lines = [
         f"time    {report.elapsed_s:.1f} s = {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass "
-        f"({report.dense_pass_s:.1f} s); {report.setup_s:.1f} s before that to open the model and draw the text",
-        f"memory  {report.peak_host_gib:.2f} GiB at most; the account allows {sum(memory.values()):.2f} ({parts})",
+        f"({report.dense_pass_s:.1f} s)",
+        f"        and {report.setup_s:.1f} s before, to open the model and draw the text",
+        f"memory  {report.peak_host_gib:.2f} GiB at most; the account allows {sum(memory.values()):.2f} GiB, in MiB:",
+        f"        {parts}",
     ]
     if report.peak_gpu_gib:
         lines.append(f"GPU     {report.peak_gpu_gib:.2f} GiB at most")

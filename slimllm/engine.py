@@ -15,7 +15,7 @@ from slimllm import memory, ops
 from slimllm.allocation import Allocation
 from slimllm.calibration import calibration_name, calibration_windows
 from slimllm.checkpoint import Checkpoint, open_checkpoint
-from slimllm.config import DTYPES, PruneConfig, parse_device
+from slimllm.config import DTYPES, PruneConfig, check_config, parse_device
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.layer import Layer
@@ -59,6 +59,7 @@ def prune(
         ValueError: (as InputError) something about the input is wrong; `out` is then untouched.
     """
     started = time.perf_counter()
+    check_config(config)
     notice = notice or (lambda sentence: None)
     out = Path(out).expanduser().resolve()
     device = parse_device(config.device)
@@ -128,6 +129,7 @@ def prune_model(
         TypeError: an argument has the wrong type.
     """
     started = time.perf_counter()
+    check_config(config)
     notice = notice or (lambda sentence: None)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}; to prune a folder, use prune().")

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimllm.calibration import windows_of
-from slimllm.checkpoint import Checkpoint, first_line, open_checkpoint
+from slimllm.checkpoint import Checkpoint, download, first_line, open_checkpoint
 from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
@@ -40,11 +40,15 @@ def load(
     if path.is_file():
         checkpoint = open_checkpoint(path)
         return _fill(checkpoint, wanted).to(where), checkpoint.tokenizer()
+    if not path.is_dir():
+        path = download(str(model), code=trust_remote_code)
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=wanted or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
+            path, dtype=wanted or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and its back ends raise many types for one fact: it cannot be loaded
         raise InputError(f"{model} cannot be loaded: {first_line(error)}") from error
     return loaded.to(where).eval(), tokenizer
@@ -88,11 +92,9 @@ def perplexity(
         ValueError: (as InputError) the text is shorter than a window, or a setting is out of range.
     """
     longest = getattr(model.config, "max_position_embeddings", None)
-    if seq_len < 2 or batch_size < 1 or (max_windows is not None and max_windows < 1):
-        raise InputError(
-            "seq_len must be at least 2, batch_size and max_windows at least 1, "
-            f"got {seq_len}, {batch_size} and {max_windows}."
-        )
+    for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}.")
     if longest is not None and seq_len > longest:
         raise InputError(f"seq_len is {seq_len}, but the model takes at most {longest} tokens.")
     windows = windows_of(token_ids, seq_len)[:max_windows]

@@ -18,7 +18,8 @@ def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
     )
     trust = ", trust_remote_code=True" if native else ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    notes = "".join(f"- {note}\n" for note in report.allocation["notes"])
+    notes = "".join(f"- {note}\n" for note in report.allocation["notes"]) + "\n" * bool(report.allocation["notes"])
+    name = Path(report.model).name
     text = f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -27,7 +28,7 @@ tags:
 - pruned
 ---
 
-# {Path(report.model).name.removesuffix(".gguf")}, pruned by {report.achieved_ratio:.1%}
+# {name.removesuffix(".gguf")}, pruned by {report.achieved_ratio:.1%}
 
 Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
 FFN channels are gone, {"outputs are recovered by linear regression" if report.config["recovery"] == "affine" else "without recovery"}.
@@ -45,16 +46,15 @@ tokens, seed {report.config["seed"]}); measure on your own text with `slimllm ev
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 ```
 
-Made from `{report.model}` by
+Made from `{name}` by
 
 ```
 {command}
 ```
 
-{notes}
-Versions: {versions}. Computed in {report.compute_dtype} on {report.device}. Everything per layer is in `report.json`.
+{notes}Versions: {versions}. Computed in {report.compute_dtype} on {report.device}. Everything per layer is in `report.json`.
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

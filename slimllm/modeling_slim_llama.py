@@ -63,6 +63,12 @@ class SlimLlamaConfig(LlamaConfig):
     def validate(self):
         """Global sizes are maxima over the layers: LLaMA's rules about them do not apply."""
 
+    def to_dict(self):
+        """Without our own switch: tools that read config.json without this class need not see it."""
+        settings = super().to_dict()
+        settings.pop("allow_global_per_layer_attribute_access", None)
+        return settings
+
     def layer_config(self, layer_idx):
         """The configuration of one layer: this one, with the layer's own sizes in place of the global ones."""
         if getattr(self, "is_heterogeneous", False):

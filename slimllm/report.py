@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from slimllm.errors import InputError
+
 REPORT_NAME = "report.json"
 
 
@@ -74,13 +76,15 @@ class PruneReport:
         """Read the report of a pruned checkpoint.
 
         Raises:
-            ValueError: the folder holds no report.json of ours.
+            ValueError: (as InputError) the folder holds no report.json, or none of ours.
         """
         path = Path(folder) / REPORT_NAME
+        if not path.is_file():
+            raise InputError(f"There is no {path}; give the folder that a pruning run has written.")
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path} is not the report of a pruning run: {error}") from None
+            raise InputError(f"{path} is not the report of a pruning run: {error}") from None
 
 
 def versions() -> dict[str, str]:

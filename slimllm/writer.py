@@ -28,8 +28,13 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
             empty without `overwrite`, or is a folder that does not look like a model's with it.
     """
     for source in (path.resolve() for path in inputs):
-        if out == source or out in source.parents:
-            raise InputError(f"The output folder {out} is or contains {source}, which is read; give another folder.")
+        if out == source or out in source.parents or source in out.parents:
+            raise InputError(
+                f"The output folder {out} is, contains or lies in {source}, which is read; give another folder."
+            )
+    parent = next(path for path in out.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"The output folder {out} cannot be made: {parent} is no folder that can be written to.")
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {out} is a file; give a folder that does not exist yet.")
     if os.path.ismount(out) or out == Path.cwd():

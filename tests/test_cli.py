@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,8 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
         code = int(stop.code or 0)
     finally:
         sys.argv = saved
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     captured = capsys.readouterr()
     return code, captured.out, " ".join(captured.err.split())
 
@@ -138,6 +142,9 @@ def bad_inputs(stories: Path, tmp: Path) -> list[tuple[str, list[str | Path], st
         ("windows too long", [stories, "--seq-len", "1024"], "at most 512"),
         ("preset", [stories, "--preset", "best"], "preset must be one of default, paper, got 'best'"),
         ("n", [stories, "--pruned-layers", "9"], "has 5 layers"),
+        ("rounding", [stories, "--round-to", "1000"], "only 172 channels wide"),
+        ("an address", [stories, "--calibration", "https://example.com/x.txt"], "https://example.com/x.txt is an address"),
+        ("no such file", [stories, "--calibration", "a.csv"], "a.csv does not exist"),
         ("device", [stories, "--device", "tpu9"], "device"),
         ("samples", [stories, "--samples", "0"], "samples must be at least 1"),
     ]
@@ -174,6 +181,8 @@ def test_output_folders_that_would_cost_data(
         (["--out", other, "--overwrite"], "holds no model"),
         (["--out", model, "--overwrite"], "which is read"),
         (["--out", tmp_path, "--overwrite"], "which is read"),
+        (["--out", model / "sub"], "lies in"),
+        (["--out", "/dev/null/x"], "no folder that can be written to"),
         (["--out", file], "is a file"),
         (["--out", occupied, "--overwrite", "--calibration", text], "which is read"),
         (["--out", Path.cwd(), "--overwrite"], "current directory"),
@@ -219,7 +228,9 @@ def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureF
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time")
     cases: list[tuple[list[str | Path], str]] = [
-        ([tmp_path / "nowhere"], "cannot be loaded"),
+        ([tmp_path / "nowhere"], "There is no folder or file"),
+        ([tmp_path], "holds no config.json"),
+        ([stories_path, "--max-windows", "0"], "max_windows must be at least 1, got 0"),
         ([stories_path, "--text", short], "fewer than one window"),
         ([stories_path, "--seq-len", "600"], "at most 512"),
         ([stories_path, "--seq-len", "1"], "at least 2"),
@@ -229,6 +240,26 @@ def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureF
     for arguments, sentence in cases:
         code, _, err = call(capsys, "eval", *arguments)
         assert code == 2 and sentence in err, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_nothing(stories_path: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "slimllm", "prune", str(stories_path), "--out", "out", "--ratio", "0.2"]
+    command += ["--samples", "300", "--seq-len", "512", "--batch-size", "1"]  # long enough to be met at work
+    running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.iterdir()) and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 128 + number and "Interrupted" in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    import slimllm
+
+    assert call(capsys, "--version")[:2] == (0, f"{slimllm.__version__}\n")
 
 
 def test_interrupt_leaves_nothing(stories_path: Path, tmp_path: Path) -> None:

@@ -54,13 +54,15 @@ def test_reload_is_the_model_in_memory(
 STRANGER = """
 import sys, torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
 ids = load_file("ids.safetensors")["ids"]
 with torch.no_grad():
     save_file({"logits": model(ids).logits}, "logits.safetensors")
 settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 assert torch.equal(model.generate(ids, **settings), model.generate(ids, use_cache=False, **settings))
+words = AutoTokenizer.from_pretrained("out", trust_remote_code=True)("Once upon", return_tensors="pt")
+model.generate(**words, max_new_tokens=4, do_sample=False)  # the tokenizer gives what the model takes, and no more
 assert type(AutoModel.from_pretrained("out", trust_remote_code=True)).__name__ == "SlimLlamaModel"
 model.save_pretrained("again")
 again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
@@ -75,7 +77,10 @@ def test_loads_without_slimllm(stories_path: Path, stories: Any, token_ids: torc
     slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3))
     save_file({"ids": token_ids[:2]}, tmp_path / "ids.safetensors")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", STRANGER], cwd=tmp_path, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    assert "per-layer attribute" not in done.stderr  # no warnings about sizes that we know differ
     assert torch.equal(load_file(tmp_path / "logits.safetensors")["logits"], logits(stories, token_ids[:2]))
 
 
@@ -343,7 +348,7 @@ def test_report_says_what_happened(stories_path: Path, token_ids: torch.Tensor, 
     pruned = [layer for layer in report["layers"] if layer["ratio"]]
     assert pruned and all(len(layer["channel_importance"]) == 172 for layer in pruned)
     assert PruneReport.read(tmp_path / "out").parameters == returned.parameters
-    with pytest.raises(ValueError, match="not the report"):
+    with pytest.raises(ValueError, match=r"There is no .*report\.json"):
         PruneReport.read(tmp_path)
 
 
@@ -401,6 +406,30 @@ def test_lora_trains_and_merges(stories_path: Path, token_ids: torch.Tensor, tmp
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
     tuned(token_ids[:2], labels=token_ids[:2]).loss.backward()
     assert torch.isfinite(logits(tuned.merge_and_unload(), token_ids[:1])).all()
+
+
+def test_a_missed_ratio_is_said(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    told: list[str] = []
+    for name, settings in (("coarse", {"ratio": 0.2, "round_to": 172}), ("tiny", {"ratio": 1e-4})):
+        report = slimllm.prune(stories_path, tmp_path / name, config(token_ids, **settings), notice=told.append)
+        assert abs(report.achieved_ratio / settings["ratio"] - 1) > 0.005
+        assert "come no nearer" in report.allocation["notes"][-1]
+    assert sum("come no nearer" in sentence for sentence in told) == 2
+    report = slimllm.prune(stories_path, tmp_path / "met", config(token_ids, ratio=0.2))
+    assert not report.allocation["notes"]
+
+
+def test_token_ids_are_named_as_the_calibration(stories: Any, token_ids: torch.Tensor) -> None:
+    report = slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.2))
+    assert report.calibration["text"] == report.config["calibration"] == "token ids (16, 64)"
+
+
+@pytest.mark.parametrize("settings", [None, 0.2, {"ratio": 0.2}])
+def test_settings_of_another_type(stories_path: Path, stories: Any, tmp_path: Path, settings: Any) -> None:
+    with pytest.raises(TypeError, match="must be a PruneConfig"):
+        slimllm.prune(stories_path, tmp_path / "out", settings)
+    with pytest.raises(TypeError, match="must be a PruneConfig"):
+        slimllm.prune_model(stories, torch.zeros(1, 2, dtype=torch.int64), settings)
 
 
 def test_what_prune_model_refuses(stories: Any, token_ids: torch.Tensor) -> None:
