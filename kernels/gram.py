@@ -43,6 +43,8 @@ def _gram_kernel(
             right = tl.load(right_ptr, mask=in_stream & (cols[None, :] < features), other=0.0).to(tl.float32)
             tile += tl.dot(tl.trans(left), right, input_precision="ieee")
             row_sum += tl.sum(left, axis=0)
+        if col == row:  # a product need not round x_a·x_b and x_b·x_a alike: the half below the diagonal counts
+            tile = tl.where(rows[:, None] >= cols[None, :], tile, tl.trans(tile))
         inside = (rows[:, None] < features) & (cols[None, :] < features)
         out_ptr = gram_ptr + rows[:, None] * stride_row + cols[None, :] * stride_col
         tile += tl.load(out_ptr, mask=inside, other=0.0)
