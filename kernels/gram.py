@@ -1,67 +1,264 @@
-"""Gram accumulation: G += XᵀX and total += Σ_t x_t for a batch of tokens X (num_tokens, features).
+"""Gram accumulation in one pass over a batch: G += Σ_t w_t u_t u_tᵀ, total += Σ_t w_t u_t, with u_t = x_t - pivot.
 
-Source: the statistics of SlimLLM (arXiv 2505.22689) in Gram form. Only tiles on and below the diagonal are computed;
-each writes its mirror image too. Work: N·F² multiply-adds (half of the full product); bytes: every X element is read
-F / BLOCK_F times through L2, G is read and written once. Accumulation in fp32, in a fixed order: deterministic.
+Source: the statistics of SlimLLM (arXiv 2505.22689) in Gram form. Only tiles on and below the diagonal are computed:
+N·F² floating-point operations, half of the full product; each tile writes its mirror image too. Bytes: G is read
+(lower half) and written once, 6·F²; X is read F / BLOCK_F times through L2 and, as neighbouring programs share tiles,
+about GROUP / F·BLOCK_F as often from memory. Accumulation in fp32. Few tiles and many tokens: the tokens are split
+over programs, whose partial tiles are then added in a fixed order (or, on request, atomically in any order).
+
+Half-precision differences u are rounded to x's dtype for the tensor cores. That rounding vanishes where x lies between
+pivot/2 and 2·pivot, hence where a pivot is needed most. A product with a weight is carried in two parts, high and low,
+so weights cost a second product and no digits (in fp16, whose range they would leave, the product is one of fp32).
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-def gram_reference(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """XᵀX (features, features) and Σ_t x_t (features,) in fp64, plainly."""
-    x = x.double()
-    return x.T @ x, x.sum(0)
+def gram_reference(
+    x: torch.Tensor, pivot: torch.Tensor | None = None, weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ w u uᵀ (features, features) and Σ w u (features,) in fp64, plainly."""
+    u = x.double() if pivot is None else x.double() - pivot.double()
+    weighted = u if weight is None else u * weight.double()[:, None]
+    return u.T @ weighted, weighted.sum(0)
 
 
-BLOCK_F, BLOCK_N = 64, 64
+@dataclass(frozen=True)
+class Config:
+    """A launch configuration; the tile of the result is BLOCK_F × BLOCK_F, tokens go BLOCK_N at a time."""
+
+    block_f: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Chosen from what ptxas says of registers and shared memory (tests/test_compile.py), not yet timed on a GPU.
+TMA_CONFIG = Config(128, 64, 8, 4)
+PLAIN_CONFIG = Config(128, 64, 8, 3)
+PIVOT_CONFIG = Config(128, 32, 8, 3)
+WEIGHT_CONFIG = Config(64, 32, 4, 2)
+FLOAT_CONFIG = Config(64, 32, 8, 2)
+GROUP = 8  # rows of tiles that are worked on together, so that neighbours find each other's input in L2
+REDUCE_ROWS = 32
+
+
+def choose_config(dtype: torch.dtype, pivot: bool, weight: bool, tma: bool) -> Config:
+    """The configuration for an input dtype and the options in use."""
+    if dtype == torch.float32 or (dtype == torch.float16 and weight):
+        return FLOAT_CONFIG
+    if weight:
+        return WEIGHT_CONFIG
+    return TMA_CONFIG if tma else PIVOT_CONFIG if pivot else PLAIN_CONFIG
 
 
 @triton.jit
-def _gram_kernel(
-    x_ptr, gram_ptr, total_ptr, num_tokens, features, stride_n, stride_f, stride_row, stride_col,
-    BLOCK_F: tl.constexpr, BLOCK_N: tl.constexpr,
+def _tile(
+    x, pivot, start, column, num_tokens, features, stride_n, stride_f,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr, PIVOT: tl.constexpr,
 ):  # fmt: skip
-    row, col = tl.program_id(0), tl.program_id(1)
-    if col <= row:
-        rows = (row * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
-        cols = (col * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
-        tile = tl.zeros((BLOCK_F, BLOCK_F), dtype=tl.float32)
-        row_sum = tl.zeros((BLOCK_F,), dtype=tl.float32)
-        for start in range(0, num_tokens, BLOCK_N):
-            tokens = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
-            in_stream = tokens[:, None] < num_tokens
-            left_ptr = x_ptr + tokens[:, None] * stride_n + rows[None, :] * stride_f
-            right_ptr = x_ptr + tokens[:, None] * stride_n + cols[None, :] * stride_f
-            left = tl.load(left_ptr, mask=in_stream & (rows[None, :] < features), other=0.0).to(tl.float32)
-            right = tl.load(right_ptr, mask=in_stream & (cols[None, :] < features), other=0.0).to(tl.float32)
-            tile += tl.dot(tl.trans(left), right, input_precision="ieee")
-            row_sum += tl.sum(left, axis=0)
-        if col == row:  # a product need not round x_a·x_b and x_b·x_a alike: the half below the diagonal counts
-            tile = tl.where(rows[:, None] >= cols[None, :], tile, tl.trans(tile))
-        inside = (rows[:, None] < features) & (cols[None, :] < features)
-        out_ptr = gram_ptr + rows[:, None] * stride_row + cols[None, :] * stride_col
-        tile += tl.load(out_ptr, mask=inside, other=0.0)
-        tl.store(out_ptr, tile, mask=inside)
-        if col < row:
-            mirror_ptr = gram_ptr + cols[:, None] * stride_row + rows[None, :] * stride_col
-            tl.store(mirror_ptr, tl.trans(tile), mask=(cols[:, None] < features) & (rows[None, :] < features))
-        else:
-            sums = tl.load(total_ptr + rows, mask=rows < features, other=0.0)
-            tl.store(total_ptr + rows, sums + row_sum.to(sums.dtype), mask=rows < features)
+    if TMA:
+        u = x.load([start, column])
+    else:
+        tokens = start + tl.arange(0, BLOCK_N)
+        cols = column + tl.arange(0, BLOCK_F)
+        inside = (tokens[:, None] < num_tokens) & (cols[None, :] < features)
+        offsets = tokens[:, None].to(tl.int64) * stride_n + cols[None, :].to(tl.int64) * stride_f
+        u = tl.load(x + offsets, mask=inside, other=0.0)
+        if PIVOT:
+            shift = tl.load(pivot + cols, mask=cols < features, other=0.0)
+            u = tl.where(inside, u.to(tl.float32) - shift[None, :], 0.0).to(u.dtype)
+    return u
 
 
-def gram_(gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor) -> None:
-    """Add one batch in place; arguments as in `slimllm.ops.gram_`, which checks them."""
-    num_tokens, features = x.shape
-    blocks = triton.cdiv(features, BLOCK_F)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        _gram_kernel[(blocks, blocks)](
-            x, gram, total, num_tokens, features, *x.stride(), *gram.stride(), BLOCK_F=BLOCK_F, BLOCK_N=BLOCK_N
+@triton.jit
+def _accumulate(
+    x, pivot, weight, row, col, first, last, num_tokens, features, stride_n, stride_f,
+    DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    tile = tl.zeros((BLOCK_F, BLOCK_F), dtype=tl.float32)
+    sums = tl.zeros((BLOCK_F,), dtype=tl.float32)
+    PIVOT: tl.constexpr = pivot is not None
+    for start in range(first, last, BLOCK_N):
+        right = _tile(
+            x, pivot, start, col * BLOCK_F, num_tokens, features, stride_n, stride_f, BLOCK_N, BLOCK_F, TMA, PIVOT
         )
+        if DIAGONAL:
+            left = right
+        else:
+            left = _tile(
+                x, pivot, start, row * BLOCK_F, num_tokens, features, stride_n, stride_f, BLOCK_N, BLOCK_F, TMA, PIVOT
+            )
+        if weight is not None:
+            tokens = start + tl.arange(0, BLOCK_N)
+            if right.dtype == tl.float16:  # whose range a weighted activation may leave
+                left, right = left.to(tl.float32), right.to(tl.float32)
+            weighted = right.to(tl.float32) * tl.load(weight + tokens, mask=tokens < num_tokens, other=0.0)[:, None]
+            high = weighted.to(right.dtype)
+            tile = tl.dot(tl.trans(left), high, tile, input_precision="tf32x3")
+            if right.dtype != tl.float32:
+                low = (weighted - high.to(tl.float32)).to(right.dtype)
+                tile = tl.dot(tl.trans(left), low, tile)
+            if DIAGONAL:
+                sums += tl.sum(weighted, axis=0)
+        else:
+            tile = tl.dot(tl.trans(left), right, tile, input_precision="tf32x3")
+            if DIAGONAL:
+                sums += tl.sum(right.to(tl.float32), axis=0)
+    return tile, sums
+
+
+@triton.jit
+def gram_kernel(
+    x, tiles, pivot, weight, gram, total, partial, partial_sums, num_tokens, features, split_tokens,
+    stride_n, stride_f, stride_row, stride_col,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """One tile of the lower half, over one part of the tokens; `partial` is None when there is one part."""
+    pid, split = tl.program_id(0), tl.program_id(1)
+    row, col = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
+    first = split * split_tokens
+    last = tl.minimum(first + split_tokens, num_tokens)
+    rows, cols = row * BLOCK_F + tl.arange(0, BLOCK_F), col * BLOCK_F + tl.arange(0, BLOCK_F)
+    if row == col:
+        tile, sums = _accumulate(
+            x, pivot, weight, row, col, first, last, num_tokens, features, stride_n, stride_f, True, BLOCK_N, BLOCK_F, TMA
+        )
+        # A product need not round x_a·x_b and x_b·x_a alike: the half below the diagonal counts.
+        tile = tl.where(rows[:, None] >= cols[None, :], tile, tl.trans(tile))
+        if partial is not None:
+            tl.store(partial_sums + (split * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F + tl.arange(0, BLOCK_F), sums)
+        elif ATOMIC:
+            tl.atomic_add(total + rows, sums.to(total.dtype.element_ty), mask=rows < features)
+        else:
+            before = tl.load(total + rows, mask=rows < features, other=0.0)
+            tl.store(total + rows, before + sums.to(before.dtype), mask=rows < features)
+    else:
+        tile, sums = _accumulate(
+            x, pivot, weight, row, col, first, last, num_tokens, features, stride_n, stride_f, False, BLOCK_N, BLOCK_F, TMA
+        )
+    if partial is not None:
+        base = (split * tl.num_programs(0) + pid).to(tl.int64) * BLOCK_F * BLOCK_F
+        local = tl.arange(0, BLOCK_F)
+        tl.store(partial + base + local[:, None] * BLOCK_F + local[None, :], tile)
+    else:
+        inside = (rows[:, None] < features) & (cols[None, :] < features)
+        out = gram + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
+        mirror = gram + cols[:, None].to(tl.int64) * stride_row + rows[None, :].to(tl.int64) * stride_col
+        if ATOMIC:
+            tl.atomic_add(out, tile, mask=inside)
+            if row != col:
+                tl.atomic_add(mirror, tl.trans(tile), mask=tl.trans(inside))
+        else:
+            tile += tl.load(out, mask=inside, other=0.0)
+            tl.store(out, tile, mask=inside)
+            if row != col:
+                tl.store(mirror, tl.trans(tile), mask=tl.trans(inside))
+
+
+@triton.jit
+def reduce_kernel(
+    tiles, gram, total, partial, partial_sums, features, num_splits, stride_row, stride_col,
+    BLOCK_F: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add the partial tiles of all splits to the Gram, in order; a program takes ROWS rows of one tile."""
+    pid, strip = tl.program_id(0), tl.program_id(1)
+    row, col = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
+    local = strip * ROWS + tl.arange(0, ROWS)
+    rows, cols = row * BLOCK_F + local, col * BLOCK_F + tl.arange(0, BLOCK_F)
+    inside = (rows[:, None] < features) & (cols[None, :] < features)
+    out = gram + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
+    acc = tl.load(out, mask=inside, other=0.0)
+    for split in range(num_splits):
+        base = (split * tl.num_programs(0) + pid).to(tl.int64) * BLOCK_F * BLOCK_F
+        acc += tl.load(partial + base + local[:, None] * BLOCK_F + tl.arange(0, BLOCK_F)[None, :])
+    tl.store(out, acc, mask=inside)
+    if row != col:
+        mirror = gram + cols[:, None].to(tl.int64) * stride_row + rows[None, :].to(tl.int64) * stride_col
+        tl.store(mirror, tl.trans(acc), mask=tl.trans(inside))
+    else:
+        sums = tl.load(total + rows, mask=rows < features, other=0.0)
+        for split in range(num_splits):
+            base = (split * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F
+            sums += tl.load(partial_sums + base + local).to(sums.dtype)
+        tl.store(total + rows, sums, mask=rows < features)
+
+
+@lru_cache(maxsize=64)
+def _tiles(blocks: int, device: torch.device) -> torch.Tensor:
+    """(row, col) of every tile on and below the diagonal, int32, column by column within groups of GROUP rows."""
+    order = [
+        (row, col)
+        for group in range(0, blocks, GROUP)
+        for col in range(min(group + GROUP, blocks))
+        for row in range(max(group, col), min(group + GROUP, blocks))
+    ]
+    return torch.tensor(order, dtype=torch.int32, device=device)
+
+
+def choose_splits(num_tiles: int, num_tokens: int, processors: int) -> int:
+    """Parts of the tokens, at least 512 in each: the fewest whose last wave of programs is within 10 % of the best."""
+    most = max(1, min(num_tokens // 512, 8 * processors // num_tiles, 64))
+    cost = {splits: triton.cdiv(num_tiles * splits, processors) / splits for splits in range(1, most + 1)}
+    return min(splits for splits, waves in cost.items() if waves <= 1.1 * min(cost.values()))
+
+
+def _can_use_tma(x: torch.Tensor) -> bool:
+    """Descriptors want Hopper, rows of unit stride and 16-byte alignment."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) >= x.shape[1]
+    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 and x.stride(1) == 1 and aligned
+
+
+def gram_(
+    gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor, pivot: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None, deterministic: bool = True, splits: int | None = None,
+) -> None:  # fmt: skip
+    """Add one batch in place; arguments as in `slimllm.ops.gram_`, which checks them.
+
+    Args:
+        splits: Parts of the tokens that are summed apart; None: as many as fill the GPU.
+    """
+    num_tokens, features = x.shape
+    tma = x.dtype != torch.float32 and pivot is None and weight is None and _can_use_tma(x)
+    config = choose_config(x.dtype, pivot is not None, weight is not None, tma)
+    tiles = _tiles(triton.cdiv(features, config.block_f), x.device)
+    if splits is None:
+        splits = 1
+        if x.is_cuda:
+            processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+            splits = choose_splits(len(tiles), num_tokens, processors)
+    split_tokens = triton.cdiv(triton.cdiv(num_tokens, splits), config.block_n) * config.block_n
+    splits = triton.cdiv(num_tokens, split_tokens)
+    partial = sums = None
+    if splits > 1 and deterministic:
+        partial = x.new_empty(splits, len(tiles), config.block_f, config.block_f, dtype=torch.float32)
+        sums = x.new_empty(splits, triton.cdiv(features, config.block_f), config.block_f, dtype=torch.float32)
+    source = TensorDescriptor.from_tensor(x, [config.block_n, config.block_f]) if tma else x
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        gram_kernel[(len(tiles), splits)](
+            source, tiles, pivot, weight, gram, total, partial, sums, num_tokens, features, split_tokens,
+            *x.stride(), *gram.stride(), BLOCK_N=config.block_n, BLOCK_F=config.block_f, TMA=tma,
+            ATOMIC=splits > 1 and not deterministic, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if partial is not None:
+            reduce_kernel[(len(tiles), config.block_f // REDUCE_ROWS)](
+                tiles,
+                gram,
+                total,
+                partial,
+                sums,
+                features,
+                splits,
+                *gram.stride(),
+                BLOCK_F=config.block_f,
+                ROWS=REDUCE_ROWS,
+            )

@@ -38,17 +38,30 @@ def backend(device: torch.device | str) -> str:
     return "triton"
 
 
-def gram_(gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor) -> None:
-    """gram += XᵀX and total += Σ_t x_t, in place.
+def gram_(
+    gram: torch.Tensor,
+    total: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    pivot: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    deterministic: bool = True,
+) -> None:
+    """gram += Σ_t w_t u_t u_tᵀ and total += Σ_t w_t u_t with u_t = x_t - pivot, in place; by default XᵀX and Σ_t x_t.
 
     Args:
-        gram: (features, features) fp32, symmetric.
+        gram: (features, features) fp32, symmetric. Its diagonal is the weighted sum of squares of every feature.
         total: (features,) fp32 or fp64.
         x: (num_tokens, features), bf16, fp16 or fp32, any strides.
+        pivot: (features,) fp32, subtracted from every token: about a pivot near the mean, the covariance
+            gram/N - (total/N)(total/N)ᵀ keeps its digits where the mean is far larger than the spread.
+        weight: (num_tokens,) fp32, not negative.
+        deterministic: False allows additions in any order, which may be faster on a GPU; the results of two runs then
+            differ by rounding.
 
     Raises:
         ValueError: shapes or devices do not fit together.
-        TypeError: gram is not fp32, or x is no floating tensor.
+        TypeError: a dtype is none of those above.
     """
     if x.ndim != 2 or gram.shape != (x.shape[1], x.shape[1]) or total.shape != (x.shape[1],):
         raise ValueError(
@@ -57,19 +70,32 @@ def gram_(gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor) -> None:
         )
     if not gram.device == total.device == x.device:
         raise ValueError(f"gram, total and x must be on one device, got {gram.device}, {total.device} and {x.device}.")
-    if gram.dtype != torch.float32 or not x.is_floating_point():
-        raise TypeError(f"gram must be float32 and x floating, got {gram.dtype} and {x.dtype}.")
+    if gram.dtype != torch.float32 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"gram must be float32 and x float32, float16 or bfloat16, got {gram.dtype} and {x.dtype}.")
+    if total.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"total must be float32 or float64, got {total.dtype}.")
+    for name, vector, size in (("pivot", pivot, x.shape[1]), ("weight", weight, x.shape[0])):
+        if vector is None:
+            continue
+        if vector.shape != (size,) or vector.device != x.device:
+            raise ValueError(
+                f"{name} must have shape ({size},) and be on {x.device}, got {tuple(vector.shape)} on {vector.device}."
+            )
+        if vector.dtype != torch.float32:
+            raise TypeError(f"{name} must be float32, got {vector.dtype}.")
     if x.shape[0] == 0:
         return
     if backend(x.device) == "triton":
         from slimllm.kernels.gram import gram_ as triton_gram_
 
-        triton_gram_(gram, total, x)
+        pivot, weight = (None if vector is None else vector.contiguous() for vector in (pivot, weight))
+        triton_gram_(gram, total, x, pivot, weight, deterministic)
         return
-    x = x.float()
+    u = x.float() if pivot is None else x.float() - pivot
+    weighted = u if weight is None else u * weight[:, None]
     with _full_precision():
-        gram.addmm_(x.T, x)
-    total += x.sum(0)
+        gram.addmm_(u.T, weighted)
+    total += weighted.sum(0)
 
 
 @contextmanager

@@ -46,7 +46,7 @@ class GramStatistics:
         x = x.float()
         if self.count == 0:
             self.pivot = x.mean(0)
-        ops.gram_(self.gram, self.total, x - self.pivot)
+        ops.gram_(self.gram, self.total, x, pivot=self.pivot)
         self.count += x.shape[0]
 
     def merge(self, other: GramStatistics) -> None:
