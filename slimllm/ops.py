@@ -93,13 +93,13 @@ def gram_(
         return
     u = x.float() if pivot is None else x.float() - pivot
     weighted = u if weight is None else u * weight[:, None]
-    with _full_precision():
+    with full_precision():
         gram.addmm_(u.T, weighted)
     total += weighted.sum(0)
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """fp32 products in fp32, whatever the caller allows elsewhere (TF32, bf16)."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -30,6 +30,50 @@ def covariance_of(x: torch.Tensor, weight: torch.Tensor, heads: int) -> torch.Te
     return head_covariance(weight, statistics.covariance(), heads)
 
 
+def spectrum_case(kind: str, size: int = 96) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """W (size, 300), a covariance with such a spectrum, and norms of channels."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.exp(2 * torch.randn(size, generator=generator, dtype=torch.float64))
+    if kind == "one enormous":
+        values[0] = 1e6 * values.sum()
+    elif kind == "rank deficient":
+        values[size // 4 :] = 0
+    elif kind == "flat":
+        values[:] = 1e-12
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    covariance = (basis * values) @ basis.T
+    norms = torch.rand(300, generator=generator, dtype=torch.float64)
+    return torch.randn(size, 300, generator=generator), (covariance + covariance.T) / 2, norms
+
+
+@pytest.mark.parametrize("method", ["function", "eigh"])
+@pytest.mark.parametrize("kind", ["heavy tail", "one enormous", "rank deficient", "flat"])
+def test_importance_in_the_feature_space_by_either_method(kind: str, method: str) -> None:
+    weight, covariance, norms = spectrum_case(kind)
+    eigenvalues, vectors = torch.linalg.eigh(covariance)
+    scale = torch.sigmoid(eigenvalues.abs() / eigenvalues.abs().mean())
+    wanted = norms * torch.linalg.vector_norm((vectors * scale).T @ weight.double(), dim=0)
+    importance = feature_space_importance(weight, covariance, norms, method)
+    assert ((importance - wanted).abs() <= 1e-6 * wanted).all()
+    for pruned in (60, 150):
+        assert select_channels(importance, pruned).tolist() == select_channels(wanted, pruned).tolist()
+
+
+@pytest.mark.parametrize("method", ["function", "eigh"])
+def test_importance_without_any_variance(method: str) -> None:
+    weight, covariance, norms = spectrum_case("flat")
+    importance = feature_space_importance(weight, torch.zeros_like(covariance), norms, method)
+    assert torch.allclose(importance, norms * torch.linalg.vector_norm(weight.double(), dim=0) / 2)
+
+
+def test_feature_space_errors() -> None:
+    weight, covariance, norms = spectrum_case("flat")
+    with pytest.raises(ValueError, match="must have shapes"):
+        feature_space_importance(weight, covariance[:5, :5], norms)
+    with pytest.raises(ValueError, match="function or eigh, got 'svd'"):
+        feature_space_importance(weight, covariance, norms, "svd")
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), heads=st.integers(1, 7))
 def test_head_covariance_is_that_of_the_outputs(seed: int, heads: int) -> None:
