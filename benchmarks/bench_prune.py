@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from common import append_results
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results" / "prune.jsonl"
 KEPT = ("elapsed_s", "setup_s", "dense_pass_s", "stages_s", "peak_host_gib", "peak_gpu_gib", "memory_gib", "versions",
         "achieved_ratio", "parameters", "calibration", "device", "compute_dtype", "backend")  # fmt: skip
 
@@ -35,28 +33,13 @@ def run_once(model: str, ratio: float, samples: int, seq_len: int) -> dict[str, 
         command += ["--samples", str(samples), "--seq-len", str(seq_len), "--quiet"]
         subprocess.run(command, check=True)
         report = json.loads((out / "report.json").read_text())
-    row = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "model": Path(model).stem}
-    return {**row, "ratio": ratio, "samples": samples, "seq_len": seq_len, **{key: report[key] for key in KEPT}}
-
-
-def commit() -> str:
-    """The commit that was measured."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent.parent
-    )
-    return done.stdout.strip()
-
-
-def machine() -> str:
-    """The processor, or the GPU, by name."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names) or '?'} cores of {names[0] if names else platform.processor()}"
+    return {
+        "model": Path(model).stem,
+        "ratio": ratio,
+        "samples": samples,
+        "seq_len": seq_len,
+        **{key: report[key] for key in KEPT},
+    }
 
 
 def main() -> None:
@@ -73,13 +56,11 @@ def main() -> None:
 
         model = str(find_demo_model() or parser.error("give a model; the demo's is not installed (make demo does it)"))
     table = Table("calibration", "ratio", "achieved", "prune s", "dense pass s", "ratio", "peak GiB", "account GiB")
-    RESULTS.parent.mkdir(exist_ok=True)
     for calibration in arguments.calibration:
         samples, seq_len = map(int, calibration.split("x"))
         for ratio in arguments.ratio:
             rows = [run_once(model, ratio, samples, seq_len) for _ in range(arguments.rounds)]
-            with RESULTS.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            append_results("prune", rows)
             times = [row["elapsed_s"] / row["dense_pass_s"] for row in rows]
             columns = [[row[key] for row in rows] for key in ("elapsed_s", "dense_pass_s", "peak_host_gib")]
             seconds, dense, peak = (statistics.median(column) for column in columns)

@@ -3,7 +3,8 @@
     python benchmarks/kernels_report.py [--arch 80 86 90] [--json]
 
 For each: registers, stack, spills, shared memory, and the tensor-core instructions in the machine code. A stack, a spill,
-too much shared memory or a missing tensor-core instruction is a fault, and the exit status is then 1.
+too much shared memory or a missing tensor-core instruction is a fault, and the exit status is then 1. A second table has
+the work of each kernel at real shapes, and the least time it can take.
 """
 
 from __future__ import annotations
@@ -18,36 +19,19 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
+import shapes
 import triton
+from kernel_variants import variants
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slimllm.kernels import gram
-
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
-TENSOR_CORES = {80: "HMMA", 86: "HMMA", 90: "HGMMA"}
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A kernel as it is launched: the types of its arguments, its constants and its options."""
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 1
-    multiplies: bool = True
-    aligned: tuple[str, ...] = ()
 
 
 @dataclass
@@ -64,48 +48,9 @@ class Compiled:
     faults: list[str] = field(default_factory=list)
 
 
-def gram_variants(arch: int) -> list[Variant]:
-    """The Gram kernel for every dtype and every option in use, and its reduction over splits."""
-    import torch
-
-    variants = []
-    for dtype in DTYPES:
-        for options in ("", "partial", "pivot", "weight", "pivot weight", "tma", "tma partial"):
-            tma = "tma" in options
-            if (tma and (arch < 90 or dtype == "fp32")) or (dtype == "fp16" and options != "weight"):
-                continue
-            torch_dtype = getattr(torch, DTYPES[dtype])
-            config = gram.choose_config(torch_dtype, "pivot" in options, "weight" in options, tma)
-            tile = f"[{config.block_n}, {config.block_f}]"
-            types = {
-                "x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32",
-                "total": "*fp64", "num_tokens": "i32", "features": "i32", "split_tokens": "i32", "stride_n": "i32",
-                "stride_row": "i32",
-            }  # fmt: skip
-            constants: dict[str, Any] = {"BLOCK_N": config.block_n, "BLOCK_F": config.block_f, "TMA": tma, "ATOMIC": False}
-            constants |= {"stride_f": 1, "stride_col": 1}
-            for name, kind in (("pivot", "*fp32"), ("weight", "*fp32")):
-                types |= {name: kind} if name in options else {}
-                constants |= {} if name in options else {name: None}
-            for name in ("partial", "partial_sums"):
-                types |= {name: "*fp32"} if "partial" in options else {}
-                constants |= {} if "partial" in options else {name: None}
-            name = " ".join(["gram", dtype, options or "plain"])
-            aligned = ("features", "stride_n", "stride_row", "split_tokens")  # as for any real width
-            variants.append(
-                Variant(name, gram.gram_kernel, types, constants, config.num_warps, config.num_stages, True, aligned)
-            )
-    for block in sorted({gram.PLAIN_CONFIG.block_f, gram.FLOAT_CONFIG.block_f}):
-        types = {"tiles": "*i32", "gram": "*fp32", "total": "*fp64", "partial": "*fp32", "partial_sums": "*fp32"}
-        types |= {"features": "i32", "num_splits": "i32", "stride_row": "i32"}
-        constants = {"stride_col": 1, "BLOCK_F": block, "ROWS": gram.REDUCE_ROWS}
-        variants.append(Variant(f"gram reduce {block}", gram.reduce_kernel, types, constants, 4, 3, False, ("stride_row",)))
-    return variants
-
-
 def compile_variant(name: str, arch: int) -> Compiled:
     """Compile one variant, found by its name, for one architecture."""
-    (variant,) = (variant for variant in gram_variants(arch) if variant.name == name)
+    (variant,) = (variant for variant in variants(arch) if variant.name == name)
     names = variant.kernel.arg_names
     signature = {name: variant.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
@@ -125,26 +70,51 @@ def compile_variant(name: str, arch: int) -> Compiled:
         code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
+    instruction = variant.tensor_cores if arch >= 90 else "HMMA"
     row = Compiled(
         name, arch, int(found[1]), int(found[2]), len(re.findall(r"\b(?:STL|LDL)\b", code)), compiled.metadata.shared,
-        len(re.findall(rf"\b{TENSOR_CORES[arch]}\b", code)),
+        len(re.findall(rf"\b{instruction}\b", code)) if variant.tensor_cores else 0,
     )  # fmt: skip
     if row.stack or row.spills or row.registers > 255:
         row.faults.append("spills")
     if row.shared_bytes > SHARED_LIMIT[arch]:
         row.faults.append("too much shared memory")
-    if variant.multiplies and not row.tensor_core_instructions:
-        row.faults.append(f"no {TENSOR_CORES[arch]}")
+    if variant.tensor_cores and not row.tensor_core_instructions:
+        row.faults.append(f"no {instruction}")
     return row
 
 
+def work_table() -> Table:
+    """Work, arithmetic intensity and floors of each kernel at the shapes of LLaMA-7B and 33B."""
+    tokens = 4096
+    table = Table("kernel", "shape", "10⁹ operations", "10⁶ bytes", "operations/byte", "dtype", title=f"{tokens} tokens")
+    for gpu in (shapes.A100, shapes.H100):
+        table.add_column(f"floor on {gpu.name}, ms: operations, bytes")
+    for name in ("llama-7b", "llama-33b"):
+        shape = shapes.SHAPES[name]
+        works = {
+            f"gram bf16, {shape.intermediate_size} features": shapes.gram_work(tokens, shape.intermediate_size),
+            f"gram bf16, {shape.hidden_size} features": shapes.gram_work(tokens, shape.hidden_size),
+            f"gram fp32, {shape.hidden_size} features": shapes.gram_work(tokens, shape.hidden_size, 4),
+            "pearson gram-blocks": shapes.head_covariance_work(shape),
+            "pearson stream": shapes.stream_work(shape, tokens),
+            "exchange, a quarter of the heads": shapes.exchange_work(shape, shape.units // 4),
+            "cosine": shapes.cosine_work(shape, tokens),
+        }
+        for kernel, work in works.items():
+            floors = [", ".join(f"{1e3 * s:.3f}" for s in work.floor_s(gpu)) for gpu in (shapes.A100, shapes.H100)]
+            numbers = [f"{work.operations / 1e9:.1f}", f"{work.num_bytes / 1e6:.0f}", f"{work.intensity:.1f}"]
+            table.add_row(kernel, name, *numbers, work.dtype, *floors)
+    return table
+
+
 def main() -> None:
-    """Compile all and print a table, or JSON lines."""
+    """Compile all and print two tables, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT), choices=sorted(SHARED_LIMIT))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    jobs = [(variant.name, arch) for arch in arguments.arch for variant in gram_variants(arch)]
+    jobs = [(variant.name, arch) for arch in arguments.arch for variant in variants(arch)]
     with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         rows = list(pool.map(compile_variant, *zip(*jobs)))
     if arguments.json:
@@ -154,7 +124,9 @@ def main() -> None:
         table = Table("kernel", "sm", "registers", "stack", "spills", "shared, bytes", "tensor-core instr.", "faults")
         for row in rows:
             table.add_row(*(", ".join(v) if isinstance(v, list) else str(v) for v in asdict(row).values()))
-        Console(width=120).print(table)
+        console = Console(width=140)
+        console.print(table)
+        console.print(work_table())
     sys.exit(any(row.faults for row in rows))
 
 

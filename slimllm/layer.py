@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimllm import ops
 from slimllm.allocation import LayerBudget
 from slimllm.config import PruneConfig
 from slimllm.families import LayerSpec
-from slimllm.importance import feature_space_importance, head_covariance, head_importance, input_importance
+from slimllm.importance import input_importance
 from slimllm.progress import Stopwatch
-from slimllm.recovery import OutputMoments, affine_fit, head_moments
-from slimllm.selection import head_columns, select_channels, select_heads
+from slimllm.recovery import OutputMoments, head_moments
+from slimllm.selection import head_columns, select_channels
 from slimllm.slicing import LayerSizes, Tensors, install, layer_sizes, slice_attention, slice_ffn
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
 
@@ -122,13 +123,13 @@ def prune_attention(
         weight = layer.linear(spec.o_proj).weight
         by_group = sizes.by_group(config.head_unit)
         units = sizes.num_kv_heads if by_group else sizes.num_heads
-        covariance = head_covariance(weight, statistics.covariance(), units)
+        covariance = ops.head_covariance(weight, statistics.covariance(), units)
         if by_group:
-            kept_units = select_heads(covariance, budget.units)
+            kept_units = ops.pearson_greedy(covariance, budget.units).cpu()
             kv_heads = kept_units
             heads = head_columns(kept_units, sizes.group_size)
         else:
-            kept_units = select_heads(covariance, budget.units * sizes.num_kv_heads, sizes.group_size)
+            kept_units = ops.pearson_greedy(covariance, budget.units * sizes.num_kv_heads, sizes.group_size).cpu()
             heads, kv_heads = kept_units, torch.arange(sizes.num_kv_heads)
         columns = head_columns(heads, layer.head_dim)
 
@@ -152,7 +153,7 @@ def prune_attention(
     return {
         "kept_heads": heads.tolist(),
         "kept_kv_heads": kv_heads.tolist(),
-        "head_importance": head_importance(covariance).tolist(),
+        "head_importance": ops.head_importance(covariance).tolist(),
         **_errors("attention", moments, slope, intercept),
     }
 
@@ -196,7 +197,7 @@ def prune_ffn(
     with watch("channels"):
         output_covariance = outputs.covariance()
         input_norms = inputs.norms()
-        importance = feature_space_importance(weight, output_covariance, channels.norms())
+        importance = ops.feature_space_importance(weight, output_covariance, channels.norms())
         for projection in (spec.gate_proj, spec.up_proj):
             importance += input_importance(layer.linear(projection).weight, input_norms)
         keep_lowest = round(_keep_lowest(config) * num_channels)
@@ -252,7 +253,7 @@ def _keep_lowest(config: PruneConfig) -> float:
 
 
 def _recovery(moments: OutputMoments, config: PruneConfig) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    return affine_fit(moments) if config.recovery == "affine" else (None, None)
+    return moments.affine_fit() if config.recovery == "affine" else (None, None)
 
 
 def _errors(

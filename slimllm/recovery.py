@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from slimllm import ops
+
 
 @dataclass(frozen=True)
 class OutputMoments:
@@ -16,6 +18,10 @@ class OutputMoments:
     variance_y: torch.Tensor
     variance_y_hat: torch.Tensor
     covariance: torch.Tensor
+
+    def affine_fit(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slope and intercept of the regression of y on ŷ, see `slimllm.ops.affine_fit`."""
+        return ops.affine_fit(self.mean_y, self.mean_y_hat, self.variance_y_hat, self.covariance)
 
     def relative_error(self, slope: torch.Tensor, intercept: torch.Tensor) -> float:
         """Σ_k E(y_k - a_k ŷ_k - b_k)² / Σ_k var(y_k): 0 is perfect, 1 is as good as the mean."""
@@ -42,19 +48,3 @@ def head_moments(covariance: torch.Tensor, head_means: torch.Tensor, keep: torch
         variance_y_hat=covariance[keep][:, keep].sum((0, 1)),
         covariance=with_full[keep].sum(0),
     )
-
-
-def affine_fit(moments: OutputMoments) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a_k, b_k) = argmin E(y_k - a_k ŷ_k - b_k)², one regression for every output dimension.
-
-    a_k = cov(y_k, ŷ_k) / var(ŷ_k), b_k = mean(y_k) - a_k mean(ŷ_k). Where ŷ_k is constant, up to rounding, the slope
-    is not determined and stays 1.
-
-    Returns:
-        slope and intercept, both (D,) fp64.
-    """
-    # fp32 activations carry relative errors near 1e-7 of |ŷ|, hence variances below (1e-7)²·E[ŷ²] are noise.
-    noise = 1e-14 * (moments.variance_y_hat + moments.mean_y_hat.square())
-    determined = moments.variance_y_hat > noise
-    slope = torch.where(determined, moments.covariance / moments.variance_y_hat, 1.0)
-    return slope, moments.mean_y - slope * moments.mean_y_hat

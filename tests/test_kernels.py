@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import FLOOR, assert_close
 
-from slimllm import InputError, ops
+from slimllm import ops
 
 triton = pytest.importorskip("triton")
 from slimllm.kernels import gram as kernel  # noqa: E402
@@ -121,18 +121,6 @@ def test_gram_errors() -> None:
         ops.gram_(gram.double(), total, torch.zeros(5, 3))
     with pytest.raises(TypeError, match="x float32"):
         ops.gram_(gram, total, torch.zeros(5, 3, dtype=torch.int64))
-
-
-def test_backend_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLIMLLM_BACKEND", "auto")
-    assert ops.backend("cpu") == "torch"
-    monkeypatch.setenv("SLIMLLM_BACKEND", "cublas")
-    with pytest.raises(InputError, match="must be one of auto, torch, triton, got 'cublas'"):
-        ops.backend("cpu")
-    monkeypatch.setenv("SLIMLLM_BACKEND", "triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(InputError, match="needs a GPU"):
-        ops.backend("cpu")
 
 
 def test_the_engine_on_the_kernel(

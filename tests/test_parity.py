@@ -98,8 +98,7 @@ def test_fewer_tokens_than_channels(stories: Any, token_ids: torch.Tensor) -> No
 
 def test_greedy_search_does_exchange() -> None:
     """The parity above is worth little if no exchange ever happens."""
-    from slimllm.importance import head_covariance, head_importance
-    from slimllm.selection import select_heads
+    from slimllm.ops import head_covariance, head_importance, pearson_greedy
     from slimllm.statistics import GramStatistics
 
     exchanged = 0
@@ -111,7 +110,7 @@ def test_greedy_search_does_exchange() -> None:
         statistics = GramStatistics(32)
         statistics.update(x)
         covariance = head_covariance(weight, statistics.covariance(), 8)
-        kept = select_heads(covariance, 4).tolist()
+        kept = pearson_greedy(covariance, 4).tolist()
         assert kept == reference.choose_heads(reference.head_outputs(x, weight, 8), 4)
         naive = head_importance(covariance).argsort()[4:].sort().values.tolist()
         exchanged += kept != naive

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.importance import head_covariance
-from slimllm.recovery import OutputMoments, affine_fit, head_moments
+from slimllm.ops import head_covariance
+from slimllm.recovery import OutputMoments, head_moments
 from slimllm.statistics import GramStatistics
 
 
@@ -25,7 +25,7 @@ def test_residual_is_orthogonal_to_its_inputs(seed: int, tokens: int, features: 
     y_hat = torch.randn(tokens, features, generator=generator, dtype=torch.float64) + 3
     y = torch.randn(tokens, features, generator=generator, dtype=torch.float64) + y_hat
     moments = moments_of(y, y_hat)
-    slope, intercept = affine_fit(moments)
+    slope, intercept = moments.affine_fit()
     residual = y - slope * y_hat - intercept
     assert residual.mean(0).abs().max() <= 1e-9
     assert (residual * y_hat).mean(0).abs().max() <= 1e-8
@@ -38,14 +38,14 @@ def test_residual_is_orthogonal_to_its_inputs(seed: int, tokens: int, features: 
 def test_constant_prediction_keeps_slope_one_and_meets_the_mean() -> None:
     y = torch.randn(50, 2) + 4
     y_hat = torch.tensor([7.0, 0.0]).expand(50, 2)
-    slope, intercept = affine_fit(moments_of(y, y_hat))
+    slope, intercept = moments_of(y, y_hat).affine_fit()
     assert slope.tolist() == [1.0, 1.0]
     assert torch.allclose(slope * y_hat[0] + intercept, y.double().mean(0))
 
 
 def test_perfect_prediction_is_left_alone() -> None:
     y = torch.randn(50, 3)
-    slope, intercept = affine_fit(moments_of(y, y))
+    slope, intercept = moments_of(y, y).affine_fit()
     assert torch.allclose(slope, torch.ones(3).double()) and intercept.abs().max() < 1e-12
 
 

@@ -6,14 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.importance import (
-    feature_space_importance,
-    head_covariance,
-    head_importance,
-    layer_similarity,
-    pearson_similarity,
-)
-from slimllm.selection import head_columns, select_channels, select_heads
+from slimllm.importance import layer_similarity
+from slimllm.ops import feature_space_importance, head_covariance, head_importance, pearson_greedy, pearson_similarity
+from slimllm.selection import head_columns, select_channels
 from slimllm.statistics import GramStatistics
 
 
@@ -89,7 +84,7 @@ def test_head_covariance_is_that_of_the_outputs(seed: int, heads: int) -> None:
 def test_heads_as_by_brute_force(seed: int, heads: int, data: st.DataObject) -> None:
     x, weight = case(seed, heads)
     pruned = data.draw(st.integers(0, heads - 1))
-    kept = select_heads(covariance_of(x, weight, heads), pruned)
+    kept = pearson_greedy(covariance_of(x, weight, heads), pruned)
     assert kept.dtype == torch.int64 and len(kept) == heads - pruned
     assert kept.tolist() == sorted(set(kept.tolist()))
     assert kept.tolist() == reference.choose_heads(reference.head_outputs(x, weight, heads), pruned)
@@ -101,7 +96,7 @@ def test_every_group_loses_the_same(seed: int, groups: int, group_size: int, dat
     heads = groups * group_size
     x, weight = case(seed, heads)
     pruned = groups * data.draw(st.integers(0, group_size - 1))
-    kept = select_heads(covariance_of(x, weight, heads), pruned, group_size)
+    kept = pearson_greedy(covariance_of(x, weight, heads), pruned, group_size)
     assert torch.bincount(kept // group_size, minlength=groups).tolist() == [group_size - pruned // groups] * groups
     assert kept.tolist() == reference.choose_heads(reference.head_outputs(x, weight, heads), pruned, group_size)
 
@@ -126,7 +121,7 @@ def test_a_constant_output_counts_nothing() -> None:
 def test_dead_heads_go_first() -> None:
     x, weight = case(0, 5)
     weight[:, 3:6] = 0
-    assert select_heads(covariance_of(x, weight, 5), 1).tolist() == [0, 2, 3, 4]
+    assert pearson_greedy(covariance_of(x, weight, 5), 1).tolist() == [0, 2, 3, 4]
 
 
 def test_feature_space_importance_against_plain_pca() -> None:
@@ -161,9 +156,9 @@ def test_the_lowest_stay_when_asked_for() -> None:
 
 def test_impossible_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot prune 4 of 4"):
-        select_heads(torch.zeros(4, 4, 2, dtype=torch.float64), 4)
+        pearson_greedy(torch.zeros(4, 4, 2, dtype=torch.float64), 4)
     with pytest.raises(ValueError, match="cannot prune 1 of 4 heads in 2 groups"):
-        select_heads(torch.zeros(4, 4, 2, dtype=torch.float64), 1, group_size=2)
+        pearson_greedy(torch.zeros(4, 4, 2, dtype=torch.float64), 1, group_size=2)
     with pytest.raises(ValueError, match="cannot prune 5 of 5"):
         select_channels(torch.zeros(5), 5)
     with pytest.raises(ValueError, match="got"):

@@ -1,0 +1,105 @@
+"""The Gram of a batch at real widths: ours against the best that torch can do, and against the floor.
+
+    python benchmarks/bench_gram.py [--shapes llama-7b …] [--tokens 4096] [--rounds 10]
+
+Results are checked against fp64 before anything is timed. On a GPU, bf16: the kernel (also without determinism, about a
+pivot, and with token weights), torch's product into an fp32 accumulator, and torch's plain bf16 product, whose rate is what
+the chip can do. On a CPU, fp32: the symmetric half against the whole product. Rows go to benchmarks/results/gram.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import append_results, median_seconds
+from rich.console import Console
+from rich.table import Table
+from shapes import H100, SHAPES, gram_work
+
+from slimllm import ops
+from slimllm.ops.dispatch import forced
+
+
+def check(x: torch.Tensor) -> None:
+    """The operation against fp64 on some rows of the Gram."""
+    features = x.shape[1]
+    gram, total = torch.zeros(features, features, device=x.device), torch.zeros(features, device=x.device)
+    ops.gram_(gram, total, x)
+    rows = torch.randint(features, (64,), device=x.device)
+    wanted = x[:, rows].double().T @ x.double()
+    error = float((gram[rows].double() - wanted).abs().max() / wanted.abs().max())
+    assert error < 1e-5 and torch.equal(gram, gram.T), f"the Gram is wrong: relative error {error:.1e}"
+
+
+def contenders(x: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; each adds the Gram of x to an fp32 accumulator, but for `gemm`."""
+    features = x.shape[1]
+    gram, total = torch.zeros(features, features, device=x.device), torch.zeros(features, device=x.device)
+    found: dict[str, Callable[[], object]] = {"ours": lambda: ops.gram_(gram, total, x)}
+    if x.device.type == "cpu":
+        return found | {"torch": lambda: (gram.addmm_(x.T, x), total.add_(x.sum(0)))}
+    pivot, weight = x[0].float(), torch.rand(x.shape[0], device=x.device)
+    half = torch.empty(features, features, dtype=x.dtype, device=x.device)
+    return found | {
+        "ours, any order": lambda: ops.gram_(gram, total, x, deterministic=False),
+        "ours, pivot": lambda: ops.gram_(gram, total, x, pivot=pivot),
+        "ours, weight": lambda: ops.gram_(gram, total, x, weight=weight),
+        "torch": lambda: (torch.addmm(gram, x.T, x, out_dtype=torch.float32, out=gram), total.add_(x.sum(0))),
+        "gemm": lambda: torch.mm(x.T, x, out=half),
+    }
+
+
+def bench(name: str, num_tokens: int, features: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    """One row: seconds of every contender and what follows from them."""
+    generator = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    x = torch.randn(num_tokens, features, generator=generator, device=device).to(dtype)
+    check(x)
+    seconds = median_seconds(contenders(x), device, rounds)
+    work = gram_work(num_tokens, features, dtype.itemsize)
+    rate = work.operations / seconds["ours"]
+    row = {
+        "shape": name, "tokens": num_tokens, "features": features, "dtype": str(dtype).removeprefix("torch."),
+        "backend": ops.backend(device), "seconds": seconds, "speedup_over_torch": seconds["torch"] / seconds["ours"],
+        "tflops_of_half": rate / 1e12,
+    }  # fmt: skip
+    if "gemm" in seconds:
+        row["of_measured_gemm_rate"] = rate / (2 * num_tokens * features**2 / seconds["gemm"])
+        row["floor_s_h100"] = max(work.floor_s(H100))
+    return row
+
+
+def main() -> None:
+    """Measure, append the rows, print the table."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = device.type == "cuda"
+    shapes = ["llama-7b", "llama-13b", "llama-33b", "llama-2-70b"] if gpu else ["smollm2-135m", "llama-7b"]
+    parser.add_argument("--shapes", nargs="+", default=shapes, choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384] if gpu else [1024])
+    parser.add_argument("--rounds", type=int, default=10)
+    arguments = parser.parse_args()
+    table = Table(
+        "shape", "tokens", "features", "ours, ms", "torch, ms", "× torch", "TFLOP/s of the half", "of the GEMM rate"
+    )
+    with forced("triton" if gpu else "torch"):
+        for name in arguments.shapes:
+            shape = SHAPES[name]
+            for features in (shape.hidden_size, shape.intermediate_size):
+                if not gpu and features > 4096:
+                    continue
+                for tokens in arguments.tokens:
+                    row = bench(name, tokens, features, device, arguments.rounds)
+                    append_results("gram", [row])
+                    ours, torchs = (f"{1e3 * row['seconds'][key]:.3f}" for key in ("ours", "torch"))
+                    share = f"{row['of_measured_gemm_rate']:.2f}" if "of_measured_gemm_rate" in row else ""
+                    numbers = [f"{row['speedup_over_torch']:.2f}", f"{row['tflops_of_half']:.3f}", share]
+                    table.add_row(name, str(tokens), str(features), ours, torchs, *numbers)
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What every benchmark needs: timing side by side, the machine's name, and rows of results."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def append_results(name: str, rows: list[dict[str, Any]]) -> None:
+    """Append rows to results/NAME.jsonl, each with the date, the commit, the machine and the versions."""
+    RESULTS.mkdir(exist_ok=True)
+    about = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "torch": torch.__version__}
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.writelines(json.dumps({**about, **row}) + "\n" for row in rows)
+
+
+def commit() -> str:
+    """The commit that was measured; changes to the results themselves do not make it dirty."""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    root = RESULTS.parent.parent
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root)
+    changes = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    return done.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def machine() -> str:
+    """The processor, or the GPU, by name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names) or '?'} cores of {names[0] if names else platform.processor()}"
+
+
+def median_seconds(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each function; they take turns, after one call each to warm up, so that noise meets all alike.
+
+    On a GPU the caches are overwritten before each call and the time is that between two events of the stream.
+    """
+    for function in functions.values():
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    flush = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    for _ in range(rounds):
+        for name, function in functions.items():
+            if flush is None:
+                started = time.perf_counter()
+                function()
+                seconds[name].append(time.perf_counter() - started)
+                continue
+            flush.zero_()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            function()
+            end.record()
+            torch.cuda.synchronize()
+            seconds[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def extra_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Peak GPU memory allocated during a call beyond what was there before; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before

@@ -1,0 +1,124 @@
+"""Every way in which the shipped kernels are launched, as the compiler sees it: types, constants, options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slimllm.kernels import cosine, exchange, gram, pearson
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is launched: the types of its arguments, its constants and its options."""
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    tensor_cores: str | None = None  # instruction that must be there on sm_90: HGMMA, or HMMA where there is no other
+    aligned: tuple[str, ...] = ()  # integers that are multiples of 16, as for any real width
+
+
+def _integers(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i32")
+
+
+def variants(arch: int) -> list[Variant]:
+    """All of them, for one architecture."""
+    return [*_gram(arch), *_gram_reduce(), *_pearson(), *_exchange(), *_cosine()]
+
+
+def _gram(arch: int) -> list[Variant]:
+    found = []
+    for dtype, torch_dtype in DTYPES.items():
+        for options in ("", "partial", "pivot", "weight", "pivot weight", "tma", "tma partial"):
+            tma = "tma" in options
+            if (tma and (arch < 90 or dtype == "fp32")) or (dtype == "fp16" and options != "weight"):
+                continue
+            config = gram.choose_config(torch_dtype, "pivot" in options, "weight" in options, tma)
+            tile = f"[{config.block_n}, {config.block_f}]"
+            aligned = ("features", "stride_n", "stride_row", "split_tokens")
+            types = {"x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32"}
+            types |= {"total": "*fp64", **_integers("num_tokens", *aligned)}
+            constants: dict[str, Any] = {"BLOCK_N": config.block_n, "BLOCK_F": config.block_f, "TMA": tma, "ATOMIC": False}
+            constants |= {"stride_f": 1, "stride_col": 1}
+            for name in ("pivot", "weight"):
+                types |= {name: "*fp32"} if name in options else {}
+                constants |= {} if name in options else {name: None}
+            for name in ("partial", "partial_sums"):
+                types |= {name: "*fp32"} if "partial" in options else {}
+                constants |= {} if "partial" in options else {name: None}
+            name = " ".join(["gram", dtype, options or "plain"])
+            found.append(
+                Variant(name, gram.gram_kernel, types, constants, config.num_warps, config.num_stages, "HGMMA", aligned)
+            )
+    return found
+
+
+def _gram_reduce() -> list[Variant]:
+    types = {"tiles": "*i32", "gram": "*fp32", "total": "*fp64", "partial": "*fp32", "partial_sums": "*fp32"}
+    types |= _integers("features", "num_splits", "stride_row")
+    found = []
+    for block in sorted({gram.PLAIN_CONFIG.block_f, gram.FLOAT_CONFIG.block_f}):
+        constants = {"stride_col": 1, "BLOCK_F": block, "ROWS": gram.REDUCE_ROWS}
+        found.append(Variant(f"gram reduce {block}", gram.reduce_kernel, types, constants, aligned=("stride_row",)))
+    return found
+
+
+def _pearson() -> list[Variant]:
+    found = []
+    stream = pearson.STREAM_CONFIG
+    aligned = ("out_features", "width", "stride_wk", "stride_row", "stride_i", "stride_j", "stride_n")
+    for weight, torch_dtype in DTYPES.items():
+        blocks = pearson.choose_config(torch_dtype)
+        for covariance in ("fp32", "fp64"):
+            types = {"weight": f"*{weight}", "covariance": f"*{covariance}", "pairs": "*i32", "result": f"*{covariance}"}
+            types |= _integers("out_features", "width", "stride_wk", "stride_row", "stride_i", "stride_j")
+            constants = {"BLOCK_K": blocks.block_k, "BLOCK_A": blocks.block_a, "BLOCK_B": blocks.block_b}
+            constants |= {"stride_wf": 1, "stride_col": 1}
+            name = f"pearson gram-blocks {weight} {covariance}"
+            options = blocks.num_warps, blocks.num_stages, "HGMMA", aligned
+            found.append(Variant(name, pearson.gram_blocks_kernel, types, constants, *options))
+    for dtype in DTYPES:
+        types = {"x": f"*{dtype}", "mean": "*fp32", "weight": f"*{dtype}", "pairs": "*i32", "result": "*fp32"}
+        types |= _integers(
+            "num_tokens", "num_heads", "out_features", "width", "stride_n", "stride_wk", "stride_i", "stride_j"
+        )
+        constants = {"BLOCK_K": stream.block_k, "BLOCK_H": stream.block_h, "BLOCK_N": stream.block_n}
+        constants |= {"BLOCK_D": stream.block_d, "stride_f": 1, "stride_wf": 1}
+        # Products batched over heads or outputs; wgmma has none.
+        options = stream.num_warps, stream.num_stages, "HMMA", aligned
+        found.append(Variant(f"pearson stream {dtype}", pearson.stream_kernel, types, constants, *options))
+    return found
+
+
+def _exchange() -> list[Variant]:
+    found = []
+    doubles = ("own", "with_full", "with_kept", "cov_kept", "variance", "full_variance", "scores", "best")
+    for dtype in ("fp32", "fp64"):
+        types = {"covariance": f"*{dtype}", "kept": "*u8", "pruned": "*i64", **dict.fromkeys(doubles, "*fp64")}
+        types |= _integers("step", "features", "num_heads", "group_size", "stride_i", "stride_j")
+        constants: dict[str, Any] = {"BLOCK": exchange.BLOCK}
+        options = exchange.NUM_WARPS, 3, None, ("features", "stride_i", "stride_j")
+        found.append(Variant(f"exchange score {dtype}", exchange.score_kernel, types, constants, *options))
+        constants = constants | {"HEADS": 64}
+        found.append(Variant(f"exchange update {dtype}", exchange.exchange_kernel, types, constants, *options))
+    return found
+
+
+def _cosine() -> list[Variant]:
+    found = []
+    for dtype in DTYPES:
+        types = {"a": f"*{dtype}", "b": f"*{dtype}", "result": "*fp32"}
+        types |= _integers("num_tokens", "features", "stride_an", "stride_bn")
+        constants = {"BLOCK_N": cosine.BLOCK_N, "BLOCK_F": cosine.BLOCK_F, "stride_af": 1, "stride_bf": 1}
+        aligned = ("features", "stride_an", "stride_bn")
+        found.append(Variant(f"cosine {dtype}", cosine.cosine_kernel, types, constants, cosine.NUM_WARPS, aligned=aligned))
+    return found

@@ -1,0 +1,147 @@
+"""The greedy exchange search over heads, on the device: two launches for every pruned head, none of which is waited for.
+
+Source: SlimLLM (arXiv 2505.22689). With T_i = Σ_j C[i,j] and R_i = Σ_{j∈S} C[i,j], head p in the place of q gives
+
+    cov(o_S, o) + T_p - T_q   and   var(o_S) + C_pp + 2(R_p - C_pq) + C_qq - 2R_q,
+
+from which the similarity Σ_k |r_k|. The first kernel scores all q at once, a program each; the second takes the best of
+them, if it is better than what there is, and brings R, cov and var up to date. For each p: 14·H·D operations; C[p] (in its
+dtype) and R, T, own (fp64) are read once, and R is written once where there is an exchange. Sums are fp64.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 512
+NUM_WARPS = 4
+
+
+def exchange_reference(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_size: int) -> None:
+    """The search by trying: every exchange's similarity from the whole of C, in fp64; `kept` is updated in place."""
+
+    def similarity(chosen: torch.Tensor) -> float:
+        inside = chosen.double()
+        with_full = torch.einsum("i,ijk->k", inside, c)
+        scale = (torch.einsum("i,j,ijk->k", inside, inside, c).clamp(min=0) * c.sum((0, 1)).clamp(min=0)).sqrt()
+        return float(torch.where(scale > 0, with_full.abs() / scale, 0.0).sum())
+
+    c = covariance.double()
+    for p in pruned.tolist():
+        tried = {}
+        for q in kept.nonzero().flatten().tolist():
+            if q // group_size == p // group_size:
+                other = kept.clone()
+                other[p], other[q] = True, False
+                tried[q] = similarity(other)
+        q = max(tried, key=lambda head: tried[head])
+        if tried[q] > similarity(kept):
+            kept[p], kept[q] = True, False
+
+
+@triton.jit
+def _similarity(cov, variance, full):
+    scale = tl.sqrt(tl.maximum(variance, 0.0) * tl.maximum(full, 0.0))
+    return tl.where(scale > 0, tl.abs(cov) / tl.where(scale > 0, scale, 1.0), 0.0)
+
+
+@triton.jit
+def score_kernel(
+    covariance, own, with_full, with_kept, cov_kept, variance, full_variance, kept, pruned, scores, step, features,
+    group_size, stride_i, stride_j, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Similarity after the exchange of the step's head p with head q, this program's; -inf where it is not allowed."""
+    q = tl.program_id(0)
+    p = tl.load(pruned + step).to(tl.int32)
+    total = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in range(0, features, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        inside = k < features
+        row, here_p, here_q = covariance + p.to(tl.int64) * stride_i, p * features + k, q * features + k
+        both = tl.load(row + q.to(tl.int64) * stride_j + k, mask=inside, other=0.0).to(tl.float64)
+        cov = tl.load(cov_kept + k, mask=inside, other=0.0) + tl.load(with_full + here_p, mask=inside, other=0.0)
+        cov -= tl.load(with_full + here_q, mask=inside, other=0.0)
+        change = tl.load(own + here_p, mask=inside, other=0.0) + tl.load(own + here_q, mask=inside, other=0.0)
+        change += 2 * (tl.load(with_kept + here_p, mask=inside, other=0.0) - both)
+        change -= 2 * tl.load(with_kept + here_q, mask=inside, other=0.0)
+        new_variance = tl.load(variance + k, mask=inside, other=0.0) + change
+        total += _similarity(cov, new_variance, tl.load(full_variance + k, mask=inside, other=0.0))
+    allowed = (tl.load(kept + q) != 0) & (p // group_size == q // group_size)
+    tl.store(scores + q, tl.where(allowed, tl.sum(total, axis=0), float("-inf")))
+
+
+@triton.jit
+def exchange_kernel(
+    covariance, own, with_full, with_kept, cov_kept, variance, kept, pruned, scores, best, step, features, num_heads,
+    stride_i, stride_j, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Make the step's best exchange if it raises best[step]; best[step + 1] is what there is afterwards."""
+    heads = tl.arange(0, HEADS)
+    score = tl.load(scores + heads, mask=heads < num_heads, other=float("-inf"))
+    top = tl.max(score, axis=0)
+    q = tl.min(tl.where(score == top, heads, HEADS), axis=0)  # the first of equals
+    before = tl.load(best + step)
+    better = top > before
+    p = tl.load(pruned + step).to(tl.int32)
+    if tl.program_id(0) == 0:
+        tl.store(best + step + 1, tl.where(better, top, before))
+    if better:
+        k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        inside = k < features
+        here_p, here_q = p * features + k, q * features + k
+        row_p, row_q = covariance + p.to(tl.int64) * stride_i, covariance + q.to(tl.int64) * stride_i
+        both = tl.load(row_p + q.to(tl.int64) * stride_j + k, mask=inside, other=0.0).to(tl.float64)
+        cov = tl.load(cov_kept + k, mask=inside, other=0.0) + tl.load(with_full + here_p, mask=inside, other=0.0)
+        tl.store(cov_kept + k, cov - tl.load(with_full + here_q, mask=inside, other=0.0), mask=inside)
+        change = tl.load(own + here_p, mask=inside, other=0.0) + tl.load(own + here_q, mask=inside, other=0.0)
+        change += 2 * (tl.load(with_kept + here_p, mask=inside, other=0.0) - both)
+        change -= 2 * tl.load(with_kept + here_q, mask=inside, other=0.0)
+        tl.store(variance + k, tl.load(variance + k, mask=inside, other=0.0) + change, mask=inside)
+        for head in range(num_heads):
+            gained = tl.load(row_p + head * stride_j + k, mask=inside, other=0.0).to(tl.float64)
+            lost = tl.load(row_q + head * stride_j + k, mask=inside, other=0.0).to(tl.float64)
+            here = head * features + k
+            tl.store(with_kept + here, tl.load(with_kept + here, mask=inside, other=0.0) + gained - lost, mask=inside)
+        if tl.program_id(0) == 0:
+            tl.store(kept + p, 1)
+            tl.store(kept + q, 0)
+
+
+def exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_size: int) -> None:
+    """The search; `kept` is updated in place.
+
+    Args:
+        kept: (H,) bool.
+        covariance: C (H, H, D), fp64 or fp32, of unit stride along D.
+        pruned: Heads that are not kept, in the order in which they are tried, int64.
+        group_size: Heads are exchanged within groups of so many.
+    """
+    num_heads, features = covariance.shape[0], covariance.shape[2]
+    if covariance.stride(2) != 1:
+        covariance = covariance.contiguous()
+    with_full = covariance.sum(1, dtype=torch.float64)
+    own = covariance.diagonal().T.double().contiguous()
+    inside = kept.to(covariance.dtype)
+    with_kept = torch.stack([(row * inside[:, None]).sum(0, dtype=torch.float64) for row in covariance])
+    cov_kept, variance = (with_full * kept[:, None]).sum(0), (with_kept * kept[:, None]).sum(0)
+    full_variance = with_full.sum(0)
+    scale = (variance.clamp(min=0) * full_variance.clamp(min=0)).sqrt()
+    best = torch.zeros(len(pruned) + 1, dtype=torch.float64, device=kept.device)
+    best[:1] = torch.where(scale > 0, cov_kept.abs() / scale, 0.0).sum()
+    scores = torch.empty(num_heads, dtype=torch.float64, device=kept.device)
+    flags = kept.view(torch.uint8)
+    with torch.cuda.device(kept.device) if kept.is_cuda else nullcontext():
+        for step in range(len(pruned)):
+            score_kernel[(num_heads,)](
+                covariance, own, with_full, with_kept, cov_kept, variance, full_variance, flags, pruned, scores, step,
+                features, group_size, *covariance.stride()[:2], BLOCK=BLOCK, num_warps=NUM_WARPS,
+            )  # fmt: skip
+            exchange_kernel[(triton.cdiv(features, BLOCK),)](
+                covariance, own, with_full, with_kept, cov_kept, variance, flags, pruned, scores, best, step, features,
+                num_heads, *covariance.stride()[:2], HEADS=triton.next_power_of_2(num_heads), BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )  # fmt: skip

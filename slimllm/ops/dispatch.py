@@ -1,0 +1,133 @@
+"""Which backend an operation runs on: the one place that decides (environment variable SLIMLLM_BACKEND).
+
+`torch` is the plain path and runs everywhere. `triton` runs the kernels in `kernels/`, on a GPU or, with
+TRITON_INTERPRET=1, slowly on a CPU. `auto` (the default) is `triton` on GPUs from compute capability 8.0 on, after each
+kernel has been compared with torch once on that device, and `torch` anywhere else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from slimllm.errors import InputError
+
+BACKENDS = ("auto", "torch", "triton")
+# Operations with a kernel. The others are library products and factorisations, or too small to matter.
+KERNELS = ("gram_", "head_covariance", "head_covariance_of_tokens", "pearson_greedy", "token_cosine")
+WITHOUT_KERNEL = {
+    "feature_space_importance": "matrix products and one factorisation, which libraries do best",
+    "affine_fit": "a few elementwise operations",
+    "lstsq": "batched Cholesky factorisations by torch",
+}
+
+_log = logging.getLogger("slimllm")
+_forced: ContextVar[str | None] = ContextVar("forced", default=None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of an operation on a device, `torch` or `triton`, and why."""
+
+    backend: str
+    reason: str
+
+
+def choose(operation: str, device: torch.device | str) -> Choice:
+    """The backend that `operation` uses on `device`.
+
+    Raises:
+        ValueError: (as InputError) SLIMLLM_BACKEND names something unknown, or asks for what this machine lacks.
+    """
+    forced = _forced.get()
+    if forced is not None:
+        return Choice(forced, "being compared")
+    wanted = os.environ.get("SLIMLLM_BACKEND", "auto")
+    if wanted not in BACKENDS:
+        raise InputError(f"SLIMLLM_BACKEND must be one of {', '.join(BACKENDS)}, got {wanted!r}.")
+    if operation in WITHOUT_KERNEL:
+        return Choice("torch", WITHOUT_KERNEL[operation])
+    device = torch.device(device)
+    if wanted == "torch":
+        return Choice("torch", "SLIMLLM_BACKEND=torch")
+    if wanted == "triton":
+        if not _has_triton():
+            raise InputError("SLIMLLM_BACKEND=triton was asked for, but triton is not installed.")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise InputError("SLIMLLM_BACKEND=triton needs a GPU, or TRITON_INTERPRET=1 to interpret kernels on a CPU.")
+        return Choice("triton", "SLIMLLM_BACKEND=triton")
+    if device.type != "cuda":
+        return Choice("torch", f"device {device.type}: kernels are for GPUs")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _automatic(operation, index)
+
+
+def backend(device: torch.device | str) -> str:
+    """What the operations on `device` use, in a word or two: `torch`, `triton`, or `triton; torch for …`."""
+    choices = {operation: choose(operation, device).backend for operation in KERNELS}
+    exceptions = [operation for operation, name in choices.items() if name == "torch"]
+    if len(exceptions) == len(choices):
+        return "torch"
+    return "triton" + (f"; torch for {', '.join(exceptions)}" if exceptions else "")
+
+
+@cache
+def _automatic(operation: str, index: int) -> Choice:
+    """The choice for a GPU, made once and logged."""
+    choice = _by_trying(operation, index)
+    level = logging.WARNING if "not as torch" in choice.reason or "does not run" in choice.reason else logging.INFO
+    _log.log(level, "%s on cuda:%d: %s (%s)", operation, index, choice.backend, choice.reason)
+    return choice
+
+
+def _by_trying(operation: str, index: int) -> Choice:
+    major, minor = torch.cuda.get_device_capability(index)
+    if torch.version.hip or major < 8:
+        return Choice("torch", f"kernels are for NVIDIA GPUs of compute capability 8.0 and later, this is {major}.{minor}")
+    if not _has_triton():
+        return Choice("torch", "triton is not installed")
+    from slimllm.ops.selfcheck import difference
+
+    try:
+        worst = difference(operation, torch.device("cuda", index))
+    except Exception as error:  # whatever a compiler or a driver may come up with
+        return Choice("torch", f"the kernel does not run here: {type(error).__name__}: {str(error)[:200]}")
+    if not worst <= 1e-3:
+        return Choice("torch", f"the kernel computes here not as torch does: relative difference {worst:.1e}")
+    return Choice("triton", f"agrees with torch on this GPU to {worst:.0e}")
+
+
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Let all operations use one backend, whatever else has been asked for."""
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32, whatever the caller allows elsewhere (TF32, bf16)."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)

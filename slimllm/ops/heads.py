@@ -1,0 +1,147 @@
+"""Covariances of the attention heads' contributions to the output (SlimLLM, arXiv 2505.22689)."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm.ops.dispatch import choose, full_precision
+from slimllm.ops.gram import gram_
+from slimllm.ops.library import operator
+
+
+def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Covariances of the heads' contributions to the attention output, without the contributions themselves.
+
+    With o_i = X_i W_iᵀ the output of head i:
+
+        C[i, j, k] = cov(o_i[:, k], o_j[:, k]) = W_i[k, :] Cov(X)_ij W_j[k, :]ᵀ.
+
+    Work: D·(H·d)² multiply-adds where a product and its mirror image are made once, whatever the number of tokens.
+
+    Args:
+        weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
+        covariance: Cov(X) of the inputs of o_proj, (H·d, H·d), symmetric, fp64 or fp32.
+        num_heads: H, the number of units; with `kv-group` a unit is a KV group and d its query heads' width together.
+
+    Returns:
+        C, (H, H, D), of the dtype of `covariance`. The kernel computes in fp32, torch in that dtype.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: a dtype is none of those above.
+    """
+    if weight.ndim != 2 or num_heads < 1 or weight.shape[1] % num_heads or covariance.shape != (weight.shape[1],) * 2:
+        raise ValueError(
+            f"weight must be (D, H·d) with H={num_heads} and covariance (H·d, H·d), "
+            f"got {tuple(weight.shape)} and {tuple(covariance.shape)}."
+        )
+    _check_pair("covariance", weight, covariance)
+    if covariance.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"covariance must be float64 or float32, got {covariance.dtype}.")
+    return _head_covariance(weight, covariance, num_heads)
+
+
+@operator(
+    "head_covariance(Tensor weight, Tensor covariance, int num_heads) -> Tensor",
+    shape=lambda weight, covariance, num_heads: covariance.new_empty(num_heads, num_heads, weight.shape[0]),
+)
+def _head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
+    if choose("head_covariance", weight.device).backend == "triton":
+        from slimllm.kernels.pearson import head_covariance as kernel
+
+        return kernel(weight, covariance, num_heads)
+    out_features, in_features = weight.shape
+    width = in_features // num_heads
+    weight = weight.to(covariance.dtype)
+    by_head = weight.view(out_features, num_heads, width)
+    result = covariance.new_empty(num_heads, num_heads, out_features)
+    with full_precision():
+        for i in range(num_heads):
+            rows = covariance[i * width : (i + 1) * width, : (i + 1) * width]  # Cov(X)_ij for j ≤ i
+            projected = (by_head[:, i] @ rows).view(out_features, i + 1, width)  # W_i Cov(X)_ij
+            result[i, : i + 1] = (projected * by_head[:, : i + 1]).sum(-1).T
+            result[:i, i] = result[i, :i]
+    return result
+
+
+def head_covariance_of_tokens(
+    weight: torch.Tensor, x: torch.Tensor, num_heads: int, *, method: str | None = None
+) -> torch.Tensor:
+    """The covariances of `head_covariance`, from one batch of the inputs of o_proj instead of their Gram.
+
+    Two ways, the same result, multiply-adds (symmetric halves counted once):
+
+        stream:  the contributions, a tile of outputs at a time, and their products over the tokens:  N·D·(H·d + H²/2)
+        gram:    the Gram of x, and `head_covariance`:                                               (N/2 + D/2)·(H·d)²
+
+    Streaming wins while N is below about D/(1 + H²/D). The (N, H, D) contributions are never in memory.
+
+    Args:
+        weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
+        x: Inputs of o_proj (N, H·d), bf16, fp16 or fp32; one token at least.
+        num_heads: H, the number of units.
+        method: `stream`, `gram` or None, the one with fewer operations.
+
+    Returns:
+        C, (H, H, D) fp32, population covariances (1/N).
+
+    Raises:
+        ValueError: shapes or devices do not fit together, or the method is unknown.
+        TypeError: a dtype is none of those above.
+    """
+    if weight.ndim != 2 or num_heads < 1 or weight.shape[1] % num_heads or x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"weight must be (D, H·d) with H={num_heads} and x (N, H·d), got {tuple(weight.shape)} and {tuple(x.shape)}."
+        )
+    if x.shape[0] == 0:
+        raise ValueError("x has no tokens; a covariance needs one at least.")
+    _check_pair("x", weight, x)
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}.")
+    if method not in (None, "stream", "gram"):
+        raise ValueError(f"method must be stream, gram or None, got {method!r}.")
+    if (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads)) == "stream":
+        return _stream_head_covariance(weight, x, num_heads)
+    mean = x.float().mean(0)
+    gram, total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32), torch.zeros_like(mean)
+    gram_(gram, total, x.float(), pivot=mean)
+    total /= x.shape[0]
+    return head_covariance(weight, gram.div_(x.shape[0]).addr_(total, total, alpha=-1), num_heads)
+
+
+def cheaper_method(num_tokens: int, out_features: int, in_features: int, num_heads: int) -> str:
+    """`stream` or `gram`, whichever takes fewer multiply-adds, see `head_covariance_of_tokens`."""
+    stream = num_tokens * out_features * (in_features + num_heads**2 / 2)
+    return "stream" if stream < (num_tokens + out_features) * in_features**2 / 2 else "gram"
+
+
+@operator(
+    "stream_head_covariance(Tensor weight, Tensor x, int num_heads) -> Tensor",
+    shape=lambda weight, x, num_heads: x.new_empty(num_heads, num_heads, weight.shape[0], dtype=torch.float32),
+)
+def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    mean = x.float().mean(0)
+    if choose("head_covariance_of_tokens", x.device).backend == "triton":
+        from slimllm.kernels.pearson import stream_head_covariance as kernel
+
+        return kernel(weight, x, mean, num_heads)
+    num_tokens, out_features = x.shape[0], weight.shape[0]
+    u = (x.float() - mean).view(num_tokens, num_heads, -1).transpose(0, 1)  # (H, N, d)
+    by_head = weight.float().view(out_features, num_heads, -1).permute(1, 2, 0)  # (H, d, D)
+    result = x.new_empty(num_heads, num_heads, out_features, dtype=torch.float32)
+    outputs_at_once = max(1, 2**24 // (num_tokens * num_heads))
+    with full_precision():
+        for start in range(0, out_features, outputs_at_once):
+            here = slice(start, start + outputs_at_once)
+            contributions = (u @ by_head[:, :, here]).permute(2, 0, 1)  # (outputs, H, N)
+            contributions = contributions - contributions.mean(-1, keepdim=True)
+            products = (contributions @ contributions.transpose(1, 2)).div_(num_tokens).tril()
+            result[:, :, here] = (products + products.tril(-1).transpose(1, 2)).permute(1, 2, 0)
+    return result
+
+
+def _check_pair(name: str, weight: torch.Tensor, other: torch.Tensor) -> None:
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be of a floating dtype, got {weight.dtype}.")
+    if weight.device != other.device:
+        raise ValueError(f"weight and {name} must be on one device, got {weight.device} and {other.device}.")

@@ -1,0 +1,118 @@
+"""Which heads to keep: Pearson similarity of the kept heads' output to the whole, and the greedy exchange on it."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm.ops.dispatch import choose
+from slimllm.ops.library import operator
+
+
+def pearson_similarity(cov_with_full: torch.Tensor, variance: torch.Tensor, full_variance: torch.Tensor) -> torch.Tensor:
+    """Σ_k |r_k| with r_k = cov(o_S, o)_k / (σ(o_S)_k σ(o)_k); the last dimension is k, a constant output counts 0.
+
+    Args:
+        cov_with_full: cov(o_S[:, k], o[:, k]), (..., D).
+        variance: var(o_S[:, k]), (..., D).
+        full_variance: var(o[:, k]), (D,).
+    """
+    scale = (variance.clamp(min=0) * full_variance.clamp(min=0)).sqrt()
+    return torch.where(scale > 0, cov_with_full.abs() / scale, 0.0).sum(-1)
+
+
+def head_importance(covariance: torch.Tensor) -> torch.Tensor:
+    """Importance of every head: minus the Pearson similarity of the output without it to the output.
+
+    Args:
+        covariance: C from `head_covariance`, (H, H, D).
+
+    Returns:
+        (H,) fp64; the lowest goes first.
+    """
+    with_full = covariance.sum(1, dtype=torch.float64)  # (H, D): cov(o_i, o)
+    full_variance = with_full.sum(0)
+    own = covariance.diagonal().T  # (H, D): var(o_i)
+    variance = full_variance - 2 * with_full + own
+    return -pearson_similarity(full_variance - with_full, variance, full_variance)
+
+
+def pearson_greedy(covariance: torch.Tensor, num_pruned: int, group_size: int = 1) -> torch.Tensor:
+    """Heads to keep: the least important go, then a greedy exchange search raises the Pearson similarity.
+
+    For every pruned head, from the least important on, the best single exchange with a kept head is taken if it
+    strictly raises the similarity of the kept heads' output to the full output. One pass, as published. With
+    T_i = Σ_j C[i,j] and R_i = Σ_{j∈S} C[i,j], putting p in the place of q changes
+
+        cov(o_S, o) by T_p - T_q   and   var(o_S) by C_pp + 2(R_p - C_pq) + C_qq - 2R_q,
+
+    so all exchanges of one p cost O(H·D). Sums are fp64, and no exchange waits for the host.
+
+    Args:
+        covariance: C from `head_covariance`, (H, H, D), fp64 or fp32.
+        num_pruned: How many heads to remove, from 0 to H - 1 and divisible by the number of groups.
+        group_size: With more than 1, heads i·group_size … (i+1)·group_size - 1 form a group, every group loses the
+            same number of heads, and exchanges stay inside a group.
+
+    Returns:
+        Sorted int64 indices of the kept heads, on the device of `covariance`.
+
+    Raises:
+        ValueError: the shape is another, or heads cannot be pruned so.
+        TypeError: a dtype is none of those above.
+    """
+    if covariance.ndim != 3 or covariance.shape[0] != covariance.shape[1]:
+        raise ValueError(f"covariance must have shape (H, H, D), got {tuple(covariance.shape)}.")
+    if covariance.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"covariance must be float64 or float32, got {covariance.dtype}.")
+    num_heads = covariance.shape[0]
+    groups = num_heads // group_size if group_size > 1 else 1
+    if not 0 <= num_pruned < num_heads or num_heads % groups or num_pruned % groups:
+        raise ValueError(f"cannot prune {num_pruned} of {num_heads} heads in {groups} groups evenly.")
+    return _pearson_greedy(covariance, num_pruned, groups)
+
+
+@operator(
+    "pearson_greedy(Tensor covariance, int num_pruned, int groups) -> Tensor",
+    shape=lambda covariance, num_pruned, groups: covariance.new_empty(covariance.shape[0] - num_pruned, dtype=torch.int64),
+)
+def _pearson_greedy(covariance: torch.Tensor, num_pruned: int, groups: int) -> torch.Tensor:
+    num_heads = covariance.shape[0]
+    group_of = torch.arange(num_heads, device=covariance.device) // (num_heads // groups)
+    # Least important first; a stable sort, as the published implementation's order among equals.
+    order = torch.argsort(head_importance(covariance), stable=True)
+    by_group = order[torch.argsort(group_of[order], stable=True)].view(groups, -1)
+    kept = torch.ones(num_heads, dtype=torch.bool, device=covariance.device)
+    kept[by_group[:, : num_pruned // groups].flatten()] = False
+    pruned = order[torch.argsort(kept[order].int(), stable=True)[:num_pruned]]  # in that order, over all groups
+    if choose("pearson_greedy", covariance.device).backend == "triton":
+        from slimllm.kernels.exchange import exchange_ as kernel
+
+        kernel(kept, covariance, pruned, num_heads // groups)
+    else:
+        _exchange_(kept, covariance, pruned, group_of)
+    return torch.argsort((~kept).int(), stable=True)[: num_heads - num_pruned]
+
+
+def _exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_of: torch.Tensor) -> None:
+    """The search itself; `kept` (H,) is updated in place. Every decision stays a tensor on the device."""
+    covariance = covariance.double()
+    with_full = covariance.sum(1)  # T: (H, D)
+    full_variance = with_full.sum(0)
+    own = covariance.diagonal().T  # (H, D)
+    with_kept = (covariance * kept[None, :, None]).sum(1)  # R: (H, D)
+    cov_kept, variance = (with_full * kept[:, None]).sum(0), (with_kept * kept[:, None]).sum(0)
+    best = pearson_similarity(cov_kept, variance, full_variance)
+    for step in range(len(pruned)):
+        p = pruned[step : step + 1]  # (1,) rather than a number, whose use as an index would wait for the device
+        row = covariance[p][0]
+        new_cov = cov_kept + with_full[p] - with_full
+        new_variance = variance + own[p] + 2 * (with_kept[p] - row) + own - 2 * with_kept
+        similarity = pearson_similarity(new_cov, new_variance, full_variance)
+        similarity = similarity.masked_fill(~kept | (group_of != group_of[p]), -torch.inf)
+        score, q = similarity.max(0, keepdim=True)
+        better = score > best
+        best = torch.where(better, score, best)
+        cov_kept, variance = torch.where(better, new_cov[q][0], cov_kept), torch.where(better, new_variance[q][0], variance)
+        with_kept = torch.where(better, with_kept + row - covariance[q][0], with_kept)
+        kept[q] = kept[q] & ~better
+        kept[p] = better

@@ -1,0 +1,201 @@
+"""The operations as others use them: registration, regression, and the choice of a backend."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from tolerances import assert_close
+
+from slimllm import InputError, ops
+from slimllm.ops import dispatch, selfcheck
+
+
+def sample() -> dict[str, tuple[Any, ...]]:
+    torch.manual_seed(0)
+    x, weight = torch.randn(20, 12), torch.randn(7, 12)
+    covariance = (x.T @ x / 20).double()
+    by_head = ops.head_covariance(weight, covariance, 3)
+    return {
+        "gram_": (torch.zeros(12, 12), torch.zeros(12), x, x[0].clone(), torch.rand(20), True),
+        "head_covariance": (weight, covariance, 3),
+        "stream_head_covariance": (weight, x, 3),
+        "pearson_greedy": (by_head, 1, 1),
+        "token_cosine": (x, x + 1),
+    }
+
+
+@pytest.mark.parametrize("name", sample())
+def test_registration(name: str) -> None:
+    operator = getattr(torch.ops.slimllm, name).default
+    assert set(torch.library.opcheck(operator, sample()[name]).values()) == {"SUCCESS"}
+
+
+def test_under_torch_compile() -> None:
+    x, weight = torch.randn(20, 12), torch.randn(7, 12)
+
+    def method(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gram, total = torch.zeros(12, 12), torch.zeros(12)
+        ops.gram_(gram, total, x)
+        kept = ops.pearson_greedy(ops.head_covariance(weight, gram / len(x), 3), 1)
+        return gram * 2, kept + 0
+
+    compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(compiled(x), method(x)):
+        assert torch.equal(got, wanted)
+
+
+def test_affine_fit_is_numpys_polyfit() -> None:
+    import numpy as np
+
+    torch.manual_seed(0)
+    y, y_hat = torch.randn(50, 6, dtype=torch.float64) + 3, torch.randn(50, 6, dtype=torch.float64) * 2 - 5
+    y = y + 0.7 * y_hat
+    y_hat[:, 5] = 4.0
+    centered = y_hat - y_hat.mean(0)
+    slope, intercept = ops.affine_fit(
+        y.mean(0), y_hat.mean(0), centered.square().mean(0), ((y - y.mean(0)) * centered).mean(0)
+    )
+    for k in range(5):
+        a, b = np.polyfit(y_hat[:, k].numpy(), y[:, k].numpy(), 1)
+        assert abs(slope[k] - a) < 1e-9 and abs(intercept[k] - b) < 1e-9
+    assert slope[5] == 1 and torch.isclose(intercept[5], y[:, 5].mean() - 4)
+    with pytest.raises(ValueError, match="must have one shape"):
+        ops.affine_fit(slope, slope, slope, slope[:2])
+
+
+def normal_equations(batch: int, k: int, m: int, dtype: torch.dtype, condition: float) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(k)
+    a = torch.randn(batch, 3 * k, k, generator=generator, dtype=torch.float64)
+    a = a * torch.logspace(0, -0.5 * torch.log10(torch.tensor(condition)).item(), k, dtype=torch.float64)
+    b = torch.randn(batch, 3 * k, m, generator=generator, dtype=torch.float64)
+    return (a.mT @ a).to(dtype), (a.mT @ b).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("batch", "k", "m", "condition"), [(5, 1, 1, 1.0), (3, 7, 4, 1e4), (1, 65, 3, 1e8), (2, 20, 1, 1.0)]
+)
+@pytest.mark.parametrize("ridge", [0.0, 1e-2])
+def test_lstsq(batch: int, k: int, m: int, condition: float, dtype: torch.dtype, ridge: float) -> None:
+    gram, cross = normal_equations(batch, k, m, dtype, condition)
+    system = gram.double() + ridge * gram.double().diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] * torch.eye(k)
+    wanted = torch.linalg.solve(system, cross.double())
+    plain = torch.linalg.solve(system.to(dtype), cross)
+    got = ops.lstsq(gram, cross, ridge)
+    assert got.dtype == dtype
+    assert_close(got, wanted, plain, 1e-6 if dtype == torch.float32 else 1e-9)
+
+
+def test_lstsq_of_singular_systems() -> None:
+    a = torch.randn(40, 6, dtype=torch.float64)
+    a[:, 3] = a[:, 2]  # twice the same column
+    a[:, 5] = 0  # a dead one
+    b = torch.randn(40, 2, dtype=torch.float64)
+    gram, cross = (a.T @ a)[None], (a.T @ b)[None]
+    x = ops.lstsq(gram, cross)[0]
+    best = torch.linalg.lstsq(a, b, driver="gelsd").solution
+    assert torch.allclose(a @ x, a @ best, atol=1e-5)
+    assert torch.allclose(x[2], x[3], atol=1e-3) and not x[5].any()
+    each = torch.tensor([0.0, 10.0], dtype=torch.float64)
+    two = ops.lstsq(gram.repeat(2, 1, 1), cross.repeat(2, 1, 1), each)
+    assert two[1].norm() < 0.3 * two[0].norm()
+    assert ops.lstsq(gram[:0], cross[:0]).shape == (0, 6, 2)
+
+
+def test_lstsq_errors() -> None:
+    gram, cross = torch.eye(3)[None], torch.ones(1, 3, 1)
+    with pytest.raises(ValueError, match="must have shapes"):
+        ops.lstsq(gram[0], cross)
+    with pytest.raises(TypeError, match="float32"):
+        ops.lstsq(gram, cross.half())
+    with pytest.raises(ValueError, match="not negative"):
+        ops.lstsq(gram, cross, -1.0)
+    with pytest.raises(ValueError, match="finite"):
+        ops.lstsq(gram * torch.nan, cross)
+    with pytest.raises(ValueError, match="1 of 1 systems are not positive semidefinite"):
+        ops.lstsq(torch.tensor([[[1.0, 5.0], [5.0, 1.0]]]), torch.ones(1, 2, 1))
+
+
+def test_errors_of_the_others() -> None:
+    weight, x = torch.zeros(4, 6), torch.zeros(5, 6)
+    with pytest.raises(ValueError, match="with H=4"):
+        ops.head_covariance(weight, torch.zeros(6, 6), 4)
+    with pytest.raises(TypeError, match="float64 or float32"):
+        ops.head_covariance(weight, torch.zeros(6, 6).half(), 3)
+    with pytest.raises(TypeError, match="floating"):
+        ops.head_covariance(weight.int(), torch.zeros(6, 6), 3)
+    with pytest.raises(ValueError, match="no tokens"):
+        ops.head_covariance_of_tokens(weight, x[:0], 3)
+    with pytest.raises(ValueError, match="stream, gram or None, got 'fast'"):
+        ops.head_covariance_of_tokens(weight, x, 3, method="fast")
+    with pytest.raises(TypeError, match="x must be float32"):
+        ops.head_covariance_of_tokens(weight, x.double(), 3)
+    with pytest.raises(ValueError, match=r"\(H, H, D\)"):
+        ops.pearson_greedy(torch.zeros(3, 4, 5), 1)
+    with pytest.raises(TypeError, match="covariance"):
+        ops.pearson_greedy(torch.zeros(3, 3, 5).half(), 1)
+    with pytest.raises(ValueError, match="one shape"):
+        ops.token_cosine(x, x[:2])
+    with pytest.raises(TypeError, match="a and b"):
+        ops.token_cosine(x.double(), x.double())
+
+
+def test_backend_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMLLM_BACKEND", "auto")
+    assert dispatch.choose("gram_", "cpu").backend == "torch" and ops.backend("cpu") == "torch"
+    monkeypatch.setenv("SLIMLLM_BACKEND", "cublas")
+    with pytest.raises(InputError, match="must be one of auto, torch, triton, got 'cublas'"):
+        ops.backend("cpu")
+    monkeypatch.setenv("SLIMLLM_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match="needs a GPU"):
+        ops.backend("cpu")
+
+
+@pytest.fixture
+def a_gpu_of_2022(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the choice asks of a GPU; the comparison of kernels with torch then runs on the CPU, interpreted."""
+    monkeypatch.setenv("SLIMLLM_BACKEND", "auto")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    real = selfcheck.difference
+    monkeypatch.setattr(selfcheck, "difference", lambda operation, device: real(operation, torch.device("cpu")))
+    dispatch._automatic.cache_clear()
+    yield
+    dispatch._automatic.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("operation", dispatch.KERNELS)
+def test_kernels_are_compared_before_they_are_used(a_gpu_of_2022: None, operation: str) -> None:
+    choice = dispatch.choose(operation, torch.device("cuda", 0))
+    assert choice.backend == "triton" and "agrees with torch" in choice.reason
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_kernel_that_computes_something_else_is_not_used(
+    a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from slimllm.kernels import cosine, gram
+
+    monkeypatch.setattr(cosine, "token_cosine", lambda a, b: torch.ones(len(a)))
+
+    def fails(*arguments: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(gram, "gram_", fails)
+    with caplog.at_level(logging.WARNING, "slimllm"):
+        assert ops.backend(torch.device("cuda", 0)) == "triton; torch for gram_, token_cosine"
+    assert "computes here not as torch does" in caplog.text and "no such instruction" in caplog.text
+    ops.backend(torch.device("cuda", 0))
+    assert len(caplog.records) == 2  # said once
+
+
+def test_old_gpus_and_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert "this is 7.5" in dispatch._by_trying("gram_", 0).reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    assert dispatch._by_trying("gram_", 0) == dispatch.Choice("torch", "triton is not installed")

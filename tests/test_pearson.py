@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import FLOOR, assert_close
+
+pytest.importorskip("triton")
+
+from slimllm import ops
+from slimllm.kernels import cosine, exchange, pearson
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# heads, width, outputs, tokens: a single head, odd sizes, more heads than a block has, wide units
+SHAPES = [(1, 8, 5, 3), (3, 24, 65, 20), (9, 40, 18, 15), (17, 16, 10, 33), (2, 130, 16, 17)]
+
+
+def case(
+    heads: int, width: int, outputs: int, tokens: int, dtype: torch.dtype, mean: float = 0.0
+) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(heads)
+    features = heads * width
+    x = (
+        torch.randn(tokens, features, generator=generator)
+        @ torch.randn(features, features, generator=generator)
+        / features**0.5
+    )
+    x = x + mean * torch.randn(features, generator=generator)
+    weight = torch.randn(outputs, features, generator=generator)
+    return weight.to(DEVICE), x.to(dtype).to(DEVICE)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SLIMLLM_BACKEND", request.param)
+    return request.param
+
+
+def plain_in_fp32(weight: torch.Tensor, x: torch.Tensor, heads: int) -> torch.Tensor:
+    """The straightforward computation, in fp32."""
+    u = x.float() - x.float().mean(0)
+    contributions = torch.einsum("nhd,khd->hkn", u.view(len(x), heads, -1), weight.float().view(len(weight), heads, -1))
+    return torch.einsum("ikn,jkn->ijk", contributions, contributions) / len(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_covariances_of_heads_both_ways(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    heads = shape[0]
+    weight, x = case(*shape, dtype)
+    wanted = pearson.head_covariance_reference(weight, x, heads)
+    plain = plain_in_fp32(weight, x, heads)
+    u = x.double() - x.double().mean(0)
+    results = {
+        "gram, fp64": ops.head_covariance(weight, u.T @ u / len(x), heads),
+        "gram, fp32": ops.head_covariance(weight, (u.T @ u / len(x)).float(), heads),
+        "tokens, stream": ops.head_covariance_of_tokens(weight, x, heads, method="stream"),
+        "tokens, gram": ops.head_covariance_of_tokens(weight, x, heads, method="gram"),
+    }
+    for name, got in results.items():
+        assert got.dtype == (torch.float64 if name == "gram, fp64" else torch.float32)
+        assert_close(got, wanted, plain, FLOOR[torch.float32])
+        assert torch.equal(got, got.transpose(0, 1)), name
+
+
+def test_weights_in_half_precision_and_strided_inputs(backend: str) -> None:
+    weight, x = case(4, 16, 40, 30, torch.float32)
+    weight, x = weight.bfloat16().T.contiguous().T, x.T.contiguous().T
+    wanted, plain = pearson.head_covariance_reference(weight, x, 4), plain_in_fp32(weight, x, 4)
+    for method in ("stream", "gram"):
+        assert_close(ops.head_covariance_of_tokens(weight, x, 4, method=method), wanted, plain, FLOOR[torch.float32])
+
+
+def test_means_far_larger_than_spreads(backend: str) -> None:
+    weight, x = case(4, 16, 40, 300, torch.float32, mean=1e4)
+    wanted, plain = pearson.head_covariance_reference(weight, x, 4), plain_in_fp32(weight, x, 4)
+    for method in ("stream", "gram"):
+        assert_close(ops.head_covariance_of_tokens(weight, x, 4, method=method), wanted, plain, 1e-5)
+
+
+def test_one_token_and_a_dead_head(backend: str) -> None:
+    weight, x = case(3, 8, 10, 1, torch.float32)
+    for method in ("stream", "gram"):
+        assert not ops.head_covariance_of_tokens(weight, x, 3, method=method).any()
+    weight, x = case(3, 8, 10, 20, torch.float32)
+    weight[:, 8:16] = 0
+    got = ops.head_covariance_of_tokens(weight, x, 3, method="stream")
+    assert not got[1].any() and not got[:, 1].any() and got[0, 0].all()
+
+
+def test_the_way_with_fewer_operations() -> None:
+    # LLaMA-7B: 32 heads of 128; streaming for few tokens only
+    count = {"out_features": 4096, "in_features": 4096, "num_heads": 32}
+    assert pearson_method(100, **count) == "stream" and pearson_method(3000, **count) == "stream"
+    assert pearson_method(3500, **count) == "gram" and pearson_method(100_000, **count) == "gram"
+
+
+def pearson_method(num_tokens: int, **shape: int) -> str:
+    from slimllm.ops.heads import cheaper_method
+
+    return cheaper_method(num_tokens, **shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("heads", "outputs", "group"), [(8, 30, 8), (9, 600, 3), (5, 7, 5), (12, 64, 4)])
+def test_greedy_search_as_by_trying(backend: str, heads: int, outputs: int, group: int, dtype: torch.dtype) -> None:
+    exchanged = 0
+    for seed in range(3):
+        torch.manual_seed(seed)
+        weight, x = torch.randn(outputs, heads * 4), torch.randn(200, heads * 4) @ torch.randn(heads * 4, heads * 4)
+        covariance = pearson.head_covariance_reference(weight, x, heads).to(dtype).to(DEVICE)
+        for pruned in (0, heads // group, heads // group * (group // 2)):
+            kept = torch.ones(heads, dtype=torch.bool)
+            order = ops.head_importance(covariance).argsort().tolist()
+            chosen = [[p for p in order if p // group == g][: pruned // (heads // group)] for g in range(heads // group)]
+            goes = [p for p in order if any(p in c for c in chosen)]
+            kept[goes] = False
+            naive = kept.nonzero().flatten().tolist()
+            exchange.exchange_reference(kept, covariance.cpu(), torch.tensor(goes, dtype=torch.int64), group)
+            got = ops.pearson_greedy(covariance, pruned, group if group < heads else 1)
+            assert got.device == covariance.device and got.dtype == torch.int64
+            assert got.tolist() == kept.nonzero().flatten().tolist()
+            exchanged += got.tolist() != naive
+    assert exchanged or heads != 8  # the test is worth little if no exchange ever happens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (7, 63), (5, 1100)])
+def test_cosine_of_tokens(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a = torch.randn(shape).to(dtype).to(DEVICE)
+    b = (a.float() + torch.randn(shape, device=DEVICE)).to(dtype).T.contiguous().T
+    if shape[0] > 3:
+        a[2] = 0
+    got = ops.token_cosine(a, b)
+    assert got.dtype == torch.float32
+    assert_close(got, cosine.token_cosine_reference(a, b), torch.cosine_similarity(a.float(), b.float(), dim=-1), 1e-6)
+
+
+def test_cosine_of_enormous_tokens(backend: str) -> None:
+    a = torch.full((2, 100), 1e15, device=DEVICE)
+    assert torch.allclose(ops.token_cosine(a, -a), torch.full((2,), -1.0, device=DEVICE))
