@@ -15,7 +15,9 @@ class GramStatistics:
         gram = Σ_t u_t u_tᵀ,  total = Σ_t u_t,  Cov(x) = gram/N - δδᵀ,  δ = total/N,  mean = p + δ.
 
     δ is then of the order of the spread and not of the mean, so the subtraction loses nothing even when
-    |mean| = 10⁴ σ, where the raw Gram in fp32 has lost every digit of the variance.
+    |mean| = 10⁴ σ, where the raw Gram in fp32 has lost every digit of the variance. In half precision, whose tensor cores
+    want u rounded to x's dtype, only features of |mean| > 16 σ get a pivot, a number of that dtype: there x - p is exact
+    (x lies between p/2 and 2p up to 8 σ away), and elsewhere the raw products lose less than 2e-5 of the variance.
 
     Args:
         features: Number of features F.
@@ -32,6 +34,7 @@ class GramStatistics:
         self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
         self.gram = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
+        self._plain = True  # the pivot is zero everywhere
 
     def update(self, x: torch.Tensor) -> None:
         """Add a batch.
@@ -43,10 +46,12 @@ class GramStatistics:
             raise ValueError(f"x must have shape (num_tokens, {self.features}), got {tuple(x.shape)}.")
         if x.shape[0] == 0:
             return
-        x = x.float()
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            x = x.float()
         if self.count == 0:
-            self.pivot = x.mean(0)
-        ops.gram_(self.gram, self.total, x, pivot=self.pivot)
+            self.pivot = _pivot(x)
+            self._plain = not bool(self.pivot.any())
+        ops.gram_(self.gram, self.total, x, pivot=None if self._plain else self.pivot)
         self.count += x.shape[0]
 
     def merge(self, other: GramStatistics) -> None:
@@ -56,7 +61,7 @@ class GramStatistics:
         if other.count == 0:
             return
         if self.count == 0:
-            self.pivot = other.pivot.to(self.gram.device, copy=True)
+            self.pivot, self._plain = other.pivot.to(self.gram.device, copy=True), other._plain
         # u about our pivot is u about theirs plus the shift between the pivots.
         device = self.gram.device
         total, shift = other.total.to(device), other.pivot.to(device).double() - self.pivot.double()
@@ -81,6 +86,14 @@ class GramStatistics:
     def _check_not_empty(self) -> None:
         if self.count == 0:
             raise ValueError("no tokens have been added yet; call update() first.")
+
+
+def _pivot(x: torch.Tensor) -> torch.Tensor:
+    """The pivot of a stream, (features,) fp32, from its first batch."""
+    if x.dtype == torch.float32:
+        return x.mean(0)
+    deviation, mean = torch.std_mean(x.float(), dim=0, correction=0)
+    return torch.where(mean.abs() > 16 * deviation, mean.to(x.dtype).float(), 0.0)
 
 
 class ColumnStatistics:

@@ -133,3 +133,27 @@ def test_paired_moments_with_large_means() -> None:
     centered, centered_hat = y.double() - y.double().mean(0), y_hat.double() - y_hat.double().mean(0)
     assert torch.allclose(moments.variance(), centered_hat.square().mean(0), rtol=1e-4)
     assert torch.allclose(moments.covariance(), (centered * centered_hat).mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mean", [0.0, 10.0, 100.0, 3000.0])
+def test_half_precision_loses_nothing_that_was_there(
+    monkeypatch: pytest.MonkeyPatch, mean: float, dtype: torch.dtype, backend: str
+) -> None:
+    """Against fp64 on the same half-precision numbers, however far the mean is from zero."""
+    monkeypatch.setenv("SLIMLLM_BACKEND", backend)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(600, 70, generator=generator)
+    x[:, ::2] += mean
+    x[:, 5], x[:, 6] = 0.0, mean  # a dead feature and a constant one
+    x = x.to(dtype)
+    statistics = GramStatistics(70)
+    for batch in x.split(250):
+        statistics.update(batch)
+    centered = x.double() - x.double().mean(0)
+    wanted = centered.T @ centered / len(x)
+    scale = wanted.diagonal().sqrt()
+    error = (statistics.covariance() - wanted).abs()
+    assert (error <= 3e-5 * torch.outer(scale, scale) + 1e-9 * mean).all()
+    assert torch.allclose(statistics.mean(), x.double().mean(0), atol=1e-6 * (1 + mean))
