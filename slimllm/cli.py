@@ -71,6 +71,9 @@ def prune_command(
     round_to: Annotated[
         int | None, typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
     ] = None,
+    feature_space: Annotated[
+        str | None, typer.Option(help="eigh, or function: no eigenvectors. Default: the faster on the device.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")] = None,
     compute_dtype: Annotated[
         str | None,
@@ -88,7 +91,8 @@ def prune_command(
     config = PruneConfig(
         ratio=ratio, preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration, samples=samples,
         seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers, alpha=alpha,
-        keep_lowest=keep_lowest, round_to=round_to, dtype=dtype, compute_dtype=compute_dtype, device=device,
+        keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype,
+        device=device,
     )  # fmt: skip
     command = shlex.join(["slimllm", *sys.argv[1:]])
     with PruneDisplay(console, quiet) as display:
@@ -138,6 +142,15 @@ def demo_command(
     from slimllm.demo import run_demo
 
     run_demo(out, ratio, overwrite, console)
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Show what this machine has, and which backend each operation uses on it and why."""
+    from slimllm.display import show_diagnosis
+    from slimllm.doctor import diagnose, settings
+
+    show_diagnosis(console, diagnose(), settings())
 
 
 def _stop(number: int, frame: object) -> None:

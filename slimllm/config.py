@@ -15,6 +15,7 @@ from slimllm.errors import InputError
 PRESETS = ("default", "paper")
 HEAD_UNITS = ("kv-group", "query")
 RECOVERIES = ("affine", "none")
+FEATURE_SPACES = ("eigh", "function")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -44,6 +45,8 @@ class PruneConfig:
         keep_lowest: Fraction of the least important channels that are kept all the same; None: 0 (paper: 0.01).
         round_to: FFN widths are multiples of this; None: the largest power of two up to 64 that still meets the
             target within 0.5 % (paper: 1).
+        feature_space: How channels are weighed in the feature space of the output: `eigh`, by eigenvectors, or
+            `function`, without them, see `slimllm.ops.feature_space_importance`; None: the faster on the device.
         dtype: dtype of the written weights, `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own
             (bfloat16 for a quantised GGUF file).
         compute_dtype: dtype of the forward passes; None: float32 on a CPU, the checkpoint's own on a GPU.
@@ -67,6 +70,7 @@ class PruneConfig:
     alpha: float | None = None
     keep_lowest: float | None = None
     round_to: int | None = None
+    feature_space: str | None = None
     dtype: str | None = None
     compute_dtype: str | None = None
     device: str | None = None
@@ -80,9 +84,11 @@ class PruneConfig:
         check_choice("preset", self.preset, PRESETS)
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
         check_choice("recovery", self.recovery, RECOVERIES)
-        for name in ("dtype", "compute_dtype"):
+        for name, choices in (
+            ("feature_space", FEATURE_SPACES), ("dtype", tuple(DTYPES)), ("compute_dtype", tuple(DTYPES))
+        ):  # fmt: skip
             if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), tuple(DTYPES))
+                check_choice(name, getattr(self, name), choices)
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
             _check_number(name, getattr(self, name), int, least)
         if self.seed >= 2**63:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from slimllm.doctor import Diagnosis
 from slimllm.report import PruneReport
 
 
@@ -82,3 +83,18 @@ def print_summary(console: Console, report: PruneReport) -> None:
         lines.append(f"GPU     {report.peak_gpu_gib:.2f} GiB at most")
     lines.append(f"saved   {report.out} ({report.format}); details in report.json")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def show_diagnosis(console: Console, diagnosis: Diagnosis, settings: dict[str, str]) -> None:
+    """Print what `slimllm doctor` found."""
+    about = Table(show_header=False, box=None)
+    for title, values in (("versions", diagnosis.versions), ("devices", diagnosis.devices), ("environment", settings)):
+        for name, value in values.items():
+            about.add_row(title, name, value)
+            title = ""
+    about.add_row("extension", "slimllm._C", diagnosis.extension)
+    console.print(about, highlight=False)
+    table = Table("operation", "device", "backend", "because")
+    for row in diagnosis.operations:
+        table.add_row(*row)
+    console.print(table, highlight=False)

@@ -197,7 +197,7 @@ def prune_ffn(
     with watch("channels"):
         output_covariance = outputs.covariance()
         input_norms = inputs.norms()
-        importance = ops.feature_space_importance(weight, output_covariance, channels.norms())
+        importance = ops.feature_space_importance(weight, output_covariance, channels.norms(), config.feature_space)
         for projection in (spec.gate_proj, spec.up_proj):
             importance += input_importance(layer.linear(projection).weight, input_norms)
         keep_lowest = round(_keep_lowest(config) * num_channels)

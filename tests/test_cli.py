@@ -272,3 +272,15 @@ def test_interrupt_leaves_nothing(stories_path: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         slimllm.prune(stories_path, tmp_path / "out", slimllm.PruneConfig(ratio=0.2, samples=4), progress=stop)
     assert not list(tmp_path.iterdir())
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0
+    for operation in ("gram_", "head_covariance", "pearson_greedy", "feature_space_importance", "affine_fit", "lstsq"):
+        assert any(operation in line and " torch " in line for line in out.splitlines()), operation
+    assert torch.__version__ in out and "slimllm._C" in out and "kernels are for GPUs" in out
+    monkeypatch.setenv("SLIMLLM_BACKEND", "cuda")
+    code, out, _ = call(capsys, "doctor")
+    assert code == 0 and "SLIMLLM_BACKEND must be one of auto, torch, triton, got 'cuda'" in out and "none" in out

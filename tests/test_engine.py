@@ -257,6 +257,14 @@ def test_inner_activations_kept_or_made_again(
     assert torch.allclose(logits(kept, token_ids[:2]), logits(again, token_ids[:2]), atol=1e-3)
 
 
+def test_no_eigenvectors_and_the_same_choices(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    reports = [
+        slimllm.prune(stories_path, tmp_path / name, config(token_ids, feature_space=name)) for name in ("eigh", "function")
+    ]
+    for one, other in zip(reports[0].layers, reports[1].layers):
+        assert one["kept_channels"] == other["kept_channels"] and one["kept_heads"] == other["kept_heads"]
+
+
 def test_recovery_helps(stories: Any, token_ids: torch.Tensor) -> None:
     import copy
 

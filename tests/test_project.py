@@ -15,7 +15,7 @@ ORDER = [
     "errors", "config", "families", "modeling_slim_llama", "registration", "kernels", "ops", "statistics", "importance",
     "selection", "recovery", "allocation", "slicing", "native", "progress", "layer", "memory", "skeleton", "checkpoint",
     "checkpoint_gguf", "calibration", "source", "pipeline", "report", "modelcard", "writer", "engine", "evaluate",
-    "display", "demo", "cli", "__main__", "__init__",
+    "doctor", "display", "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

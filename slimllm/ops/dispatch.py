@@ -64,7 +64,7 @@ def choose(operation: str, device: torch.device | str) -> Choice:
             raise InputError("SLIMLLM_BACKEND=triton needs a GPU, or TRITON_INTERPRET=1 to interpret kernels on a CPU.")
         return Choice("triton", "SLIMLLM_BACKEND=triton")
     if device.type != "cuda":
-        return Choice("torch", f"device {device.type}: kernels are for GPUs")
+        return Choice("torch", "kernels are for GPUs")
     index = torch.cuda.current_device() if device.index is None else device.index
     return _automatic(operation, index)
 

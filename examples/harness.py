@@ -1,0 +1,61 @@
+"""What the examples share: statistics from the inputs of modules, FFN channels taken out, perplexity before and after.
+
+Each example is a method of its own, in a function of tensors, on the operations and statistics of slimllm, and runs as
+`python examples/NAME.py [MODEL]` on any LLaMA-type model (the bundled tiny one by default).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+import slimllm
+from slimllm.calibration import bundled_text, draw_windows, tokenize
+from slimllm.statistics import GramStatistics
+
+
+@torch.no_grad()
+def input_statistics(model: nn.Module, token_ids: torch.Tensor, suffix: str) -> dict[str, GramStatistics]:
+    """Statistics of the inputs of all modules whose names end in `suffix`, over windows (samples, seq_len)."""
+    statistics: dict[str, GramStatistics] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if name.endswith(suffix):
+
+            def collect(module: nn.Module, arguments: tuple[torch.Tensor, ...], name: str = name) -> None:
+                x = arguments[0].flatten(0, -2)  # (num_tokens, features)
+                statistics.setdefault(name, GramStatistics(x.shape[1], x.device)).update(x)
+
+            handles.append(module.register_forward_pre_hook(collect))
+    for batch in token_ids.split(8):
+        model(batch)
+    for handle in handles:
+        handle.remove()
+    return statistics
+
+
+def keep_channels(ffn: Any, keep: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """Leave only some channels of a gated FFN, in place; `bias` (D,) is added to its output."""
+    for projection in (ffn.gate_proj, ffn.up_proj):
+        projection.weight = nn.Parameter(projection.weight[keep])
+    ffn.down_proj.weight = nn.Parameter(ffn.down_proj.weight[:, keep])
+    if bias is not None:
+        ffn.down_proj.bias = nn.Parameter(bias.to(ffn.down_proj.weight))
+
+
+def run(prune: Callable[[PreTrainedModel, torch.Tensor], None]) -> None:
+    """Load the model named on the command line, prune it in place, and print its perplexity before and after."""
+    default = str(resources.files("slimllm") / "data" / "stories260k")
+    model, tokenizer = slimllm.load(sys.argv[1] if len(sys.argv) > 1 else default)
+    calibration = draw_windows(tokenize(tokenizer, [bundled_text("calibration")]), samples=32, seq_len=128, seed=0)
+    held_out = tokenize(tokenizer, [bundled_text("evaluation")])
+    before = slimllm.perplexity(model, held_out, max_windows=32)
+    with torch.no_grad():
+        prune(model, calibration.to(model.device))
+    print(f"perplexity {before:.2f} -> {slimllm.perplexity(model, held_out, max_windows=32):.2f}")
