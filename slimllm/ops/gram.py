@@ -7,8 +7,8 @@ import torch
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.library import operator
 
-# On a CPU the half of the product below the diagonal is made, in rows of blocks, and mirrored: 1.3 to 1.4 times as fast as
-# the whole from 1024 features on, and no slower from 512 tokens and features on (benchmarks/bench_gram.py).
+# On a CPU the half of the product below the diagonal is made, in rows of blocks, and mirrored: 1.4 to 1.5 times as fast as
+# the whole from 1500 features on, and no slower from 512 tokens and features on (benchmarks/bench_gram.py).
 _BLOCK = 256
 
 
