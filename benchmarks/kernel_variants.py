@@ -38,23 +38,24 @@ def variants(arch: int) -> list[Variant]:
 def _gram(arch: int) -> list[Variant]:
     found = []
     for dtype, torch_dtype in DTYPES.items():
-        for options in ("", "partial", "pivot", "weight", "pivot weight", "tma", "tma partial"):
+        for options in ("", "partial", "atomic", "pivot", "weight", "pivot weight", "tma", "tma partial", "tma atomic"):
             tma = "tma" in options
-            if (tma and (arch < 90 or dtype == "fp32")) or (dtype == "fp16" and options != "weight"):
+            if tma and (arch < 90 or dtype == "fp32"):
                 continue
             config = gram.choose_config(torch_dtype, "pivot" in options, "weight" in options, tma)
             tile = f"[{config.block_n}, {config.block_f}]"
             aligned = ("features", "stride_n", "stride_row", "split_tokens")
             types = {"x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32"}
             types |= {"total": "*fp64", **_integers("num_tokens", *aligned)}
-            constants: dict[str, Any] = {"BLOCK_N": config.block_n, "BLOCK_F": config.block_f, "TMA": tma, "ATOMIC": False}
-            constants |= {"stride_f": 1, "stride_col": 1}
+            constants: dict[str, Any] = {"BLOCK_N": config.block_n, "BLOCK_F": config.block_f, "TMA": tma}
+            constants |= {"ATOMIC": "atomic" in options, "stride_f": 1, "stride_col": 1}
             for name in ("pivot", "weight"):
                 types |= {name: "*fp32"} if name in options else {}
                 constants |= {} if name in options else {name: None}
             for name in ("partial", "partial_sums"):
-                types |= {name: "*fp32"} if "partial" in options else {}
-                constants |= {} if "partial" in options else {name: None}
+                split = "partial" in options or "atomic" in options
+                types |= {name: "*fp32"} if split else {}
+                constants |= {} if split else {name: None}
             name = " ".join(["gram", dtype, options or "plain"])
             found.append(
                 Variant(name, gram.gram_kernel, types, constants, config.num_warps, config.num_stages, "HGMMA", aligned)
@@ -64,7 +65,7 @@ def _gram(arch: int) -> list[Variant]:
 
 def _gram_reduce() -> list[Variant]:
     types = {"tiles": "*i32", "gram": "*fp32", "total": "*fp64", "partial": "*fp32", "partial_sums": "*fp32"}
-    types |= _integers("features", "num_splits", "stride_row")
+    types |= _integers("features", "num_slots", "stride_row")
     found = []
     for block in sorted({gram.PLAIN_CONFIG.block_f, gram.FLOAT_CONFIG.block_f}):
         constants = {"stride_col": 1, "BLOCK_F": block, "ROWS": gram.REDUCE_ROWS}

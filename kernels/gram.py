@@ -4,7 +4,8 @@ Source: the statistics of SlimLLM (arXiv 2505.22689) in Gram form. Only tiles on
 N·F² floating-point operations, half of the full product; each tile writes its mirror image too. Bytes: G is read
 (lower half) and written once, 6·F²; X is read F / BLOCK_F times through L2 and, as neighbouring programs share tiles,
 about GROUP / F·BLOCK_F as often from memory. Accumulation in fp32. Few tiles and many tokens: the tokens are split
-over programs, whose partial tiles are then added in a fixed order (or, on request, atomically in any order).
+over programs, whose partial tiles are then added in a fixed order (or, on request, at once and in any order, which
+needs memory for one set of them only).
 
 Half-precision differences u are rounded to x's dtype for the tensor cores. That rounding vanishes where x lies between
 pivot/2 and 2·pivot, hence where a pivot is needed most. A product with a weight is carried in two parts, high and low,
@@ -123,8 +124,12 @@ def gram_kernel(
     stride_n, stride_f, stride_row, stride_col,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the lower half, over one part of the tokens; `partial` is None when there is one part."""
+    """One tile of the lower half, over one part of the tokens; `partial` is None when there is one part.
+
+    Else it has a slot of tiles for each part, or, if ATOMIC, one slot of zeros to which all parts are added.
+    """
     pid, split = tl.program_id(0), tl.program_id(1)
+    slot = 0 * split if ATOMIC else split
     row, col = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
     first = split * split_tokens
     last = tl.minimum(first + split_tokens, num_tokens)
@@ -136,9 +141,11 @@ def gram_kernel(
         # A product need not round x_a·x_b and x_b·x_a alike: the half below the diagonal counts.
         tile = tl.where(rows[:, None] >= cols[None, :], tile, tl.trans(tile))
         if partial is not None:
-            tl.store(partial_sums + (split * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F + tl.arange(0, BLOCK_F), sums)
-        elif ATOMIC:
-            tl.atomic_add(total + rows, sums.to(total.dtype.element_ty), mask=rows < features)
+            here = partial_sums + (slot * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F + tl.arange(0, BLOCK_F)
+            if ATOMIC:
+                tl.atomic_add(here, sums, sem="relaxed")
+            else:
+                tl.store(here, sums)
         else:
             before = tl.load(total + rows, mask=rows < features, other=0.0)
             tl.store(total + rows, before + sums.to(before.dtype), mask=rows < features)
@@ -147,30 +154,29 @@ def gram_kernel(
             x, pivot, weight, row, col, first, last, num_tokens, features, stride_n, stride_f, False, BLOCK_N, BLOCK_F, TMA
         )
     if partial is not None:
-        base = (split * tl.num_programs(0) + pid).to(tl.int64) * BLOCK_F * BLOCK_F
         local = tl.arange(0, BLOCK_F)
-        tl.store(partial + base + local[:, None] * BLOCK_F + local[None, :], tile)
+        here = partial + (slot * tl.num_programs(0) + pid).to(tl.int64) * BLOCK_F * BLOCK_F
+        here += local[:, None] * BLOCK_F + local[None, :]
+        if ATOMIC:
+            tl.atomic_add(here, tile, sem="relaxed")
+        else:
+            tl.store(here, tile)
     else:
         inside = (rows[:, None] < features) & (cols[None, :] < features)
         out = gram + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
-        mirror = gram + cols[:, None].to(tl.int64) * stride_row + rows[None, :].to(tl.int64) * stride_col
-        if ATOMIC:
-            tl.atomic_add(out, tile, mask=inside)
-            if row != col:
-                tl.atomic_add(mirror, tl.trans(tile), mask=tl.trans(inside))
-        else:
-            tile += tl.load(out, mask=inside, other=0.0)
-            tl.store(out, tile, mask=inside)
-            if row != col:
-                tl.store(mirror, tl.trans(tile), mask=tl.trans(inside))
+        tile += tl.load(out, mask=inside, other=0.0)
+        tl.store(out, tile, mask=inside)
+        if row != col:
+            mirror = gram + cols[:, None].to(tl.int64) * stride_row + rows[None, :].to(tl.int64) * stride_col
+            tl.store(mirror, tl.trans(tile), mask=tl.trans(inside))
 
 
 @triton.jit
 def reduce_kernel(
-    tiles, gram, total, partial, partial_sums, features, num_splits, stride_row, stride_col,
+    tiles, gram, total, partial, partial_sums, features, num_slots, stride_row, stride_col,
     BLOCK_F: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial tiles of all splits to the Gram, in order; a program takes ROWS rows of one tile."""
+    """Add the partial tiles of all slots to the Gram, in order; a program takes ROWS rows of one tile."""
     pid, strip = tl.program_id(0), tl.program_id(1)
     row, col = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
     local = strip * ROWS + tl.arange(0, ROWS)
@@ -178,8 +184,8 @@ def reduce_kernel(
     inside = (rows[:, None] < features) & (cols[None, :] < features)
     out = gram + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
     acc = tl.load(out, mask=inside, other=0.0)
-    for split in range(num_splits):
-        base = (split * tl.num_programs(0) + pid).to(tl.int64) * BLOCK_F * BLOCK_F
+    for slot in range(num_slots):
+        base = (slot * tl.num_programs(0) + pid).to(tl.int64) * BLOCK_F * BLOCK_F
         acc += tl.load(partial + base + local[:, None] * BLOCK_F + tl.arange(0, BLOCK_F)[None, :])
     tl.store(out, acc, mask=inside)
     if row != col:
@@ -187,8 +193,8 @@ def reduce_kernel(
         tl.store(mirror, tl.trans(acc), mask=tl.trans(inside))
     else:
         sums = tl.load(total + rows, mask=rows < features, other=0.0)
-        for split in range(num_splits):
-            base = (split * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F
+        for slot in range(num_slots):
+            base = (slot * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F
             sums += tl.load(partial_sums + base + local).to(sums.dtype)
         tl.store(total + rows, sums, mask=rows < features)
 
@@ -239,26 +245,19 @@ def gram_(
     split_tokens = triton.cdiv(triton.cdiv(num_tokens, splits), config.block_n) * config.block_n
     splits = triton.cdiv(num_tokens, split_tokens)
     partial = sums = None
-    if splits > 1 and deterministic:
-        partial = x.new_empty(splits, len(tiles), config.block_f, config.block_f, dtype=torch.float32)
-        sums = x.new_empty(splits, triton.cdiv(features, config.block_f), config.block_f, dtype=torch.float32)
+    if splits > 1:
+        slots, make = (splits, x.new_empty) if deterministic else (1, x.new_zeros)
+        partial = make(slots, len(tiles), config.block_f, config.block_f, dtype=torch.float32)
+        sums = make(slots, triton.cdiv(features, config.block_f), config.block_f, dtype=torch.float32)
     source = TensorDescriptor.from_tensor(x, [config.block_n, config.block_f]) if tma else x
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         gram_kernel[(len(tiles), splits)](
             source, tiles, pivot, weight, gram, total, partial, sums, num_tokens, features, split_tokens,
             *x.stride(), *gram.stride(), BLOCK_N=config.block_n, BLOCK_F=config.block_f, TMA=tma,
-            ATOMIC=splits > 1 and not deterministic, num_warps=config.num_warps, num_stages=config.num_stages,
+            ATOMIC=partial is not None and not deterministic, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if partial is not None:
             reduce_kernel[(len(tiles), config.block_f // REDUCE_ROWS)](
-                tiles,
-                gram,
-                total,
-                partial,
-                sums,
-                features,
-                splits,
-                *gram.stride(),
-                BLOCK_F=config.block_f,
-                ROWS=REDUCE_ROWS,
-            )
+                tiles, gram, total, partial, sums, features, len(partial), *gram.stride(),
+                BLOCK_F=config.block_f, ROWS=REDUCE_ROWS,
+            )  # fmt: skip

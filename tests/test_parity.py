@@ -34,26 +34,41 @@ def check_parity(model: Any, token_ids: torch.Tensor, config: PruneConfig, keep_
     layers, budgets, pruned = run_engine(model, token_ids, config)
     assert sum(budget.pruned for budget in budgets) >= 2
     expected = reference.prune(model, token_ids, budgets, config.head_unit, keep_lowest)
-    # The same plain algorithm on fp32 activations: what their rounding alone costs.
-    in_fp32 = reference.prune(model, token_ids, budgets, config.head_unit, keep_lowest, dtype=torch.float32)
+    # The same plain algorithm on fp32 activations: what their rounding alone costs, in three draws of it.
+    in_fp32 = [
+        reference.prune(redrawn, token_ids, budgets, config.head_unit, keep_lowest, dtype=torch.float32)
+        for redrawn in (model, rounded_otherwise(model, 1), rounded_otherwise(model, 2))
+    ]
     outputs: list[torch.Tensor] = []
     for layer in pruned.model.layers:
         layer.register_forward_hook(lambda m, a, out: outputs.append(out[0] if isinstance(out, tuple) else out))
     with torch.no_grad():
         pruned(token_ids)
-    for index, (got, wanted, plain, output) in enumerate(zip(layers, expected, in_fp32, outputs, strict=True)):
+    for index, (got, wanted, output, *plain) in enumerate(zip(layers, expected, outputs, *in_fp32, strict=True)):
         for name in ("kept_heads", "kept_kv_heads", "kept_channels"):
             if name in wanted:
                 assert got[name] == wanted[name], (index, name)
+                assert all(draw[name] == wanted[name] for draw in plain), "a tie, which rounding decides: no test case"
         for part, projection in (("attention", "self_attn.o_proj"), ("ffn", "mlp.down_proj")):
             if f"{part}_fit" in wanted:
-                check_fit(model, pruned, index, projection, got, wanted[f"{part}_fit"], plain[f"{part}_fit"])
-        assert_close(output, wanted["output"], plain["output"], floor=1e-5)
+                check_fit(model, pruned, index, projection, got, wanted[f"{part}_fit"], [p[f"{part}_fit"] for p in plain])
+        assert_close(output, wanted["output"], [p["output"] for p in plain], floor=1e-5)
+
+
+def rounded_otherwise(model: Any, seed: int) -> Any:
+    """The model with every weight moved to one of its fp32 neighbours, or left: as good, but all products round anew."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            step = torch.randint(-1, 2, parameter.shape, generator=generator)
+            parameter.copy_(torch.nextafter(parameter, parameter + step * parameter.abs()))
+    return other
 
 
 def check_fit(
     dense: Any, pruned: Any, index: int, projection: str, report: dict[str, Any], wanted: tuple[Any, ...],
-    plain: tuple[Any, ...],
+    plain: list[tuple[Any, ...]],
 ) -> None:  # fmt: skip
     """a and b are found in the weights: W' = a W[:, kept], bias' = bias + b."""
     old = dense.model.layers[index].get_submodule(projection)
@@ -62,10 +77,10 @@ def check_fit(
     if "o_proj" in projection:
         kept = reference.columns(report["kept_heads"], dense.config.head_dim)
     weight = old.weight[:, kept].double()
-    weights = [a[:, None] * weight for a in (wanted[0], plain[0])]
-    assert_close(new.weight, *weights, floor=1e-5)
+    plain_weights = [a[:, None] * weight for a, _, _ in plain]
+    assert_close(new.weight, wanted[0][:, None] * weight, plain_weights, floor=1e-5)
     bias = old.bias.double() if old.bias is not None else 0.0
-    assert_close(new.bias, wanted[1] + bias, plain[1] + bias, floor=1e-5, scale=wanted[2])
+    assert_close(new.bias, wanted[1] + bias, [b + bias for _, b, _ in plain], floor=1e-5, scale=wanted[2])
 
 
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])

@@ -102,7 +102,7 @@ def head_covariance_of_tokens(
         raise ValueError(f"method must be stream, gram or None, got {method!r}.")
     if (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads)) == "stream":
         return _stream_head_covariance(weight, x, num_heads)
-    mean = x.float().mean(0)
+    mean = x.mean(0, dtype=torch.float32)
     gram, total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32), torch.zeros_like(mean)
     gram_(gram, total, x.float(), pivot=mean)
     total /= x.shape[0]
@@ -120,7 +120,7 @@ def cheaper_method(num_tokens: int, out_features: int, in_features: int, num_hea
     shape=lambda weight, x, num_heads: x.new_empty(num_heads, num_heads, weight.shape[0], dtype=torch.float32),
 )
 def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    mean = x.float().mean(0)
+    mean = x.mean(0, dtype=torch.float32)
     if choose("head_covariance_of_tokens", x.device).backend == "triton":
         from slimllm.kernels.pearson import stream_head_covariance as kernel
 
