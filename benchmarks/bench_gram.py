@@ -23,25 +23,34 @@ from slimllm import ops
 from slimllm.ops.dispatch import forced
 
 
-def check(x: torch.Tensor) -> None:
-    """The operation against fp64 on some rows of the Gram."""
-    features = x.shape[1]
-    gram, total = torch.zeros(features, features, device=x.device), torch.zeros(features, device=x.device)
-    ops.gram_(gram, total, x)
-    rows = torch.randint(features, (64,), device=x.device)
-    wanted = x[:, rows].double().T @ x.double()
-    error = float((gram[rows].double() - wanted).abs().max() / wanted.abs().max())
-    assert error < 1e-5 and torch.equal(gram, gram.T), f"the Gram is wrong: relative error {error:.1e}"
+def check(x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
+    """Every contender against fp64 on some rows of the Gram: relative errors, ours within twice torch's and a floor."""
+    rows = torch.randint(x.shape[1], (64,), device=x.device)
+    gram = torch.empty(x.shape[1], x.shape[1], device=x.device)
+    errors = {}
+    for name, call in contenders(x, pivot, weight, gram).items():
+        if name == "gemm":
+            continue
+        gram.zero_()
+        call()
+        u = x.double() - (pivot.double() if name == "ours, pivot" else 0)
+        wanted = u[:, rows].T @ (u * weight.double()[:, None] if name == "ours, weight" else u)
+        errors[name] = float((gram[rows].double() - wanted).abs().max() / wanted.abs().max())
+        assert name == "torch" or torch.equal(gram, gram.T), f"{name}: the Gram is not symmetric"
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= 2 * errors["torch"] + 1e-5, f"the Gram is wrong: relative errors {errors}"
+    return errors
 
 
-def contenders(x: torch.Tensor) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; each adds the Gram of x to an fp32 accumulator, but for `gemm`."""
+def contenders(
+    x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """What is timed, by name; each adds the Gram of x to the fp32 accumulator, but for `gemm`."""
     features = x.shape[1]
-    gram, total = torch.zeros(features, features, device=x.device), torch.zeros(features, device=x.device)
+    total = torch.zeros(features, device=x.device)
     found: dict[str, Callable[[], object]] = {"ours": lambda: ops.gram_(gram, total, x)}
     if x.device.type == "cpu":
         return found | {"torch": lambda: (gram.addmm_(x.T, x), total.add_(x.sum(0)))}
-    pivot, weight = x[0].float(), torch.rand(x.shape[0], device=x.device)
     half = torch.empty(features, features, dtype=x.dtype, device=x.device)
     return found | {
         "ours, any order": lambda: ops.gram_(gram, total, x, deterministic=False),
@@ -57,14 +66,16 @@ def bench(name: str, num_tokens: int, features: int, device: torch.device, round
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(num_tokens, features, generator=generator, device=device).to(dtype)
-    check(x)
-    seconds = median_seconds(contenders(x), device, rounds)
+    pivot, weight = x[0].float(), torch.rand(num_tokens, generator=generator, device=device)
+    errors = check(x, pivot, weight)
+    gram = torch.zeros(features, features, device=device)
+    seconds = median_seconds(contenders(x, pivot, weight, gram), device, rounds)
     work = gram_work(num_tokens, features, dtype.itemsize)
     rate = work.operations / seconds["ours"]
     row = {
         "shape": name, "tokens": num_tokens, "features": features, "dtype": str(dtype).removeprefix("torch."),
-        "backend": ops.backend(device), "seconds": seconds, "speedup_over_torch": seconds["torch"] / seconds["ours"],
-        "tflops_of_half": rate / 1e12,
+        "backend": ops.backend(device), "seconds": seconds, "errors": errors,
+        "speedup_over_torch": seconds["torch"] / seconds["ours"], "tflops_of_half": rate / 1e12,
     }  # fmt: skip
     if "gemm" in seconds:
         row["of_measured_gemm_rate"] = rate / (2 * num_tokens * features**2 / seconds["gemm"])

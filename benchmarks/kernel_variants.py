@@ -37,29 +37,31 @@ def variants(arch: int) -> list[Variant]:
 
 def _gram(arch: int) -> list[Variant]:
     found = []
+    launches = ("", "unaligned", "transposed", "pivot", "weight", "pivot weight", "tma")
     for dtype, torch_dtype in DTYPES.items():
-        for options in ("", "partial", "atomic", "pivot", "weight", "pivot weight", "tma", "tma partial", "tma atomic"):
-            tma = "tma" in options
-            if tma and (arch < 90 or dtype == "fp32"):
-                continue
-            config = gram.choose_config(torch_dtype, "pivot" in options, "weight" in options, tma)
-            tile = f"[{config.block_n}, {config.block_f}]"
-            aligned = ("features", "stride_n", "stride_row", "split_tokens")
-            types = {"x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32"}
-            types |= {"total": "*fp64", **_integers("num_tokens", *aligned)}
-            constants: dict[str, Any] = {"BLOCK_N": config.block_n, "BLOCK_F": config.block_f, "TMA": tma}
-            constants |= {"ATOMIC": "atomic" in options, "stride_f": 1, "stride_col": 1}
-            for name in ("pivot", "weight"):
-                types |= {name: "*fp32"} if name in options else {}
-                constants |= {} if name in options else {name: None}
-            for name in ("partial", "partial_sums"):
-                split = "partial" in options or "atomic" in options
-                types |= {name: "*fp32"} if split else {}
-                constants |= {} if split else {name: None}
-            name = " ".join(["gram", dtype, options or "plain"])
-            found.append(
-                Variant(name, gram.gram_kernel, types, constants, config.num_warps, config.num_stages, "HGMMA", aligned)
-            )
+        for launch in launches:
+            for split in ("", "partial", "atomic"):
+                tma, parts = launch == "tma", "pivot" in launch or "weight" in launch
+                if tma and (arch < 90 or dtype == "fp32"):
+                    continue
+                config = gram.choose_config(torch_dtype, parts, tma, launch not in ("unaligned", "transposed"))
+                tile = f"[{config.block_n}, {config.block_f}]"
+                types = {"x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32"}
+                types |= {"total": "*fp64", **_integers("num_tokens", "features", "split_tokens", "stride_row")}
+                constants: dict[str, Any] = {"BLOCK_N": config.block_n, "BLOCK_F": config.block_f, "TMA": tma}
+                constants |= {"ATOMIC": split == "atomic", "stride_col": 1, "stride_total": 1}
+                unit, other = ("stride_n", "stride_f") if launch == "transposed" else ("stride_f", "stride_n")
+                types, constants = types | _integers(other), constants | {unit: 1}
+                for name in ("pivot", "weight"):
+                    types |= {name: "*fp32"} if name in launch else {}
+                    constants |= {} if name in launch else {name: None}
+                for name in ("partial", "partial_sums"):
+                    types |= {name: "*fp32"} if split else {}
+                    constants |= {} if split else {name: None}
+                aligned = ("split_tokens",) if launch == "unaligned" else ("features", "split_tokens", "stride_row", other)
+                name = " ".join(["gram", dtype, launch or "plain", split]).strip()
+                options = config.num_warps, config.num_stages, "HGMMA", aligned
+                found.append(Variant(name, gram.gram_kernel, types, constants, *options))
     return found
 
 
@@ -68,7 +70,7 @@ def _gram_reduce() -> list[Variant]:
     types |= _integers("features", "num_slots", "stride_row")
     found = []
     for block in sorted({gram.PLAIN_CONFIG.block_f, gram.FLOAT_CONFIG.block_f}):
-        constants = {"stride_col": 1, "BLOCK_F": block, "ROWS": gram.REDUCE_ROWS}
+        constants = {"stride_col": 1, "stride_total": 1, "BLOCK_F": block, "ROWS": gram.REDUCE_ROWS}
         found.append(Variant(f"gram reduce {block}", gram.reduce_kernel, types, constants, aligned=("stride_row",)))
     return found
 
@@ -76,17 +78,25 @@ def _gram_reduce() -> list[Variant]:
 def _pearson() -> list[Variant]:
     found = []
     stream = pearson.STREAM_CONFIG
-    aligned = ("out_features", "width", "stride_wk", "stride_row", "stride_i", "stride_j", "stride_n")
+    aligned: tuple[str, ...]
     for weight, torch_dtype in DTYPES.items():
-        blocks = pearson.choose_config(torch_dtype)
         for covariance in ("fp32", "fp64"):
-            types = {"weight": f"*{weight}", "covariance": f"*{covariance}", "pairs": "*i32", "result": f"*{covariance}"}
-            types |= _integers("out_features", "width", "stride_wk", "stride_row", "stride_i", "stride_j")
-            constants = {"BLOCK_K": blocks.block_k, "BLOCK_A": blocks.block_a, "BLOCK_B": blocks.block_b}
-            constants |= {"stride_wf": 1, "stride_col": 1}
-            name = f"pearson gram-blocks {weight} {covariance}"
-            options = blocks.num_warps, blocks.num_stages, "HGMMA", aligned
-            found.append(Variant(name, pearson.gram_blocks_kernel, types, constants, *options))
+            for launch in ("", "unaligned"):
+                blocks = pearson.choose_config(torch_dtype, aligned=not launch)
+                types = {
+                    "weight": f"*{weight}",
+                    "covariance": f"*{covariance}",
+                    "pairs": "*i32",
+                    "result": f"*{covariance}",
+                }
+                types |= _integers("out_features", "width", "stride_wk", "stride_row", "stride_i", "stride_j")
+                constants = {"BLOCK_K": blocks.block_k, "BLOCK_A": blocks.block_a, "BLOCK_B": blocks.block_b}
+                constants |= {"stride_wf": 1, "stride_col": 1}
+                name = f"pearson gram-blocks {weight} {covariance} {launch}".strip()
+                aligned = () if launch else ("out_features", "width", "stride_wk", "stride_row", "stride_i", "stride_j")
+                options = blocks.num_warps, blocks.num_stages, "HGMMA", aligned
+                found.append(Variant(name, pearson.gram_blocks_kernel, types, constants, *options))
+    aligned = ("out_features", "width", "stride_wk", "stride_i", "stride_j", "stride_n")
     for dtype in DTYPES:
         types = {"x": f"*{dtype}", "mean": "*fp32", "weight": f"*{dtype}", "pairs": "*i32", "result": "*fp32"}
         types |= _integers(
@@ -105,12 +115,13 @@ def _exchange() -> list[Variant]:
     doubles = ("own", "with_full", "with_kept", "cov_kept", "variance", "full_variance", "scores", "best")
     for dtype in ("fp32", "fp64"):
         types = {"covariance": f"*{dtype}", "kept": "*u8", "pruned": "*i64", **dict.fromkeys(doubles, "*fp64")}
-        types |= _integers("step", "features", "num_heads", "group_size", "stride_i", "stride_j")
-        constants: dict[str, Any] = {"BLOCK": exchange.BLOCK}
+        types |= _integers("step", "features", "num_heads", "group_size", "stride_i", "stride_j") | {"rounding": "fp32"}
         options = exchange.NUM_WARPS, 3, None, ("features", "stride_i", "stride_j")
-        found.append(Variant(f"exchange score {dtype}", exchange.score_kernel, types, constants, *options))
-        constants = constants | {"HEADS": 64}
-        found.append(Variant(f"exchange update {dtype}", exchange.exchange_kernel, types, constants, *options))
+        for name, kernel in (
+            ("sums", exchange.sums_kernel), ("score", exchange.score_kernel), ("update", exchange.exchange_kernel)
+        ):  # fmt: skip
+            constants = {"BLOCK": exchange.BLOCK} | ({"HEADS": 64} if name == "update" else {})
+            found.append(Variant(f"exchange {name} {dtype}", kernel, types, constants, *options))
     return found
 
 

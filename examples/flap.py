@@ -11,16 +11,16 @@ import torch
 from harness import input_statistics, keep_channels, run
 from transformers import PreTrainedModel
 
-from slimllm.statistics import GramStatistics
+from slimllm.statistics import ColumnStatistics
 
 
-def fluctuation(down_weight: torch.Tensor, inputs: GramStatistics) -> torch.Tensor:
+def fluctuation(down_weight: torch.Tensor, inputs: ColumnStatistics) -> torch.Tensor:
     """Importance of every channel (I,) from down_proj.weight (D, I) and the statistics of its inputs."""
-    variance = inputs.covariance().diagonal() * inputs.count / (inputs.count - 1)
+    variance = inputs.variance() * inputs.count / (inputs.count - 1)
     return variance * down_weight.double().square().sum(0)
 
 
-def compensation(down_weight: torch.Tensor, inputs: GramStatistics, keep: torch.Tensor) -> torch.Tensor:
+def compensation(down_weight: torch.Tensor, inputs: ColumnStatistics, keep: torch.Tensor) -> torch.Tensor:
     """The bias (D,) that stands for the removed channels."""
     removed = inputs.mean().index_fill(0, keep, 0.0)
     return down_weight.double() @ removed
@@ -28,7 +28,7 @@ def compensation(down_weight: torch.Tensor, inputs: GramStatistics, keep: torch.
 
 def prune(model: PreTrainedModel, token_ids: torch.Tensor, ratio: float = 0.2) -> None:
     """Remove that fraction of all FFN channels, in place."""
-    statistics = input_statistics(model, token_ids, "mlp.down_proj")
+    statistics = input_statistics(model, token_ids, "mlp.down_proj", ColumnStatistics)
     scores = {name: fluctuation(model.get_submodule(name).weight, inputs) for name, inputs in statistics.items()}
     scores = {name: (score - score.mean()) / score.std() for name, score in scores.items()}
     everything = torch.cat(list(scores.values())).sort().values

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,22 +18,29 @@ from transformers import PreTrainedModel
 
 import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize
-from slimllm.statistics import GramStatistics
+from slimllm.statistics import ColumnStatistics, GramStatistics
+
+Statistics = TypeVar("Statistics", ColumnStatistics, GramStatistics)
 
 
 @torch.no_grad()
-def input_statistics(model: nn.Module, token_ids: torch.Tensor, suffix: str) -> dict[str, GramStatistics]:
-    """Statistics of the inputs of all modules whose names end in `suffix`, over windows (samples, seq_len)."""
-    statistics: dict[str, GramStatistics] = {}
+def input_statistics(
+    model: nn.Module, token_ids: torch.Tensor, suffix: str, kind: type[Statistics]
+) -> dict[str, Statistics]:
+    """Statistics of the inputs of all modules whose names end in `suffix`, over windows (samples, seq_len).
+
+    `kind` is ColumnStatistics, in O(features) memory for each module, or GramStatistics, in O(features²).
+    """
+    statistics: dict[str, Statistics] = {}
+
+    def collect(name: str, _: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2)  # (num_tokens, features)
+        statistics.setdefault(name, kind(x.shape[1], x.device)).update(x)
+
     handles = []
     for name, module in model.named_modules():
         if name.endswith(suffix):
-
-            def collect(module: nn.Module, arguments: tuple[torch.Tensor, ...], name: str = name) -> None:
-                x = arguments[0].flatten(0, -2)  # (num_tokens, features)
-                statistics.setdefault(name, GramStatistics(x.shape[1], x.device)).update(x)
-
-            handles.append(module.register_forward_pre_hook(collect))
+            handles.append(module.register_forward_pre_hook(partial(collect, name)))
     for batch in token_ids.split(8):
         model(batch)
     for handle in handles:

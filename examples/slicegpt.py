@@ -24,7 +24,7 @@ def principal_directions(inputs: GramStatistics, width: int) -> tuple[torch.Tens
 
 def prune(model: PreTrainedModel, token_ids: torch.Tensor, ratio: float = 0.2) -> None:
     """Let every FFN see its input through that much fewer directions, in place (the hook is not saved with the model)."""
-    for name, inputs in input_statistics(model, token_ids, "mlp.gate_proj").items():
+    for name, inputs in input_statistics(model, token_ids, "mlp.gate_proj", GramStatistics).items():
         ffn = model.get_submodule(name.removesuffix(".gate_proj"))
         directions, fraction = principal_directions(inputs, round((1 - ratio) * inputs.features))
         directions = directions.to(ffn.gate_proj.weight)

@@ -9,19 +9,17 @@ import torch
 from harness import input_statistics, keep_channels, run
 from transformers import PreTrainedModel
 
-from slimllm.statistics import GramStatistics
+from slimllm.statistics import ColumnStatistics
 
 
-def wanda_sp(down_weight: torch.Tensor, inputs: GramStatistics) -> torch.Tensor:
+def wanda_sp(down_weight: torch.Tensor, inputs: ColumnStatistics) -> torch.Tensor:
     """Importance of every channel (I,) from down_proj.weight (D, I) and the statistics of its inputs."""
-    second_moment = inputs.covariance().diagonal() + inputs.mean().square()  # E z_c²
-    norms = (inputs.count * second_moment).sqrt()
-    return down_weight.abs().mean(0) * norms
+    return down_weight.abs().mean(0) * inputs.norms()
 
 
 def prune(model: PreTrainedModel, token_ids: torch.Tensor, ratio: float = 0.2) -> None:
     """Remove that fraction of every FFN's channels, in place."""
-    for name, inputs in input_statistics(model, token_ids, "mlp.down_proj").items():
+    for name, inputs in input_statistics(model, token_ids, "mlp.down_proj", ColumnStatistics).items():
         ffn = model.get_submodule(name.removesuffix(".down_proj"))
         importance = wanda_sp(ffn.down_proj.weight, inputs)
         keep = importance.argsort()[round(ratio * len(importance)) :].sort().values

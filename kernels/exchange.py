@@ -4,9 +4,10 @@ Source: SlimLLM (arXiv 2505.22689). With T_i = Σ_j C[i,j] and R_i = Σ_{j∈S} 
 
     cov(o_S, o) + T_p - T_q   and   var(o_S) + C_pp + 2(R_p - C_pq) + C_qq - 2R_q,
 
-from which the similarity Σ_k |r_k|. The first kernel scores all q at once, a program each; the second takes the best of
-them, if it is better than what there is, and brings R, cov and var up to date. For each p: 14·H·D operations; C[p] (in its
-dtype) and R, T, own (fp64) are read once, and R is written once where there is an exchange. Sums are fp64.
+from which the similarity Σ_k |r_k|. A first kernel reads C once for T, R and its diagonal. Then, for every p, one scores
+all q at once, a program each, and one takes the best of them, if it is better than what there is, and brings R, cov and
+var up to date. For each p: 14·H·D operations; C[p] (in its dtype) and R, T, own (fp64) are read once, and R is written
+once where there is an exchange. Sums are fp64.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ BLOCK = 512
 NUM_WARPS = 4
 
 
-def exchange_reference(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_size: int) -> None:
+def exchange_reference(
+    kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_size: int, rounding: float
+) -> None:
     """The search by trying: every exchange's similarity from the whole of C, in fp64; `kept` is updated in place."""
 
     def similarity(chosen: torch.Tensor) -> float:
@@ -31,6 +34,7 @@ def exchange_reference(kept: torch.Tensor, covariance: torch.Tensor, pruned: tor
         return float(torch.where(scale > 0, with_full.abs() / scale, 0.0).sum())
 
     c = covariance.double()
+    best = similarity(kept)
     for p in pruned.tolist():
         tried = {}
         for q in kept.nonzero().flatten().tolist():
@@ -39,8 +43,8 @@ def exchange_reference(kept: torch.Tensor, covariance: torch.Tensor, pruned: tor
                 other[p], other[q] = True, False
                 tried[q] = similarity(other)
         q = max(tried, key=lambda head: tried[head])
-        if tried[q] > similarity(kept):
-            kept[p], kept[q] = True, False
+        if tried[q] > best * (1 + rounding):
+            best, kept[p], kept[q] = tried[q], True, False
 
 
 @triton.jit
@@ -50,6 +54,23 @@ def _similarity(cov, variance, full):
 
 
 @triton.jit
+def sums_kernel(covariance, kept, with_full, with_kept, own, features, num_heads, stride_i, stride_j, BLOCK: tl.constexpr):
+    """T, R and the variances of one head for BLOCK outputs."""
+    i, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = k < features
+    row = covariance + i.to(tl.int64) * stride_i + k
+    full, part = tl.zeros((BLOCK,), dtype=tl.float64), tl.zeros((BLOCK,), dtype=tl.float64)
+    for j in range(num_heads):
+        value = tl.load(row + j * stride_j, mask=inside, other=0.0).to(tl.float64)
+        full += value
+        part += tl.where(tl.load(kept + j) != 0, value, 0.0)
+    here = i * features + k
+    tl.store(with_full + here, full, mask=inside)
+    tl.store(with_kept + here, part, mask=inside)
+    tl.store(own + here, tl.load(row + i.to(tl.int64) * stride_j, mask=inside, other=0.0).to(tl.float64), mask=inside)
+
+
+@triton.jit(do_not_specialize=["step"])
 def score_kernel(
     covariance, own, with_full, with_kept, cov_kept, variance, full_variance, kept, pruned, scores, step, features,
     group_size, stride_i, stride_j, BLOCK: tl.constexpr,
@@ -74,18 +95,18 @@ def score_kernel(
     tl.store(scores + q, tl.where(allowed, tl.sum(total, axis=0), float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def exchange_kernel(
     covariance, own, with_full, with_kept, cov_kept, variance, kept, pruned, scores, best, step, features, num_heads,
-    stride_i, stride_j, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    stride_i, stride_j, rounding, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Make the step's best exchange if it raises best[step]; best[step + 1] is what there is afterwards."""
+    """Make the step's best exchange if it raises best[step] by more than rounding; best[step + 1] is what there is then."""
     heads = tl.arange(0, HEADS)
     score = tl.load(scores + heads, mask=heads < num_heads, other=float("-inf"))
     top = tl.max(score, axis=0)
     q = tl.min(tl.where(score == top, heads, HEADS), axis=0)  # the first of equals
     before = tl.load(best + step)
-    better = top > before
+    better = top > before + before * rounding
     p = tl.load(pruned + step).to(tl.int32)
     if tl.program_id(0) == 0:
         tl.store(best + step + 1, tl.where(better, top, before))
@@ -111,7 +132,7 @@ def exchange_kernel(
             tl.store(kept + q, 0)
 
 
-def exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_size: int) -> None:
+def exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_size: int, rounding: float) -> None:
     """The search; `kept` is updated in place.
 
     Args:
@@ -119,29 +140,32 @@ def exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor
         covariance: C (H, H, D), fp64 or fp32, of unit stride along D.
         pruned: Heads that are not kept, in the order in which they are tried, int64.
         group_size: Heads are exchanged within groups of so many.
+        rounding: An exchange must raise the similarity by more than this part of itself.
     """
     num_heads, features = covariance.shape[0], covariance.shape[2]
     if covariance.stride(2) != 1:
         covariance = covariance.contiguous()
-    with_full = covariance.sum(1, dtype=torch.float64)
-    own = covariance.diagonal().T.double().contiguous()
-    inside = kept.to(covariance.dtype)
-    with_kept = torch.stack([(row * inside[:, None]).sum(0, dtype=torch.float64) for row in covariance])
-    cov_kept, variance = (with_full * kept[:, None]).sum(0), (with_kept * kept[:, None]).sum(0)
-    full_variance = with_full.sum(0)
-    scale = (variance.clamp(min=0) * full_variance.clamp(min=0)).sqrt()
-    best = torch.zeros(len(pruned) + 1, dtype=torch.float64, device=kept.device)
-    best[:1] = torch.where(scale > 0, cov_kept.abs() / scale, 0.0).sum()
+    strides, blocks = covariance.stride()[:2], triton.cdiv(features, BLOCK)
+    with_full, with_kept, own = (
+        torch.empty(num_heads, features, dtype=torch.float64, device=kept.device) for _ in range(3)
+    )
     scores = torch.empty(num_heads, dtype=torch.float64, device=kept.device)
+    best = torch.empty(len(pruned) + 1, dtype=torch.float64, device=kept.device)
     flags = kept.view(torch.uint8)
     with torch.cuda.device(kept.device) if kept.is_cuda else nullcontext():
+        sums_kernel[(num_heads, blocks)](
+            covariance, flags, with_full, with_kept, own, features, num_heads, *strides, BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+        cov_kept, variance = (with_full * kept[:, None]).sum(0), (with_kept * kept[:, None]).sum(0)
+        full_variance = with_full.sum(0)
+        scale = (variance.clamp(min=0) * full_variance.clamp(min=0)).sqrt()
+        best[:1] = torch.where(scale > 0, cov_kept.abs() / scale, 0.0).sum()
         for step in range(len(pruned)):
             score_kernel[(num_heads,)](
                 covariance, own, with_full, with_kept, cov_kept, variance, full_variance, flags, pruned, scores, step,
-                features, group_size, *covariance.stride()[:2], BLOCK=BLOCK, num_warps=NUM_WARPS,
+                features, group_size, *strides, BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip
-            exchange_kernel[(triton.cdiv(features, BLOCK),)](
+            exchange_kernel[(blocks,)](
                 covariance, own, with_full, with_kept, cov_kept, variance, flags, pruned, scores, best, step, features,
-                num_heads, *covariance.stride()[:2], HEADS=triton.next_power_of_2(num_heads), BLOCK=BLOCK,
-                num_warps=NUM_WARPS,
+                num_heads, *strides, rounding, HEADS=triton.next_power_of_2(num_heads), BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip

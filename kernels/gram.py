@@ -3,17 +3,18 @@
 Source: the statistics of SlimLLM (arXiv 2505.22689) in Gram form. Only tiles on and below the diagonal are computed:
 N·F² floating-point operations, half of the full product; each tile writes its mirror image too. Bytes: G is read
 (lower half) and written once, 6·F²; X is read F / BLOCK_F times through L2 and, as neighbouring programs share tiles,
-about GROUP / F·BLOCK_F as often from memory. Accumulation in fp32. Few tiles and many tokens: the tokens are split
+F / (2·GROUP·BLOCK_F) times from memory. Accumulation in fp32. Few tiles and many tokens: the tokens are split
 over programs, whose partial tiles are then added in a fixed order (or, on request, at once and in any order, which
 needs memory for one set of them only).
 
-Half-precision differences u are rounded to x's dtype for the tensor cores. That rounding vanishes where x lies between
-pivot/2 and 2·pivot, hence where a pivot is needed most. A product with a weight is carried in two parts, high and low,
-so weights cost a second product and no digits (in fp16, whose range they would leave, the product is one of fp32).
+What the tensor cores cannot hold in x's dtype is carried in two parts, high and low: bf16 differences from a pivot take
+three products, bf16 weights two, both together three, with 16 bits of every factor. In fp16, whose range differences and
+weighted numbers may leave, both become fp32.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,27 +47,30 @@ class Config:
 # Chosen from what ptxas says of registers and shared memory (tests/test_compile.py), not yet timed on a GPU.
 TMA_CONFIG = Config(128, 64, 8, 4)
 PLAIN_CONFIG = Config(128, 64, 8, 3)
-PIVOT_CONFIG = Config(128, 32, 8, 3)
-WEIGHT_CONFIG = Config(64, 32, 4, 2)
+PARTS_CONFIG = Config(64, 32, 4, 2)
 FLOAT_CONFIG = Config(64, 32, 8, 2)
+UNALIGNED_CONFIG = Config(64, 32, 8, 2)
 GROUP = 8  # rows of tiles that are worked on together, so that neighbours find each other's input in L2
 REDUCE_ROWS = 32
+# The interpreter would multiply the raw 16 bits of bf16.
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def choose_config(dtype: torch.dtype, pivot: bool, weight: bool, tma: bool) -> Config:
-    """The configuration for an input dtype and the options in use."""
-    if dtype == torch.float32 or (dtype == torch.float16 and weight):
+def choose_config(dtype: torch.dtype, parts: bool, tma: bool, aligned: bool) -> Config:
+    """The configuration for an input dtype; `parts`: with a pivot or weights; `aligned`: reads of 16 bytes are possible."""
+    if dtype == torch.float32 or (dtype == torch.float16 and parts):
         return FLOAT_CONFIG
-    if weight:
-        return WEIGHT_CONFIG
-    return TMA_CONFIG if tma else PIVOT_CONFIG if pivot else PLAIN_CONFIG
+    if parts:
+        return PARTS_CONFIG
+    return TMA_CONFIG if tma else PLAIN_CONFIG if aligned else UNALIGNED_CONFIG
 
 
 @triton.jit
 def _tile(
     x, pivot, start, column, num_tokens, features, stride_n, stride_f,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr, PIVOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """u of some tokens and features: x itself, or fp32 differences from the pivot."""
     if TMA:
         u = x.load([start, column])
     else:
@@ -75,10 +79,33 @@ def _tile(
         inside = (tokens[:, None] < num_tokens) & (cols[None, :] < features)
         offsets = tokens[:, None].to(tl.int64) * stride_n + cols[None, :].to(tl.int64) * stride_f
         u = tl.load(x + offsets, mask=inside, other=0.0)
-        if PIVOT:
+        if pivot is not None:
             shift = tl.load(pivot + cols, mask=cols < features, other=0.0)
-            u = tl.where(inside, u.to(tl.float32) - shift[None, :], 0.0).to(u.dtype)
+            u = tl.where(inside, u.to(tl.float32) - shift[None, :], 0.0)
     return u
+
+
+@triton.jit
+def _dot(left, right, tile):
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(tl.trans(left), right, tile, input_precision="tf32x3")
+
+
+@triton.jit
+def _product(left, right, tile, DTYPE: tl.constexpr):
+    """tile + leftᵀ·right, each factor in DTYPE or fp32; fp32 ones in two parts where DTYPE is bf16."""
+    if left.dtype == DTYPE and right.dtype == DTYPE:
+        tile = _dot(left, right, tile)
+    elif DTYPE == tl.float16:  # noqa: SIM300
+        tile = _dot(left.to(tl.float32), right.to(tl.float32), tile)
+    else:
+        left_high, right_high = left.to(DTYPE), right.to(DTYPE)
+        tile = _dot(left_high, right_high, tile)
+        tile = _dot(left_high, (right - right_high.to(tl.float32)).to(DTYPE), tile)
+        if left.dtype != DTYPE:
+            tile = _dot((left - left_high.to(tl.float32)).to(DTYPE), right_high, tile)
+    return tile
 
 
 @triton.jit
@@ -88,40 +115,26 @@ def _accumulate(
 ):  # fmt: skip
     tile = tl.zeros((BLOCK_F, BLOCK_F), dtype=tl.float32)
     sums = tl.zeros((BLOCK_F,), dtype=tl.float32)
-    PIVOT: tl.constexpr = pivot is not None
+    DTYPE: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
     for start in range(first, last, BLOCK_N):
-        right = _tile(
-            x, pivot, start, col * BLOCK_F, num_tokens, features, stride_n, stride_f, BLOCK_N, BLOCK_F, TMA, PIVOT
-        )
+        right = _tile(x, pivot, start, col * BLOCK_F, num_tokens, features, stride_n, stride_f, BLOCK_N, BLOCK_F, TMA)
         if DIAGONAL:
             left = right
         else:
-            left = _tile(
-                x, pivot, start, row * BLOCK_F, num_tokens, features, stride_n, stride_f, BLOCK_N, BLOCK_F, TMA, PIVOT
-            )
+            left = _tile(x, pivot, start, row * BLOCK_F, num_tokens, features, stride_n, stride_f, BLOCK_N, BLOCK_F, TMA)
         if weight is not None:
             tokens = start + tl.arange(0, BLOCK_N)
-            if right.dtype == tl.float16:  # whose range a weighted activation may leave
-                left, right = left.to(tl.float32), right.to(tl.float32)
-            weighted = right.to(tl.float32) * tl.load(weight + tokens, mask=tokens < num_tokens, other=0.0)[:, None]
-            high = weighted.to(right.dtype)
-            tile = tl.dot(tl.trans(left), high, tile, input_precision="tf32x3")
-            if right.dtype != tl.float32:
-                low = (weighted - high.to(tl.float32)).to(right.dtype)
-                tile = tl.dot(tl.trans(left), low, tile)
-            if DIAGONAL:
-                sums += tl.sum(weighted, axis=0)
-        else:
-            tile = tl.dot(tl.trans(left), right, tile, input_precision="tf32x3")
-            if DIAGONAL:
-                sums += tl.sum(right.to(tl.float32), axis=0)
+            right = right.to(tl.float32) * tl.load(weight + tokens, mask=tokens < num_tokens, other=0.0)[:, None]
+        if DIAGONAL:
+            sums += tl.sum(right.to(tl.float32), axis=0)
+        tile = _product(left, right, tile, DTYPE)
     return tile, sums
 
 
 @triton.jit
 def gram_kernel(
     x, tiles, pivot, weight, gram, total, partial, partial_sums, num_tokens, features, split_tokens,
-    stride_n, stride_f, stride_row, stride_col,
+    stride_n, stride_f, stride_row, stride_col, stride_total,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """One tile of the lower half, over one part of the tokens; `partial` is None when there is one part.
@@ -147,8 +160,9 @@ def gram_kernel(
             else:
                 tl.store(here, sums)
         else:
-            before = tl.load(total + rows, mask=rows < features, other=0.0)
-            tl.store(total + rows, before + sums.to(before.dtype), mask=rows < features)
+            total_rows = total + rows.to(tl.int64) * stride_total
+            before = tl.load(total_rows, mask=rows < features, other=0.0)
+            tl.store(total_rows, before + sums.to(before.dtype), mask=rows < features)
     else:
         tile, sums = _accumulate(
             x, pivot, weight, row, col, first, last, num_tokens, features, stride_n, stride_f, False, BLOCK_N, BLOCK_F, TMA
@@ -173,7 +187,7 @@ def gram_kernel(
 
 @triton.jit
 def reduce_kernel(
-    tiles, gram, total, partial, partial_sums, features, num_slots, stride_row, stride_col,
+    tiles, gram, total, partial, partial_sums, features, num_slots, stride_row, stride_col, stride_total,
     BLOCK_F: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Add the partial tiles of all slots to the Gram, in order; a program takes ROWS rows of one tile."""
@@ -192,11 +206,12 @@ def reduce_kernel(
         mirror = gram + cols[:, None].to(tl.int64) * stride_row + rows[None, :].to(tl.int64) * stride_col
         tl.store(mirror, tl.trans(acc), mask=tl.trans(inside))
     else:
-        sums = tl.load(total + rows, mask=rows < features, other=0.0)
+        total_rows = total + rows.to(tl.int64) * stride_total
+        sums = tl.load(total_rows, mask=rows < features, other=0.0)
         for slot in range(num_slots):
             base = (slot * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F
             sums += tl.load(partial_sums + base + local).to(sums.dtype)
-        tl.store(total + rows, sums, mask=rows < features)
+        tl.store(total_rows, sums, mask=rows < features)
 
 
 @lru_cache(maxsize=64)
@@ -218,10 +233,15 @@ def choose_splits(num_tiles: int, num_tokens: int, processors: int) -> int:
     return min(splits for splits, waves in cost.items() if waves <= 1.1 * min(cost.values()))
 
 
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Whether reads of 16 bytes are possible: rows of unit stride that begin at multiples of 16 elements."""
+    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
+
+
 def _can_use_tma(x: torch.Tensor) -> bool:
-    """Descriptors want Hopper, rows of unit stride and 16-byte alignment."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) >= x.shape[1]
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 and x.stride(1) == 1 and aligned
+    """Descriptors want Hopper and aligned rows that do not overlap."""
+    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return hopper and _is_aligned(x) and x.stride(0) >= x.shape[1]
 
 
 def gram_(
@@ -234,8 +254,9 @@ def gram_(
         splits: Parts of the tokens that are summed apart; None: as many as fill the GPU.
     """
     num_tokens, features = x.shape
-    tma = x.dtype != torch.float32 and pivot is None and weight is None and _can_use_tma(x)
-    config = choose_config(x.dtype, pivot is not None, weight is not None, tma)
+    parts = pivot is not None or weight is not None
+    tma = x.dtype != torch.float32 and not parts and _can_use_tma(x)
+    config = choose_config(x.dtype, parts, tma, _is_aligned(x))
     tiles = _tiles(triton.cdiv(features, config.block_f), x.device)
     if splits is None:
         splits = 1
@@ -250,14 +271,15 @@ def gram_(
         partial = make(slots, len(tiles), config.block_f, config.block_f, dtype=torch.float32)
         sums = make(slots, triton.cdiv(features, config.block_f), config.block_f, dtype=torch.float32)
     source = TensorDescriptor.from_tensor(x, [config.block_n, config.block_f]) if tma else x
+    outputs = (*gram.stride(), total.stride(0))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         gram_kernel[(len(tiles), splits)](
             source, tiles, pivot, weight, gram, total, partial, sums, num_tokens, features, split_tokens,
-            *x.stride(), *gram.stride(), BLOCK_N=config.block_n, BLOCK_F=config.block_f, TMA=tma,
+            *x.stride(), *outputs, BLOCK_N=config.block_n, BLOCK_F=config.block_f, TMA=tma,
             ATOMIC=partial is not None and not deterministic, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if partial is not None:
             reduce_kernel[(len(tiles), config.block_f // REDUCE_ROWS)](
-                tiles, gram, total, partial, sums, features, len(partial), *gram.stride(),
+                tiles, gram, total, partial, sums, features, len(partial), *outputs,
                 BLOCK_F=config.block_f, ROWS=REDUCE_ROWS,
             )  # fmt: skip

@@ -9,14 +9,16 @@ over tiles of Ĝ_ij: D·(H·d)²·(1 + 1/H) floating-point operations in all. By
 through L2 and about once from memory, W as often as there are heads through L2, C (4·H²·D) is written once.
 
 From tokens: a program takes a tile of outputs and a pair of blocks of heads, makes their contributions for some tokens at
-a time, and multiplies them over the tokens: N·D·(2·H·d + H²) operations, and the contributions once more for every block of
-BLOCK_H heads beyond the first. Bytes: X is read D / BLOCK_K times, W N / BLOCK_N times through L2, C is written once.
+a time, and multiplies them over the tokens: N·D·(2·B·H·d + H²) operations, with B the number of blocks of BLOCK_H heads,
+for each of which a block's contributions are made again. Bytes: X is read D / BLOCK_K times, W N / BLOCK_N times through
+L2, C is written once.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -57,11 +59,18 @@ class StreamConfig:
 # Chosen from what ptxas says of registers and shared memory (tests/test_compile.py), not yet timed on a GPU.
 HALF_GRAM_CONFIG = GramConfig(128, 32, 64, 8, 2)
 FLOAT_GRAM_CONFIG = GramConfig(128, 16, 64, 8, 2)
+UNALIGNED_GRAM_CONFIG = GramConfig(64, 16, 32, 8, 2)
 STREAM_CONFIG = StreamConfig(16, 16, 16, 16, 8, 1)
 
 
-def choose_config(weight_dtype: torch.dtype) -> GramConfig:
-    """The configuration of `gram_blocks_kernel`: both factors in fp32 take more registers."""
+def choose_config(weight_dtype: torch.dtype, aligned: bool) -> GramConfig:
+    """The configuration of `gram_blocks_kernel`: both factors in fp32 take more registers, and so do single addresses.
+
+    Args:
+        aligned: Reads of 16 bytes are possible.
+    """
+    if not aligned:
+        return UNALIGNED_GRAM_CONFIG
     return HALF_GRAM_CONFIG if weight_dtype.itemsize == 2 else FLOAT_GRAM_CONFIG
 
 
@@ -162,6 +171,7 @@ def stream_kernel(
     tl.store(result + j.to(tl.int64) * stride_i + i.to(tl.int64) * stride_j + k, sums, mask=inside)
 
 
+@lru_cache(maxsize=64)
 def _pairs(count: int, device: torch.device) -> torch.Tensor:
     """All (i, j) with i ≥ j, int32."""
     return torch.tril_indices(count, count, dtype=torch.int32, device=device).T.contiguous()
@@ -170,12 +180,14 @@ def _pairs(count: int, device: torch.device) -> torch.Tensor:
 def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
     """C (H, H, D) from the covariance of the inputs; arguments as in `slimllm.ops.head_covariance`, which checks them."""
     out_features, in_features = weight.shape
-    config = choose_config(weight.dtype)
+    width = in_features // num_heads
+    rows = [tensor.stride(1) == 1 and tensor.stride(0) % 16 == 0 for tensor in (weight, covariance)]
+    config = choose_config(weight.dtype, aligned=all(rows) and width % 16 == 0)
     result = covariance.new_empty(num_heads, num_heads, out_features)
     pairs = _pairs(num_heads, weight.device)
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
         gram_blocks_kernel[(triton.cdiv(out_features, config.block_k), len(pairs))](
-            weight, covariance, pairs, result, out_features, in_features // num_heads,
+            weight, covariance, pairs, result, out_features, width,
             *weight.stride(), *covariance.stride(), *result.stride()[:2],
             BLOCK_K=config.block_k, BLOCK_A=config.block_a, BLOCK_B=config.block_b,
             num_warps=config.num_warps, num_stages=config.num_stages,

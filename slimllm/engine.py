@@ -176,7 +176,7 @@ class _Run:
     ) -> None:
         self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
         self.watch = Stopwatch(source.device)
-        self.backend = ops.backend(source.device)
+        self.backend = ops.backend(source.device, ("gram_", "head_covariance", "pearson_greedy", "token_cosine"))
         self.format: OutputFormat
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())

@@ -33,4 +33,7 @@ def layer_similarity(hidden_in: torch.Tensor, hidden_out: torch.Tensor) -> torch
     Returns:
         fp64 scalar.
     """
-    return ops.token_cosine(hidden_in.flatten(0, -2), hidden_out.flatten(0, -2)).sum(dtype=torch.float64)
+    streams = (hidden_in.flatten(0, -2), hidden_out.flatten(0, -2))
+    if hidden_in.dtype == torch.float64:
+        streams = (streams[0].float(), streams[1].float())
+    return ops.token_cosine(*streams).sum(dtype=torch.float64)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SLIMLLM_BACKEND"] = "auto"
@@ -20,34 +21,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.checkpoint import open_checkpoint
 
-
-def let_interpreter_multiply_bf16() -> None:
-    """The interpreter holds bf16 as raw 16-bit integers and multiplies those; widen the operands of tl.dot instead."""
-    import numpy as np
-    from triton.runtime import interpreter
-
-    plain = interpreter.InterpreterBuilder.create_dot
-
-    def widen(handle: object) -> object:
-        if handle.dtype.scalar != interpreter.tl.bfloat16:  # type: ignore[attr-defined]
-            return handle
-        bits = handle.data.astype(np.uint16).astype(np.uint32) << 16  # type: ignore[attr-defined]
-        return interpreter.TensorHandle(bits.view(np.float32), interpreter.tl.float32)
-
-    def create_dot(builder: object, a: object, b: object, *rest: object) -> object:
-        return plain(builder, widen(a), widen(b), *rest)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-if not torch.cuda.is_available():
-    try:
-        let_interpreter_multiply_bf16()
-    except ImportError:
-        pass  # no triton, and then no kernel tests either
-
 # The models are tiny: more threads only make the tests slow where other work runs beside them.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that torch hands out uninitialised is full of NaN (or the largest integer), instead of what lay there."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
 
 STORIES = Path(str(resources.files("slimllm") / "data" / "stories260k"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -206,6 +207,15 @@ def test_overflow_in_half_precision_is_a_sentence(stories: Any, token_ids: torch
     stories.save_pretrained(tmp_path / "dense")
     with pytest.raises(InputError, match=r"behind layer 1 .* not finite when computed in float16"):
         slimllm.prune(tmp_path / "dense", tmp_path / "out", config(token_ids, compute_dtype="float16"))
+
+
+def test_a_model_in_double_precision(stories: Any, token_ids: torch.Tensor) -> None:
+    reports = [
+        slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3))
+        for model in (copy.deepcopy(stories).double(), stories)
+    ]
+    for double, single in zip(reports[0].layers, reports[1].layers):
+        assert double["kept_heads"] == single["kept_heads"] and double["kept_channels"] == single["kept_channels"]
 
 
 def test_almost_no_ratio_is_the_identity(stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from slimllm.statistics import ColumnStatistics, GramStatistics
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NAMES = ("wanda_sp", "flap", "slicegpt")
 
@@ -41,7 +43,7 @@ def test_wanda_sp(example: Any, stories: Any, token_ids: torch.Tensor) -> None:
     raw = raw_inputs(stories, token_ids, "mlp.down_proj")
     weights = {name: stories.get_submodule(name).weight.detach().clone() for name in raw}
     with torch.no_grad():
-        statistics = wanda_sp.input_statistics(stories, token_ids, "mlp.down_proj")
+        statistics = wanda_sp.input_statistics(stories, token_ids, "mlp.down_proj", ColumnStatistics)
         assert statistics.keys() == raw.keys() and len(raw) == 5
         for name, x in raw.items():
             metric = weights[name].abs().double() * torch.linalg.vector_norm(x, dim=0)  # (D, I), Wanda's own
@@ -77,7 +79,7 @@ def test_flap(example: Any, stories: Any, token_ids: torch.Tensor) -> None:
 def test_slicegpt(example: Any, stories: Any, token_ids: torch.Tensor) -> None:
     slicegpt = example("slicegpt")
     raw = raw_inputs(stories, token_ids, "mlp.gate_proj")
-    statistics = slicegpt.input_statistics(stories, token_ids, "mlp.gate_proj")
+    statistics = slicegpt.input_statistics(stories, token_ids, "mlp.gate_proj", GramStatistics)
     for name, x in raw.items():
         directions, fraction = slicegpt.principal_directions(statistics[name], 40)
         singular = torch.linalg.svd(x, full_matrices=False)

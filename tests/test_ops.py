@@ -11,6 +11,7 @@ from tolerances import assert_close
 
 from slimllm import InputError, ops
 from slimllm.ops import dispatch, selfcheck
+from slimllm.statistics import GramStatistics
 
 
 def sample() -> dict[str, tuple[Any, ...]]:
@@ -31,6 +32,66 @@ def sample() -> dict[str, tuple[Any, ...]]:
 def test_registration(name: str) -> None:
     operator = getattr(torch.ops.slimllm, name).default
     assert set(torch.library.opcheck(operator, sample()[name]).values()) == {"SUCCESS"}
+
+
+def calls() -> dict[str, Any]:
+    """Every operation as a function without arguments that returns a tensor."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 12), torch.randn(7, 12)
+    covariance = x.T @ x / 40
+    output = (weight @ covariance @ weight.T).double()
+
+    def gram() -> torch.Tensor:
+        result = torch.zeros(12, 12)
+        ops.gram_(result, torch.zeros(12), x)
+        return result
+
+    return {
+        "gram_": gram,
+        "head_covariance": lambda: ops.head_covariance(weight, covariance, 3),
+        "stream": lambda: ops.head_covariance_of_tokens(weight, x, 3, method="stream"),
+        "token_cosine": lambda: ops.token_cosine(x, x + 1),
+        "function": lambda: ops.feature_space_importance(weight, output, torch.ones(12), "function"),
+        "eigh": lambda: ops.feature_space_importance(weight, output, torch.ones(12), "eigh"),
+        "pearson_greedy": lambda: ops.pearson_greedy(ops.head_covariance(weight, covariance, 3), 1),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_the_callers_precision_changes_nothing(name: str) -> None:
+    call = calls()[name]
+    wanted = call()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(), wanted)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(call(), wanted)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    if hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
+        settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        old = [setting.fp32_precision for setting in settings]
+        try:
+            settings[0].fp32_precision, settings[1].fp32_precision = "tf32", "bf16"
+            assert torch.equal(call(), wanted)
+            assert [setting.fp32_precision for setting in settings] == ["tf32", "bf16"]
+        finally:
+            for setting, value in zip(settings, old):
+                setting.fp32_precision = value
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_accumulators_keep_no_graph(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setenv("SLIMLLM_BACKEND", backend)
+    x, pivot = torch.randn(20, 12, requires_grad=True), torch.randn(12, requires_grad=True)
+    gram, total = torch.zeros(12, 12), torch.zeros(12)
+    ops.gram_(gram, total, x, pivot=pivot)
+    assert not gram.requires_grad and not total.requires_grad
+    statistics = GramStatistics(12)
+    statistics.update(x)
+    assert not statistics.covariance().requires_grad
 
 
 def test_under_torch_compile() -> None:
@@ -99,6 +160,8 @@ def test_lstsq_of_singular_systems() -> None:
     best = torch.linalg.lstsq(a, b, driver="gelsd").solution
     assert torch.allclose(a @ x, a @ best, atol=1e-5)
     assert torch.allclose(x[2], x[3], atol=1e-3) and not x[5].any()
+    cross[:, 5] = 7.0  # which no data could give
+    assert not ops.lstsq(gram, cross)[0, 5].any()
     each = torch.tensor([0.0, 10.0], dtype=torch.float64)
     two = ops.lstsq(gram.repeat(2, 1, 1), cross.repeat(2, 1, 1), each)
     assert two[1].norm() < 0.3 * two[0].norm()
@@ -115,6 +178,8 @@ def test_lstsq_errors() -> None:
         ops.lstsq(gram, cross, -1.0)
     with pytest.raises(ValueError, match="finite"):
         ops.lstsq(gram * torch.nan, cross)
+    with pytest.raises(ValueError, match="1 of 2 systems have a negative number"):
+        ops.lstsq(torch.stack([torch.diag(torch.tensor([-4.0, 1.0, 1.0])), torch.eye(3)]), torch.ones(2, 3, 1))
     with pytest.raises(ValueError, match="1 of 1 systems are not positive semidefinite"):
         ops.lstsq(torch.tensor([[[1.0, 5.0], [5.0, 1.0]]]), torch.ones(1, 2, 1))
 
@@ -137,6 +202,25 @@ def test_errors_of_the_others() -> None:
         ops.pearson_greedy(torch.zeros(3, 4, 5), 1)
     with pytest.raises(TypeError, match="covariance"):
         ops.pearson_greedy(torch.zeros(3, 3, 5).half(), 1)
+    for group_size in (0, -2, 3, 8):
+        with pytest.raises(ValueError, match=f"divide the number of heads, 4, got {group_size}"):
+            ops.pearson_greedy(torch.zeros(4, 4, 5), 2, group_size)
+    with pytest.raises(ValueError, match="a multiple of 2, so that every group of 2 heads loses as many, got 1"):
+        ops.pearson_greedy(torch.zeros(4, 4, 5), 1, 2)
+    with pytest.raises(ValueError, match=r"\(H, H, D\)"):
+        ops.head_importance(torch.zeros(3, 4, 5))
+    with pytest.raises(ValueError, match=r"\(D, I\), \(D, D\) and \(I,\)"):
+        ops.feature_space_importance(torch.zeros(3), torch.zeros(3, 3), torch.zeros(4))
+    with pytest.raises(TypeError, match="floating"):
+        ops.feature_space_importance(torch.zeros(3, 4), torch.zeros(3, 3).int(), torch.zeros(4))
+    for method in ("eigh", "function"):
+        for place in ((0, 0), (0, 1)):
+            bad = torch.eye(3, dtype=torch.float64)
+            bad[place] = torch.nan
+            with pytest.raises(ValueError, match="must be finite"):
+                ops.feature_space_importance(torch.ones(3, 4), bad, torch.ones(4), method)
+    with pytest.raises(TypeError, match="must be of one floating dtype"):
+        ops.affine_fit(*torch.ones(4, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="one shape"):
         ops.token_cosine(x, x[:2])
     with pytest.raises(TypeError, match="a and b"):
@@ -193,9 +277,32 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     assert len(caplog.records) == 2  # said once
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_comparison_is_the_same_under_other_defaults(a_gpu_of_2022: None, dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            assert ops.backend(torch.device("cuda", 0)) == "triton"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_no_memory_is_no_verdict(a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(operation: str, device: torch.device) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selfcheck, "difference", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            dispatch.choose("token_cosine", torch.device("cuda", 0))
+    if not torch.cuda.is_available():
+        assert dispatch.choose("token_cosine", torch.device("cuda", 0)).backend == "triton"
+
+
 def test_old_gpus_and_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert "this is 7.5" in dispatch._by_trying("gram_", 0).reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "_triton_is_missing", lambda: "triton is not installed")
     assert dispatch._by_trying("gram_", 0) == dispatch.Choice("torch", "triton is not installed")

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -58,8 +59,9 @@ def choose(operation: str, device: torch.device | str) -> Choice:
     if wanted == "torch":
         return Choice("torch", "SLIMLLM_BACKEND=torch")
     if wanted == "triton":
-        if not _has_triton():
-            raise InputError("SLIMLLM_BACKEND=triton was asked for, but triton is not installed.")
+        missing = _triton_is_missing()
+        if missing:
+            raise InputError(f"SLIMLLM_BACKEND=triton was asked for, but {missing}.")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise InputError("SLIMLLM_BACKEND=triton needs a GPU, or TRITON_INTERPRET=1 to interpret kernels on a CPU.")
         return Choice("triton", "SLIMLLM_BACKEND=triton")
@@ -69,9 +71,9 @@ def choose(operation: str, device: torch.device | str) -> Choice:
     return _automatic(operation, index)
 
 
-def backend(device: torch.device | str) -> str:
-    """What the operations on `device` use, in a word or two: `torch`, `triton`, or `triton; torch for …`."""
-    choices = {operation: choose(operation, device).backend for operation in KERNELS}
+def backend(device: torch.device | str, operations: Sequence[str] = KERNELS) -> str:
+    """What these operations use on `device`, in a word or two: `torch`, `triton`, or `triton; torch for …`."""
+    choices = {operation: choose(operation, device).backend for operation in operations}
     exceptions = [operation for operation, name in choices.items() if name == "torch"]
     if len(exceptions) == len(choices):
         return "torch"
@@ -91,25 +93,31 @@ def _by_trying(operation: str, index: int) -> Choice:
     major, minor = torch.cuda.get_device_capability(index)
     if torch.version.hip or major < 8:
         return Choice("torch", f"kernels are for NVIDIA GPUs of compute capability 8.0 and later, this is {major}.{minor}")
-    if not _has_triton():
-        return Choice("torch", "triton is not installed")
+    missing = _triton_is_missing()
+    if missing:
+        return Choice("torch", missing)
     from slimllm.ops.selfcheck import difference
 
     try:
         worst = difference(operation, torch.device("cuda", index))
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
     except Exception as error:  # whatever a compiler or a driver may come up with
         return Choice("torch", f"the kernel does not run here: {type(error).__name__}: {str(error)[:200]}")
-    if not worst <= 1e-3:
+    if not worst <= 2e-5:  # fp32's digits, summed in another order; a product of plain TF32 numbers is 1e-3 off
         return Choice("torch", f"the kernel computes here not as torch does: relative difference {worst:.1e}")
     return Choice("triton", f"agrees with torch on this GPU to {worst:.0e}")
 
 
-def _has_triton() -> bool:
+def _triton_is_missing() -> str:
+    """Why there are no kernels, or nothing."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
-        return False
-    return True
+        return "triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):  # the first with host-made tensor descriptors
+        return f"triton {triton.__version__} is too old, 3.4 is needed"
+    return ""
 
 
 @contextmanager
@@ -122,12 +130,29 @@ def forced(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """No automatic half precision on the device."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 products in fp32, whatever the caller allows elsewhere (TF32, bf16)."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
+def full_precision(device: torch.device) -> Iterator[None]:
+    """fp32 products in fp32, whatever the caller allows elsewhere: TF32, bf16, autocast."""
+    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    with without_autocast(device):
+        if not all(hasattr(setting, "fp32_precision") for setting in settings):  # torch before 2.9
+            allowed = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("highest")
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(allowed)
+            return
+        before = [setting.fp32_precision for setting in settings]
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for setting, value in zip(settings, before):
+                setting.fp32_precision = value

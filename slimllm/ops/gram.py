@@ -7,8 +7,8 @@ import torch
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.library import operator
 
-# On a CPU the half of the product below the diagonal is made, in rows of blocks, and mirrored: 1.4 to 1.5 times as fast as
-# the whole from 1500 features on, and no slower from 512 tokens and features on (benchmarks/bench_gram.py).
+# On a CPU the half of the product below the diagonal is made, in rows of blocks, and mirrored: 1.1 times as fast as the
+# whole at 576 features, 1.4 at 1536 and 1.5 at 4096, for 1024 tokens (benchmarks/results/gram.jsonl).
 _BLOCK = 256
 
 
@@ -28,7 +28,8 @@ def gram_(
         total: (features,) fp32 or fp64.
         x: (num_tokens, features), bf16, fp16 or fp32, any strides.
         pivot: (features,) fp32, subtracted from every token: about a pivot near the mean, the covariance
-            gram/N - (total/N)(total/N)ᵀ keeps its digits where the mean is far larger than the spread.
+            gram/N - (total/N)(total/N)ᵀ keeps its digits where the mean is far larger than the spread. On a GPU, bf16
+            differences and weighted numbers have 16 bits, all else fp32's 24.
         weight: (num_tokens,) fp32, not negative.
         deterministic: False allows additions in any order, which may be faster on a GPU; the results of two runs then
             differ by rounding.
@@ -83,7 +84,7 @@ def _gram_(
     u = x.float() if pivot is None else x.float() - pivot
     weighted = u if weight is None else u * weight[:, None]
     block = _BLOCK if x.device.type == "cpu" and min(x.shape) >= 2 * _BLOCK else x.shape[1]
-    with full_precision():
+    with full_precision(x.device):
         for start in range(0, x.shape[1], block):
             stop = min(start + block, x.shape[1])
             gram[start:stop, :stop].addmm_(u[:, start:stop].T, weighted[:, :stop])

@@ -55,7 +55,7 @@ def _head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: 
     weight = weight.to(covariance.dtype)
     by_head = weight.view(out_features, num_heads, width)
     result = covariance.new_empty(num_heads, num_heads, out_features)
-    with full_precision():
+    with full_precision(weight.device):
         for i in range(num_heads):
             rows = covariance[i * width : (i + 1) * width, : (i + 1) * width]  # Cov(X)_ij for j ≤ i
             projected = (by_head[:, i] @ rows).view(out_features, i + 1, width)  # W_i Cov(X)_ij
@@ -71,10 +71,12 @@ def head_covariance_of_tokens(
 
     Two ways, the same result, multiply-adds (symmetric halves counted once):
 
-        stream:  the contributions, a tile of outputs at a time, and their products over the tokens:  N·D·(H·d + H²/2)
+        stream:  the contributions, a tile of outputs at a time, and their products over the tokens:  N·D·(B·H·d + H²/2)
         gram:    the Gram of x, and `head_covariance`:                                               (N/2 + D/2)·(H·d)²
 
-    Streaming wins while N is below about D/(1 + H²/D). The (N, H, D) contributions are never in memory.
+    B is 1 in torch; the kernel, which takes 16 heads at a time, makes contributions B = ⌈H/16⌉ times. Streaming wins for
+    few tokens: at 32 heads of 128 below N = 3277 in torch and 1261 in the kernel. The (N, H, D) contributions are never
+    in memory; the streaming kernel needs none beside its result, `gram` the (H·d, H·d) Gram.
 
     Args:
         weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
@@ -100,7 +102,8 @@ def head_covariance_of_tokens(
         raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}.")
     if method not in (None, "stream", "gram"):
         raise ValueError(f"method must be stream, gram or None, got {method!r}.")
-    if (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads)) == "stream":
+    blocks = -(-num_heads // 16) if choose("head_covariance_of_tokens", x.device).backend == "triton" else 1
+    if (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads, blocks)) == "stream":
         return _stream_head_covariance(weight, x, num_heads)
     mean = x.mean(0, dtype=torch.float32)
     gram, total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32), torch.zeros_like(mean)
@@ -109,9 +112,9 @@ def head_covariance_of_tokens(
     return head_covariance(weight, gram.div_(x.shape[0]).addr_(total, total, alpha=-1), num_heads)
 
 
-def cheaper_method(num_tokens: int, out_features: int, in_features: int, num_heads: int) -> str:
-    """`stream` or `gram`, whichever takes fewer multiply-adds, see `head_covariance_of_tokens`."""
-    stream = num_tokens * out_features * (in_features + num_heads**2 / 2)
+def cheaper_method(num_tokens: int, out_features: int, in_features: int, num_heads: int, blocks: int) -> str:
+    """`stream` or `gram`, whichever takes fewer multiply-adds, see `head_covariance_of_tokens`; `blocks` is B."""
+    stream = num_tokens * out_features * (blocks * in_features + num_heads**2 / 2)
     return "stream" if stream < (num_tokens + out_features) * in_features**2 / 2 else "gram"
 
 
@@ -129,8 +132,8 @@ def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: in
     u = (x.float() - mean).view(num_tokens, num_heads, -1).transpose(0, 1)  # (H, N, d)
     by_head = weight.float().view(out_features, num_heads, -1).permute(1, 2, 0)  # (H, d, D)
     result = x.new_empty(num_heads, num_heads, out_features, dtype=torch.float32)
-    outputs_at_once = max(1, 2**24 // (num_tokens * num_heads))
-    with full_precision():
+    outputs_at_once = max(1, min(2**24, result.numel()) // (num_tokens * num_heads))  # no more memory than the result
+    with full_precision(weight.device):
         for start in range(0, out_features, outputs_at_once):
             here = slice(start, start + outputs_at_once)
             contributions = (u @ by_head[:, :, here]).permute(2, 0, 1)  # (outputs, H, N)

@@ -7,6 +7,9 @@ import torch
 from slimllm.ops.dispatch import choose
 from slimllm.ops.library import operator
 
+# What sums of D numbers in fp64 may differ by in another order, relative to the sum: no reason to exchange heads.
+ROUNDING = 1e-12
+
 
 def pearson_similarity(cov_with_full: torch.Tensor, variance: torch.Tensor, full_variance: torch.Tensor) -> torch.Tensor:
     """Σ_k |r_k| with r_k = cov(o_S, o)_k / (σ(o_S)_k σ(o)_k); the last dimension is k, a constant output counts 0.
@@ -28,7 +31,12 @@ def head_importance(covariance: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (H,) fp64; the lowest goes first.
+
+    Raises:
+        ValueError: the shape is another.
+        TypeError: the dtype is neither fp64 nor fp32.
     """
+    _check(covariance)
     with_full = covariance.sum(1, dtype=torch.float64)  # (H, D): cov(o_i, o)
     full_variance = with_full.sum(0)
     own = covariance.diagonal().T  # (H, D): var(o_i)
@@ -40,7 +48,8 @@ def pearson_greedy(covariance: torch.Tensor, num_pruned: int, group_size: int = 
     """Heads to keep: the least important go, then a greedy exchange search raises the Pearson similarity.
 
     For every pruned head, from the least important on, the best single exchange with a kept head is taken if it
-    strictly raises the similarity of the kept heads' output to the full output. One pass, as published. With
+    raises the similarity of the kept heads' output to the full output, by more than rounding (1e-12 of it). One pass, as
+    published. With
     T_i = Σ_j C[i,j] and R_i = Σ_{j∈S} C[i,j], putting p in the place of q changes
 
         cov(o_S, o) by T_p - T_q   and   var(o_S) by C_pp + 2(R_p - C_pq) + C_qq - 2R_q,
@@ -60,15 +69,24 @@ def pearson_greedy(covariance: torch.Tensor, num_pruned: int, group_size: int = 
         ValueError: the shape is another, or heads cannot be pruned so.
         TypeError: a dtype is none of those above.
     """
+    _check(covariance)
+    num_heads = covariance.shape[0]
+    if group_size < 1 or num_heads % group_size:
+        raise ValueError(f"group_size must divide the number of heads, {num_heads}, got {group_size}.")
+    groups = num_heads // group_size if group_size > 1 else 1
+    if not 0 <= num_pruned < num_heads or num_pruned % groups:
+        raise ValueError(
+            f"num_pruned must be from 0 to {num_heads - 1} and a multiple of {groups}, so that every group of {group_size} "
+            f"heads loses as many, got {num_pruned}."
+        )
+    return _pearson_greedy(covariance, num_pruned, groups)
+
+
+def _check(covariance: torch.Tensor) -> None:
     if covariance.ndim != 3 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"covariance must have shape (H, H, D), got {tuple(covariance.shape)}.")
     if covariance.dtype not in (torch.float64, torch.float32):
         raise TypeError(f"covariance must be float64 or float32, got {covariance.dtype}.")
-    num_heads = covariance.shape[0]
-    groups = num_heads // group_size if group_size > 1 else 1
-    if not 0 <= num_pruned < num_heads or num_heads % groups or num_pruned % groups:
-        raise ValueError(f"cannot prune {num_pruned} of {num_heads} heads in {groups} groups evenly.")
-    return _pearson_greedy(covariance, num_pruned, groups)
 
 
 @operator(
@@ -87,7 +105,7 @@ def _pearson_greedy(covariance: torch.Tensor, num_pruned: int, groups: int) -> t
     if choose("pearson_greedy", covariance.device).backend == "triton":
         from slimllm.kernels.exchange import exchange_ as kernel
 
-        kernel(kept, covariance, pruned, num_heads // groups)
+        kernel(kept, covariance, pruned, num_heads // groups, ROUNDING)
     else:
         _exchange_(kept, covariance, pruned, group_of)
     return torch.argsort((~kept).int(), stable=True)[: num_heads - num_pruned]
@@ -110,7 +128,7 @@ def _exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tenso
         similarity = pearson_similarity(new_cov, new_variance, full_variance)
         similarity = similarity.masked_fill(~kept | (group_of != group_of[p]), -torch.inf)
         score, q = similarity.max(0, keepdim=True)
-        better = score > best
+        better = score > best * (1 + ROUNDING)
         best = torch.where(better, score, best)
         cov_kept, variance = torch.where(better, new_cov[q][0], cov_kept), torch.where(better, new_variance[q][0], variance)
         with_kept = torch.where(better, with_kept + row - covariance[q][0], with_kept)

@@ -21,7 +21,14 @@ def affine_fit(
 
     Raises:
         ValueError: shapes are not equal.
+        TypeError: the dtypes are not one floating dtype.
     """
+    dtypes = {tensor.dtype for tensor in (mean_y, mean_y_hat, variance_y_hat, covariance)}
+    if len(dtypes) > 1 or not mean_y.is_floating_point():
+        raise TypeError(
+            "mean_y, mean_y_hat, variance_y_hat and covariance must be of one floating dtype, "
+            f"got {', '.join(sorted(map(str, dtypes)))}."
+        )
     if not mean_y.shape == mean_y_hat.shape == variance_y_hat.shape == covariance.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (mean_y, mean_y_hat, variance_y_hat, covariance))
         raise ValueError(f"mean_y, mean_y_hat, variance_y_hat and covariance must have one shape, got {shapes}.")
@@ -72,6 +79,9 @@ def lstsq(gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor =
     matrix, right = gram.double(), cross.double()
     size = matrix.shape[-1]
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    negative = (diagonal < 0).any(-1)
+    if bool(negative.any()):
+        raise ValueError(f"{int(negative.sum())} of {len(gram)} systems have a negative number on the diagonal of gram.")
     mean = diagonal.mean(-1, keepdim=True)
     ridge_of = relative.expand(len(gram)).clone()
     scaled, scale = _with_ridge(matrix, diagonal, mean, ridge_of)
@@ -90,10 +100,9 @@ def lstsq(gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor =
 def _with_ridge(
     matrix: torch.Tensor, diagonal: torch.Tensor, mean: torch.Tensor, ridge: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """S(G + λI)S with a unit diagonal, and S; a dead column, of which nothing is known, gets a unit on the diagonal."""
+    """S(G + λI)S with a unit diagonal, and S; a dead column, of which nothing is known, has S = 0, hence X = 0."""
     full = diagonal + ridge[:, None] * mean
-    alive = full > 0
-    scale = torch.where(alive, full, 1.0).rsqrt()
+    scale = torch.where(diagonal > 0, full.rsqrt(), 0.0)
     scaled = matrix * scale[:, :, None] * scale[:, None, :]
     scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return scaled, scale

@@ -21,28 +21,35 @@ def difference(operation: str, device: torch.device) -> float:
 
 
 def _run(operation: str, device: torch.device) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
-    x, weight = random(600, 8 * 24), random(136, 8 * 24)
+    # So many tokens that a GPU splits them over programs.
+    x, weight = random(2048, 8 * 24), random(136, 8 * 24)
     if operation == "gram_":
         results = []
-        x = (4 * x).round()  # whole numbers, whose differences no dtype rounds
-        for dtype, pivot in ((torch.bfloat16, None), (torch.bfloat16, x[0]), (torch.float32, x[0])):
-            result, total = torch.zeros(192, 192, device=device), torch.zeros(192, device=device)
-            gram.gram_(result, total, x.to(dtype), pivot=pivot)
-            results += [result, total]
+        weights = random(len(x)).abs()
+        x = (4 * x).round()  # whole numbers, which no dtype rounds
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for pivot, by_token, deterministic in (
+                (None, None, True), (None, None, False), (x[0], None, True), (None, weights, True), (x[0], weights, True)
+            ):  # fmt: skip
+                result = torch.zeros(192, 192, dtype=torch.float32, device=device)
+                total = torch.zeros(192, dtype=torch.float64, device=device)
+                gram.gram_(result, total, x.to(dtype), pivot=pivot, weight=by_token, deterministic=deterministic)
+                results += [result, total]
         return results
     covariance = x.double().T @ x.double() / len(x)
     if operation == "head_covariance":
-        return [heads.head_covariance(weight, covariance, 8)]
+        return [heads.head_covariance(weight.to(d), covariance, 8) for d in (torch.bfloat16, torch.float32)]
     if operation == "head_covariance_of_tokens":
-        return [heads.head_covariance_of_tokens(weight, x, 8, method="stream")]
+        return [heads.head_covariance_of_tokens(weight, x[:600], 8, method="stream")]
     if operation == "pearson_greedy":
         with forced("torch"):
             by_head = heads.head_covariance(weight, covariance, 8)
         return [pearson.pearson_greedy(by_head, 4)]
-    assert operation == "token_cosine"
-    return [tokens.token_cosine(x, x + random(600, 192))]
+    if operation == "token_cosine":
+        return [tokens.token_cosine(x, x + random(2048, 192))]
+    raise ValueError(f"there is no kernel of {operation}.")
