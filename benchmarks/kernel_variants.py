@@ -37,14 +37,14 @@ def variants(arch: int) -> list[Variant]:
 
 def _gram(arch: int) -> list[Variant]:
     found = []
-    launches = ("", "unaligned", "transposed", "pivot", "weight", "pivot weight", "tma")
+    launches = ("", "unaligned", "transposed", "pivot", "weight", "pivot weight", "pivot weight unaligned", "tma")
     for dtype, torch_dtype in DTYPES.items():
         for launch in launches:
             for split in ("", "partial", "atomic"):
                 tma, parts = launch == "tma", "pivot" in launch or "weight" in launch
                 if tma and (arch < 90 or dtype == "fp32"):
                     continue
-                config = gram.choose_config(torch_dtype, parts, tma, launch not in ("unaligned", "transposed"))
+                config = gram.choose_config(torch_dtype, parts, tma, "unaligned" not in launch and launch != "transposed")
                 tile = f"[{config.block_n}, {config.block_f}]"
                 types = {"x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32"}
                 types |= {"total": "*fp64", **_integers("num_tokens", "features", "split_tokens", "stride_row")}
@@ -58,7 +58,7 @@ def _gram(arch: int) -> list[Variant]:
                 for name in ("partial", "partial_sums"):
                     types |= {name: "*fp32"} if split else {}
                     constants |= {} if split else {name: None}
-                aligned = ("split_tokens",) if launch == "unaligned" else ("features", "split_tokens", "stride_row", other)
+                aligned = ("split_tokens",) if "unaligned" in launch else ("features", "split_tokens", "stride_row", other)
                 name = " ".join(["gram", dtype, launch or "plain", split]).strip()
                 options = config.num_warps, config.num_stages, "HGMMA", aligned
                 found.append(Variant(name, gram.gram_kernel, types, constants, *options))

@@ -6,7 +6,7 @@ Each example is a method of its own, in a function of tensors, on the operations
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -52,15 +52,23 @@ def keep_channels(ffn: Any, keep: torch.Tensor, bias: torch.Tensor | None = None
     """Leave only some channels of a gated FFN, in place; `bias` (D,) is added to its output."""
     for projection in (ffn.gate_proj, ffn.up_proj):
         projection.weight = nn.Parameter(projection.weight[keep])
-    ffn.down_proj.weight = nn.Parameter(ffn.down_proj.weight[:, keep])
+        if projection.bias is not None:
+            projection.bias = nn.Parameter(projection.bias[keep])
+    down = ffn.down_proj
+    down.weight = nn.Parameter(down.weight[:, keep])
     if bias is not None:
-        ffn.down_proj.bias = nn.Parameter(bias.to(ffn.down_proj.weight))
+        down.bias = nn.Parameter(bias.to(down.weight) + (down.bias if down.bias is not None else 0))
 
 
 def run(prune: Callable[[PreTrainedModel, torch.Tensor], None]) -> None:
     """Load the model named on the command line, prune it in place, and print its perplexity before and after."""
+    parser = argparse.ArgumentParser(description=prune.__doc__)
     default = str(resources.files("slimllm") / "data" / "stories260k")
-    model, tokenizer = slimllm.load(sys.argv[1] if len(sys.argv) > 1 else default)
+    parser.add_argument("model", nargs="?", default=default, help="folder, GGUF file or hub id; else the bundled model")
+    try:
+        model, tokenizer = slimllm.load(parser.parse_args().model)
+    except slimllm.InputError as error:
+        parser.error(str(error))
     calibration = draw_windows(tokenize(tokenizer, [bundled_text("calibration")]), samples=32, seq_len=128, seed=0)
     held_out = tokenize(tokenizer, [bundled_text("evaluation")])
     before = slimllm.perplexity(model, held_out, max_windows=32)

@@ -47,9 +47,10 @@ class Config:
 # Chosen from what ptxas says of registers and shared memory (tests/test_compile.py), not yet timed on a GPU.
 TMA_CONFIG = Config(128, 64, 8, 4)
 PLAIN_CONFIG = Config(128, 64, 8, 3)
-PARTS_CONFIG = Config(64, 32, 4, 2)
-FLOAT_CONFIG = Config(64, 32, 8, 2)
+PARTS_CONFIG = Config(64, 32, 8, 2)
+FLOAT_CONFIG = Config(64, 16, 8, 2)
 UNALIGNED_CONFIG = Config(64, 32, 8, 2)
+NARROW_CONFIG = Config(64, 16, 8, 1)
 GROUP = 8  # rows of tiles that are worked on together, so that neighbours find each other's input in L2
 REDUCE_ROWS = 32
 # The interpreter would multiply the raw 16 bits of bf16.
@@ -58,11 +59,12 @@ INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "
 
 def choose_config(dtype: torch.dtype, parts: bool, tma: bool, aligned: bool) -> Config:
     """The configuration for an input dtype; `parts`: with a pivot or weights; `aligned`: reads of 16 bytes are possible."""
-    if dtype == torch.float32 or (dtype == torch.float16 and parts):
+    full = dtype == torch.float32 or (dtype == torch.float16 and parts)
+    if not aligned:
+        return NARROW_CONFIG if full or parts else UNALIGNED_CONFIG
+    if full:
         return FLOAT_CONFIG
-    if parts:
-        return PARTS_CONFIG
-    return TMA_CONFIG if tma else PLAIN_CONFIG if aligned else UNALIGNED_CONFIG
+    return PARTS_CONFIG if parts else TMA_CONFIG if tma else PLAIN_CONFIG
 
 
 @triton.jit

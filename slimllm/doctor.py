@@ -12,7 +12,7 @@ import torch
 
 from slimllm.errors import InputError
 from slimllm.memory import GIB
-from slimllm.ops.dispatch import KERNELS, WITHOUT_KERNEL, choose
+from slimllm.ops.dispatch import KERNELS, WITHOUT_KERNEL, check_setting, choose
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "gguf", "datasets", "peft")
 
@@ -35,7 +35,12 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine; on a GPU every kernel is compiled and compared with torch, which takes some seconds once."""
+    """Look at the machine; on a GPU every kernel is compiled and compared with torch, which takes some seconds once.
+
+    Raises:
+        ValueError: (as InputError) SLIMLLM_BACKEND names something unknown.
+    """
+    check_setting()
     versions = {"slimllm": _version("slimllm-engine"), "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}

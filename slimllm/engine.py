@@ -29,6 +29,7 @@ from slimllm.source import CheckpointModel, InMemoryModel, ModelSource
 from slimllm.writer import CheckpointWriter, check_destination, check_space
 
 Notice = Callable[[str], None]
+_OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # those with kernels that a run uses
 
 
 def prune(
@@ -63,6 +64,7 @@ def prune(
     notice = notice or (lambda sentence: None)
     out = Path(out).expanduser().resolve()
     device = parse_device(config.device)
+    ops.backend(device, _OPERATIONS)  # refuses what cannot be had before anything is read
     inputs = [Path(model).expanduser()]
     if isinstance(config.calibration, (str, Path)):
         inputs.append(Path(config.calibration).expanduser())
@@ -176,7 +178,7 @@ class _Run:
     ) -> None:
         self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
         self.watch = Stopwatch(source.device)
-        self.backend = ops.backend(source.device, ("gram_", "head_covariance", "pearson_greedy", "token_cosine"))
+        self.backend = ops.backend(source.device, _OPERATIONS)
         self.format: OutputFormat
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())

@@ -10,7 +10,7 @@ from slimllm import ops
 class GramStatistics:
     """Count, mean and (co)variance of a stream of token batches (num_tokens, features).
 
-    The Gram is accumulated about a pivot p, the mean of the first batch: with u_t = x_t - p,
+    The Gram is accumulated about a pivot p, the mean of the first batch, which should be a typical one: with u_t = x_t - p,
 
         gram = Σ_t u_t u_tᵀ,  total = Σ_t u_t,  Cov(x) = gram/N - δδᵀ,  δ = total/N,  mean = p + δ.
 
@@ -42,8 +42,7 @@ class GramStatistics:
         Args:
             x: (num_tokens, features), any floating dtype; num_tokens may be 0.
         """
-        if x.ndim != 2 or x.shape[1] != self.features:
-            raise ValueError(f"x must have shape (num_tokens, {self.features}), got {tuple(x.shape)}.")
+        _check_batch(x, self.features)
         if x.shape[0] == 0:
             return
         if x.dtype not in (torch.bfloat16, torch.float16):
@@ -56,8 +55,7 @@ class GramStatistics:
 
     def merge(self, other: GramStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
-        if other.features != self.features:
-            raise ValueError(f"cannot merge statistics of {other.features} features into {self.features}.")
+        _check_features(self.features, other.features)
         if other.count == 0:
             return
         if self.count == 0:
@@ -73,19 +71,30 @@ class GramStatistics:
 
     def mean(self) -> torch.Tensor:
         """Mean over tokens: (features,) fp64."""
-        self._check_not_empty()
+        _check_count(self.count)
         return self.pivot.double() + self.total / self.count
 
     def covariance(self) -> torch.Tensor:
         """Population covariance: (features, features) fp64, symmetric to the last bit."""
-        self._check_not_empty()
+        _check_count(self.count)
         delta = self.total / self.count
         covariance = self.gram.double().div_(self.count).addr_(delta, delta, alpha=-1)
         return (covariance + covariance.T).div_(2)
 
-    def _check_not_empty(self) -> None:
-        if self.count == 0:
-            raise ValueError("no tokens have been added yet; call update() first.")
+
+def _check_batch(x: torch.Tensor, features: int) -> None:
+    if x.ndim != 2 or x.shape[1] != features:
+        raise ValueError(f"x must have shape (num_tokens, {features}), got {tuple(x.shape)}.")
+
+
+def _check_features(features: int, other: int) -> None:
+    if other != features:
+        raise ValueError(f"cannot merge statistics of {other} features into {features}.")
+
+
+def _check_count(count: int) -> None:
+    if count == 0:
+        raise ValueError("no tokens have been added yet; call update() first.")
 
 
 def _pivot(x: torch.Tensor) -> torch.Tensor:
@@ -108,6 +117,9 @@ class ColumnStatistics:
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        if features < 1:
+            raise ValueError(f"features must be at least 1, got {features}.")
+        self.features = features
         self.count = 0
         self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
@@ -115,8 +127,11 @@ class ColumnStatistics:
 
     def update(self, x: torch.Tensor) -> None:
         """Add a batch x (num_tokens, features), any floating dtype."""
+        _check_batch(x, self.features)
+        if x.shape[0] == 0:
+            return
         x = x.float()
-        if self.count == 0 and len(x):
+        if self.count == 0:
             self.pivot = x.mean(0)
         u = x - self.pivot
         self.total += u.sum(0)
@@ -125,6 +140,7 @@ class ColumnStatistics:
 
     def merge(self, other: ColumnStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
+        _check_features(self.features, other.features)
         if self.count == 0:
             self.pivot = other.pivot.to(self.total.device, copy=True)
         total, shift = other.total.to(self.total.device), (other.pivot.to(self.pivot) - self.pivot).double()
@@ -134,10 +150,12 @@ class ColumnStatistics:
 
     def mean(self) -> torch.Tensor:
         """Mean over tokens: (features,) fp64."""
+        _check_count(self.count)
         return self.pivot.double() + self.total / self.count
 
     def variance(self) -> torch.Tensor:
         """Population variance: (features,) fp64."""
+        _check_count(self.count)
         return (self.squares / self.count - (self.total / self.count).square()).clamp_(min=0)
 
     def norms(self) -> torch.Tensor:

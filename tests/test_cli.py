@@ -282,5 +282,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         assert any(operation in line and " torch " in line for line in out.splitlines()), operation
     assert torch.__version__ in out and "slimllm._C" in out and "kernels are for GPUs" in out
     monkeypatch.setenv("SLIMLLM_BACKEND", "cuda")
-    code, out, _ = call(capsys, "doctor")
-    assert code == 0 and "SLIMLLM_BACKEND must be one of auto, torch, triton, got 'cuda'" in out and "none" in out
+    code, out, err = call(capsys, "doctor")
+    assert code == 2 and "SLIMLLM_BACKEND must be one of auto, torch, triton, got 'cuda'" in err and not out
+    monkeypatch.setenv("SLIMLLM_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    if not torch.cuda.is_available():
+        code, out, _ = call(capsys, "doctor")
+        assert code == 0 and "SLIMLLM_BACKEND=triton needs a GPU" in out and "none" in out

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import random_llama
 
 from slimllm.statistics import ColumnStatistics, GramStatistics
 
@@ -99,3 +100,26 @@ def test_runs(example: Any, name: str, monkeypatch: pytest.MonkeyPatch, capsys: 
     module.run(module.prune)
     match = re.search(r"perplexity ([\d.]+) -> ([\d.]+)", capsys.readouterr().out)
     assert match and float(match[1]) < float(match[2]) < 1.5 * float(match[1])
+
+
+@pytest.mark.parametrize("name", ["wanda_sp", "flap"])
+def test_biases_are_kept(example: Any, name: str, token_ids: torch.Tensor) -> None:
+    model = random_llama(0)
+    old = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(token_ids % 128).logits
+        example(name).prune(model, token_ids % 128, ratio=0.0)
+        assert torch.allclose(model(token_ids % 128).logits, before, atol=1e-3)
+        example(name).prune(model, token_ids % 128, ratio=0.25)
+        assert torch.isfinite(model(token_ids % 128).logits).all()
+    assert model.model.layers[0].mlp.gate_proj.bias.shape < old["model.layers.0.mlp.gate_proj.bias"].shape
+
+
+def test_a_model_that_is_not_there(
+    example: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("wanda_sp")
+    monkeypatch.setattr(sys, "argv", ["wanda_sp.py", "/no/such/model"])
+    with pytest.raises(SystemExit) as stopped:
+        module.run(module.prune)
+    assert stopped.value.code == 2 and "no folder or file /no/such/model" in capsys.readouterr().err

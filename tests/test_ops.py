@@ -122,8 +122,9 @@ def test_affine_fit_is_numpys_polyfit() -> None:
     for k in range(5):
         a, b = np.polyfit(y_hat[:, k].numpy(), y[:, k].numpy(), 1)
         assert abs(slope[k] - a) < 1e-9 and abs(intercept[k] - b) < 1e-9
+    assert ops.affine_fit(slope, slope, slope * torch.nan, slope)[0].isnan().all()
     assert slope[5] == 1 and torch.isclose(intercept[5], y[:, 5].mean() - 4)
-    with pytest.raises(ValueError, match="must have one shape"):
+    with pytest.raises(ValueError, match="must have the shape of mean_y"):
         ops.affine_fit(slope, slope, slope, slope[:2])
 
 
@@ -186,7 +187,7 @@ def test_lstsq_errors() -> None:
 
 def test_errors_of_the_others() -> None:
     weight, x = torch.zeros(4, 6), torch.zeros(5, 6)
-    with pytest.raises(ValueError, match="with H=4"):
+    with pytest.raises(ValueError, match="divisible by num_heads = 4"):
         ops.head_covariance(weight, torch.zeros(6, 6), 4)
     with pytest.raises(TypeError, match="float64 or float32"):
         ops.head_covariance(weight, torch.zeros(6, 6).half(), 3)
@@ -205,7 +206,7 @@ def test_errors_of_the_others() -> None:
     for group_size in (0, -2, 3, 8):
         with pytest.raises(ValueError, match=f"divide the number of heads, 4, got {group_size}"):
             ops.pearson_greedy(torch.zeros(4, 4, 5), 2, group_size)
-    with pytest.raises(ValueError, match="a multiple of 2, so that every group of 2 heads loses as many, got 1"):
+    with pytest.raises(ValueError, match="a multiple of 2, as many from every group of 2, got 1"):
         ops.pearson_greedy(torch.zeros(4, 4, 5), 1, 2)
     with pytest.raises(ValueError, match=r"\(H, H, D\)"):
         ops.head_importance(torch.zeros(3, 4, 5))
@@ -213,18 +214,59 @@ def test_errors_of_the_others() -> None:
         ops.feature_space_importance(torch.zeros(3), torch.zeros(3, 3), torch.zeros(4))
     with pytest.raises(TypeError, match="floating"):
         ops.feature_space_importance(torch.zeros(3, 4), torch.zeros(3, 3).int(), torch.zeros(4))
+    for call in (ops.head_importance, lambda covariance: ops.pearson_greedy(covariance, 1)):
+        with pytest.raises(ValueError, match="must be finite"):
+            call(torch.full((3, 3, 5), torch.nan))
     for method in ("eigh", "function"):
         for place in ((0, 0), (0, 1)):
             bad = torch.eye(3, dtype=torch.float64)
             bad[place] = torch.nan
             with pytest.raises(ValueError, match="must be finite"):
                 ops.feature_space_importance(torch.ones(3, 4), bad, torch.ones(4), method)
-    with pytest.raises(TypeError, match="must be of one floating dtype"):
+    with pytest.raises(TypeError, match="must be of a floating dtype"):
         ops.affine_fit(*torch.ones(4, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="one shape"):
         ops.token_cosine(x, x[:2])
-    with pytest.raises(TypeError, match="a and b"):
+    with pytest.raises(TypeError, match="a must be float32"):
         ops.token_cosine(x.double(), x.double())
+
+
+def test_arguments_that_are_no_tensors_or_no_integers() -> None:
+    x, weight = torch.zeros(5, 6), torch.zeros(4, 6)
+    zeros = torch.zeros(6)
+    for call in (
+        lambda other: ops.gram_(torch.zeros(6, 6), zeros, other),
+        lambda other: ops.gram_(torch.zeros(6, 6), zeros, x, pivot=other),
+        lambda other: ops.head_covariance(weight, other, 3),
+        lambda other: ops.head_covariance_of_tokens(weight, other, 3),
+        lambda other: ops.pearson_greedy(other, 1),
+        lambda other: ops.head_importance(other),
+        lambda other: ops.feature_space_importance(weight, other, zeros),
+        lambda other: ops.affine_fit(zeros, zeros, zeros, other),
+        lambda other: ops.lstsq(other, x),
+        lambda other: ops.token_cosine(x, other),
+    ):
+        for other in ([[1.0]], x.numpy(), 0.5):
+            with pytest.raises(TypeError, match=rf"must be a torch.Tensor, got {type(other).__name__}; torch.as_tensor"):
+                call(other)
+        with pytest.raises(ValueError, match=r"must be on one device, got .* on meta|shape"):
+            call(torch.zeros(6, 6, device="meta"))
+    with pytest.raises(TypeError, match=r"num_heads must be an integer, got 3\.0"):
+        ops.head_covariance(weight, torch.zeros(6, 6), 3.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"num_pruned must be an integer, got 0\.25"):
+        ops.pearson_greedy(torch.zeros(4, 4, 2), 0.25)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="deterministic must be True or False, got 'no'"):
+        ops.gram_(torch.zeros(6, 6), zeros, x, deterministic="no")  # type: ignore[arg-type]
+
+
+def test_results_carry_no_gradients() -> None:
+    weight, x = torch.randn(7, 12, requires_grad=True), torch.randn(20, 12, requires_grad=True)
+    covariance = torch.eye(12, requires_grad=True)
+    results = [
+        ops.head_covariance(weight, covariance, 3), ops.head_covariance_of_tokens(weight, x, 3, method="stream"),
+        ops.token_cosine(x, x), ops.pearson_greedy(ops.head_covariance(weight, covariance, 3), 1),
+    ]  # fmt: skip
+    assert not any(result.requires_grad for result in results)
 
 
 def test_backend_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

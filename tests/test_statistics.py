@@ -98,6 +98,17 @@ def test_errors() -> None:
         statistics.merge(GramStatistics(5))
     with pytest.raises(ValueError, match="at least 1"):
         GramStatistics(0)
+    columns = ColumnStatistics(4)
+    for call in (columns.mean, columns.variance, columns.norms):
+        with pytest.raises(ValueError, match="no tokens"):
+            call()
+    for shape in ((3, 1), (4,)):
+        with pytest.raises(ValueError, match=r"shape \(num_tokens, 4\)"):
+            columns.update(torch.zeros(shape))
+    with pytest.raises(ValueError, match="cannot merge"):
+        columns.merge(ColumnStatistics(1))
+    with pytest.raises(ValueError, match="at least 1"):
+        ColumnStatistics(0)
 
 
 def test_column_statistics() -> None:

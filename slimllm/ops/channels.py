@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from slimllm.errors import InputError
+from slimllm.ops.checks import check_finite, check_floating, check_tensors
 from slimllm.ops.dispatch import full_precision
 
 
@@ -33,31 +33,21 @@ def feature_space_importance(
         ValueError: shapes or devices do not fit together, a covariance is not finite, or the method is unknown.
         TypeError: a dtype is not floating.
     """
-    tensors = (down_weight, output_covariance, channel_norms)
-    if not all(tensor.is_floating_point() for tensor in tensors):
-        raise TypeError(
-            "down_weight, output_covariance and channel_norms must be of floating dtypes, "
-            f"got {', '.join(str(tensor.dtype) for tensor in tensors)}."
-        )
-    if len({tensor.device for tensor in tensors}) > 1:
-        raise ValueError(
-            "down_weight, output_covariance and channel_norms must be on one device, "
-            f"got {', '.join(str(tensor.device) for tensor in tensors)}."
-        )
+    check_tensors(down_weight=down_weight, output_covariance=output_covariance, channel_norms=channel_norms)
+    check_floating(down_weight=down_weight, output_covariance=output_covariance, channel_norms=channel_norms)
     out_features, channels = down_weight.shape if down_weight.ndim == 2 else (-1, -1)
     if output_covariance.shape != (out_features, out_features) or channel_norms.shape != (channels,):
         raise ValueError(
             "down_weight, output_covariance and channel_norms must have shapes (D, I), (D, D) and (I,), "
             f"got {tuple(down_weight.shape)}, {tuple(output_covariance.shape)} and {tuple(channel_norms.shape)}."
         )
+    check_finite("output_covariance", output_covariance)
     method = method or ("eigh" if output_covariance.device.type == "cpu" else "function")
     if method not in ("function", "eigh"):
         raise ValueError(f"method must be function or eigh, got {method!r}.")
     # In fp32 at least: half precision changes which channels are kept.
     weight, output_covariance = down_weight.float(), output_covariance.double()
     mean = float(output_covariance.diagonal().mean())  # of the eigenvalues
-    if not bool(output_covariance.isfinite().all()):
-        raise InputError("output_covariance must be finite, got NaN or infinity; look for them in the activations.")
     if mean <= 0:  # a constant output, up to rounding
         features = weight / 2
     elif method == "eigh":

@@ -41,6 +41,18 @@ class Choice:
     reason: str
 
 
+def check_setting() -> str:
+    """SLIMLLM_BACKEND, `auto` where it is not set.
+
+    Raises:
+        ValueError: (as InputError) it names something unknown.
+    """
+    wanted = os.environ.get("SLIMLLM_BACKEND") or "auto"
+    if wanted not in BACKENDS:
+        raise InputError(f"SLIMLLM_BACKEND must be one of {', '.join(BACKENDS)}, got {wanted!r}.")
+    return wanted
+
+
 def choose(operation: str, device: torch.device | str) -> Choice:
     """The backend that `operation` uses on `device`.
 
@@ -50,9 +62,7 @@ def choose(operation: str, device: torch.device | str) -> Choice:
     forced = _forced.get()
     if forced is not None:
         return Choice(forced, "being compared")
-    wanted = os.environ.get("SLIMLLM_BACKEND", "auto")
-    if wanted not in BACKENDS:
-        raise InputError(f"SLIMLLM_BACKEND must be one of {', '.join(BACKENDS)}, got {wanted!r}.")
+    wanted = check_setting()
     if operation in WITHOUT_KERNEL:
         return Choice("torch", WITHOUT_KERNEL[operation])
     device = torch.device(device)

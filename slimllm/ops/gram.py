@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.library import operator
 
@@ -24,7 +25,7 @@ def gram_(
     """gram += Σ_t w_t u_t u_tᵀ and total += Σ_t w_t u_t with u_t = x_t - pivot, in place; by default XᵀX and Σ_t x_t.
 
     Args:
-        gram: (features, features) fp32, symmetric. Its diagonal is the weighted sum of squares of every feature.
+        gram: (features, features) fp32, symmetric up to rounding; its diagonal is the weighted sum of squares.
         total: (features,) fp32 or fp64.
         x: (num_tokens, features), bf16, fp16 or fp32, any strides.
         pivot: (features,) fp32, subtracted from every token: about a pivot near the mean, the covariance
@@ -38,27 +39,26 @@ def gram_(
         ValueError: shapes or devices do not fit together.
         TypeError: a dtype is none of those above.
     """
+    check_tensors(gram=gram, total=total, x=x)
     if x.ndim != 2 or gram.shape != (x.shape[1], x.shape[1]) or total.shape != (x.shape[1],):
         raise ValueError(
             "gram, total and x must have shapes (features, features), (features,) and (num_tokens, features), "
             f"got {tuple(gram.shape)}, {tuple(total.shape)} and {tuple(x.shape)}."
         )
-    if not gram.device == total.device == x.device:
-        raise ValueError(f"gram, total and x must be on one device, got {gram.device}, {total.device} and {x.device}.")
-    if gram.dtype != torch.float32 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"gram must be float32 and x float32, float16 or bfloat16, got {gram.dtype} and {x.dtype}.")
-    if total.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"total must be float32 or float64, got {total.dtype}.")
+    check_dtype("gram", gram, (torch.float32,))
+    check_dtype("total", total, PRECISE)
+    check_dtype("x", x, ACTIVATIONS)
     for name, vector, size in (("pivot", pivot, x.shape[1]), ("weight", weight, x.shape[0])):
         if vector is None:
             continue
-        if vector.shape != (size,) or vector.device != x.device:
-            raise ValueError(
-                f"{name} must have shape ({size},) and be on {x.device}, got {tuple(vector.shape)} on {vector.device}."
-            )
-        if vector.dtype != torch.float32:
-            raise TypeError(f"{name} must be float32, got {vector.dtype}.")
-    _gram_(gram, total, x, pivot, weight, deterministic)
+        check_tensors(**{"x": x, name: vector})
+        if vector.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}.")
+        check_dtype(name, vector, (torch.float32,))
+    if not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic must be True or False, got {deterministic!r}.")
+    pivot, weight = (None if vector is None else vector.detach() for vector in (pivot, weight))
+    _gram_(gram.detach(), total.detach(), x.detach(), pivot, weight, deterministic)
 
 
 @operator(

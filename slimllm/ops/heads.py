@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_floating, check_integer, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.gram import gram_
 from slimllm.ops.library import operator
@@ -30,15 +31,14 @@ def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: i
         ValueError: shapes or devices do not fit together.
         TypeError: a dtype is none of those above.
     """
-    if weight.ndim != 2 or num_heads < 1 or weight.shape[1] % num_heads or covariance.shape != (weight.shape[1],) * 2:
+    check_tensors(weight=weight, covariance=covariance)
+    _check_heads(weight, num_heads)
+    if covariance.shape != (weight.shape[1],) * 2:
         raise ValueError(
-            f"weight must be (D, H·d) with H={num_heads} and covariance (H·d, H·d), "
-            f"got {tuple(weight.shape)} and {tuple(covariance.shape)}."
+            f"covariance must be (H·d, H·d), with H·d = {weight.shape[1]} inputs of weight, got {tuple(covariance.shape)}."
         )
-    _check_pair("covariance", weight, covariance)
-    if covariance.dtype not in (torch.float64, torch.float32):
-        raise TypeError(f"covariance must be float64 or float32, got {covariance.dtype}.")
-    return _head_covariance(weight, covariance, num_heads)
+    check_dtype("covariance", covariance, PRECISE)
+    return _head_covariance(weight.detach(), covariance.detach(), num_heads)
 
 
 @operator(
@@ -91,15 +91,14 @@ def head_covariance_of_tokens(
         ValueError: shapes or devices do not fit together, or the method is unknown.
         TypeError: a dtype is none of those above.
     """
-    if weight.ndim != 2 or num_heads < 1 or weight.shape[1] % num_heads or x.ndim != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"weight must be (D, H·d) with H={num_heads} and x (N, H·d), got {tuple(weight.shape)} and {tuple(x.shape)}."
-        )
+    check_tensors(weight=weight, x=x)
+    _check_heads(weight, num_heads)
+    if x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x must be (N, H·d) with H·d = {weight.shape[1]}, the inputs of weight, got {tuple(x.shape)}.")
     if x.shape[0] == 0:
         raise ValueError("x has no tokens; a covariance needs one at least.")
-    _check_pair("x", weight, x)
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"x must be float32, float16 or bfloat16, got {x.dtype}.")
+    check_dtype("x", x, ACTIVATIONS)
+    weight, x = weight.detach(), x.detach()
     if method not in (None, "stream", "gram"):
         raise ValueError(f"method must be stream, gram or None, got {method!r}.")
     blocks = -(-num_heads // 16) if choose("head_covariance_of_tokens", x.device).backend == "triton" else 1
@@ -143,8 +142,10 @@ def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: in
     return result
 
 
-def _check_pair(name: str, weight: torch.Tensor, other: torch.Tensor) -> None:
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be of a floating dtype, got {weight.dtype}.")
-    if weight.device != other.device:
-        raise ValueError(f"weight and {name} must be on one device, got {weight.device} and {other.device}.")
+def _check_heads(weight: torch.Tensor, num_heads: int) -> None:
+    check_integer("num_heads", num_heads)
+    if weight.ndim != 2 or num_heads < 1 or weight.shape[1] % num_heads:
+        raise ValueError(
+            f"weight must be (D, H·d), its inputs divisible by num_heads = {num_heads}, got {tuple(weight.shape)}."
+        )
+    check_floating(weight=weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from slimllm.ops.checks import PRECISE, check_dtype, check_finite, check_integer, check_tensors
 from slimllm.ops.dispatch import choose
 from slimllm.ops.library import operator
 
@@ -33,10 +34,15 @@ def head_importance(covariance: torch.Tensor) -> torch.Tensor:
         (H,) fp64; the lowest goes first.
 
     Raises:
-        ValueError: the shape is another.
+        ValueError: the shape is another, or a covariance is not finite.
         TypeError: the dtype is neither fp64 nor fp32.
     """
     _check(covariance)
+    return _head_importance(covariance)
+
+
+def _head_importance(covariance: torch.Tensor) -> torch.Tensor:
+    check_finite("covariance", covariance)  # else NaNs would count as constant outputs
     with_full = covariance.sum(1, dtype=torch.float64)  # (H, D): cov(o_i, o)
     full_variance = with_full.sum(0)
     own = covariance.diagonal().T  # (H, D): var(o_i)
@@ -66,27 +72,29 @@ def pearson_greedy(covariance: torch.Tensor, num_pruned: int, group_size: int = 
         Sorted int64 indices of the kept heads, on the device of `covariance`.
 
     Raises:
-        ValueError: the shape is another, or heads cannot be pruned so.
+        ValueError: the shape is another, a covariance is not finite, or heads cannot be pruned so.
         TypeError: a dtype is none of those above.
     """
     _check(covariance)
+    check_integer("num_pruned", num_pruned)
+    check_integer("group_size", group_size)
     num_heads = covariance.shape[0]
     if group_size < 1 or num_heads % group_size:
         raise ValueError(f"group_size must divide the number of heads, {num_heads}, got {group_size}.")
     groups = num_heads // group_size if group_size > 1 else 1
     if not 0 <= num_pruned < num_heads or num_pruned % groups:
+        evenly = f" and a multiple of {groups}, as many from every group of {group_size}" if groups > 1 else ""
         raise ValueError(
-            f"num_pruned must be from 0 to {num_heads - 1} and a multiple of {groups}, so that every group of {group_size} "
-            f"heads loses as many, got {num_pruned}."
+            f"num_pruned, the number of heads to remove, must be from 0 to {num_heads - 1}{evenly}, got {num_pruned}."
         )
-    return _pearson_greedy(covariance, num_pruned, groups)
+    return _pearson_greedy(covariance.detach(), num_pruned, groups)
 
 
 def _check(covariance: torch.Tensor) -> None:
+    check_tensors(covariance=covariance)
     if covariance.ndim != 3 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"covariance must have shape (H, H, D), got {tuple(covariance.shape)}.")
-    if covariance.dtype not in (torch.float64, torch.float32):
-        raise TypeError(f"covariance must be float64 or float32, got {covariance.dtype}.")
+    check_dtype("covariance", covariance, PRECISE)
 
 
 @operator(
@@ -97,7 +105,7 @@ def _pearson_greedy(covariance: torch.Tensor, num_pruned: int, groups: int) -> t
     num_heads = covariance.shape[0]
     group_of = torch.arange(num_heads, device=covariance.device) // (num_heads // groups)
     # Least important first; a stable sort, as the published implementation's order among equals.
-    order = torch.argsort(head_importance(covariance), stable=True)
+    order = torch.argsort(_head_importance(covariance), stable=True)
     by_group = order[torch.argsort(group_of[order], stable=True)].view(groups, -1)
     kept = torch.ones(num_heads, dtype=torch.bool, device=covariance.device)
     kept[by_group[:, : num_pruned // groups].flatten()] = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from slimllm.ops.checks import check_dtype, check_floating, check_tensors
+
 
 def affine_fit(
     mean_y: torch.Tensor, mean_y_hat: torch.Tensor, variance_y_hat: torch.Tensor, covariance: torch.Tensor
@@ -23,19 +25,16 @@ def affine_fit(
         ValueError: shapes are not equal.
         TypeError: the dtypes are not one floating dtype.
     """
-    dtypes = {tensor.dtype for tensor in (mean_y, mean_y_hat, variance_y_hat, covariance)}
-    if len(dtypes) > 1 or not mean_y.is_floating_point():
-        raise TypeError(
-            "mean_y, mean_y_hat, variance_y_hat and covariance must be of one floating dtype, "
-            f"got {', '.join(sorted(map(str, dtypes)))}."
-        )
-    if not mean_y.shape == mean_y_hat.shape == variance_y_hat.shape == covariance.shape:
-        shapes = ", ".join(str(tuple(t.shape)) for t in (mean_y, mean_y_hat, variance_y_hat, covariance))
-        raise ValueError(f"mean_y, mean_y_hat, variance_y_hat and covariance must have one shape, got {shapes}.")
+    arguments = {"mean_y": mean_y, "mean_y_hat": mean_y_hat, "variance_y_hat": variance_y_hat, "covariance": covariance}
+    check_tensors(**arguments)
+    check_floating(**arguments)
+    for name, tensor in arguments.items():
+        check_dtype(name, tensor, (mean_y.dtype,))
+        if tensor.shape != mean_y.shape:
+            raise ValueError(f"{name} must have the shape of mean_y, {tuple(mean_y.shape)}, got {tuple(tensor.shape)}.")
     # fp32 activations carry relative errors near 1e-7 of |ŷ|, hence variances below (1e-7)²·E[ŷ²] are noise.
     noise = 1e-14 * (variance_y_hat + mean_y_hat.square())
-    determined = variance_y_hat > noise
-    slope = torch.where(determined, covariance / variance_y_hat, 1.0)
+    slope = torch.where(variance_y_hat <= noise, 1.0, covariance / variance_y_hat)
     return slope, mean_y - slope * mean_y_hat
 
 
@@ -57,6 +56,7 @@ def lstsq(gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor =
         ValueError: shapes or devices do not fit together, the ridge is negative, or a value is not finite.
         TypeError: a dtype is none of those above.
     """
+    check_tensors(gram=gram, cross=cross)
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or cross.ndim != 3 or cross.shape[:2] != gram.shape[:2]:
         raise ValueError(
             f"gram and cross must have shapes (batch, k, k) and (batch, k, m), "
@@ -64,8 +64,6 @@ def lstsq(gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor =
         )
     if gram.dtype not in (torch.float32, torch.float64) or cross.dtype != gram.dtype:
         raise TypeError(f"gram and cross must both be float32 or both float64, got {gram.dtype} and {cross.dtype}.")
-    if gram.device != cross.device:
-        raise ValueError(f"gram and cross must be on one device, got {gram.device} and {cross.device}.")
     relative = torch.as_tensor(ridge, dtype=torch.float64, device=gram.device)
     if relative.shape not in ((), gram.shape[:1]):
         raise ValueError(f"ridge must be a number or have shape ({gram.shape[0]},), got {tuple(relative.shape)}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from slimllm.ops.checks import ACTIVATIONS, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose
 from slimllm.ops.library import operator
 
@@ -23,15 +24,12 @@ def token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         ValueError: shapes or devices are not equal.
         TypeError: a dtype is none of those above.
     """
-    if a.ndim != 2 or a.shape != b.shape or a.device != b.device:
-        raise ValueError(
-            "a and b must have one shape (num_tokens, features) and be on one device, "
-            f"got {tuple(a.shape)} on {a.device} and {tuple(b.shape)} on {b.device}."
-        )
-    for tensor in (a, b):
-        if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"a and b must be float32, float16 or bfloat16, got {a.dtype} and {b.dtype}.")
-    return _token_cosine(a, b)
+    check_tensors(a=a, b=b)
+    if a.ndim != 2 or a.shape != b.shape:
+        raise ValueError(f"a and b must have one shape (num_tokens, features), got {tuple(a.shape)} and {tuple(b.shape)}.")
+    check_dtype("a", a, ACTIVATIONS)
+    check_dtype("b", b, ACTIVATIONS)
+    return _token_cosine(a.detach(), b.detach())
 
 
 @operator("token_cosine(Tensor a, Tensor b) -> Tensor", shape=lambda a, b: a.new_empty(a.shape[0], dtype=torch.float32))

@@ -1,0 +1,50 @@
+"""Checks of the operations' arguments; every error says what was wrong, what was got and what to do."""
+
+from __future__ import annotations
+
+import torch
+
+ACTIVATIONS = (torch.float32, torch.float16, torch.bfloat16)
+PRECISE = (torch.float64, torch.float32)
+
+
+def check_tensors(**tensors: object) -> None:
+    """Raise TypeError if something is no tensor, ValueError if the tensors are not on one device."""
+    devices = {}
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor makes one of lists and arrays."
+            )
+        devices[name] = value.device
+    if len(set(devices.values())) > 1:
+        found = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{', '.join(devices)} must be on one device, got {found}; move them with .to(device).")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raise TypeError if the tensor's dtype is none of those allowed."""
+    if tensor.dtype not in allowed:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+        wanted = f"{', '.join(most)} or {last}" if most else last
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name} must be {wanted}, got {got}; convert it with .to(torch.{last}).")
+
+
+def check_floating(**tensors: torch.Tensor) -> None:
+    """Raise TypeError if a tensor's dtype is not floating."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}; convert it with .float().")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise TypeError if a number is not a whole one."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError if there is a NaN or an infinity; waits for the device."""
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got NaN or infinity; look for them in the activations it was made from.")
