@@ -126,6 +126,12 @@ def main() -> None:
             table.add_row(*(", ".join(v) if isinstance(v, list) else str(v) for v in asdict(row).values()))
         console = Console(width=140)
         console.print(table)
+        console.print(
+            "partial: one part of the tokens, tiles kept apart; atomic: added in any order; tma: read by tensor "
+            "descriptors; unaligned: rows that begin anywhere; transposed: features far apart.\n"
+            "A fault is a stack, a spill, too much shared memory, or no tensor-core instruction where there should be one.",
+            style="dim",
+        )
         console.print(work_table())
     sys.exit(any(row.faults for row in rows))
 

@@ -37,7 +37,7 @@ class PruneReport:
         peak_host_gib, peak_gpu_gib: Peak memory of the run.
         memory_gib: The account of the host's peak, part by part.
         backend, device, compute_dtype, format: What ran, and the architecture written.
-        versions: Of python, torch, transformers, slimllm.
+        versions: Of python, torch, triton (where it is installed), transformers, slimllm.
         layers: One entry per layer: index, similarity (c), ratio, num_heads, num_kv_heads, intermediate_size,
             kept_heads, kept_kv_heads, kept_channels, parameters_before, parameters_after, elapsed_s, peak_host_gib,
             and for pruned parts head_importance (by unit), channel_importance, attention_error_before/_after and
@@ -91,12 +91,17 @@ def versions() -> dict[str, str]:
     """Versions that a result may depend on."""
     import transformers
 
-    return {
+    found = {
         "slimllm": importlib.metadata.version("slimllm-engine"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    try:
+        found["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        pass  # not on every platform
+    return found
 
 
 def _rounded(value: Any) -> Any:
