@@ -1,9 +1,11 @@
-// The extension module slimllm._C. It holds what needs no torch headers, so that it builds in seconds with any C++17
-// compiler and does not depend on the version of torch.
+// The extension module slimllm._C: how it was built. Importing it also registers the operators of the other files.
+// No torch headers here.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 
@@ -31,7 +33,8 @@ PYBIND11_MODULE(_C, module) {
         py::dict info;
         info["compiler"] = compiler();
         info["cpp_standard"] = static_cast<long>(__cplusplus);
+        info["operations"] = std::vector<std::string>{"lstsq (CPU)"};
         return info;
       },
-      "How this module was built: compiler and cpp_standard (the value of __cplusplus).");
+      "How this module was built: compiler, cpp_standard (the value of __cplusplus), and operations by device.");
 }

@@ -12,7 +12,7 @@ import torch
 
 from slimllm.errors import InputError
 from slimllm.memory import GIB
-from slimllm.ops.dispatch import KERNELS, WITHOUT_KERNEL, check_setting, choose
+from slimllm.ops.dispatch import EXTENSION, KERNELS, WITHOUT_KERNEL, check_setting, choose, extension_is_missing
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "gguf", "datasets", "peft")
 
@@ -50,7 +50,9 @@ def diagnose() -> Diagnosis:
         memory = f"{properties.total_memory / GIB:.0f} GiB"
         devices[f"cuda:{index}"] = f"{properties.name}, compute capability {capability}, {memory}"
     operations = [
-        (operation, device, *_choice(operation, device)) for device in devices for operation in (*KERNELS, *WITHOUT_KERNEL)
+        (operation, device, *_choice(operation, device))
+        for device in devices
+        for operation in (*KERNELS, *EXTENSION, *WITHOUT_KERNEL)
     ]
     return Diagnosis(versions, devices, _extension(), operations)
 
@@ -77,9 +79,8 @@ def _version(package: str) -> str:
 
 
 def _extension() -> str:
-    try:
-        extension = importlib.import_module("slimllm._C")
-    except ImportError as error:
-        return f"not built ({error}); everything works without it"
-    info = extension.build_info()
-    return f"built by {info['compiler']}"
+    missing = extension_is_missing()
+    if missing:
+        return f"{missing}; everything works without it"
+    info = importlib.import_module("slimllm._C").build_info()
+    return f"built by {info['compiler']}, with {', '.join(info['operations'])}"

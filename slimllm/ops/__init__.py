@@ -7,11 +7,12 @@ from slimllm.ops.channels import feature_space_importance
 from slimllm.ops.dispatch import backend
 from slimllm.ops.gram import gram_
 from slimllm.ops.heads import head_covariance, head_covariance_of_tokens
+from slimllm.ops.lstsq import lstsq, lstsq_ex
 from slimllm.ops.pearson import head_importance, pearson_greedy, pearson_similarity
-from slimllm.ops.regression import affine_fit, lstsq
+from slimllm.ops.regression import affine_fit
 from slimllm.ops.tokens import token_cosine
 
 __all__ = [
     "affine_fit", "backend", "feature_space_importance", "gram_", "head_covariance", "head_covariance_of_tokens",
-    "head_importance", "lstsq", "pearson_greedy", "pearson_similarity", "token_cosine",
+    "head_importance", "lstsq", "lstsq_ex", "pearson_greedy", "pearson_similarity", "token_cosine",
 ]  # fmt: skip

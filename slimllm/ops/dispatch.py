@@ -1,12 +1,14 @@
 """Which backend an operation runs on: the one place that decides (environment variable SLIMLLM_BACKEND).
 
 `torch` is the plain path and runs everywhere. `triton` runs the kernels in `kernels/`, on a GPU or, with
-TRITON_INTERPRET=1, slowly on a CPU. `auto` (the default) is `triton` on GPUs from compute capability 8.0 on, after each
-kernel has been compared with torch once on that device, and `torch` anywhere else.
+TRITON_INTERPRET=1, slowly on a CPU. `extension` insists on the compiled extension (csrc/) where it has an operation. `auto`
+(the default) is `triton` on GPUs from compute capability 8.0 on, after each kernel has been compared with torch once on
+that device, the extension on a CPU where it was built, and `torch` anywhere else.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -20,13 +22,14 @@ import torch
 
 from slimllm.errors import InputError
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "extension")
 # Operations with a kernel. The others are library products and factorisations, or too small to matter.
 KERNELS = ("gram_", "head_covariance", "head_covariance_of_tokens", "pearson_greedy", "token_cosine")
+# Operations that the C++ extension has, on a CPU.
+EXTENSION = ("lstsq",)
 WITHOUT_KERNEL = {
     "feature_space_importance": "matrix products and one factorisation, which libraries do best",
     "affine_fit": "a few elementwise operations",
-    "lstsq": "batched Cholesky factorisations by torch",
 }
 
 _log = logging.getLogger("slimllm")
@@ -35,7 +38,7 @@ _forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of an operation on a device, `torch` or `triton`, and why."""
+    """The backend of an operation on a device, `torch`, `triton` or `extension`, and why."""
 
     backend: str
     reason: str
@@ -68,6 +71,8 @@ def choose(operation: str, device: torch.device | str) -> Choice:
     device = torch.device(device)
     if wanted == "torch":
         return Choice("torch", "SLIMLLM_BACKEND=torch")
+    if operation in EXTENSION:
+        return _extension(operation, device, wanted)
     if wanted == "triton":
         missing = _triton_is_missing()
         if missing:
@@ -79,6 +84,27 @@ def choose(operation: str, device: torch.device | str) -> Choice:
         return Choice("torch", "kernels are for GPUs")
     index = torch.cuda.current_device() if device.index is None else device.index
     return _automatic(operation, index)
+
+
+def _extension(operation: str, device: torch.device, wanted: str) -> Choice:
+    if device.type != "cpu":
+        return Choice("torch", "the extension has it for CPUs")
+    missing = extension_is_missing()
+    if missing and wanted == "extension":
+        raise InputError(f"SLIMLLM_BACKEND=extension was asked for, but slimllm._C {missing}.")
+    return (
+        Choice("torch", f"slimllm._C {missing}") if missing else Choice("extension", "small systems; torch for large ones")
+    )
+
+
+@cache
+def extension_is_missing() -> str:
+    """Why there is no compiled extension, or nothing; loads it."""
+    try:
+        importlib.import_module("slimllm._C")
+    except ImportError as error:
+        return f"was not built or does not load ({error})"
+    return ""
 
 
 def backend(device: torch.device | str, operations: Sequence[str] = KERNELS) -> str:

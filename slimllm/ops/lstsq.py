@@ -1,0 +1,172 @@
+"""Batches of ridge regressions from their normal equations: the C++ extension for small systems, torch for all others."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
+from slimllm.ops.dispatch import choose
+from slimllm.ops.library import operator
+
+# Up to this size the extension is the faster, if there are enough systems to fill its lanes (benchmarks/bench_lstsq.py).
+LARGEST = 128
+LANES = 8
+
+_log = logging.getLogger("slimllm")
+
+
+def lstsq(
+    gram: torch.Tensor,
+    cross: torch.Tensor,
+    ridge: float | torch.Tensor = 0.0,
+    *,
+    absolute: bool = False,
+    start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """X_b = argmin tr(Xᵀ G_b X - 2 Xᵀ R_b) + λ_b ‖X - W_b‖²: a batch of least-squares problems from their normal equations.
+
+    With G = AᵀA and R = AᵀB it is the ridge regression of B on A, shrunk towards W (0 if there is none):
+
+        X = W + (G + λI)⁻¹ (R - G W).
+
+    Factored in fp64, with G + λI scaled to a unit diagonal. A system that is singular to working precision gets the least
+    of the ridges 1e-12, 1e-10, … of its mean diagonal that makes it regular, which a warning reports; `lstsq_ex` returns
+    the ridges. Work: k³/3 + 2k²m multiply-adds a system.
+
+    Args:
+        gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite; its lower half is read, any strides.
+        cross: R, (batch, k, m), of the same dtype.
+        ridge: λ, not negative; a number, or (batch,) one for each system. Relative to the mean of the system's diagonal,
+            or, if `absolute`, as it is.
+        absolute: See `ridge`.
+        start: W, (batch, k, m) of the same dtype.
+
+    Returns:
+        X, (batch, k, m), of the arguments' dtype. Of a column whose diagonal is 0, of which nothing is known, it is W.
+        No gradients are defined.
+
+    Raises:
+        ValueError: shapes or devices do not fit together, a value is not finite, a ridge is negative, or a system is not
+            positive semidefinite.
+        TypeError: a dtype is none of those above.
+    """
+    return lstsq_ex(gram, cross, ridge, absolute=absolute, start=start)[0]
+
+
+def lstsq_ex(
+    gram: torch.Tensor,
+    cross: torch.Tensor,
+    ridge: float | torch.Tensor = 0.0,
+    *,
+    absolute: bool = False,
+    start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lstsq`, and the ridge that each system was solved with: (batch,) fp64, absolute."""
+    check_tensors(gram=gram, cross=cross, **({} if start is None else {"start": start}))
+    if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or cross.ndim != 3 or cross.shape[:2] != gram.shape[:2]:
+        raise ValueError(
+            "gram and cross must have shapes (batch, k, k) and (batch, k, m), "
+            f"got {tuple(gram.shape)} and {tuple(cross.shape)}; a single system is a batch of one."
+        )
+    check_dtype("gram", gram, PRECISE)
+    check_dtype("cross", cross, (gram.dtype,))
+    if start is not None:
+        check_dtype("start", start, (gram.dtype,))
+        if start.shape != cross.shape:
+            raise ValueError(f"start must have the shape of cross, {tuple(cross.shape)}, got {tuple(start.shape)}.")
+    if not isinstance(absolute, bool):
+        raise TypeError(f"absolute must be True or False, got {absolute!r}.")
+    if not isinstance(ridge, (int, float, torch.Tensor)):
+        raise TypeError(f"ridge must be a number or a tensor, got {type(ridge).__name__}.")
+    wanted = torch.as_tensor(ridge, dtype=torch.float64, device=gram.device)
+    if wanted.shape not in ((), gram.shape[:1]):
+        raise ValueError(f"ridge must be a number or have shape ({gram.shape[0]},), got {tuple(wanted.shape)}.")
+    wanted = wanted.expand(len(gram)).contiguous().detach()
+    _check_values(gram, cross, start, wanted)
+    arguments = (None if tensor is None else tensor.detach() for tensor in (start,))
+    solution, used = _lstsq(gram.detach(), cross.detach(), wanted, absolute, *arguments)
+    _report(gram, wanted, used, absolute)
+    return solution, used
+
+
+def _check_values(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None, ridge: torch.Tensor) -> None:
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    named = {"gram": gram, "cross": cross, "ridge": ridge} | ({} if start is None else {"start": start})
+    facts = [tensor.isfinite().all() for tensor in named.values()] + [(ridge >= 0).all(), (diagonal >= 0).all()]
+    *finite, ridges, diagonals = torch.stack(facts).tolist()  # one wait for the device
+    for name, fine in zip(named, finite):
+        if not fine:
+            raise ValueError(f"{name} must be finite, got NaN or infinity.")
+    if not ridges:
+        raise ValueError(f"ridge must not be negative, got {float(ridge.min()):g}.")
+    if not diagonals:
+        negative = int((diagonal < 0).any(-1).sum())
+        raise ValueError(f"{negative} of {len(gram)} systems have a negative number on the diagonal of gram.")
+
+
+def _report(gram: torch.Tensor, wanted: torch.Tensor, used: torch.Tensor, absolute: bool) -> None:
+    if not len(gram):
+        return
+    failed = int(used.isnan().sum())
+    if failed:
+        raise ValueError(f"{failed} of {len(gram)} systems are not positive semidefinite, not even with a ridge.")
+    mean = gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    raised = used > (wanted if absolute else wanted * mean) * (1 + 1e-9)
+    if bool(raised.any()):
+        most = float((used / mean)[raised].max())
+        _log.warning(
+            "lstsq: %d of %d systems are singular to working precision; they were solved with ridges up to %.0e of their "
+            "mean diagonal.", int(raised.sum()), len(gram), most,
+        )  # fmt: skip
+
+
+@operator(
+    "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute, Tensor? start) -> (Tensor, Tensor)",
+    shape=lambda gram, cross, ridge, absolute, start: (torch.empty_like(cross, memory_format=torch.contiguous_format),
+                                                       torch.empty_like(ridge)),
+)  # fmt: skip
+def _lstsq(
+    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool, start: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if gram.numel() == 0 or cross.numel() == 0:
+        return torch.zeros_like(cross, memory_format=torch.contiguous_format), ridge.clone()
+    batch, size = gram.shape[:2]
+    small = size <= LANES or (size <= LARGEST and batch >= LANES)
+    if small and choose("lstsq", gram.device).backend == "extension":
+        contiguous = None if start is None else start.contiguous()
+        solution, used = torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)
+        return solution, used
+    lower = gram.double().tril()
+    matrix = lower + lower.tril(-1).mT
+    right = cross.double() if start is None else cross.double() - matrix @ start.double()
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1)
+    used = ridge.clone() if absolute else ridge * mean
+    scaled, scale = _scaled(matrix, diagonal, used)
+    factor, status = torch.linalg.cholesky_ex(scaled)
+    raised = 1e-12
+    while bool((failed := _singular(factor, status)).any()) and raised <= 1:
+        used = torch.where(failed, torch.maximum(used, raised * mean), used)
+        scaled, scale = _scaled(matrix, diagonal, used)
+        factor, status = torch.linalg.cholesky_ex(scaled)
+        raised *= 100
+    factor = torch.where(failed[:, None, None], torch.nan, factor)
+    solution = scale[..., None] * torch.cholesky_solve(right * scale[..., None], factor)
+    if start is not None:
+        solution += start.double()
+    return solution.to(cross.dtype).contiguous(), torch.where(failed, torch.nan, used)
+
+
+def _scaled(matrix: torch.Tensor, diagonal: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """S(G + λI)S with a unit diagonal, and S, which is 0 for a column of zeros."""
+    scale = torch.where(diagonal > 0, (diagonal + ridge[:, None]).rsqrt(), 0.0)
+    scaled = matrix * scale[:, :, None] * scale[:, None, :]
+    scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return scaled, scale
+
+
+def _singular(factor: torch.Tensor, status: torch.Tensor) -> torch.Tensor:
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    return (status != 0) | ~(pivots > factor.shape[-1] * torch.finfo(torch.float64).eps)

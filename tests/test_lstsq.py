@@ -1,0 +1,226 @@
+"""Least squares from normal equations, by torch and by the C++ extension, against fp64."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import FLOOR, assert_close
+
+from slimllm import InputError, ops
+from slimllm.ops import dispatch
+from slimllm.ops.lstsq import LANES, LARGEST
+
+NO_EXTENSION = dispatch.extension_is_missing()
+
+
+@pytest.fixture(params=["torch", "extension"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "extension" and NO_EXTENSION:
+        pytest.skip(f"slimllm._C {NO_EXTENSION}")
+    monkeypatch.setenv("SLIMLLM_BACKEND", request.param)
+    return request.param
+
+
+def normal_equations(
+    batch: int, k: int, m: int, condition: float = 10.0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Systems AᵀA and AᵀB of about the given condition, whose columns differ in size by its root."""
+    generator = torch.Generator().manual_seed(1000 * k + m)
+    a = torch.randn(batch, 3 * k, k, generator=generator, dtype=torch.float64)
+    a = a * torch.logspace(0, -0.5 * torch.log10(torch.tensor(condition)).item(), k, dtype=torch.float64)
+    b = torch.randn(batch, 3 * k, m, generator=generator, dtype=torch.float64)
+    return (a.mT @ a).to(dtype), (a.mT @ b).to(dtype)
+
+
+def reference(
+    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool = False, start: torch.Tensor | None = None
+) -> torch.Tensor:
+    gram, cross = gram.double(), cross.double()
+    if not absolute:
+        ridge = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    system = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=torch.float64)
+    if start is not None:
+        cross = cross + ridge[:, None, None] * start.double()
+    return torch.linalg.solve(system, cross)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 2, 3, 8, 17, 64, 65, 128, 129, 130])
+@pytest.mark.parametrize(("batch", "m"), [(1, 1), (LANES + 1, 3), (2 * LANES, 1)])
+def test_against_fp64(backend: str, batch: int, k: int, m: int, dtype: torch.dtype) -> None:
+    gram, cross = normal_equations(batch, k, m, dtype=dtype)
+    for ridge in (0.0, 1e-2):
+        ridges = torch.full((batch,), ridge, dtype=torch.float64)
+        wanted = reference(gram, cross, ridges)
+        plain = torch.linalg.solve((gram + (ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None]
+                                    * torch.eye(k, dtype=dtype)), cross)  # fmt: skip
+        got, used = ops.lstsq_ex(gram, cross, ridge)
+        assert got.dtype == dtype and got.is_contiguous()
+        assert_close(got, wanted, plain, FLOOR[dtype])
+        assert torch.allclose(used, ridges * gram.double().diagonal(dim1=-2, dim2=-1).mean(-1))
+
+
+@pytest.mark.parametrize("condition", [1e0, 1e2, 1e4, 1e6, 1e8, 1e10])
+def test_badly_conditioned(backend: str, condition: float) -> None:
+    """Columns of very different sizes cost nothing: the systems are scaled first. The residual is that of fp64."""
+    for k in (5, 30, 100):
+        gram, cross = normal_equations(LANES, k, 2, condition)
+        got, used = ops.lstsq_ex(gram, cross)
+        assert not used.any()
+        wanted = reference(gram, cross, torch.zeros(LANES, dtype=torch.float64))
+        scale = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+        assert_close(got * scale, wanted * scale, torch.linalg.solve(gram, cross) * scale, FLOOR[torch.float64])
+        residual = (gram @ got - cross).abs() / scale
+        assert residual.max() <= 1e-12 * (gram.abs() @ got.abs() / scale).max()
+
+
+def test_a_thousand_and_none(backend: str) -> None:
+    gram, cross = normal_equations(1000, 16, 1)
+    assert_close(ops.lstsq(gram, cross), reference(gram, cross, torch.zeros(1000, dtype=torch.float64)),
+                 torch.linalg.solve(gram, cross), FLOOR[torch.float64])  # fmt: skip
+    assert ops.lstsq(gram[:0], cross[:0]).shape == (0, 16, 1)
+    assert ops.lstsq(gram, cross[..., :0]).shape == (1000, 16, 0)
+    assert ops.lstsq(gram[:, :0, :0], cross[:, :0]).shape == (1000, 0, 1)
+
+
+def test_strides_and_the_half_that_is_read(backend: str) -> None:
+    gram, cross = normal_equations(20, 12, 3)
+    wanted = ops.lstsq(gram, cross)
+    upper = torch.full_like(gram, 7e5).triu(1)
+    padded = torch.zeros(20, 13, 12, dtype=torch.float64)
+    padded[:, :12] = gram
+    for other in (gram.mT.contiguous().mT, gram.tril() + upper, padded[:, :12], gram.flip(0).flip(0)):
+        assert torch.equal(ops.lstsq(other, cross.mT.contiguous().mT), wanted)
+    assert torch.equal(ops.lstsq(gram[::2], cross[::2]), wanted[::2])
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shrinking_towards_a_start(backend: str, absolute: bool, dtype: torch.dtype) -> None:
+    for k in (6, 140):
+        gram, cross = normal_equations(LANES, k, 4, dtype=dtype)
+        start = torch.randn(LANES, k, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+        ridge = torch.logspace(-3, 3, LANES, dtype=torch.float64)
+        got, used = ops.lstsq_ex(gram, cross, ridge, absolute=absolute, start=start)
+        wanted = reference(gram, cross, ridge, absolute, start)
+        assert_close(got, wanted, wanted.to(dtype), 2 * FLOOR[dtype])
+        assert not absolute or torch.equal(used, ridge)
+        assert torch.allclose(ops.lstsq(gram, cross, 1e12, start=start), start, atol=1e-6)
+
+
+def test_singular_systems(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for repeat in (1, LANES + 3):
+        a = torch.randn(repeat, 40, 6, generator=generator, dtype=torch.float64)
+        a[..., 3] = a[..., 2]  # twice the same column
+        a[..., 5] = 0  # a dead one
+        b = torch.randn(repeat, 40, 2, generator=generator, dtype=torch.float64)
+        gram, cross = a.mT @ a, a.mT @ b
+        with caplog.at_level(logging.WARNING, "slimllm"):
+            x, used = ops.lstsq_ex(gram, cross)
+        assert f"{repeat} of {repeat} systems are singular" in caplog.text
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        assert ((used > 0) & (used <= 1e-8 * mean)).all()
+        best = torch.linalg.lstsq(a, b, driver="gelsd").solution
+        assert torch.allclose(a @ x, a @ best, atol=1e-5)
+        assert torch.allclose(x[:, 2], x[:, 3], atol=1e-3) and not x[:, 5].any()
+        cross[:, 5] = 7.0  # which no data could give
+        assert not ops.lstsq(gram, cross)[:, 5].any()
+        assert torch.equal(ops.lstsq(gram, cross, start=torch.ones_like(cross))[:, 5], torch.ones(repeat, 2).double())
+    assert not ops.lstsq(torch.zeros(9, 4, 4), torch.zeros(9, 4, 1)).any()
+
+
+def test_one_bad_system_does_not_touch_the_others(backend: str) -> None:
+    gram, cross = normal_equations(3 * LANES, 9, 2)
+    wanted = ops.lstsq(gram, cross)
+    gram[5] = torch.outer(gram[5, 0], gram[5, 0])  # of rank one
+    got, used = ops.lstsq_ex(gram, cross)
+    others = torch.arange(3 * LANES) != 5
+    assert torch.equal(got[others], wanted[others]) and used[5] > 0 and not used[others].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 20), m=st.integers(1, 4), tokens=st.integers(1, 60))
+def test_the_residual_is_orthogonal_to_the_columns(seed: int, k: int, m: int, tokens: int) -> None:
+    """Also with fewer equations than columns."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(LANES, tokens, k, generator=generator, dtype=torch.float64)
+    b = torch.randn(LANES, tokens, m, generator=generator, dtype=torch.float64)
+    x = ops.lstsq(a.mT @ a, a.mT @ b, 1e-9)
+    assert (a.mT @ (a @ x - b)).abs().max() <= 1e-5 * (1 + x.abs().max())
+
+
+def test_registration() -> None:
+    gram, cross = normal_equations(LANES, 5, 2)
+    ridge, start = torch.zeros(LANES, dtype=torch.float64), torch.ones_like(cross)
+    for arguments in ((gram, cross, ridge, False, None), (gram, cross, ridge, True, start)):
+        assert set(torch.library.opcheck(torch.ops.slimllm.lstsq.default, arguments).values()) == {"SUCCESS"}
+    if not NO_EXTENSION:
+        checks = ("test_schema",)
+        extension = torch.ops.slimllm_C.small_lstsq.default
+        assert torch.library.opcheck(extension, (gram, cross, ridge, False, start), test_utils=checks)
+
+
+@pytest.mark.skipif(bool(NO_EXTENSION), reason="the extension was not built")
+def test_the_extension_itself_checks_what_it_is_given() -> None:
+    gram, cross = normal_equations(LANES, 5, 2)
+    ridge = torch.zeros(LANES, dtype=torch.float64)
+    solve = torch.ops.slimllm_C.small_lstsq
+    for arguments in (
+        (gram[0], cross, ridge), (gram[:, :4], cross, ridge), (gram, cross[:3], ridge), (gram, cross.float(), ridge),
+        (gram.mT.contiguous().mT, cross, ridge), (gram, cross, ridge.float()), (gram.half(), cross.half(), ridge),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
+            solve(*arguments, False, None)
+
+
+def test_errors(backend: str) -> None:
+    gram, cross = torch.eye(3)[None], torch.ones(1, 3, 1)
+    with pytest.raises(ValueError, match=r"must have shapes .* a single system is a batch of one"):
+        ops.lstsq(gram[0], cross)
+    with pytest.raises(TypeError, match="cross must be float32, got float16"):
+        ops.lstsq(gram, cross.half())
+    with pytest.raises(TypeError, match="gram must be float64 or float32, got bfloat16"):
+        ops.lstsq(gram.bfloat16(), cross.bfloat16())
+    with pytest.raises(ValueError, match="ridge must not be negative, got -1"):
+        ops.lstsq(gram, cross, -1.0)
+    with pytest.raises(ValueError, match=r"ridge must be a number or have shape \(1,\), got \(2,\)"):
+        ops.lstsq(gram, cross, torch.zeros(2))
+    with pytest.raises(TypeError, match="ridge must be a number or a tensor, got str"):
+        ops.lstsq(gram, cross, "much")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="absolute must be True or False, got 1"):
+        ops.lstsq(gram, cross, absolute=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="start must have the shape of cross"):
+        ops.lstsq(gram, cross, start=cross[:, :2])
+    for name, arguments in (
+        ("gram", (gram * torch.nan, cross, 0.0)), ("cross", (gram, cross / 0, 0.0)), ("ridge", (gram, cross, torch.inf))
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name} must be finite, got NaN or infinity"):
+            ops.lstsq(*arguments)
+    with pytest.raises(ValueError, match="1 of 2 systems have a negative number"):
+        ops.lstsq(torch.stack([torch.diag(torch.tensor([-4.0, 1.0, 1.0])), torch.eye(3)]), torch.ones(2, 3, 1))
+    with pytest.raises(ValueError, match="1 of 1 systems are not positive semidefinite"):
+        ops.lstsq(torch.tensor([[[1.0, 5.0], [5.0, 1.0]]]), torch.ones(1, 2, 1))
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "extension_is_missing", lambda: "was not built")
+    gram, cross = normal_equations(LANES, 5, 2)
+    monkeypatch.setenv("SLIMLLM_BACKEND", "auto")
+    assert dispatch.choose("lstsq", "cpu") == dispatch.Choice("torch", "slimllm._C was not built")
+    assert ops.lstsq(gram, cross).isfinite().all()
+    monkeypatch.setenv("SLIMLLM_BACKEND", "extension")
+    with pytest.raises(InputError, match=r"SLIMLLM_BACKEND=extension was asked for, but slimllm\._C was not built"):
+        ops.lstsq(gram, cross)
+
+
+def test_sizes_on_either_side_of_the_extension(backend: str) -> None:
+    """The same result whichever of the two solves it, up to rounding."""
+    for k in (LARGEST, LARGEST + 1):
+        gram, cross = normal_equations(LANES, k, 2)
+        wanted = reference(gram, cross, torch.zeros(LANES, dtype=torch.float64))
+        assert torch.allclose(ops.lstsq(gram, cross), wanted, rtol=1e-9)
