@@ -50,7 +50,7 @@ def prune_command(
     ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")],
     preset: Annotated[str, typer.Option(help="default, or paper: the published settings.")] = "default",
     head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
-    recovery: Annotated[str, typer.Option(help="affine (regression of the output), or none.")] = "affine",
+    recovery: Annotated[str, typer.Option(help="affine (the paper's), lstsq (all kept weights), or none.")] = "affine",
     calibration: Annotated[
         str | None,
         typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split]]. Default: bundled text."),

@@ -14,7 +14,7 @@ from slimllm.errors import InputError
 
 PRESETS = ("default", "paper")
 HEAD_UNITS = ("kv-group", "query")
-RECOVERIES = ("affine", "none")
+RECOVERIES = ("affine", "lstsq", "none")
 FEATURE_SPACES = ("eigh", "function")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -31,7 +31,8 @@ class PruneConfig:
             the lowest 1 % of channels. With grouped queries, which the paper has not, channels make up for whole groups.
         head_unit: What is removed from attention. `kv-group`: a KV head with all its query heads. `query`: the same
             number of query heads out of every group of a layer. Both are the single head when the group size is 1.
-        recovery: `affine`: the paper's regression of every output dimension on its pruned self. `none`: no recovery.
+        recovery: `affine`: the paper's regression of every output dimension on its pruned self. `lstsq`: all kept
+            weights of the output projections by ridge regression, closer to the dense model. `none`: no recovery.
         calibration: A text file (.txt), a file of JSON lines with a "text" field (.jsonl), the name of a hub dataset
             as `name`, `name:config` or `name:config:split` (a folder of data files is one, too), or token ids (samples,
             seq_len) int64, which then are the windows: `samples`, `seq_len` and `seed` do not apply. None: the bundled

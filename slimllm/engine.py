@@ -288,7 +288,7 @@ def _bytes_to_write(source: CheckpointModel, dtype: torch.dtype | None) -> int:
 def _pruned_sizes(size: LayerSizes, units: int, channels: int, config: PruneConfig) -> LayerSizes:
     """Sizes of a layer after giving up so many units and channels."""
     by_group = size.by_group(config.head_unit)
-    new_bias = config.recovery == "affine"
+    new_bias = config.recovery != "none"
     return LayerSizes(
         num_heads=size.num_heads - units * (size.group_size if by_group else size.num_kv_heads),
         num_kv_heads=size.num_kv_heads - (units if by_group else 0),

@@ -31,7 +31,7 @@ tags:
 # {name.removesuffix(".gguf")}, pruned by {report.achieved_ratio:.1%}
 
 Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
-FFN channels are gone, {"outputs are recovered by linear regression" if report.config["recovery"] == "affine" else "without recovery"}.
+FFN channels are gone, {"without recovery" if report.config["recovery"] == "none" else "outputs are recovered by linear regression"}.
 
 | | before | after | removed |
 |---|---|---|---|

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from slimllm.allocation import Allocation, LayerBudget, LayerShape, allocate
+from slimllm.attention import prune_attention
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
+from slimllm.ffn import prune_ffn
 from slimllm.importance import layer_similarity
-from slimllm.layer import Batch, Layer, pass_sublayer, prune_attention, prune_ffn, run_layer
+from slimllm.layer import Batch, Layer, pass_sublayer, run_layer
 from slimllm.memory import peak_host_gib, trim
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.skeleton import record_layer_inputs
@@ -199,7 +201,7 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
         units, unit_params = size.num_kv_heads, size.group_size * query_params + kv_params
     else:
         units, unit_params = size.group_size, size.num_kv_heads * query_params
-    new_bias = hidden_size if config.recovery == "affine" else 0
+    new_bias = hidden_size if config.recovery != "none" else 0
     return LayerShape(
         units=units,
         unit_params=unit_params,

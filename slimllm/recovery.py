@@ -1,4 +1,8 @@
-"""Linear regression of the dense output on the pruned one (SlimLLM, section "linear regression"), folded into weights."""
+"""Regression of a sub-layer's dense output on what is left of it, as a change of the output projection.
+
+`affine` is the paper's (SlimLLM, section "linear regression"): one slope and intercept for every output. `lstsq` fits all
+weights of the kept columns anew.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,24 @@ from dataclasses import dataclass
 import torch
 
 from slimllm import ops
+
+# Ridge of `lstsq` on columns scaled to unit variance.
+RIDGE = 0.3
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """What becomes of an output projection whose kept columns are S: W' = a ∘ W[:, S] + Δ, bias' = bias + b.
+
+    Attributes:
+        intercept: b, (D,) fp64.
+        slope: a, (D,) fp64; None: 1.
+        delta: Δ, (D, |S|) fp64; None: 0.
+    """
+
+    intercept: torch.Tensor
+    slope: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -27,8 +49,12 @@ class OutputMoments:
         """Σ_k E(y_k - a_k ŷ_k - b_k)² / Σ_k var(y_k): 0 is perfect, 1 is as good as the mean."""
         bias = self.mean_y - slope * self.mean_y_hat - intercept
         residual = self.variance_y - 2 * slope * self.covariance + slope.square() * self.variance_y_hat
-        total = self.variance_y.sum()
-        return float((residual.clamp(min=0) + bias.square()).sum() / total) if total > 0 else 0.0
+        return self.relative(float((residual.clamp(min=0) + bias.square()).sum()))
+
+    def relative(self, error: float) -> float:
+        """An output error, summed over dimensions, relative to the output's variance."""
+        total = float(self.variance_y.sum())
+        return error / total if total > 0 else 0.0
 
 
 def head_moments(covariance: torch.Tensor, head_means: torch.Tensor, keep: torch.Tensor) -> OutputMoments:
@@ -48,3 +74,33 @@ def head_moments(covariance: torch.Tensor, head_means: torch.Tensor, keep: torch
         variance_y_hat=covariance[keep][:, keep].sum((0, 1)),
         covariance=with_full[keep].sum(0),
     )
+
+
+def least_squares(
+    covariance: torch.Tensor, cross: torch.Tensor, lost: torch.Tensor, mean: torch.Tensor, mean_lost: torch.Tensor
+) -> tuple[OutputChange, float]:
+    """The change of the kept columns' weights by which they best stand in for what was removed.
+
+    With e = y - ŷ the output that pruning took away, a ridge regression of e on the kept inputs z,
+
+        Δᵀ = D⁻¹ (D⁻¹ Cov(z) D⁻¹ + λI)⁻¹ D⁻¹ Cov(z, e),   D² = diag Cov(z),   b = E e - Δ E z,
+
+    shrinks the new weights towards the old ones, by as much as is right for a column's own spread: few tokens and more
+    columns than tokens do no harm.
+
+    Args:
+        covariance: Cov(z), (|S|, |S|) fp64.
+        cross: Cov(z, e), (|S|, D) fp64.
+        lost: var(e_k), (D,) fp64.
+        mean: E z, (|S|,) fp64.
+        mean_lost: E e, (D,) fp64.
+
+    Returns:
+        The change, and Σ_k var(e_k - Δ_k z), what is then still missing.
+    """
+    deviation = covariance.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(deviation > 0, 1 / deviation, 0.0)
+    correlation = inverse[:, None] * covariance * inverse
+    delta = inverse[:, None] * ops.lstsq(correlation[None], (inverse[:, None] * cross)[None], RIDGE, absolute=True)[0]
+    missing = lost.sum() - 2 * (delta * cross).sum() + (delta * (covariance @ delta)).sum()
+    return OutputChange(mean_lost - delta.T @ mean, delta=delta.T), max(0.0, float(missing))

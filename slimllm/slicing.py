@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from slimllm.families import LayerSpec
+from slimllm.recovery import OutputChange
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,17 +53,20 @@ def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tenso
     return {name: tensors[name][rows.to(tensors[name].device)] for name in names}
 
 
-def _output_projection(
-    tensors: Tensors, projection: str, columns: torch.Tensor, slope: torch.Tensor | None, intercept: torch.Tensor | None
-) -> Tensors:
-    """W[k, columns] scaled by a_k, and the bias with b_k added; in fp32 at least, rounded once, when it is written."""
+def _output_projection(tensors: Tensors, projection: str, columns: torch.Tensor, change: OutputChange | None) -> Tensors:
+    """W[:, columns] and the bias, changed by the recovery; in fp32 at least, rounded once, when it is written."""
     weight = tensors[f"{projection}.weight"]
     bias = tensors.get(f"{projection}.bias")
     sliced = weight[:, columns.to(weight.device)]
-    if slope is not None and intercept is not None:
+    if change is not None:
         precise = torch.promote_types(weight.dtype, torch.float32)
-        sliced = (sliced.double() * slope.to(weight.device)[:, None]).to(precise)
-        total = intercept.to(weight.device) + (bias.double() if bias is not None else 0.0)
+        changed = sliced.double()
+        if change.slope is not None:
+            changed *= change.slope.to(weight.device)[:, None]
+        if change.delta is not None:
+            changed += change.delta.to(weight.device)
+        sliced = changed.to(precise)
+        total = change.intercept.to(weight.device) + (bias.double() if bias is not None else 0.0)
         bias = total.to(precise)
     result = {f"{projection}.weight": sliced.contiguous()}
     if bias is not None:
@@ -75,8 +79,7 @@ def slice_attention(
     spec: LayerSpec,
     query_rows: torch.Tensor,
     kv_rows: torch.Tensor,
-    slope: torch.Tensor | None = None,
-    intercept: torch.Tensor | None = None,
+    change: OutputChange | None = None,
 ) -> Tensors:
     """A layer's tensors with only some heads.
 
@@ -84,14 +87,14 @@ def slice_attention(
         tensors: All tensors of the layer, by names relative to it.
         query_rows: Rows of q_proj, and columns of o_proj, to keep.
         kv_rows: Rows of k_proj and v_proj to keep.
-        slope, intercept: (D,) a and b of the affine recovery; None leaves o_proj's values as they are.
+        change: What recovery makes of o_proj; None leaves its values as they are.
     """
     return {
         **tensors,
         **_select_rows(tensors, spec.q_proj, query_rows),
         **_select_rows(tensors, spec.k_proj, kv_rows),
         **_select_rows(tensors, spec.v_proj, kv_rows),
-        **_output_projection(tensors, spec.o_proj, query_rows, slope, intercept),
+        **_output_projection(tensors, spec.o_proj, query_rows, change),
     }
 
 
@@ -99,15 +102,14 @@ def slice_ffn(
     tensors: Tensors,
     spec: LayerSpec,
     channels: torch.Tensor,
-    slope: torch.Tensor | None = None,
-    intercept: torch.Tensor | None = None,
+    change: OutputChange | None = None,
 ) -> Tensors:
     """A layer's tensors with only some FFN channels; arguments as in `slice_attention`."""
     return {
         **tensors,
         **_select_rows(tensors, spec.gate_proj, channels),
         **_select_rows(tensors, spec.up_proj, channels),
-        **_output_projection(tensors, spec.down_proj, channels, slope, intercept),
+        **_output_projection(tensors, spec.down_proj, channels, change),
     }
 
 

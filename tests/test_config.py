@@ -18,7 +18,7 @@ from slimllm import InputError, PruneConfig
         ({"ratio": True}, TypeError, "ratio must be a number"),
         ({"preset": "best"}, InputError, "one of default, paper"),
         ({"head_unit": "head"}, InputError, "one of kv-group, query"),
-        ({"recovery": "lora"}, InputError, "one of affine, none"),
+        ({"recovery": "lora"}, InputError, "one of affine, lstsq, none"),
         ({"feature_space": "svd"}, InputError, "one of eigh, function"),
         ({"dtype": "int8"}, InputError, "dtype must be one of"),
         ({"samples": 0}, InputError, "samples must be at least 1"),

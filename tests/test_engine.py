@@ -253,16 +253,15 @@ def test_batch_size_changes_rounding_only(stories: Any, token_ids: torch.Tensor)
         assert torch.allclose(output, outputs[0], atol=1e-3)
 
 
+@pytest.mark.parametrize("recovery", ["affine", "lstsq", "none"])
 def test_inner_activations_kept_or_made_again(
-    stories: Any, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+    stories: Any, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, recovery: str
 ) -> None:
-    import copy
-
     assert token_ids.numel() * 172 * 4 < KEEP_INNER_BYTES
     kept, again = copy.deepcopy(stories), copy.deepcopy(stories)
-    first = slimllm.prune_model(kept, token_ids, PruneConfig(ratio=0.3))
+    first = slimllm.prune_model(kept, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
     monkeypatch.setattr("slimllm.layer.KEEP_INNER_BYTES", 0)
-    second = slimllm.prune_model(again, token_ids, PruneConfig(ratio=0.3))
+    second = slimllm.prune_model(again, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
     assert [r["kept_channels"] for r in first.layers] == [r["kept_channels"] for r in second.layers]
     assert torch.allclose(logits(kept, token_ids[:2]), logits(again, token_ids[:2]), atol=1e-3)
 
@@ -276,24 +275,55 @@ def test_no_eigenvectors_and_the_same_choices(stories_path: Path, token_ids: tor
 
 
 def test_recovery_helps(stories: Any, token_ids: torch.Tensor) -> None:
-    import copy
-
-    losses = {}
-    for recovery in ("affine", "none"):
+    """On the text of the calibration, and on other text of the same kind."""
+    held_out = torch.arange(len(token_ids)) % 2 == 1
+    losses, errors = {}, {}
+    for recovery in ("none", "affine", "lstsq"):
         model = copy.deepcopy(stories)
-        report = slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
-        losses[recovery] = report.calibration["perplexity_pruned"]
-        for layer in report.layers:
-            if "ffn_error_before" in layer:
-                assert layer["ffn_error_after"] <= layer["ffn_error_before"] + 1e-12
-    assert losses["affine"] < losses["none"]
+        report = slimllm.prune_model(model, token_ids[~held_out], PruneConfig(ratio=0.3, recovery=recovery))
+        with torch.no_grad():
+            losses[recovery] = float(model(token_ids[held_out], labels=token_ids[held_out]).loss)
+        layers = [layer for layer in report.layers if "ffn_error_before" in layer]
+        for part in ("ffn", "attention"):
+            for layer in layers:
+                assert layer.get(f"{part}_error_after", 0) <= layer.get(f"{part}_error_before", 0) + 1e-12
+        errors[recovery] = layers[0]["ffn_error_after"]  # before which all three have done the same
+    assert errors["lstsq"] < errors["affine"] < errors["none"]
+    assert losses["lstsq"] < losses["affine"] < losses["none"]
+
+
+def test_least_squares_has_the_error_that_it_reports(stories: Any, token_ids: torch.Tensor) -> None:
+    """The first pruned layer's outputs, dense and pruned, measured on the model itself."""
+    pruned = copy.deepcopy(stories)
+    report = slimllm.prune_model(pruned, token_ids, PruneConfig(ratio=0.3, recovery="lstsq", pruned_layers=5))
+    for name, part in (("self_attn", "attention"), ("mlp", "ffn")):
+        outputs: dict[str, torch.Tensor] = {}
+        for key, model in (("dense", stories), ("pruned", pruned)):
+            module = model.model.layers[0].get_submodule(name)
+            module.register_forward_hook(
+                lambda m, a, out, key=key, to=outputs: to.update({key: out[0] if isinstance(out, tuple) else out})
+            )
+        if part == "ffn":  # its input is that of the pruned attention
+            inputs: list[torch.Tensor] = []
+            pruned.model.layers[0].mlp.register_forward_pre_hook(lambda m, a, inputs=inputs: inputs.append(a[0]))
+        with torch.no_grad():
+            pruned(token_ids)
+            stories(token_ids) if part == "attention" else stories.model.layers[0].mlp(inputs[0])
+        dense, left = (outputs[key].flatten(0, 1).double() for key in ("dense", "pruned"))
+        error = (dense - left).square().mean(0).sum() / dense.var(0, correction=0).sum()
+        assert report.layers[0][f"{part}_error_after"] == pytest.approx(float(error), rel=1e-3)
 
 
 # Ratios that come out without a remainder, so that all layers end with the same sizes.
 @pytest.mark.parametrize(
     ("recovery", "ratio", "wanted"),
-    [("affine", 11200 / 45440, "seed_oss"), ("none", 11328 / 45440, "seed_oss"), ("none", 22656 / 45440, "llama")],
-)
+    [
+        ("affine", 11200 / 45440, "seed_oss"),
+        ("lstsq", 11200 / 45440, "seed_oss"),
+        ("none", 11328 / 45440, "seed_oss"),
+        ("none", 22656 / 45440, "llama"),
+    ],
+)  # fmt: skip
 def test_uniform_sizes_are_written_as_stock_models(
     stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, recovery: str, ratio: float, wanted: str
 ) -> None:

@@ -13,9 +13,9 @@ PACKAGE = Path(slimllm.__file__).parent
 # The way of the data: a module imports only from those before it.
 ORDER = [
     "errors", "config", "families", "modeling_slim_llama", "registration", "kernels", "ops", "statistics", "importance",
-    "selection", "recovery", "allocation", "slicing", "native", "progress", "layer", "memory", "skeleton", "checkpoint",
-    "checkpoint_gguf", "calibration", "source", "pipeline", "report", "modelcard", "writer", "engine", "evaluate",
-    "doctor", "display", "demo", "cli", "__main__", "__init__",
+    "selection", "recovery", "allocation", "slicing", "native", "progress", "layer", "attention", "ffn", "memory",
+    "skeleton", "checkpoint", "checkpoint_gguf", "calibration", "source", "pipeline", "report", "modelcard", "writer",
+    "engine", "evaluate", "doctor", "display", "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 
@@ -43,10 +43,10 @@ def test_files_stay_short() -> None:
 
 
 def test_extension_or_its_absence() -> None:
-    """Where it was built, it says how; nothing else depends on it yet."""
+    """Where it was built, it says how."""
     try:
         from slimllm import _C
     except ImportError:
         pytest.skip("the extension was not built")
     info = _C.build_info()
-    assert info["cpp_standard"] >= 201703 and info["compiler"]
+    assert info["cpp_standard"] >= 201703 and info["compiler"] and info["operations"]

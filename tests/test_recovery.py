@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimllm.ops import head_covariance
-from slimllm.recovery import OutputMoments, head_moments
+from slimllm.recovery import RIDGE, OutputMoments, head_moments, least_squares
 from slimllm.statistics import GramStatistics
 
 
@@ -61,3 +62,28 @@ def test_head_moments_are_those_of_the_outputs() -> None:
     wanted = moments_of(outputs.sum(-1), outputs[..., keep].sum(-1))
     for name in ("mean_y", "mean_y_hat", "variance_y", "variance_y_hat", "covariance"):
         assert torch.allclose(getattr(got, name), getattr(wanted, name), rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("dead", [False, True])
+def test_least_squares_is_ridge_regression_on_scaled_columns(tokens: int, dead: bool) -> None:
+    """Against the regression on the tokens themselves, also with fewer of them than columns, and dead columns."""
+    generator = torch.Generator().manual_seed(tokens)
+    z = torch.randn(tokens, 20, generator=generator, dtype=torch.float64) * torch.logspace(-2, 2, 20) + 50
+    if dead:
+        z[:, 3] = 7.0
+    lost = torch.randn(tokens, 4, generator=generator, dtype=torch.float64) + 0.1 * z[:, :4] - 3
+    centered, centered_lost = z - z.mean(0), lost - lost.mean(0)
+    change, missing = least_squares(
+        centered.T @ centered / tokens, centered.T @ centered_lost / tokens, centered_lost.square().mean(0), z.mean(0),
+        lost.mean(0),
+    )  # fmt: skip
+    size = centered.square().mean(0).sqrt()
+    scaled = torch.where(size > 0, centered / size, 0.0)
+    # Rows that ask for 0 with the weight of the ridge.
+    rows = torch.cat([scaled, (RIDGE * tokens) ** 0.5 * torch.eye(20, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(rows, torch.cat([centered_lost, torch.zeros(20, 4, dtype=torch.float64)])).solution
+    wanted = torch.where(size[:, None] > 0, wanted / size[:, None], 0.0)
+    assert torch.allclose(change.delta.T, wanted, rtol=1e-7, atol=1e-10)
+    assert torch.allclose(change.intercept, lost.mean(0) - z.mean(0) @ wanted, rtol=1e-7, atol=1e-7)
+    assert abs(missing - (centered_lost - centered @ wanted).square().mean(0).sum()) < 1e-8 * (1 + missing)
