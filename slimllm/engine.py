@@ -184,7 +184,7 @@ class _Run:
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
         self.account = memory.account(
             source.config, self.sizes, token_ids.numel(), batch_windows(token_ids, config) * token_ids.shape[1],
-            source.head_dim, source.dtype,
+            source.head_dim, source.dtype, config.recovery,
         )  # fmt: skip
         memory.warm_up(source.device)
         memory.reset_peak(source.device)

@@ -100,7 +100,7 @@ def least_squares(
     """
     deviation = covariance.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(deviation > 0, 1 / deviation, 0.0)
-    correlation = inverse[:, None] * covariance * inverse
+    correlation = (covariance * inverse[:, None]).mul_(inverse)
     delta = inverse[:, None] * ops.lstsq(correlation[None], (inverse[:, None] * cross)[None], RIDGE, absolute=True)[0]
     missing = lost.sum() - 2 * (delta * cross).sum() + (delta * (covariance @ delta)).sum()
     return OutputChange(mean_lost - delta.T @ mean, delta=delta.T), max(0.0, float(missing))

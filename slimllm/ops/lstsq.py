@@ -138,35 +138,35 @@ def _lstsq(
         contiguous = None if start is None else start.contiguous()
         solution, used = torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)
         return solution, used
-    lower = gram.double().tril()
-    matrix = lower + lower.tril(-1).mT
-    right = cross.double() if start is None else cross.double() - matrix @ start.double()
+    matrix, right = gram.double(), cross.double()
+    if start is not None:
+        right = right - (matrix.tril() + matrix.tril(-1).mT) @ start.double()
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)
     used = ridge.clone() if absolute else ridge * mean
-    scaled, scale = _scaled(matrix, diagonal, used)
-    factor, status = torch.linalg.cholesky_ex(scaled)
+    factor, scale, failed = _factor(matrix, diagonal, used)
     raised = 1e-12
-    while bool((failed := _singular(factor, status)).any()) and raised <= 1:
+    while bool(failed.any()) and raised <= 1:
         used = torch.where(failed, torch.maximum(used, raised * mean), used)
-        scaled, scale = _scaled(matrix, diagonal, used)
-        factor, status = torch.linalg.cholesky_ex(scaled)
+        factor, scale, failed = _factor(matrix, diagonal, used)
         raised *= 100
-    factor = torch.where(failed[:, None, None], torch.nan, factor)
     solution = scale[..., None] * torch.cholesky_solve(right * scale[..., None], factor)
     if start is not None:
         solution += start.double()
+    solution[failed] = torch.nan
     return solution.to(cross.dtype).contiguous(), torch.where(failed, torch.nan, used)
 
 
-def _scaled(matrix: torch.Tensor, diagonal: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """S(G + λI)S with a unit diagonal, and S, which is 0 for a column of zeros."""
+def _factor(
+    matrix: torch.Tensor, diagonal: torch.Tensor, ridge: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """L of S(G + λI)S, of unit diagonal, S, which is 0 for a column of zeros, and which systems are singular.
+
+    Of G the lower half is read. Two matrices are in memory at the most beside it, at (batch, k, k) fp64 each.
+    """
     scale = torch.where(diagonal > 0, (diagonal + ridge[:, None]).rsqrt(), 0.0)
-    scaled = matrix * scale[:, :, None] * scale[:, None, :]
+    scaled = (matrix * scale[:, :, None]).mul_(scale[:, None, :])
     scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    return scaled, scale
-
-
-def _singular(factor: torch.Tensor, status: torch.Tensor) -> torch.Tensor:
+    factor, status = torch.linalg.cholesky_ex(scaled)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return (status != 0) | ~(pivots > factor.shape[-1] * torch.finfo(torch.float64).eps)
+    return factor, scale, (status != 0) | ~(pivots > matrix.shape[-1] * torch.finfo(torch.float64).eps)
