@@ -92,9 +92,7 @@ def _extension(operation: str, device: torch.device, wanted: str) -> Choice:
     missing = extension_is_missing()
     if missing and wanted == "extension":
         raise InputError(f"SLIMLLM_BACKEND=extension was asked for, but slimllm._C {missing}.")
-    return (
-        Choice("torch", f"slimllm._C {missing}") if missing else Choice("extension", "small systems; torch for large ones")
-    )
+    return Choice("torch", f"slimllm._C {missing}") if missing else Choice("extension", "up to 128 unknowns; torch beyond")
 
 
 @cache

@@ -1,0 +1,59 @@
+"""Recovery side by side: perplexity after pruning with none, affine and lstsq, on text that was not calibrated on.
+
+    python benchmarks/bench_recovery.py [MODEL] [--ratio 0.2 0.5] [--samples 32] [--seq-len 128]
+
+The model (left out: the demo's) is pruned in memory, in float32; perplexity is that of 64 windows of 128 tokens of the
+bundled evaluation text. Rows go to benchmarks/results/recovery.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+
+from common import append_results
+from rich.console import Console
+from rich.table import Table
+
+import slimllm
+from slimllm.calibration import bundled_text, tokenize
+from slimllm.config import RECOVERIES
+
+
+def main() -> None:
+    """Measure, append the rows, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--ratio", nargs="+", type=float, default=[0.2, 0.5])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=128)
+    arguments = parser.parse_args()
+    path = arguments.model
+    if path is None:
+        from slimllm.demo import find_demo_model
+
+        path = find_demo_model() or parser.error("give a model; the demo's is not installed (make demo does it)")
+    dense, tokenizer = slimllm.load(str(path), dtype="float32")
+    held_out = tokenize(tokenizer, [bundled_text("evaluation")])
+    before = slimllm.perplexity(dense, held_out, max_windows=64)
+    table = Table("ratio", "recovery", "perplexity", "of the dense model", "prune s / dense pass s")
+    for ratio in arguments.ratio:
+        for recovery in reversed(RECOVERIES):
+            model = copy.deepcopy(dense)
+            config = slimllm.PruneConfig(
+                ratio=ratio, recovery=recovery, samples=arguments.samples, seq_len=arguments.seq_len
+            )
+            report = slimllm.prune_model(model, tokenizer, config)
+            value = slimllm.perplexity(model, held_out, max_windows=64)
+            cost = report.elapsed_s / report.dense_pass_s
+            append_results("recovery", [{
+                "model": getattr(path, "stem", path), "ratio": ratio, "recovery": recovery, "samples": arguments.samples,
+                "seq_len": arguments.seq_len, "perplexity": value, "perplexity_dense": before,
+                "elapsed_s": report.elapsed_s, "dense_pass_s": report.dense_pass_s, "achieved_ratio": report.achieved_ratio,
+            }])  # fmt: skip
+            table.add_row(f"{ratio:g}", recovery, f"{value:.2f}", f"{before:.2f}", f"{cost:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
