@@ -32,10 +32,9 @@ test-slow: install
 
 # The extension and its tests under the address sanitizer, in a copy of the package of its own.
 test-asan: install
-	rm -rf .asan && mkdir .asan
+	rm -rf .asan && mkdir .asan && cp -RL slimllm .asan/
 	CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address" SLIMLLM_BUILD_EXT=1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib .asan --build-temp .asan/build
-	cp -RLn slimllm .asan/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/test_lstsq.py
 
@@ -63,4 +62,4 @@ gpu:
 	test -z "$$failed"
 
 clean:
-	rm -rf build dist .asan *.egg-info slimllm/*.so
+	rm -rf build dist .asan *.egg-info slimllm/*.so .venv/installed

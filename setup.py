@@ -59,9 +59,11 @@ def missing_for_build() -> str:
     """What the build of the extension lacks, or nothing."""
     try:
         import pybind11  # noqa: F401
-        import torch
+        import torch.utils.cpp_extension
     except ImportError as error:
         return f"{error.name} cannot be imported while building; install it first and use --no-build-isolation"
+    except Exception as error:  # a torch that is broken is no reason to fail
+        return f"torch does not load: {type(error).__name__}: {error}"
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         return f"torch {torch.__version__} is older than 2.11, whose stable ABI it is written for"
     return ""

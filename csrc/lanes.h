@@ -13,7 +13,7 @@ namespace slimllm {
 // Ridges, relative to the mean of the diagonal, that are tried in turn where a system is singular to working precision.
 constexpr double kFirstRidge = 1e-12;
 constexpr double kRidgeStep = 100.0;
-constexpr double kLastRidge = 1.0;
+constexpr double kLastRidge = 1e-4;
 
 // Work space and results of LANES systems (K, K) with M right-hand sides, all in fp64.
 template <int LANES>

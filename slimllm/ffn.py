@@ -73,18 +73,23 @@ def prune_ffn(
         paired = PairedMoments(outputs.mean(), kept_weight.double() @ mean_inner)
         # Of the kept inputs and the output that pruning took away, side by side.
         joint = GramStatistics(len(kept_channels) + hidden_size, layer.device) if config.recovery == "lstsq" else None
-    for position, (batch, y) in enumerate(zip(batches, dense_outputs)):
+        removed = torch.ones(num_channels, dtype=torch.bool, device=layer.device).index_fill_(0, device_channels, False)
+        kept_again: list[torch.Tensor | None] = []
+    for batch, y in zip(batches, dense_outputs):
         with watch("forward"):
             if keep_inner:
-                kept = kept_inner[position].index_select(1, device_channels)
-                kept_inner[position] = kept if joint else kept[:0]
+                inner = kept_inner.pop(0)
+                kept = inner.index_select(1, device_channels)
             else:
                 kept = inner_activations(layer, spec.down_proj, norm(batch.hidden), None)
             y_hat = nn.functional.linear(kept, kept_weight)
         with watch("recovery"):
             paired.update(y, y_hat)
             if joint:
-                joint.update(torch.cat([kept, y - y_hat], 1))
+                # In half precision y - ŷ has the rounding of y; what was removed has its own, which is less.
+                lost = nn.functional.linear(inner[:, removed], weight[:, removed]) if keep_inner else y - y_hat
+                joint.update(torch.cat([kept, lost], 1))
+                kept_again.append(kept if keep_inner else None)
             y.copy_(y_hat)
 
     with watch("recovery"):
@@ -102,17 +107,18 @@ def prune_ffn(
         if change:
             layer.replace(slice_ffn(dense_tensors, spec, kept_channels, change))
     project = layer.linear(spec.down_proj)
-    for position, (batch, y_hat) in enumerate(zip(batches, dense_outputs)):
+    for batch, y_hat in zip(batches, dense_outputs):
         with watch("forward"):
             factor = None if change is None else change.slope
             if change is None or factor is not None:  # ŷ is made already, but for the factor and the bias
                 if factor is not None:
                     y_hat *= factor.to(y_hat.dtype)
                 batch.tokens.add_(y_hat if project.bias is None else y_hat.add_(project.bias))
-            elif keep_inner:
-                batch.tokens.add_(project(kept_inner[position]))
             else:
-                batch.tokens.add_(project(inner_activations(layer, spec.down_proj, norm(batch.hidden), None)))
+                again = kept_again.pop(0)
+                if again is None:
+                    again = inner_activations(layer, spec.down_proj, norm(batch.hidden), None)
+                batch.tokens.add_(project(again))
     return {
         "kept_channels": kept_channels.tolist(),
         "channel_importance": importance.tolist(),

@@ -12,8 +12,10 @@ import torch
 
 from slimllm import ops
 
-# Ridge of `lstsq` on columns scaled to unit variance.
+# Ridge of `lstsq`, on columns scaled to unit size; and the part of a column's squared mean that counts as its size beside
+# the variance, so that a column that is nearly constant gets no weights so large that rounding them moves the output.
 RIDGE = 0.3
+MEAN_PART = 0.01
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ def least_squares(
 
     With e = y - ŷ the output that pruning took away, a ridge regression of e on the kept inputs z,
 
-        Δᵀ = D⁻¹ (D⁻¹ Cov(z) D⁻¹ + λI)⁻¹ D⁻¹ Cov(z, e),   D² = diag Cov(z),   b = E e - Δ E z,
+        Δᵀ = D⁻¹ (D⁻¹ Cov(z) D⁻¹ + λI)⁻¹ D⁻¹ Cov(z, e),   D² = diag Cov(z) + 0.01 (E z)²,   b = E e - Δ E z,
 
-    shrinks the new weights towards the old ones, by as much as is right for a column's own spread: few tokens and more
+    shrinks the new weights towards the old ones, by as much as is right for a column's own size: few tokens and more
     columns than tokens do no harm.
 
     Args:
@@ -98,8 +100,8 @@ def least_squares(
     Returns:
         The change, and Σ_k var(e_k - Δ_k z), what is then still missing.
     """
-    deviation = covariance.diagonal().clamp(min=0).sqrt()
-    inverse = torch.where(deviation > 0, 1 / deviation, 0.0)
+    variance = covariance.diagonal().clamp(min=0)
+    inverse = torch.where(variance > 0, (variance + MEAN_PART * mean.square()).rsqrt(), 0.0)
     correlation = (covariance * inverse[:, None]).mul_(inverse)
     delta = inverse[:, None] * ops.lstsq(correlation[None], (inverse[:, None] * cross)[None], RIDGE, absolute=True)[0]
     missing = lost.sum() - 2 * (delta * cross).sum() + (delta * (covariance @ delta)).sum()

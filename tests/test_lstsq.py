@@ -50,7 +50,7 @@ def reference(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("k", [1, 2, 3, 8, 17, 64, 65, 128, 129, 130])
-@pytest.mark.parametrize(("batch", "m"), [(1, 1), (LANES + 1, 3), (2 * LANES, 1)])
+@pytest.mark.parametrize(("batch", "m"), [(1, 1), (LANES - 1, 3), (2 * LANES - 2, 1)])
 def test_against_fp64(backend: str, batch: int, k: int, m: int, dtype: torch.dtype) -> None:
     gram, cross = normal_equations(batch, k, m, dtype=dtype)
     for ridge in (0.0, 1e-2):
@@ -83,15 +83,17 @@ def test_a_thousand_and_none(backend: str) -> None:
     assert_close(ops.lstsq(gram, cross), reference(gram, cross, torch.zeros(1000, dtype=torch.float64)),
                  torch.linalg.solve(gram, cross), FLOOR[torch.float64])  # fmt: skip
     assert ops.lstsq(gram[:0], cross[:0]).shape == (0, 16, 1)
-    assert ops.lstsq(gram, cross[..., :0]).shape == (1000, 16, 0)
+    none, used = ops.lstsq_ex(gram, cross[..., :0], 0.5)
+    assert none.shape == (1000, 16, 0)
+    assert torch.allclose(used, 0.5 * gram.diagonal(dim1=-2, dim2=-1).mean(-1))
     assert ops.lstsq(gram[:, :0, :0], cross[:, :0]).shape == (1000, 0, 1)
 
 
 def test_strides_and_the_half_that_is_read(backend: str) -> None:
-    gram, cross = normal_equations(20, 12, 3)
+    gram, cross = normal_equations(4 * LANES, 12, 3)
     wanted = ops.lstsq(gram, cross)
     upper = torch.full_like(gram, 7e5).triu(1)
-    padded = torch.zeros(20, 13, 12, dtype=torch.float64)
+    padded = torch.zeros(4 * LANES, 13, 12, dtype=torch.float64)
     padded[:, :12] = gram
     for other in (gram.mT.contiguous().mT, gram.tril() + upper, padded[:, :12], gram.flip(0).flip(0)):
         assert torch.equal(ops.lstsq(other, cross.mT.contiguous().mT), wanted)
@@ -114,7 +116,7 @@ def test_shrinking_towards_a_start(backend: str, absolute: bool, dtype: torch.dt
 
 def test_singular_systems(backend: str, caplog: pytest.LogCaptureFixture) -> None:
     generator = torch.Generator().manual_seed(3)
-    for repeat in (1, LANES + 3):
+    for repeat in (1, 2 * LANES - 3):
         a = torch.randn(repeat, 40, 6, generator=generator, dtype=torch.float64)
         a[..., 3] = a[..., 2]  # twice the same column
         a[..., 5] = 0  # a dead one
@@ -201,10 +203,16 @@ def test_errors(backend: str) -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name} must be finite, got NaN or infinity"):
             ops.lstsq(*arguments)
-    with pytest.raises(ValueError, match="1 of 2 systems have a negative number"):
+    with pytest.raises(ValueError, match="1 of 2 systems are not positive semidefinite: the diagonal"):
         ops.lstsq(torch.stack([torch.diag(torch.tensor([-4.0, 1.0, 1.0])), torch.eye(3)]), torch.ones(2, 3, 1))
-    with pytest.raises(ValueError, match="1 of 1 systems are not positive semidefinite"):
-        ops.lstsq(torch.tensor([[[1.0, 5.0], [5.0, 1.0]]]), torch.ones(1, 2, 1))
+    with pytest.raises(ValueError, match="1 of 1 systems are not positive semidefinite: the diagonal"):
+        ops.lstsq(torch.tensor([[[0.0, 5.0], [5.0, 1.0]]]), torch.ones(1, 2, 1))
+    for off in (1.0001, 1.5, 2.0, 5.0):
+        system = torch.tensor([[[1.0, off], [off, 1.0]]]).repeat(LANES, 1, 1)
+        with pytest.raises(ValueError, match=f"{LANES} of {LANES} systems are not positive semidefinite"):
+            ops.lstsq(system, torch.ones(LANES, 2, 1))
+    with pytest.raises(ValueError, match="ridge must be finite"):
+        ops.lstsq(1e10 * gram.double(), cross.double(), 1e300)
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +224,16 @@ def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMLLM_BACKEND", "extension")
     with pytest.raises(InputError, match=r"SLIMLLM_BACKEND=extension was asked for, but slimllm\._C was not built"):
         ops.lstsq(gram, cross)
+
+
+def test_an_extension_of_an_older_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.importlib, "import_module", lambda name: None)
+    monkeypatch.setattr(torch.ops, "slimllm_C", object())
+    assert "older version" in dispatch.extension_is_missing.__wrapped__()
+
+
+def test_what_is_used_is_named() -> None:
+    assert ops.backend("cpu", ("lstsq", "gram_")) == ("torch" if NO_EXTENSION else "extension; torch for gram_")
 
 
 def test_sizes_on_either_side_of_the_extension(backend: str) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimllm.ops import head_covariance
-from slimllm.recovery import RIDGE, OutputMoments, head_moments, least_squares
+from slimllm.recovery import MEAN_PART, RIDGE, OutputMoments, head_moments, least_squares
 from slimllm.statistics import GramStatistics
 
 
@@ -78,7 +78,8 @@ def test_least_squares_is_ridge_regression_on_scaled_columns(tokens: int, dead: 
         centered.T @ centered / tokens, centered.T @ centered_lost / tokens, centered_lost.square().mean(0), z.mean(0),
         lost.mean(0),
     )  # fmt: skip
-    size = centered.square().mean(0).sqrt()
+    variance = centered.square().mean(0)
+    size = torch.where(variance > 0, variance + MEAN_PART * z.mean(0).square(), 0.0).sqrt()
     scaled = torch.where(size > 0, centered / size, 0.0)
     # Rows that ask for 0 with the weight of the ridge.
     rows = torch.cat([scaled, (RIDGE * tokens) ** 0.5 * torch.eye(20, dtype=torch.float64)])
@@ -87,3 +88,21 @@ def test_least_squares_is_ridge_regression_on_scaled_columns(tokens: int, dead: 
     assert torch.allclose(change.delta.T, wanted, rtol=1e-7, atol=1e-10)
     assert torch.allclose(change.intercept, lost.mean(0) - z.mean(0) @ wanted, rtol=1e-7, atol=1e-7)
     assert abs(missing - (centered_lost - centered @ wanted).square().mean(0).sum()) < 1e-8 * (1 + missing)
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-4, 1e-2, 1.0])
+def test_nearly_constant_columns_survive_rounding(spread: float) -> None:
+    """Weights and bias rounded to bf16 leave the error that was reported, nearly."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(500, 40, generator=generator, dtype=torch.float64)
+    z[:, :4] = spread * z[:, :4] + torch.tensor([1.0, 2.0, 3.0, 4.0])
+    lost = torch.randn(500, 10, generator=generator, dtype=torch.float64) + z[:, 10:20]
+    statistics = GramStatistics(50)
+    statistics.update(torch.cat([z, lost], 1).float())
+    covariance, mean = statistics.covariance(), statistics.mean()
+    change, missing = least_squares(
+        covariance[:40, :40], covariance[:40, 40:], covariance.diagonal()[40:], mean[:40], mean[40:]
+    )
+    delta, intercept = (t.bfloat16().double() for t in (change.delta, change.intercept))
+    real = (lost - z @ delta.T - intercept).square().mean(0).sum()
+    assert real <= 1.02 * missing + 1e-3

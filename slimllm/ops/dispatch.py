@@ -102,6 +102,8 @@ def extension_is_missing() -> str:
         importlib.import_module("slimllm._C")
     except ImportError as error:
         return f"was not built or does not load ({error})"
+    if not hasattr(torch.ops.slimllm_C, "small_lstsq"):
+        return "is that of an older version; install again to build it"
     return ""
 
 
@@ -109,9 +111,10 @@ def backend(device: torch.device | str, operations: Sequence[str] = KERNELS) -> 
     """What these operations use on `device`, in a word or two: `torch`, `triton`, or `triton; torch for …`."""
     choices = {operation: choose(operation, device).backend for operation in operations}
     exceptions = [operation for operation, name in choices.items() if name == "torch"]
-    if len(exceptions) == len(choices):
+    others = " and ".join(sorted(set(choices.values()) - {"torch"}))
+    if not others:
         return "torch"
-    return "triton" + (f"; torch for {', '.join(exceptions)}" if exceptions else "")
+    return others + (f"; torch for {', '.join(exceptions)}" if exceptions else "")
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import numbers
 
 import torch
 
@@ -10,9 +11,12 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose
 from slimllm.ops.library import operator
 
-# Up to this size the extension is the faster, if there are enough systems to fill its lanes (benchmarks/bench_lstsq.py).
-LARGEST = 128
+# Where the extension is the faster (benchmarks/bench_lstsq.py): up to so many unknowns and right-hand sides, and enough
+# systems to fill three quarters of its lanes.
+LARGEST, MOST_COLUMNS = 128, 16
 LANES = 8
+# Automatic ridges, relative to the mean diagonal, in powers of 100; a system that needs more is not semidefinite.
+FIRST_RIDGE, LAST_RIDGE = 1e-12, 1e-4
 
 _log = logging.getLogger("slimllm")
 
@@ -32,11 +36,11 @@ def lstsq(
         X = W + (G + λI)⁻¹ (R - G W).
 
     Factored in fp64, with G + λI scaled to a unit diagonal. A system that is singular to working precision gets the least
-    of the ridges 1e-12, 1e-10, … of its mean diagonal that makes it regular, which a warning reports; `lstsq_ex` returns
-    the ridges. Work: k³/3 + 2k²m multiply-adds a system.
+    of the ridges 1e-12, 1e-10, … 1e-4 of its mean diagonal that makes it regular, which a warning reports; `lstsq_ex`
+    returns the ridges. Work: k³/3 + 2k²m multiply-adds a system.
 
     Args:
-        gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite; its lower half is read, any strides.
+        gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite, any strides; the lower half counts.
         cross: R, (batch, k, m), of the same dtype.
         ridge: λ, not negative; a number, or (batch,) one for each system. Relative to the mean of the system's diagonal,
             or, if `absolute`, as it is.
@@ -78,23 +82,30 @@ def lstsq_ex(
             raise ValueError(f"start must have the shape of cross, {tuple(cross.shape)}, got {tuple(start.shape)}.")
     if not isinstance(absolute, bool):
         raise TypeError(f"absolute must be True or False, got {absolute!r}.")
-    if not isinstance(ridge, (int, float, torch.Tensor)):
+    if not isinstance(ridge, (numbers.Real, torch.Tensor)):
         raise TypeError(f"ridge must be a number or a tensor, got {type(ridge).__name__}.")
     wanted = torch.as_tensor(ridge, dtype=torch.float64, device=gram.device)
     if wanted.shape not in ((), gram.shape[:1]):
         raise ValueError(f"ridge must be a number or have shape ({gram.shape[0]},), got {tuple(wanted.shape)}.")
     wanted = wanted.expand(len(gram)).contiguous().detach()
+    gram, cross, start = gram.detach(), cross.detach(), None if start is None else start.detach()
     _check_values(gram, cross, start, wanted)
-    arguments = (None if tensor is None else tensor.detach() for tensor in (start,))
-    solution, used = _lstsq(gram.detach(), cross.detach(), wanted, absolute, *arguments)
+    solution, used = _lstsq(gram, cross, wanted, absolute, start)
     _report(gram, wanted, used, absolute)
     return solution, used
 
 
 def _check_values(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None, ridge: torch.Tensor) -> None:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    named = {"gram": gram, "cross": cross, "ridge": ridge} | ({} if start is None else {"start": start})
-    facts = [tensor.isfinite().all() for tensor in named.values()] + [(ridge >= 0).all(), (diagonal >= 0).all()]
+    # A column of zeros on the diagonal alone is no part of a semidefinite system.
+    bad = (
+        (diagonal < 0) | ((diagonal == 0) & (torch.linalg.vector_norm(gram, torch.inf, dim=-1) > 0))
+        if gram.numel()
+        else diagonal
+    )
+    named = {"gram": gram, "cross": cross, "ridge": ridge * diagonal.double().mean(-1) if gram.numel() else ridge}
+    named |= {} if start is None else {"start": start}
+    facts = [tensor.isfinite().all() for tensor in named.values()] + [(ridge >= 0).all(), ~bad.any()]
     *finite, ridges, diagonals = torch.stack(facts).tolist()  # one wait for the device
     for name, fine in zip(named, finite):
         if not fine:
@@ -102,8 +113,10 @@ def _check_values(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor |
     if not ridges:
         raise ValueError(f"ridge must not be negative, got {float(ridge.min()):g}.")
     if not diagonals:
-        negative = int((diagonal < 0).any(-1).sum())
-        raise ValueError(f"{negative} of {len(gram)} systems have a negative number on the diagonal of gram.")
+        raise ValueError(
+            f"{int(bad.any(-1).sum())} of {len(gram)} systems are not positive semidefinite: the diagonal of gram is "
+            "negative, or 0 beside other numbers."
+        )
 
 
 def _report(gram: torch.Tensor, wanted: torch.Tensor, used: torch.Tensor, absolute: bool) -> None:
@@ -111,7 +124,7 @@ def _report(gram: torch.Tensor, wanted: torch.Tensor, used: torch.Tensor, absolu
         return
     failed = int(used.isnan().sum())
     if failed:
-        raise ValueError(f"{failed} of {len(gram)} systems are not positive semidefinite, not even with a ridge.")
+        raise ValueError(f"{failed} of {len(gram)} systems are not positive semidefinite.")
     mean = gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)
     raised = used > (wanted if absolute else wanted * mean) * (1 + 1e-9)
     if bool(raised.any()):
@@ -131,10 +144,17 @@ def _lstsq(
     gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool, start: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if gram.numel() == 0 or cross.numel() == 0:
-        return torch.zeros_like(cross, memory_format=torch.contiguous_format), ridge.clone()
-    batch, size = gram.shape[:2]
-    small = size <= LANES or (size <= LARGEST and batch >= LANES)
-    if small and choose("lstsq", gram.device).backend == "extension":
+        empty = gram.numel() == 0
+        used = ridge.clone() if absolute or empty else ridge * gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+        return torch.zeros_like(cross, memory_format=torch.contiguous_format), used
+    batch, size, columns = *gram.shape[:2], cross.shape[2]
+    lanes = -(-batch // LANES) * LANES
+    if (
+        size <= LARGEST
+        and columns <= MOST_COLUMNS
+        and 4 * batch >= 3 * lanes
+        and choose("lstsq", gram.device).backend == "extension"
+    ):
         contiguous = None if start is None else start.contiguous()
         solution, used = torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)
         return solution, used
@@ -145,8 +165,8 @@ def _lstsq(
     mean = diagonal.mean(-1)
     used = ridge.clone() if absolute else ridge * mean
     factor, scale, failed = _factor(matrix, diagonal, used)
-    raised = 1e-12
-    while bool(failed.any()) and raised <= 1:
+    raised = FIRST_RIDGE
+    while bool(failed.any()) and raised <= 1.001 * LAST_RIDGE:
         used = torch.where(failed, torch.maximum(used, raised * mean), used)
         factor, scale, failed = _factor(matrix, diagonal, used)
         raised *= 100
