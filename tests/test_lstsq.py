@@ -198,11 +198,17 @@ def test_errors(backend: str) -> None:
         ops.lstsq(gram, cross, absolute=1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="start must have the shape of cross"):
         ops.lstsq(gram, cross, start=cross[:, :2])
-    for name, arguments in (
-        ("gram", (gram * torch.nan, cross, 0.0)), ("cross", (gram, cross / 0, 0.0)), ("ridge", (gram, cross, torch.inf))
-    ):  # fmt: skip
+    off = gram.clone()
+    off[0, 2, 1] = torch.inf
+    for name, arguments in (("gram", (gram * torch.nan, cross)), ("gram", (off, cross)), ("cross", (gram, cross / 0))):
         with pytest.raises(ValueError, match=f"{name} must be finite, got NaN or infinity"):
             ops.lstsq(*arguments)
+    with pytest.raises(ValueError, match="start must be finite, got NaN or infinity"):
+        ops.lstsq(gram, cross, 1.0, start=cross * torch.nan)
+    with pytest.raises(ValueError, match=r"ridge must be finite, .*, got inf"):
+        ops.lstsq(gram, cross, torch.inf)
+    with pytest.raises(ValueError, match=r"leaves the range of torch\.float32"):
+        ops.lstsq(1e-30 * gram, 1e20 * cross)
     with pytest.raises(ValueError, match="1 of 2 systems are not positive semidefinite: the diagonal"):
         ops.lstsq(torch.stack([torch.diag(torch.tensor([-4.0, 1.0, 1.0])), torch.eye(3)]), torch.ones(2, 3, 1))
     with pytest.raises(ValueError, match="1 of 1 systems are not positive semidefinite: the diagonal"):

@@ -89,42 +89,50 @@ def lstsq_ex(
         raise ValueError(f"ridge must be a number or have shape ({gram.shape[0]},), got {tuple(wanted.shape)}.")
     wanted = wanted.expand(len(gram)).contiguous().detach()
     gram, cross, start = gram.detach(), cross.detach(), None if start is None else start.detach()
-    _check_values(gram, cross, start, wanted)
+    if gram.numel():
+        _check_diagonal_and_ridge(gram, wanted)
     solution, used = _lstsq(gram, cross, wanted, absolute, start)
+    # What is not finite on the way in is not finite on the way out, where there is less to look at.
+    if not bool(solution.isfinite().all() & used.isfinite().all()):
+        _explain(gram, cross, start, used)
     _report(gram, wanted, used, absolute)
     return solution, used
 
 
-def _check_values(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None, ridge: torch.Tensor) -> None:
+def _check_diagonal_and_ridge(gram: torch.Tensor, ridge: torch.Tensor) -> None:
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # A column of zeros on the diagonal alone is no part of a semidefinite system.
-    bad = (
-        (diagonal < 0) | ((diagonal == 0) & (torch.linalg.vector_norm(gram, torch.inf, dim=-1) > 0))
-        if gram.numel()
-        else diagonal
-    )
-    named = {"gram": gram, "cross": cross, "ridge": ridge * diagonal.double().mean(-1) if gram.numel() else ridge}
-    named |= {} if start is None else {"start": start}
-    facts = [tensor.isfinite().all() for tensor in named.values()] + [(ridge >= 0).all(), ~bad.any()]
-    *finite, ridges, diagonals = torch.stack(facts).tolist()  # one wait for the device
-    for name, fine in zip(named, finite):
-        if not fine:
-            raise ValueError(f"{name} must be finite, got NaN or infinity.")
-    if not ridges:
+    absolute = ridge * diagonal.double().mean(-1).clamp(min=1)
+    facts = [(ridge >= 0).all(), absolute.isfinite().all() | ~diagonal.isfinite().all(), (diagonal > 0).all()]
+    not_negative, finite, positive = torch.stack(facts).tolist()  # one wait for the device
+    if not finite:
+        raise ValueError(f"ridge must be finite, relative to the diagonal too, got {float(ridge.max()):g}.")
+    if not not_negative:
         raise ValueError(f"ridge must not be negative, got {float(ridge.min()):g}.")
-    if not diagonals:
-        raise ValueError(
-            f"{int(bad.any(-1).sum())} of {len(gram)} systems are not positive semidefinite: the diagonal of gram is "
-            "negative, or 0 beside other numbers."
-        )
+    if not positive:
+        # Where a diagonal is 0, so are its row and column, or the system is not semidefinite.
+        bad = (diagonal < 0) | ((diagonal == 0) & (torch.linalg.vector_norm(gram, torch.inf, dim=-1) > 0))
+        if bool(bad.any()):
+            raise ValueError(
+                f"{int(bad.any(-1).sum())} of {len(gram)} systems are not positive semidefinite: the diagonal of gram is "
+                "negative, or 0 beside other numbers."
+            )
 
 
-def _report(gram: torch.Tensor, wanted: torch.Tensor, used: torch.Tensor, absolute: bool) -> None:
-    if not len(gram):
-        return
+def _explain(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None, used: torch.Tensor) -> None:
+    """Raise the error that a solution with NaN or infinity comes from."""
+    named = {"gram": gram.tril(), "cross": cross} | ({} if start is None else {"start": start})
+    for name, tensor in named.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got NaN or infinity.")
     failed = int(used.isnan().sum())
     if failed:
         raise ValueError(f"{failed} of {len(gram)} systems are not positive semidefinite.")
+    raise ValueError(f"the solution leaves the range of {cross.dtype}; scale gram and cross, or use float64.")
+
+
+def _report(gram: torch.Tensor, wanted: torch.Tensor, used: torch.Tensor, absolute: bool) -> None:
+    if not gram.numel():
+        return
     mean = gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)
     raised = used > (wanted if absolute else wanted * mean) * (1 + 1e-9)
     if bool(raised.any()):
