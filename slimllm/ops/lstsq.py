@@ -11,7 +11,7 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose
 from slimllm.ops.library import operator
 
-# Where the extension is the faster (benchmarks/bench_lstsq.py): up to so many unknowns and right-hand sides, and enough
+# Where the extension is faster than the torch path below: up to so many unknowns and right-hand sides, and enough
 # systems to fill three quarters of its lanes.
 LARGEST, MOST_COLUMNS = 128, 16
 LANES = 8
