@@ -1,19 +1,23 @@
-"""Builds the optional C++ extension; everything else is in pyproject.toml.
+"""Builds the optional extension; everything else is in pyproject.toml.
 
 SLIMLLM_BUILD_EXT: `auto` (default) builds it where there are a compiler and torch 2.11 or later (visible to the build with
 --no-build-isolation) and says in one line what it did, `1` fails loudly if it cannot be built, `0` leaves it out.
+The CUDA part comes with a torch for CUDA and nvcc (CUDA_HOME), for the architectures in TORCH_CUDA_ARCH_LIST, or those of
+the visible GPUs, or else 8.0, 8.6 and 9.0.
 """
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from setuptools import setup
 
 MODES = ("auto", "1", "0")
-SOURCES = ["csrc/module.cpp", "csrc/lstsq.cpp"]
+SOURCES = ["csrc/module.cpp", "csrc/lstsq.cpp", "csrc/affine.cpp"]
+CUDA_SOURCES = ["csrc/lstsq_cuda.cu", "csrc/affine_cuda.cu"]
 # The part of torch's stable ABI that is used, that of 2.11: one build runs on that version and all later ones.
-STABLE_ABI = "0x020b000000000000"
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def extension_arguments() -> dict[str, Any]:
@@ -30,8 +34,9 @@ def extension_arguments() -> dict[str, Any]:
             sys.exit(f"slimllm: the extension cannot be built: {missing}")
         print(f"slimllm: extension not built, torch does its work ({missing})")
         return {}
-    import pybind11
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension
+
+    wanted = extension(cuda=has_cuda())
 
     class Build(BuildExtension):  # type: ignore[misc]
         """Builds the extension, or says in one line why not."""
@@ -39,20 +44,71 @@ def extension_arguments() -> dict[str, Any]:
         def run(self) -> None:
             try:
                 super().run()
-                print("slimllm: extension slimllm._C built")
+                print(f"slimllm: extension slimllm._C built{' with CUDA' if has_cuda() else ''}")
             except (Exception, SystemExit) as error:
                 if mode == "1":
                     raise
-                self.extensions: list[Any] = []
-                print(f"slimllm: extension not built, torch does its work ({' '.join(str(error).split())[:300]})")
+                why = " ".join(str(error).split())[:300]
+                if not has_cuda():
+                    self.give_up(why)
+                    return
+                vars(wanted).update(vars(extension(cuda=False)))  # what distutils has noted of it stays
+                try:
+                    super().run()
+                    print(f"slimllm: extension slimllm._C built without CUDA ({why})")
+                except (Exception, SystemExit) as another:
+                    self.give_up(" ".join(str(another).split())[:300])
 
-    flags = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
-    extension = CppExtension(
-        "slimllm._C", SOURCES, include_dirs=[pybind11.get_include()], extra_compile_args={"cxx": flags}
-    )
+        def give_up(self, why: str) -> None:
+            self.extensions: list[Any] = []
+            print(f"slimllm: extension not built, torch does its work ({why})")
+
+    return {"ext_modules": [wanted], "cmdclass": {"build_ext": Build}}
+
+
+def extension(cuda: bool) -> Any:
+    """The extension, with or without its CUDA part."""
+    import pybind11
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    flags = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", STABLE_ABI]
+    arguments: dict[str, Any] = {"include_dirs": [pybind11.get_include()], "extra_compile_args": {"cxx": flags}}
+    if cuda:
+        architectures = choose_architectures()
+        flags += [f'-DSLIMLLM_CUDA_ARCHITECTURES="{architectures}"', f'-DSLIMLLM_CUDA="{cuda_version()}"']
+        arguments["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++17", "-DUSE_CUDA", STABLE_ABI]
+        made = CUDAExtension("slimllm._C", SOURCES + CUDA_SOURCES, **arguments)
+    else:
+        made = CppExtension("slimllm._C", SOURCES, **arguments)
     # Headers of others are theirs to keep clean of warnings.
-    extension.extra_compile_args["cxx"] += [f"-isystem{folder}" for folder in extension.include_dirs]
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    made.extra_compile_args["cxx"] += [f"-isystem{folder}" for folder in made.include_dirs]
+    return made
+
+
+def has_cuda() -> bool:
+    """Whether there are a torch for CUDA and a compiler for it."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return bool(torch.version.cuda and CUDA_HOME and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
+
+
+def cuda_version() -> str:
+    """The version of CUDA that torch was built for, which nvcc's has to fit."""
+    import torch
+
+    return str(torch.version.cuda)
+
+
+def choose_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST, which torch's build reads, set where it is not."""
+    import torch
+
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+        names = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = names or "8.0;8.6;9.0+PTX"
+    return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
 
 
 def missing_for_build() -> str:

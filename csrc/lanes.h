@@ -10,11 +10,6 @@
 
 namespace slimllm {
 
-// Ridges, relative to the mean of the diagonal, that are tried in turn where a system is singular to working precision.
-constexpr double kFirstRidge = 1e-12;
-constexpr double kRidgeStep = 100.0;
-constexpr double kLastRidge = 1e-4;
-
 // Work space and results of LANES systems (K, K) with M right-hand sides, all in fp64.
 template <int LANES>
 struct Lanes {
@@ -109,8 +104,9 @@ struct Lanes {
     }
   }
 
-  bool singular(int lane) const {
-    return !(least_pivot[lane] > static_cast<double>(k) * std::numeric_limits<double>::epsilon());
+  // Whether the system is positive definite to working precision.
+  bool regular(int lane) const {
+    return least_pivot[lane] > static_cast<double>(k) * std::numeric_limits<double>::epsilon();
   }
 };
 

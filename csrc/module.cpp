@@ -4,8 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
+
+#ifndef SLIMLLM_CUDA_ARCHITECTURES
+#define SLIMLLM_CUDA_ARCHITECTURES ""
+#define SLIMLLM_CUDA ""
+#endif
 
 namespace py = pybind11;
 
@@ -23,6 +29,14 @@ std::string compiler() {
 #endif
 }
 
+// The words of a list that setup.py hands over as `a;b`.
+std::vector<std::string> words(const std::string& list) {
+  std::vector<std::string> found;
+  std::istringstream stream(list);
+  for (std::string word; std::getline(stream, word, ';');) found.push_back(word);
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -33,8 +47,11 @@ PYBIND11_MODULE(_C, module) {
         py::dict info;
         info["compiler"] = compiler();
         info["cpp_standard"] = static_cast<long>(__cplusplus);
-        info["operations"] = std::vector<std::string>{"lstsq (CPU)"};
+        info["cuda"] = SLIMLLM_CUDA;
+        info["cuda_architectures"] = words(SLIMLLM_CUDA_ARCHITECTURES);
+        info["operations"] = std::vector<std::string>{"lstsq", "affine_fit"};
         return info;
       },
-      "How this module was built: compiler, cpp_standard (the value of __cplusplus), and operations by device.");
+      "How this module was built: compiler, cpp_standard (the value of __cplusplus), cuda (the version of nvcc, empty "
+      "without), cuda_architectures (such as 80 and 90) and operations.");
 }

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_lstsq import normal_equations
+from tolerances import FLOOR, assert_close
 
 import slimllm
-from slimllm import PruneConfig
+from slimllm import PruneConfig, ops
 
 pytestmark = pytest.mark.gpu
 
@@ -39,3 +41,30 @@ def test_model_in_memory(stories: Any, token_ids: torch.Tensor, dtype: torch.dty
     with torch.no_grad():
         assert torch.isfinite(model(token_ids[:2].cuda()).logits).all()
     assert report.device.startswith("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("batch", "k", "m"), [(1000, 16, 1), (40, 64, 16), (3, 65, 2), (5, 64, 17), (2, 300, 40), (1, 1, 1)]
+)
+def test_least_squares(batch: int, k: int, m: int, dtype: torch.dtype) -> None:
+    """The extension's kernel, where it was built with CUDA, and torch's factorisation of what is too large for it."""
+    gram, cross = normal_equations(batch, k, m, dtype=dtype)
+    start = torch.randn(batch, k, m, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for options in ({}, {"ridge": 0.1, "start": start}, {"ridge": 2.0, "absolute": True}):
+        precise = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        wanted, used = ops.lstsq_ex(gram.double(), cross.double(), **precise)
+        on_gpu = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+        got, ridge = ops.lstsq_ex(gram.cuda(), cross.cuda(), **on_gpu)
+        assert torch.allclose(ridge.cpu(), used)
+        assert_close(got.cpu(), wanted, wanted.to(dtype), 20 * FLOOR[dtype])
+
+
+def test_bad_systems() -> None:
+    gram, cross = normal_equations(20, 9, 2)
+    gram[5] = torch.outer(gram[5, 0], gram[5, 0])  # of rank one
+    solution, ridge = ops.lstsq_ex(gram.cuda(), cross.cuda())
+    assert solution.isfinite().all() and ridge.nonzero().tolist() == [[5]]
+    gram[6, 3, 3] = -1
+    with pytest.raises(ValueError, match="1 of 20 systems are not positive semidefinite"):
+        ops.lstsq(gram.cuda(), cross.cuda())

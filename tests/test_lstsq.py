@@ -163,15 +163,32 @@ def test_registration() -> None:
         assert set(torch.library.opcheck(torch.ops.slimllm.lstsq.default, arguments).values()) == {"SUCCESS"}
     if not NO_EXTENSION:
         checks = ("test_schema",)
-        extension = torch.ops.slimllm_C.small_lstsq.default
-        assert torch.library.opcheck(extension, (gram, cross, ridge, False, start), test_utils=checks)
+        solve, fit = torch.ops.slimllm_C.small_lstsq.default, torch.ops.slimllm_C.affine_fit.default
+        assert torch.library.opcheck(solve, (gram, cross, ridge, False, start), test_utils=checks)
+        assert torch.library.opcheck(fit, tuple(torch.rand(4, 7)), test_utils=checks)
+
+
+def test_the_status_of_a_system(backend: str) -> None:
+    """What torch.ops.slimllm.lstsq, which neither waits nor raises, says of what it could not solve."""
+    gram, cross = normal_equations(LANES, 5, 2)
+    gram[1] = torch.outer(gram[1, 0], gram[1, 0])
+    gram[2, 3, 1] = torch.nan
+    ridge = torch.tensor([0.0, 0, 0, -1, torch.inf, 0, 0, 0], dtype=torch.float64)
+    solution, _, status = torch.ops.slimllm.lstsq(gram, cross, ridge, False, None)
+    assert status.tolist() == [0, 1, 1, 1, 1, 0, 0, 0]
+    assert solution[1:5].isnan().all() and solution[[0, 5, 6, 7]].isfinite().all()
 
 
 @pytest.mark.skipif(bool(NO_EXTENSION), reason="the extension was not built")
 def test_the_extension_itself_checks_what_it_is_given() -> None:
     gram, cross = normal_equations(LANES, 5, 2)
     ridge = torch.zeros(LANES, dtype=torch.float64)
-    solve = torch.ops.slimllm_C.small_lstsq
+    solve, fit = torch.ops.slimllm_C.small_lstsq, torch.ops.slimllm_C.affine_fit
+    moments = torch.rand(4, 5)
+    three = tuple(moments[:3])
+    for four in ((*three, moments[3, :4]), (*three, moments[3].double()), tuple(moments.half()), (moments,) * 4):
+        with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
+            fit(*four)
     for arguments in (
         (gram[0], cross, ridge), (gram[:, :4], cross, ridge), (gram, cross[:3], ridge), (gram, cross.float(), ridge),
         (gram.mT.contiguous().mT, cross, ridge), (gram, cross, ridge.float()), (gram.half(), cross.half(), ridge),
@@ -222,7 +239,7 @@ def test_errors(backend: str) -> None:
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "extension_is_missing", lambda: "was not built")
+    monkeypatch.setattr(dispatch, "extension_is_missing", lambda device_type: "was not built")
     gram, cross = normal_equations(LANES, 5, 2)
     monkeypatch.setenv("SLIMLLM_BACKEND", "auto")
     assert dispatch.choose("lstsq", "cpu") == dispatch.Choice("torch", "slimllm._C was not built")
@@ -242,9 +259,29 @@ def test_what_is_used_is_named() -> None:
     assert ops.backend("cpu", ("lstsq", "gram_")) == ("torch" if NO_EXTENSION else "extension; torch for gram_")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_affine_fit(backend: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, y_hat = torch.randn(2, 200, 33, generator=generator, dtype=torch.float64)
+    y_hat[:, 3] = 5.0  # constant
+    mean_y, mean_y_hat = y.mean(0), y_hat.mean(0)
+    variance, covariance = y_hat.var(0, correction=0), ((y - mean_y) * (y_hat - mean_y_hat)).mean(0)
+    four = [t.to(dtype) for t in (mean_y, mean_y_hat, variance, covariance)]
+    strided = [torch.stack([t, t], 1)[:, 0] for t in four]
+    slope, intercept = ops.affine_fit(*strided)
+    wanted_slope = (four[3] / four[2]).where(torch.arange(33) != 3, 1.0)
+    assert slope.dtype == dtype and slope.is_contiguous()
+    assert torch.equal(slope, wanted_slope) and slope[3] == 1
+    assert torch.allclose(intercept.double(), (four[0] - slope * four[1]).double(), atol=10 * FLOOR[dtype])
+    for k in (0, 7):
+        a, b = torch.linalg.lstsq(torch.stack([y_hat[:, k], torch.ones(200)], 1), y[:, k]).solution
+        assert abs(slope[k] - a) <= 10 * FLOOR[dtype] and abs(intercept[k] - b) <= 10 * FLOOR[dtype]
+    assert ops.affine_fit(*(t[:0] for t in four))[0].shape == (0,)
+
+
 def test_sizes_on_either_side_of_the_extension(backend: str) -> None:
     """The same result whichever of the two solves it, up to rounding."""
-    for k in (LARGEST, LARGEST + 1):
+    for k in (LARGEST["cpu"], LARGEST["cpu"] + 1):
         gram, cross = normal_equations(LANES, k, 2)
         wanted = reference(gram, cross, torch.zeros(LANES, dtype=torch.float64))
         assert torch.allclose(ops.lstsq(gram, cross), wanted, rtol=1e-9)

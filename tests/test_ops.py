@@ -84,11 +84,12 @@ def test_the_callers_precision_changes_nothing(name: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_accumulators_keep_no_graph(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setenv("SLIMLLM_BACKEND", backend)
-    x, pivot = torch.randn(20, 12, requires_grad=True), torch.randn(12, requires_grad=True)
-    gram, total = torch.zeros(12, 12), torch.zeros(12)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    x, pivot = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((20, 12), (12,)))
+    gram, total = torch.zeros(12, 12, device=device), torch.zeros(12, device=device)
     ops.gram_(gram, total, x, pivot=pivot)
     assert not gram.requires_grad and not total.requires_grad
-    statistics = GramStatistics(12)
+    statistics = GramStatistics(12, device)
     statistics.update(x)
     assert not statistics.covariance().requires_grad
 
@@ -229,17 +230,25 @@ def a_gpu_of_2022(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMLLM_BACKEND", "auto")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     real = selfcheck.difference
-    monkeypatch.setattr(selfcheck, "difference", lambda operation, device: real(operation, torch.device("cpu")))
+    monkeypatch.setattr(selfcheck, "difference", lambda operation, device, name: real(operation, torch.device("cpu"), name))
     dispatch._automatic.cache_clear()
     yield
     dispatch._automatic.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("operation", dispatch.KERNELS)
-def test_kernels_are_compared_before_they_are_used(a_gpu_of_2022: None, operation: str) -> None:
+@pytest.mark.parametrize("operation", [*dispatch.KERNELS, *dispatch.EXTENSION])
+def test_kernels_are_compared_before_they_are_used(
+    a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    wanted = "extension" if operation in dispatch.EXTENSION else "triton"
+    if wanted == "extension":
+        if dispatch.extension_is_missing():
+            pytest.skip("slimllm._C was not built")
+        assert dispatch.choose(operation, torch.device("cuda", 0)).reason == "slimllm._C was built without CUDA"
+        monkeypatch.setattr(dispatch, "extension_is_missing", lambda device_type: "")
     choice = dispatch.choose(operation, torch.device("cuda", 0))
-    assert choice.backend == "triton" and "agrees with torch" in choice.reason
+    assert choice.backend == wanted and "agrees with torch" in choice.reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -273,7 +282,7 @@ def test_the_comparison_is_the_same_under_other_defaults(a_gpu_of_2022: None, dt
 
 
 def test_no_memory_is_no_verdict(a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(operation: str, device: torch.device) -> float:
+    def fails(operation: str, device: torch.device, backend: str) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
@@ -286,7 +295,7 @@ def test_no_memory_is_no_verdict(a_gpu_of_2022: None, monkeypatch: pytest.Monkey
 
 def test_old_gpus_and_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert "this is 7.5" in dispatch._by_trying("gram_", 0).reason
+    assert "8.0 or later, not 7.5" in dispatch._by_trying("gram_", 0).reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     monkeypatch.setattr(dispatch, "_triton_is_missing", lambda: "triton is not installed")
     assert dispatch._by_trying("gram_", 0) == dispatch.Choice("torch", "triton is not installed")

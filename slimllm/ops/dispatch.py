@@ -2,8 +2,8 @@
 
 `torch` is the plain path and runs everywhere. `triton` runs the kernels in `kernels/`, on a GPU or, with
 TRITON_INTERPRET=1, slowly on a CPU. `extension` insists on the compiled extension (csrc/) where it has an operation. `auto`
-(the default) is `triton` on GPUs from compute capability 8.0 on, after each kernel has been compared with torch once on
-that device, the extension on a CPU where it was built, and `torch` anywhere else.
+(the default) is the extension where it has an operation and was built for the device, `triton` on GPUs from compute
+capability 8.0 on, both on a GPU only after they have been compared with torch there once, and `torch` anywhere else.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from slimllm.errors import InputError
 BACKENDS = ("auto", "torch", "triton", "extension")
 # Operations with a kernel. The others are library products and factorisations, or too small to matter.
 KERNELS = ("gram_", "head_covariance", "head_covariance_of_tokens", "pearson_greedy", "token_cosine")
-# Operations that the C++ extension has, on a CPU.
-EXTENSION = ("lstsq",)
-WITHOUT_KERNEL = {
-    "feature_space_importance": "matrix products and one factorisation, which libraries do best",
-    "affine_fit": "a few elementwise operations",
+# Operations that the extension has, and for what.
+EXTENSION = {
+    "lstsq": {"cpu": "up to 128 unknowns; torch beyond", "cuda": "up to 64 unknowns; torch beyond"},
+    "affine_fit": {"cpu": "float32 and float64", "cuda": "float32 and float64"},
 }
+WITHOUT_KERNEL = {"feature_space_importance": "matrix products and one factorisation, which libraries do best"}
 
 _log = logging.getLogger("slimllm")
 _forced: ContextVar[str | None] = ContextVar("forced", default=None)
@@ -82,28 +82,37 @@ def choose(operation: str, device: torch.device | str) -> Choice:
         return Choice("triton", "SLIMLLM_BACKEND=triton")
     if device.type != "cuda":
         return Choice("torch", "kernels are for GPUs")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return _automatic(operation, index)
+    return _automatic(operation, _index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _extension(operation: str, device: torch.device, wanted: str) -> Choice:
-    if device.type != "cpu":
-        return Choice("torch", "the extension has it for CPUs")
-    missing = extension_is_missing()
+    if device.type not in EXTENSION[operation]:
+        return Choice("torch", "the extension is for CPUs and NVIDIA GPUs")
+    missing = extension_is_missing(device.type)
     if missing and wanted == "extension":
         raise InputError(f"SLIMLLM_BACKEND=extension was asked for, but slimllm._C {missing}.")
-    return Choice("torch", f"slimllm._C {missing}") if missing else Choice("extension", "up to 128 unknowns; torch beyond")
+    if missing:
+        return Choice("torch", f"slimllm._C {missing}")
+    if device.type == "cpu" or wanted == "extension":
+        return Choice("extension", EXTENSION[operation][device.type])
+    return _automatic(operation, _index(device))
 
 
 @cache
-def extension_is_missing() -> str:
-    """Why there is no compiled extension, or nothing; loads it."""
+def extension_is_missing(device_type: str = "cpu") -> str:
+    """Why there is no compiled extension for a type of device, or nothing; loads it."""
     try:
-        importlib.import_module("slimllm._C")
+        module = importlib.import_module("slimllm._C")
     except ImportError as error:
         return f"was not built or does not load ({error})"
-    if not hasattr(torch.ops.slimllm_C, "small_lstsq"):
+    if not all(hasattr(torch.ops.slimllm_C, name) for name in ("small_lstsq", "affine_fit")):
         return "is that of an older version; install again to build it"
+    if device_type == "cuda" and not module.build_info()["cuda_architectures"]:
+        return "was built without CUDA"
     return ""
 
 
@@ -127,23 +136,27 @@ def _automatic(operation: str, index: int) -> Choice:
 
 
 def _by_trying(operation: str, index: int) -> Choice:
-    major, minor = torch.cuda.get_device_capability(index)
-    if torch.version.hip or major < 8:
-        return Choice("torch", f"kernels are for NVIDIA GPUs of compute capability 8.0 and later, this is {major}.{minor}")
-    missing = _triton_is_missing()
-    if missing:
-        return Choice("torch", missing)
+    backend = "extension" if operation in EXTENSION else "triton"
+    if backend == "triton":
+        major, minor = torch.cuda.get_device_capability(index)
+        if torch.version.hip or major < 8:
+            return Choice(
+                "torch", f"kernels need an NVIDIA GPU of compute capability 8.0 or later, not {major}.{minor}"
+            )
+        missing = _triton_is_missing()
+        if missing:
+            return Choice("torch", missing)
     from slimllm.ops.selfcheck import difference
 
     try:
-        worst = difference(operation, torch.device("cuda", index))
+        worst = difference(operation, torch.device("cuda", index), backend)
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel
     except Exception as error:  # whatever a compiler or a driver may come up with
         return Choice("torch", f"the kernel does not run here: {type(error).__name__}: {str(error)[:200]}")
     if not worst <= 2e-5:  # fp32's digits, summed in another order; a product of plain TF32 numbers is 1e-3 off
         return Choice("torch", f"the kernel computes here not as torch does: relative difference {worst:.1e}")
-    return Choice("triton", f"agrees with torch on this GPU to {worst:.0e}")
+    return Choice(backend, f"agrees with torch on this GPU to {worst:.0e}")
 
 
 def _triton_is_missing() -> str:

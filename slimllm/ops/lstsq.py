@@ -1,4 +1,4 @@
-"""Batches of ridge regressions from their normal equations: the C++ extension for small systems, torch for all others."""
+"""Batches of ridge regressions from their normal equations: the extension for small systems, torch for all others."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose
 from slimllm.ops.library import operator
 
-# Where the extension is faster than the torch path below: up to so many unknowns and right-hand sides, and enough
-# systems to fill three quarters of its lanes.
-LARGEST, MOST_COLUMNS = 128, 16
+# Where the extension is faster than the torch path below. On a CPU: up to so many unknowns and right-hand sides, and enough
+# systems to fill three quarters of its lanes. On a GPU: one warp a system, as many unknowns as its memory holds.
+LARGEST = {"cpu": 128, "cuda": 64}
+MOST_COLUMNS = 16
 LANES = 8
-# Automatic ridges, relative to the mean diagonal, in powers of 100; a system that needs more is not semidefinite.
-FIRST_RIDGE, LAST_RIDGE = 1e-12, 1e-4
+# Least pivot of a system scaled to a unit diagonal, by which fp32 work is trusted; below it comes fp64.
+SAFE_PIVOT = 1e-3
+# Ridges, relative to the mean diagonal, tried in turn where a system is singular; one that needs more is not semidefinite.
+RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
+# What `torch.ops.slimllm.lstsq` says of a system, added up: it was not solved; there are columns whose diagonal is 0, and
+# nobody has looked whether the rest of them is.
+FAILED, ZEROS = 1, 2
 
 _log = logging.getLogger("slimllm")
 
@@ -35,9 +41,9 @@ def lstsq(
 
         X = W + (G + λI)⁻¹ (R - G W).
 
-    Factored in fp64, with G + λI scaled to a unit diagonal. A system that is singular to working precision gets the least
-    of the ridges 1e-12, 1e-10, … 1e-4 of its mean diagonal that makes it regular, which a warning reports; `lstsq_ex`
-    returns the ridges. Work: k³/3 + 2k²m multiply-adds a system.
+    Cholesky factorisation in fp64, or, of larger systems in fp32 that are far from singular, in fp32. A system that is
+    singular to fp64's precision gets the least of the ridges 1e-12, 1e-10, … 1e-4 of its mean diagonal that makes it
+    regular, which a warning reports; `lstsq_ex` returns the ridges. Work: k³/3 + 2k²m multiply-adds a system.
 
     Args:
         gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite, any strides; the lower half counts.
@@ -84,117 +90,128 @@ def lstsq_ex(
         raise TypeError(f"absolute must be True or False, got {absolute!r}.")
     if not isinstance(ridge, (numbers.Real, torch.Tensor)):
         raise TypeError(f"ridge must be a number or a tensor, got {type(ridge).__name__}.")
-    wanted = torch.as_tensor(ridge, dtype=torch.float64, device=gram.device)
+    wanted = torch.as_tensor(ridge, dtype=torch.float64, device=gram.device).detach()
     if wanted.shape not in ((), gram.shape[:1]):
         raise ValueError(f"ridge must be a number or have shape ({gram.shape[0]},), got {tuple(wanted.shape)}.")
-    wanted = wanted.expand(len(gram)).contiguous().detach()
+    wanted = wanted.expand(len(gram)).contiguous()
     gram, cross, start = gram.detach(), cross.detach(), None if start is None else start.detach()
-    if gram.numel():
-        _check_diagonal_and_ridge(gram, wanted)
-    solution, used = _lstsq(gram, cross, wanted, absolute, start)
-    # What is not finite on the way in is not finite on the way out, where there is less to look at.
-    if not bool(solution.isfinite().all() & used.isfinite().all()):
-        _explain(gram, cross, start, used)
-    _report(gram, wanted, used, absolute)
+    solution, used, status = _lstsq(gram, cross, wanted, absolute, start)
+    if bool(status.any()):  # the only wait for the device
+        _check_values(gram, cross, start, wanted, absolute)
+        failed = (status & FAILED).nonzero()[:, 0]
+        if len(failed):
+            _solve_again(failed, gram, cross, start, solution, used)
     return solution, used
 
 
-def _check_diagonal_and_ridge(gram: torch.Tensor, ridge: torch.Tensor) -> None:
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    absolute = ridge * diagonal.double().mean(-1).clamp(min=1)
-    facts = [(ridge >= 0).all(), absolute.isfinite().all() | ~diagonal.isfinite().all(), (diagonal > 0).all()]
-    not_negative, finite, positive = torch.stack(facts).tolist()  # one wait for the device
-    if not finite:
-        raise ValueError(f"ridge must be finite, relative to the diagonal too, got {float(ridge.max()):g}.")
-    if not not_negative:
-        raise ValueError(f"ridge must not be negative, got {float(ridge.min()):g}.")
-    if not positive:
-        # Where a diagonal is 0, so are its row and column, or the system is not semidefinite.
-        bad = (diagonal < 0) | ((diagonal == 0) & (torch.linalg.vector_norm(gram, torch.inf, dim=-1) > 0))
-        if bool(bad.any()):
-            raise ValueError(
-                f"{int(bad.any(-1).sum())} of {len(gram)} systems are not positive semidefinite: the diagonal of gram is "
-                "negative, or 0 beside other numbers."
-            )
-
-
-def _explain(gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None, used: torch.Tensor) -> None:
-    """Raise the error that a solution with NaN or infinity comes from."""
-    named = {"gram": gram.tril(), "cross": cross} | ({} if start is None else {"start": start})
+def _check_values(
+    gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None, ridge: torch.Tensor, absolute: bool
+) -> None:
+    """Raise the error that explains why a system may not have been solved, if there is one."""
+    lower = gram.tril()
+    named = {"gram": lower, "cross": cross} | ({} if start is None else {"start": start})
     for name, tensor in named.items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity.")
-    failed = int(used.isnan().sum())
-    if failed:
-        raise ValueError(f"{failed} of {len(gram)} systems are not positive semidefinite.")
-    raise ValueError(f"the solution leaves the range of {cross.dtype}; scale gram and cross, or use float64.")
+    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    if not bool((ridge if absolute else ridge * diagonal.double().mean(-1)).isfinite().all()):
+        raise ValueError(f"ridge must be finite, relative to the diagonal too, got {float(ridge.max()):g}.")
+    if bool((ridge < 0).any()):
+        raise ValueError(f"ridge must not be negative, got {float(ridge.min()):g}.")
+    # Where a diagonal is 0, so are its row and column, or the system is not semidefinite.
+    beside = torch.maximum(lower.abs().amax(-1), lower.abs().amax(-2))
+    bad = (diagonal < 0) | ((diagonal == 0) & (beside > 0))
+    if bool(bad.any()):
+        raise ValueError(
+            f"{int(bad.any(-1).sum())} of {len(gram)} systems are not positive semidefinite: the diagonal of gram is "
+            "negative, or 0 beside other numbers."
+        )
 
 
-def _report(gram: torch.Tensor, wanted: torch.Tensor, used: torch.Tensor, absolute: bool) -> None:
-    if not gram.numel():
-        return
-    mean = gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-    raised = used > (wanted if absolute else wanted * mean) * (1 + 1e-9)
-    if bool(raised.any()):
-        most = float((used / mean)[raised].max())
+def _solve_again(
+    rows: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None,
+    solution: torch.Tensor, used: torch.Tensor,
+) -> None:  # fmt: skip
+    """Solve the systems `rows` in fp64, with the least ridge that does, into `solution` and `used`."""
+    raised, most = 0, 0.0
+    for least in RIDGES:
+        few = len(rows) < len(gram)
+        g, r, w = (None if t is None else (t[rows] if few else t).double() for t in (gram, cross, start))
+        assert g is not None and r is not None
+        ridge = torch.maximum(used[rows], least * g.diagonal(dim1=-2, dim2=-1).mean(-1))
+        x, failed = _factor_and_solve(g, r, ridge, w)
+        done = rows[~failed]
+        if not bool(x[~failed].to(cross.dtype).isfinite().all()):
+            raise ValueError(f"the solution leaves the range of {cross.dtype}; scale gram and cross, or use float64.")
+        solution[done], used[done] = x[~failed].to(cross.dtype), ridge[~failed]
+        if least and len(done):
+            raised, most = raised + len(done), least
+        rows = rows[failed]
+        if not len(rows):
+            break
+    else:
+        raise ValueError(f"{len(rows)} of {len(gram)} systems are not positive semidefinite.")
+    if raised:
         _log.warning(
             "lstsq: %d of %d systems are singular to working precision; they were solved with ridges up to %.0e of their "
-            "mean diagonal.", int(raised.sum()), len(gram), most,
+            "mean diagonal.", raised, len(gram), most,
         )  # fmt: skip
 
 
 @operator(
-    "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute, Tensor? start) -> (Tensor, Tensor)",
+    "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute, Tensor? start) -> (Tensor, Tensor, Tensor)",
     shape=lambda gram, cross, ridge, absolute, start: (torch.empty_like(cross, memory_format=torch.contiguous_format),
-                                                       torch.empty_like(ridge)),
+                                                       torch.empty_like(ridge), torch.empty_like(ridge, dtype=torch.int32)),
 )  # fmt: skip
 def _lstsq(
     gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool, start: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if gram.numel() == 0 or cross.numel() == 0:
-        empty = gram.numel() == 0
-        used = ridge.clone() if absolute or empty else ridge * gram.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-        return torch.zeros_like(cross, memory_format=torch.contiguous_format), used
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One attempt, which waits for no device: solutions, NaN where there is none, absolute ridges, status by system."""
     batch, size, columns = *gram.shape[:2], cross.shape[2]
-    lanes = -(-batch // LANES) * LANES
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    if gram.numel() == 0 or cross.numel() == 0:
+        used = ridge.clone() if absolute or gram.numel() == 0 else ridge * diagonal.double().mean(-1)
+        zeros = torch.zeros_like(cross, memory_format=torch.contiguous_format)
+        return zeros, used, torch.zeros_like(ridge, dtype=torch.int32)
+    full = gram.device.type != "cpu" or 4 * batch >= 3 * LANES * -(-batch // LANES)
     if (
-        size <= LARGEST
+        size <= LARGEST.get(gram.device.type, 0)
         and columns <= MOST_COLUMNS
-        and 4 * batch >= 3 * lanes
+        and full
         and choose("lstsq", gram.device).backend == "extension"
     ):
         contiguous = None if start is None else start.contiguous()
-        solution, used = torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)
-        return solution, used
-    matrix, right = gram.double(), cross.double()
-    if start is not None:
-        right = right - (matrix.tril() + matrix.tril(-1).mT) @ start.double()
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)
-    used = ridge.clone() if absolute else ridge * mean
-    factor, scale, failed = _factor(matrix, diagonal, used)
-    raised = FIRST_RIDGE
-    while bool(failed.any()) and raised <= 1.001 * LAST_RIDGE:
-        used = torch.where(failed, torch.maximum(used, raised * mean), used)
-        factor, scale, failed = _factor(matrix, diagonal, used)
-        raised *= 100
-    solution = scale[..., None] * torch.cholesky_solve(right * scale[..., None], factor)
-    if start is not None:
-        solution += start.double()
-    solution[failed] = torch.nan
-    return solution.to(cross.dtype).contiguous(), torch.where(failed, torch.nan, used)
+        return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)  # type: ignore[no-any-return]
+    used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)
+    solution, failed = _factor_and_solve(gram, cross, used, start)
+    failed |= ~(ridge >= 0) | (diagonal < 0).any(-1) | ~solution.isfinite().all(-1).all(-1)
+    solution.masked_fill_(failed[:, None, None], torch.nan)
+    return solution, used, FAILED * failed.int() + ZEROS * (diagonal == 0).any(-1).int()
 
 
-def _factor(
-    matrix: torch.Tensor, diagonal: torch.Tensor, ridge: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L of S(G + λI)S, of unit diagonal, S, which is 0 for a column of zeros, and which systems are singular.
+def _factor_and_solve(
+    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, start: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """X of the arguments' dtype and precision, and which systems are too near singular for it.
 
-    Of G the lower half is read. Two matrices are in memory at the most beside it, at (batch, k, k) fp64 each.
+    Of G the lower half is read. In memory beside it: G + λI, which its factor replaces, and twice X. A start costs two
+    matrices in fp64 more.
     """
-    scale = torch.where(diagonal > 0, (diagonal + ridge[:, None]).rsqrt(), 0.0)
-    scaled = (matrix * scale[:, :, None]).mul_(scale[:, None, :])
-    scaled.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    factor, status = torch.linalg.cholesky_ex(scaled)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return factor, scale, (status != 0) | ~(pivots > matrix.shape[-1] * torch.finfo(torch.float64).eps)
+    if start is not None:
+        both = gram.double().tril()
+        cross = (cross - (both + both.tril(-1).mT) @ start.double()).to(cross.dtype)
+    # By rows, so that for LAPACK, which reads by columns, it is the upper half and factored in place.
+    system = gram.clone(memory_format=torch.contiguous_format)
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    known = diagonal > 0
+    diagonal.copy_(torch.where(known, diagonal + ridge[:, None].to(gram.dtype), 1.0))
+    before = diagonal.clone()
+    upper, status = system.mT, torch.empty(len(gram), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(upper, upper=True, out=(upper, status))
+    pivots = (diagonal.square() / before).amin(-1)
+    least = SAFE_PIVOT if gram.dtype == torch.float32 else gram.shape[-1] * torch.finfo(torch.float64).eps
+    right = torch.where(known[..., None], cross, 0.0)
+    solution = torch.linalg.solve_triangular(upper, torch.linalg.solve_triangular(upper.mT, right, upper=False), upper=True)
+    if start is not None:
+        solution += start
+    return solution.contiguous(), (status != 0) | ~(pivots > least)

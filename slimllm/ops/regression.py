@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from slimllm.ops.checks import check_dtype, check_floating, check_tensors
+from slimllm.ops.checks import PRECISE, check_dtype, check_floating, check_tensors
+from slimllm.ops.dispatch import choose
 
 
 def affine_fit(
@@ -32,6 +33,9 @@ def affine_fit(
         check_dtype(name, tensor, (mean_y.dtype,))
         if tensor.shape != mean_y.shape:
             raise ValueError(f"{name} must have the shape of mean_y, {tuple(mean_y.shape)}, got {tuple(tensor.shape)}.")
+    if mean_y.dtype in PRECISE and mean_y.ndim == 1 and choose("affine_fit", mean_y.device).backend == "extension":
+        contiguous = [tensor.detach().contiguous() for tensor in arguments.values()]
+        return torch.ops.slimllm_C.affine_fit(*contiguous)  # type: ignore[no-any-return]
     # fp32 activations carry relative errors near 1e-7 of |ŷ|, hence variances below (1e-7)²·E[ŷ²] are noise.
     noise = 1e-14 * (variance_y_hat + mean_y_hat.square())
     slope = torch.where(variance_y_hat <= noise, 1.0, covariance / variance_y_hat)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from slimllm.ops import gram, heads, pearson, tokens
+from slimllm.ops import gram, heads, pearson, regression, tokens
 from slimllm.ops.dispatch import forced
+from slimllm.ops.lstsq import lstsq_ex
 
 
-def difference(operation: str, device: torch.device) -> float:
+def difference(operation: str, device: torch.device, backend: str) -> float:
     """Largest difference between the kernel's results and torch's, relative to the largest result."""
     with forced("torch"):
         wanted = _run(operation, device)
-    with forced("triton"):
+    with forced(backend):
         got = _run(operation, device)
     return max(
         float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
@@ -52,4 +53,16 @@ def _run(operation: str, device: torch.device) -> list[torch.Tensor]:
         return [pearson.pearson_greedy(by_head, 4)]
     if operation == "token_cosine":
         return [tokens.token_cosine(x, x + random(2048, 192))]
+    if operation == "lstsq":
+        results = []
+        for size, columns, dtype in ((64, 3, torch.float32), (33, 1, torch.float64), (8, 16, torch.float32)):
+            a, b = random(50, 2 * size, size).to(dtype), random(50, 2 * size, columns).to(dtype)
+            start, ridge = random(50, size, columns).to(dtype), random(50).abs().double()
+            results += lstsq_ex(a.mT @ a, a.mT @ b, 1e-3)
+            results += lstsq_ex(a.mT @ a, a.mT @ b, ridge, absolute=True, start=start)
+        return results
+    if operation == "affine_fit":
+        moments = [random(1000), random(1000), random(1000).abs(), random(1000)]
+        moments[2][:10] = 0
+        return [x for d in (torch.float32, torch.float64) for x in regression.affine_fit(*(m.to(d) for m in moments))]
     raise ValueError(f"there is no kernel of {operation}.")

@@ -1,0 +1,56 @@
+// A batch of least-squares problems from their normal equations, as both the CPU and the GPU see it. No torch headers here.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define SLIMLLM_HOST_DEVICE __host__ __device__
+#else
+#define SLIMLLM_HOST_DEVICE
+#endif
+
+namespace slimllm {
+
+// All arrays are contiguous: gram (B, K, K), of which the lower half counts, cross, start and solution (B, K, M), the others
+// (B,). `start` may be null.
+template <typename T>
+struct Problem {
+  const T* gram;
+  const T* cross;
+  const T* start;
+  const double* ridge;
+  T* solution;
+  double* used;
+  int32_t* status;
+  int64_t batch, k, m;
+  bool absolute;
+
+  // The ridge of system b; relative ones are multiples of the mean of its diagonal.
+  SLIMLLM_HOST_DEVICE double absolute_ridge(int64_t b) const {
+    if (absolute) return ridge[b];
+    const T* g = gram + b * k * k;
+    double mean = 0;
+    for (int64_t i = 0; i < k; ++i) mean += static_cast<double>(g[i * k + i]) / static_cast<double>(k);
+    return ridge[b] * mean;
+  }
+
+  // Whether system b can be positive semidefinite, by its ridge and its diagonal: where that is 0, so are the row and the
+  // column.
+  SLIMLLM_HOST_DEVICE bool makes_sense(int64_t b) const {
+    if (!(ridge[b] >= 0) || !std::isfinite(absolute_ridge(b))) return false;
+    const T* g = gram + b * k * k;
+    for (int64_t i = 0; i < k; ++i) {
+      const T diagonal = g[i * k + i];
+      if (diagonal > 0) continue;
+      if (!(diagonal == 0)) return false;
+      for (int64_t j = 0; j < k; ++j) {
+        if (!((j < i ? g[i * k + j] : g[j * k + i]) == 0)) return false;
+      }
+    }
+    return true;
+  }
+};
+
+}  // namespace slimllm

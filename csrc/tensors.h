@@ -1,0 +1,114 @@
+// What the operators do with tensors, the same on every device: check them, allocate results. Against torch's stable ABI.
+
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
+#include "affine.h"
+#include "problem.h"
+
+namespace slimllm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, ScalarType dtype,
+                  const Tensor& beside) {
+  const auto found = tensor.sizes();
+  STD_TORCH_CHECK(found.size() == sizes.size() && std::equal(sizes.begin(), sizes.end(), found.begin()), name,
+                  " has the wrong shape.");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has the wrong dtype.");
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.device() == beside.device(), name,
+                  " must be contiguous, and on the device of the others.");
+}
+
+inline void check_precise(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float || tensor.scalar_type() == ScalarType::Double, name,
+                  " must be float32 or float64.");
+}
+
+// gram (B, K, K), cross and start (B, K, M), of one dtype, fp32 or fp64; ridge (B,) fp64, relative to the mean of the
+// diagonal unless `absolute`. Returns the solution (B, K, M), NaN of what failed, the ridge used (B,) fp64, absolute, and the status (B,) int32, 1
+// for a system that is singular to working precision or not to be solved, else 0. Arguments are checked for their meaning in Python
+// (slimllm.ops.lstsq).
+template <typename Solve>
+std::tuple<Tensor, Tensor, Tensor> small_lstsq_on(const Tensor& gram, const Tensor& cross, const Tensor& ridge,
+                                                  bool absolute, const std::optional<Tensor>& start, const Solve& solve) {
+  STD_TORCH_CHECK(gram.dim() == 3 && cross.dim() == 3, "gram and cross must have three dimensions.");
+  const int64_t batch = gram.size(0), k = gram.size(1), m = cross.size(2);
+  check_precise(gram, "gram");
+  const ScalarType dtype = gram.scalar_type();
+  check(gram, "gram", {batch, k, k}, dtype, gram);
+  check(cross, "cross", {batch, k, m}, dtype, gram);
+  check(ridge, "ridge", {batch}, ScalarType::Double, gram);
+  if (start) check(*start, "start", {batch, k, m}, dtype, gram);
+  Tensor solution = torch::stable::empty_like(cross);
+  Tensor used = torch::stable::empty_like(ridge);
+  Tensor status = torch::stable::new_empty(ridge, {batch}, ScalarType::Int);
+  const auto on = [&](auto zero) {
+    using T = decltype(zero);
+    solve(Problem<T>{
+        static_cast<const T*>(gram.const_data_ptr()),
+        static_cast<const T*>(cross.const_data_ptr()),
+        start ? static_cast<const T*>(start->const_data_ptr()) : nullptr,
+        static_cast<const double*>(ridge.const_data_ptr()),
+        static_cast<T*>(solution.mutable_data_ptr()),
+        static_cast<double*>(used.mutable_data_ptr()),
+        static_cast<int32_t*>(status.mutable_data_ptr()),
+        batch,
+        k,
+        m,
+        absolute,
+    });
+  };
+  if (dtype == ScalarType::Float) {
+    on(0.0f);
+  } else {
+    on(0.0);
+  }
+  return {solution, used, status};
+}
+
+// The moments (D,), of one dtype, fp32 or fp64. Returns slope and intercept (D,).
+template <typename Fit>
+std::tuple<Tensor, Tensor> affine_fit_on(const Tensor& mean_y, const Tensor& mean_y_hat, const Tensor& variance_y_hat,
+                                         const Tensor& covariance, const Fit& fit) {
+  STD_TORCH_CHECK(mean_y.dim() == 1, "mean_y must have one dimension.");
+  check_precise(mean_y, "mean_y");
+  const ScalarType dtype = mean_y.scalar_type();
+  check(mean_y, "mean_y", {mean_y.size(0)}, dtype, mean_y);
+  check(mean_y_hat, "mean_y_hat", {mean_y.size(0)}, dtype, mean_y);
+  check(variance_y_hat, "variance_y_hat", {mean_y.size(0)}, dtype, mean_y);
+  check(covariance, "covariance", {mean_y.size(0)}, dtype, mean_y);
+  Tensor slope = torch::stable::empty_like(mean_y);
+  Tensor intercept = torch::stable::empty_like(mean_y);
+  const auto on = [&](auto zero) {
+    using T = decltype(zero);
+    fit(AffineFit<T>{
+        static_cast<const T*>(mean_y.const_data_ptr()),
+        static_cast<const T*>(mean_y_hat.const_data_ptr()),
+        static_cast<const T*>(variance_y_hat.const_data_ptr()),
+        static_cast<const T*>(covariance.const_data_ptr()),
+        static_cast<T*>(slope.mutable_data_ptr()),
+        static_cast<T*>(intercept.mutable_data_ptr()),
+        mean_y.size(0),
+    });
+  };
+  if (dtype == ScalarType::Float) {
+    on(0.0f);
+  } else {
+    on(0.0);
+  }
+  return {slope, intercept};
+}
+
+}  // namespace slimllm

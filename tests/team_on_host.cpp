@@ -1,0 +1,77 @@
+// The solver of csrc/team.h with threads and a barrier in place of a warp, so that it runs, under a sanitizer too, where
+// there is no GPU. Arguments: threads, float or double, batch, k, m, absolute (0 or 1), start (0 or 1). Standard input:
+// gram, cross, start if there is one, ridge (fp64). Standard output: solution, used (fp64), status (int32).
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <pthread.h>
+
+#include "../csrc/team.h"
+
+namespace {
+
+struct Threads {
+  int index, count;
+  pthread_barrier_t* barrier;
+  int lane() const { return index; }
+  int width() const { return count; }
+  void sync() const { pthread_barrier_wait(barrier); }
+};
+
+template <typename T>
+std::vector<T> read(size_t count) {
+  std::vector<T> values(count);
+  if (std::fread(values.data(), sizeof(T), count, stdin) != count) std::exit(3);
+  return values;
+}
+
+template <typename T>
+void write(const std::vector<T>& values) {
+  std::fwrite(values.data(), sizeof(T), values.size(), stdout);
+}
+
+template <typename T>
+void run(int threads, int64_t batch, int64_t k, int64_t m, bool absolute, bool has_start) {
+  const auto gram = read<T>(batch * k * k), cross = read<T>(batch * k * m);
+  const auto start = read<T>(has_start ? batch * k * m : 0);
+  const auto ridge = read<double>(batch);
+  std::vector<T> solution(batch * k * m);
+  std::vector<double> used(batch);
+  std::vector<int32_t> status(batch, 7);
+  const slimllm::Problem<T> problem{gram.data(), cross.data(), has_start ? start.data() : nullptr, ridge.data(),
+                                    solution.data(), used.data(), status.data(), batch, k, m, absolute};
+  // Exactly as much as a kernel is given, so that a sanitizer sees what goes beyond it.
+  const size_t bytes = slimllm::TeamMemory::bytes(static_cast<int>(k));
+  std::vector<double> memory((bytes + 7) / 8, 1e300);
+  pthread_barrier_t barrier;
+  pthread_barrier_init(&barrier, nullptr, threads);
+  std::vector<std::thread> team;
+  for (int index = 0; index < threads; ++index) {
+    team.emplace_back([&, index] {
+      const Threads self{index, threads, &barrier};
+      for (int64_t b = 0; b < batch; ++b) {
+        slimllm::TeamSolver<T, Threads>(problem, b, self, memory.data()).solve();
+        self.sync();
+      }
+    });
+  }
+  for (auto& thread : team) thread.join();
+  pthread_barrier_destroy(&barrier);
+  write(solution);
+  write(used);
+  write(status);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 8) return 2;
+  const auto number = [&](int i) { return std::atoll(arguments[i]); };
+  const auto solve = arguments[2] == std::string("float") ? run<float> : run<double>;
+  solve(static_cast<int>(number(1)), number(3), number(4), number(5), number(6) != 0, number(7) != 0);
+  return 0;
+}

@@ -1,0 +1,132 @@
+"""The CUDA sources without a GPU: they compile for one without spills, and their solver is right when threads run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_lstsq import normal_equations, reference
+from tolerances import FLOOR, assert_close
+
+ROOT = Path(__file__).parent.parent
+CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_HOME / "bin")
+
+
+@pytest.mark.skipif(not NVCC, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
+def test_they_compile_without_spills(source: str, architecture: str, tmp_path: Path) -> None:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        pytest.skip("torch before 2.11 has no stable ABI")
+    from torch.utils.cpp_extension import include_paths
+
+    command = [str(NVCC), "-c", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-Xptxas=-v", "-Werror=all-warnings"]
+    command += ["-Xcompiler=-Wall,-Wextra,-Werror", *(f"-isystem={folder}" for folder in include_paths())]
+    command += [str(ROOT / "csrc" / source), "-o", str(tmp_path / "o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(kernels) == len(registers) == 2, done.stderr  # for fp32 and for fp64
+    assert set(kernels) == {("0", "0", "0")} and max(registers) <= 255
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """csrc/team.h with threads in place of a warp, under two sanitizers."""
+    if not shutil.which("g++"):
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("team")
+    for name in ("thread", "address,undefined"):
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-pthread",
+            f"-fsanitize={name}",
+            "-Wall",
+            "-Wextra",
+            "-Wshadow",
+            "-Werror",
+        ]
+        command += [str(ROOT / "tests" / "team_on_host.cpp"), "-o", str(folder / name)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return {name: folder / name for name in ("thread", "address,undefined")}
+
+
+def solve(
+    program: Path, threads: int, gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool = False,
+    start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    batch, k, m = cross.shape
+    dtype = {torch.float32: "float", torch.float64: "double"}[gram.dtype]
+    arguments = [threads, dtype, batch, k, m, int(absolute), int(start is not None)]
+    tensors = [gram, cross, *([] if start is None else [start]), ridge]
+    done = subprocess.run(
+        [str(program), *map(str, arguments)], input=b"".join(t.contiguous().numpy().tobytes() for t in tensors),
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
+    split = cross.numel() * cross.element_size()
+    solution = np.frombuffer(done.stdout[:split], dtype=cross.numpy().dtype).reshape(cross.shape)
+    used = np.frombuffer(done.stdout[split : split + 8 * batch], dtype=np.float64)
+    status = np.frombuffer(done.stdout[split + 8 * batch :], dtype=np.int32)
+    return tuple(torch.from_numpy(array.copy()) for array in (solution, used, status))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("threads", "k", "m"), [(4, 1, 1), (4, 2, 3), (3, 17, 2), (4, 64, 2), (32, 33, 1)])
+def test_against_fp64(
+    team: dict[str, Path], sanitizer: str, threads: int, k: int, m: int, dtype: torch.dtype
+) -> None:  # fmt: skip
+    gram, cross = normal_equations(3, k, m, condition=1e6, dtype=dtype)
+    gram = gram.tril() + torch.full_like(gram, 7e5).triu(1)  # the lower half counts
+    whole = gram.tril() + gram.tril(-1).mT
+    scale = whole.diagonal(dim1=-2, dim2=-1).double().sqrt()[..., None]
+    start = torch.randn(3, k, m, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for ridge, absolute, begin in ((0.0, False, None), (1e-3, False, start), (2.0, True, start)):
+        ridges = torch.full((3,), ridge, dtype=torch.float64)
+        solution, used, status = solve(team[sanitizer], threads, gram, cross, ridges, absolute, begin)
+        wanted = reference(whole, cross, ridges, absolute, begin)
+        assert not status.any()
+        mean = whole.double().diagonal(dim1=-2, dim2=-1).mean(-1)
+        assert torch.allclose(used, ridges * (torch.ones(3).double() if absolute else mean))
+        assert_close(solution * scale, wanted * scale, wanted.to(dtype) * scale, 2 * FLOOR[dtype])
+        if dtype == torch.float64:  # as after work in fp64, though the factor is in fp32
+            left = whole + used[:, None, None] * torch.eye(k, dtype=dtype)
+            right = cross if begin is None else cross + used[:, None, None] * begin
+            assert ((left @ solution - right) / scale).abs().max() <= 1e-13 * (left.abs() @ solution.abs() / scale).max()
+
+
+def test_a_bad_system_says_so(team: dict[str, Path]) -> None:
+    gram, cross = normal_equations(12, 9, 2)
+    ridge = torch.zeros(12, dtype=torch.float64)
+    gram[1] = torch.outer(gram[1, 0], gram[1, 0])  # of rank one
+    gram[2, 4, 2] = torch.nan
+    cross[3, 1, 1] = torch.inf
+    ridge[4] = -1.0
+    ridge[5] = torch.inf
+    gram[6, 3, 3] = -1.0
+    gram[7, 3, 3] = 0.0  # beside other numbers
+    gram[8, 3], gram[8, :, 3], cross[8, 3] = 0, 0, 5.0  # a dead column
+    gram[9], cross[9] = gram[9] * 1e-200, cross[9] * 1e200  # out of range
+    gram[10] *= 1e-200
+    cross[10] *= 1e-200
+    gram[11], cross[11] = 0, 0
+    solution, _, status = solve(team["address,undefined"], 4, gram, cross, ridge)
+    assert status.tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0]
+    assert not solution[8, 3].any() and not solution[11].any()
+    alive = [i for i in range(9) if i != 3]
+    assert torch.allclose(solution[8, alive], torch.linalg.solve(gram[8][alive][:, alive], cross[8, alive]))
+    assert torch.allclose(solution[10], torch.linalg.solve(1e200 * gram[10], 1e200 * cross[10]))
