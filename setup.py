@@ -26,7 +26,9 @@ def extension_arguments() -> dict[str, Any]:
     if mode not in MODES:
         sys.exit(f"SLIMLLM_BUILD_EXT must be one of {', '.join(MODES)}, got {mode!r}.")
     if mode == "0":
-        print("slimllm: extension left out (SLIMLLM_BUILD_EXT=0)")
+        old = sorted(str(path) for path in Path("slimllm").glob("_C.*"))
+        rest = f"; that of an earlier build is still there, delete it to be rid of it: {', '.join(old)}" if old else ""
+        print(f"slimllm: extension left out (SLIMLLM_BUILD_EXT=0){rest}")
         return {}
     missing = missing_for_build()
     if missing:
@@ -47,7 +49,10 @@ def extension_arguments() -> dict[str, Any]:
                 print(f"slimllm: extension slimllm._C built{' with CUDA' if has_cuda() else ''}")
             except (Exception, SystemExit) as error:
                 if mode == "1":
-                    raise
+                    sys.exit(
+                        f"slimllm: the extension cannot be built: {error}. It needs a C++ compiler that works (see above); "
+                        "SLIMLLM_BUILD_EXT=0 leaves it out."
+                    )
                 why = " ".join(str(error).split())[:300]
                 if not has_cuda():
                     self.give_up(why)

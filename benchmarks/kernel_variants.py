@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 
-from slimllm.kernels import cosine, exchange, gram, pearson
+from slimllm.kernels import columns, cosine, exchange, gram, pearson
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,12 +33,13 @@ def _integers(*names: str) -> dict[str, str]:
 
 def variants(arch: int) -> list[Variant]:
     """All of them, for one architecture."""
-    return [*_gram(arch), *_gram_reduce(), *_pearson(), *_exchange(), *_cosine()]
+    return [*_gram(arch), *_gram_reduce(), *_pearson(), *_exchange(), *_cosine(), *_columns()]
 
 
 def _gram(arch: int) -> list[Variant]:
     found = []
-    launches = ("", "unaligned", "transposed", "pivot", "weight", "pivot weight", "pivot weight unaligned", "tma")
+    layouts = ("", "unaligned", "unaligned result", "transposed")
+    launches = (*layouts, "pivot", "weight", "pivot weight", "pivot weight unaligned", "tma")
     for dtype, torch_dtype in DTYPES.items():
         for launch in launches:
             for split in ("", "partial", "atomic"):
@@ -58,7 +60,9 @@ def _gram(arch: int) -> list[Variant]:
                 for name in ("partial", "partial_sums"):
                     types |= {name: "*fp32"} if split else {}
                     constants |= {} if split else {name: None}
-                aligned = ("split_tokens",) if "unaligned" in launch else ("features", "split_tokens", "stride_row", other)
+                aligned: tuple[str, ...] = ("features", "split_tokens", "stride_row", other)
+                if "unaligned" in launch:
+                    aligned = ("split_tokens", other) if launch == "unaligned result" else ("split_tokens",)
                 name = " ".join(["gram", dtype, launch or "plain", split]).strip()
                 options = config.num_warps, config.num_stages, "HGMMA", aligned
                 found.append(Variant(name, gram.gram_kernel, types, constants, *options))
@@ -97,7 +101,7 @@ def _pearson() -> list[Variant]:
                 options = blocks.num_warps, blocks.num_stages, "HGMMA", aligned
                 found.append(Variant(name, pearson.gram_blocks_kernel, types, constants, *options))
     aligned = ("out_features", "width", "stride_wk", "stride_i", "stride_j", "stride_n")
-    for dtype in DTYPES:
+    for dtype, launch in product(DTYPES, ("", "unaligned")):
         types = {"x": f"*{dtype}", "mean": "*fp32", "weight": f"*{dtype}", "pairs": "*i32", "result": "*fp32"}
         types |= _integers(
             "num_tokens", "num_heads", "out_features", "width", "stride_n", "stride_wk", "stride_i", "stride_j"
@@ -105,8 +109,8 @@ def _pearson() -> list[Variant]:
         constants = {"BLOCK_K": stream.block_k, "BLOCK_H": stream.block_h, "BLOCK_N": stream.block_n}
         constants |= {"BLOCK_D": stream.block_d, "stride_f": 1, "stride_wf": 1}
         # Products batched over heads or outputs; wgmma has none.
-        options = stream.num_warps, stream.num_stages, "HMMA", aligned
-        found.append(Variant(f"pearson stream {dtype}", pearson.stream_kernel, types, constants, *options))
+        options = stream.num_warps, stream.num_stages, "HMMA", () if launch else aligned
+        found.append(Variant(f"pearson stream {dtype} {launch}".strip(), pearson.stream_kernel, types, constants, *options))
     return found
 
 
@@ -127,10 +131,35 @@ def _exchange() -> list[Variant]:
 
 def _cosine() -> list[Variant]:
     found = []
-    for dtype in DTYPES:
+    for dtype, launch in product(DTYPES, ("", "unaligned")):
         types = {"a": f"*{dtype}", "b": f"*{dtype}", "result": "*fp32"}
         types |= _integers("num_tokens", "features", "stride_an", "stride_bn")
         constants = {"BLOCK_N": cosine.BLOCK_N, "BLOCK_F": cosine.BLOCK_F, "stride_af": 1, "stride_bf": 1}
-        aligned = ("features", "stride_an", "stride_bn")
-        found.append(Variant(f"cosine {dtype}", cosine.cosine_kernel, types, constants, cosine.NUM_WARPS, aligned=aligned))
+        aligned = () if launch else ("features", "stride_an", "stride_bn")
+        name = f"cosine {dtype} {launch}".strip()
+        found.append(Variant(name, cosine.cosine_kernel, types, constants, cosine.NUM_WARPS, aligned=aligned))
+    return found
+
+
+def _columns() -> list[Variant]:
+    found = []
+    for dtype, launch, layout in product(DTYPES, ("sums", "sums pivot", "products"), ("", "unaligned", "transposed")):
+        types = {"x": f"*{dtype}", "partial": "*fp32", **_integers("num_tokens", "features", "split_tokens")}
+        constants: dict[str, Any] = {"BLOCK_N": columns.BLOCK_N, "BLOCK_F": columns.BLOCK_F}
+        for name in ("x", "y"):
+            there = name == "x" or launch == "products"
+            unit, other = ("n", "f") if layout == "transposed" else ("f", "n")
+            if there:
+                types, constants = types | _integers(f"stride_{name}{other}"), constants | {f"stride_{name}{unit}": 1}
+            else:
+                types |= _integers(f"stride_{name}{unit}", f"stride_{name}{other}")
+        types |= {"y": f"*{dtype}"} if launch == "products" else {}
+        constants |= {} if launch == "products" else {"y": None}
+        for name, wanted in (("pivot_x", launch != "sums"), ("pivot_y", launch == "products")):
+            types |= {name: "*fp32"} if wanted else {}
+            constants |= {} if wanted else {name: None}
+        strides = tuple(argument for argument in types if argument.startswith("stride"))
+        aligned = () if layout == "unaligned" else ("features", "split_tokens", *strides)
+        name = " ".join(f"columns {launch} {dtype} {layout}".split())
+        found.append(Variant(name, columns.columns_kernel, types, constants, columns.NUM_WARPS, aligned=aligned))
     return found

@@ -7,6 +7,7 @@ Each example is a method of its own, in a function of tensors, on the operations
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
@@ -62,7 +63,7 @@ def keep_channels(ffn: Any, keep: torch.Tensor, bias: torch.Tensor | None = None
 
 def run(prune: Callable[[PreTrainedModel, torch.Tensor], None]) -> None:
     """Load the model named on the command line, prune it in place, and print its perplexity before and after."""
-    parser = argparse.ArgumentParser(description=prune.__doc__)
+    parser = argparse.ArgumentParser(description=inspect.getmodule(prune).__doc__)
     default = str(resources.files("slimllm") / "data" / "stories260k")
     parser.add_argument("model", nargs="?", default=default, help="folder, GGUF file or hub id; else the bundled model")
     try:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 BLOCK_N, BLOCK_F = 8, 256
-NUM_WARPS = 4
+NUM_WARPS = 8
 
 
 def token_cosine_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

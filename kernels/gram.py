@@ -257,8 +257,10 @@ def gram_(
     """
     num_tokens, features = x.shape
     parts = pivot is not None or weight is not None
-    tma = x.dtype != torch.float32 and not parts and _can_use_tma(x)
-    config = choose_config(x.dtype, parts, tma, _is_aligned(x))
+    # The addresses of the result and its masks take registers too.
+    aligned = _is_aligned(x) and _is_aligned(gram) and features % 16 == 0
+    tma = aligned and x.dtype != torch.float32 and not parts and _can_use_tma(x)
+    config = choose_config(x.dtype, parts, tma, aligned)
     tiles = _tiles(triton.cdiv(features, config.block_f), x.device)
     if splits is None:
         splits = 1

@@ -6,12 +6,12 @@ numbers in three parts (about fp32's digits).
 
 From Gram blocks: C[i, j, k] = W_i[k, :] Ĝ_ij W_j[k, :]ᵀ. A program takes a tile of outputs k and a pair i ≥ j, and loops
 over tiles of Ĝ_ij: D·(H·d)²·(1 + 1/H) floating-point operations in all. Bytes: Ĝ's lower half is read D / BLOCK_K times
-through L2 and about once from memory, W as often as there are heads through L2, C (4·H²·D) is written once.
+through L2 and about once from memory, W (H + 1)/2 · (⌈d / BLOCK_B⌉ + 1) times through L2, C (4·H²·D) is written once.
 
 From tokens: a program takes a tile of outputs and a pair of blocks of heads, makes their contributions for some tokens at
 a time, and multiplies them over the tokens: N·D·(2·B·H·d + H²) operations, with B the number of blocks of BLOCK_H heads,
-for each of which a block's contributions are made again. Bytes: X is read D / BLOCK_K times, W N / BLOCK_N times through
-L2, C is written once.
+for each of which a block's contributions are made again. Bytes: X is read B·D / BLOCK_K times, W B·N / BLOCK_N times
+through L2, C is written once.
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ def gram_blocks_kernel(
     BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """C of one pair of heads for one tile of outputs."""
-    i, j = tl.load(pairs + 2 * tl.program_id(1)), tl.load(pairs + 2 * tl.program_id(1) + 1)
-    outputs = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    # Neighbours share a pair, whose block of the covariance then comes from memory once.
+    pair, tile = tl.program_id(0) // tl.cdiv(out_features, BLOCK_K), tl.program_id(0) % tl.cdiv(out_features, BLOCK_K)
+    i, j = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
+    outputs = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     within = outputs < out_features
     weight_rows = weight + outputs[:, None].to(tl.int64) * stride_wk
     sums = tl.zeros((BLOCK_K,), dtype=tl.float32)
@@ -92,16 +94,21 @@ def gram_blocks_kernel(
         for start_a in range(0, width, BLOCK_A):
             a = start_a + tl.arange(0, BLOCK_A)
             left = tl.load(
-                weight_rows + (i * width + a)[None, :] * stride_wf, mask=within[:, None] & (a < width)[None, :], other=0.0
+                weight_rows + (i * width + a)[None, :].to(tl.int64) * stride_wf,
+                mask=within[:, None] & (a < width)[None, :],
+                other=0.0,
             )
+            down, across = (i * width + a)[:, None].to(tl.int64), (j * width + b)[None, :].to(tl.int64)
             block = tl.load(
-                covariance + (i * width + a)[:, None].to(tl.int64) * stride_row + (j * width + b)[None, :] * stride_col,
+                covariance + down * stride_row + across * stride_col,
                 mask=(a < width)[:, None] & (b < width)[None, :],
                 other=0.0,
             )
             projected = tl.dot(left.to(tl.float32), block.to(tl.float32), projected, input_precision="tf32x3")
         right = tl.load(
-            weight_rows + (j * width + b)[None, :] * stride_wf, mask=within[:, None] & (b < width)[None, :], other=0.0
+            weight_rows + (j * width + b)[None, :].to(tl.int64) * stride_wf,
+            mask=within[:, None] & (b < width)[None, :],
+            other=0.0,
         )
         sums += tl.sum(projected * right.to(tl.float32), axis=1)
     value = sums.to(result.dtype.element_ty)
@@ -147,8 +154,9 @@ def stream_kernel(
     BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """C of one pair of blocks of heads for one tile of outputs, over all tokens."""
-    row, col = tl.load(pairs + 2 * tl.program_id(1)), tl.load(pairs + 2 * tl.program_id(1) + 1)
-    outputs = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    pair, tile = tl.program_id(0) // tl.cdiv(out_features, BLOCK_K), tl.program_id(0) % tl.cdiv(out_features, BLOCK_K)
+    row, col = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
+    outputs = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     sums = tl.zeros((BLOCK_K, BLOCK_H, BLOCK_H), dtype=tl.float32)
     for start in range(0, num_tokens, BLOCK_N):
         left = _contributions(
@@ -173,20 +181,20 @@ def stream_kernel(
 
 @lru_cache(maxsize=64)
 def _pairs(count: int, device: torch.device) -> torch.Tensor:
-    """All (i, j) with i ≥ j, int32."""
-    return torch.tril_indices(count, count, dtype=torch.int32, device=device).T.contiguous()
+    """All (i, j) with i ≥ j, int32; copied there, which waits, so that any stream may use it."""
+    return torch.tril_indices(count, count, dtype=torch.int32).T.contiguous().to(device)
 
 
 def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
     """C (H, H, D) from the covariance of the inputs; arguments as in `slimllm.ops.head_covariance`, which checks them."""
     out_features, in_features = weight.shape
     width = in_features // num_heads
-    rows = [tensor.stride(1) == 1 and tensor.stride(0) % 16 == 0 for tensor in (weight, covariance)]
-    config = choose_config(weight.dtype, aligned=all(rows) and width % 16 == 0)
+    aligned = all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (weight, covariance))
+    config = choose_config(weight.dtype, aligned and width % 16 == 0)
     result = covariance.new_empty(num_heads, num_heads, out_features)
     pairs = _pairs(num_heads, weight.device)
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
-        gram_blocks_kernel[(triton.cdiv(out_features, config.block_k), len(pairs))](
+        gram_blocks_kernel[(len(pairs) * triton.cdiv(out_features, config.block_k),)](
             weight, covariance, pairs, result, out_features, width,
             *weight.stride(), *covariance.stride(), *result.stride()[:2],
             BLOCK_K=config.block_k, BLOCK_A=config.block_a, BLOCK_B=config.block_b,
@@ -202,7 +210,7 @@ def stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, mean: torch.Te
     result = x.new_empty(num_heads, num_heads, weight.shape[0], dtype=torch.float32)
     pairs = _pairs(triton.cdiv(num_heads, config.block_h), x.device)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        stream_kernel[(triton.cdiv(weight.shape[0], config.block_k), len(pairs))](
+        stream_kernel[(len(pairs) * triton.cdiv(weight.shape[0], config.block_k),)](
             x, mean, weight, pairs, result, num_tokens, num_heads, weight.shape[0], in_features // num_heads,
             *x.stride(), *weight.stride(), *result.stride()[:2],
             BLOCK_K=config.block_k, BLOCK_H=config.block_h, BLOCK_N=config.block_n, BLOCK_D=config.block_d,

@@ -55,6 +55,16 @@ class Allocation:
     alpha: float
     round_to: int
     notes: list[str]
+    coarse: bool  # whole heads and rounded widths miss the target
+
+    def note_of_biases(self, layers_before: int, layers_after: int, format_name: str) -> list[str]:
+        """A note where only what the format adds misses the target; parameters of all layers before and after."""
+        if self.coarse or abs(layers_before - layers_after - self.target_params) <= 0.005 * self.target_params:
+            return []
+        return [
+            f"the layers are {1 - layers_after / layers_before:.2%} smaller instead of "
+            f"{self.target_params / layers_before:.2%}: the format, {format_name}, stores biases of zero beside its weights"
+        ]
 
 
 def paper_settings(ratio: float) -> tuple[float, float, float]:
@@ -123,12 +133,13 @@ def allocate(similarity: list[float], shapes: list[LayerShape], config: PruneCon
     as_published = config.preset == "paper" and not any(shape.grouped for shape in shapes)
     rounded = _published_counts(budgets, shapes) if as_published else _round_budgets(budgets, shapes, target, round_to)
     removed = sum(_removed_params(budget, shape) for budget, shape in zip(rounded, shapes))
-    if abs(removed - target) > 0.005 * target:
+    coarse = abs(removed - target) > 0.005 * target
+    if coarse:
         notes.append(
             f"{removed / total:.4%} of the layers' parameters are removed instead of {target / total:.4%}: whole heads and "
             f"widths in steps of {round_to} come no nearer"
         )
-    return Allocation(rounded, target, n, alpha, round_to, notes)
+    return Allocation(rounded, target, n, alpha, round_to, notes, coarse)
 
 
 def _removed_params(budget: LayerBudget, shape: LayerShape) -> int:

@@ -68,6 +68,8 @@ def _choice(operation: str, device: str) -> tuple[str, str]:
         choice = choose(operation, device)
     except InputError as error:  # SLIMLLM_BACKEND asks for what this machine lacks: what a doctor is there to say
         return "none", str(error)
+    except torch.OutOfMemoryError:
+        return "undecided", "not enough free memory on this GPU for the comparison with torch"
     return choice.backend, choice.reason
 
 

@@ -210,10 +210,11 @@ class _Run:
 
     def report(self, outcome: Outcome, model: str, out: str | None, parameters_after: int) -> PruneReport:
         source, config, allocation = self.source, self.config, outcome.allocation
-        before = self.parameters_before
         layers_before = sum(size.params for size in self.sizes)
         layers_after = sum(layer["parameters_after"] for layer in outcome.layers)
-        windows = perplexity_windows(self.token_ids)
+        for note in (added := allocation.note_of_biases(layers_before, layers_after, self.format.name)):
+            self.notice(f"{note}.")
+        before, windows = self.parameters_before, perplexity_windows(self.token_ids)
         return PruneReport(
             model=model,
             out=out,
@@ -223,7 +224,7 @@ class _Run:
                 "pruned_layers": allocation.pruned_layers,
                 "alpha": allocation.alpha,
                 "round_to": allocation.round_to,
-                "notes": allocation.notes,
+                "notes": allocation.notes + added,
             },
             calibration={
                 "text": calibration_name(config),

@@ -48,9 +48,15 @@ def load(
         loaded = AutoModelForCausalLM.from_pretrained(
             path, dtype=wanted or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and its back ends raise many types for one fact: it cannot be loaded
         raise InputError(f"{model} cannot be loaded: {first_line(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise InputError(
+            f"The tokenizer of {model} cannot be loaded; save it in the same folder with tokenizer.save_pretrained. "
+            f"It said: {first_line(error)}"
+        ) from error
     return loaded.to(where).eval(), tokenizer
 
 

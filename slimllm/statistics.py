@@ -42,11 +42,9 @@ class GramStatistics:
         Args:
             x: (num_tokens, features), any floating dtype; num_tokens may be 0.
         """
-        _check_batch(x, self.features)
+        x = _check_batch(x, self.features)
         if x.shape[0] == 0:
             return
-        if x.dtype not in (torch.bfloat16, torch.float16):
-            x = x.float()
         if self.count == 0:
             self.pivot = _pivot(x)
             self._plain = x.dtype != torch.float32 and not bool(self.pivot.any())
@@ -55,7 +53,7 @@ class GramStatistics:
 
     def merge(self, other: GramStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
-        _check_features(self.features, other.features)
+        _check_other(self, other, self.features)
         if other.count == 0:
             return
         if self.count == 0:
@@ -82,14 +80,20 @@ class GramStatistics:
         return (covariance + covariance.T).div_(2)
 
 
-def _check_batch(x: torch.Tensor, features: int) -> None:
+def _check_batch(x: torch.Tensor, features: int, name: str = "x") -> torch.Tensor:
+    """The batch without its autograd graph, in fp32 where it is in no half precision."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {x.dtype if isinstance(x, torch.Tensor) else type(x)}.")
     if x.ndim != 2 or x.shape[1] != features:
-        raise ValueError(f"x must have shape (num_tokens, {features}), got {tuple(x.shape)}.")
+        raise ValueError(f"{name} must have shape (num_tokens, {features}), got {tuple(x.shape)}.")
+    return x.detach() if x.dtype in (torch.bfloat16, torch.float16) else x.detach().float()
 
 
-def _check_features(features: int, other: int) -> None:
-    if other != features:
-        raise ValueError(f"cannot merge statistics of {other} features into {features}.")
+def _check_other(ours: object, other: object, features: int) -> None:
+    if type(other) is not type(ours):
+        raise TypeError(f"only another {type(ours).__name__} can be merged, got {type(other).__name__}.")
+    if other.features != features:  # type: ignore[attr-defined]
+        raise ValueError(f"cannot merge statistics of {other.features} features into {features}.")  # type: ignore[attr-defined]
 
 
 def _check_count(count: int) -> None:
@@ -127,20 +131,17 @@ class ColumnStatistics:
 
     def update(self, x: torch.Tensor) -> None:
         """Add a batch x (num_tokens, features), any floating dtype."""
-        _check_batch(x, self.features)
+        x = _check_batch(x, self.features)
         if x.shape[0] == 0:
             return
-        x = x.float()
         if self.count == 0:
-            self.pivot = x.mean(0)
-        u = x - self.pivot
-        self.total += u.sum(0)
-        self.squares += u.square_().sum(0)
+            self.pivot = x.mean(0, dtype=torch.float32)
+        ops.column_sums_(self.total, self.squares, x, pivot=self.pivot)
         self.count += x.shape[0]
 
     def merge(self, other: ColumnStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
-        _check_features(self.features, other.features)
+        _check_other(self, other, self.features)
         if self.count == 0:
             self.pivot = other.pivot.to(self.total.device, copy=True)
         total, shift = other.total.to(self.total.device), (other.pivot.to(self.pivot) - self.pivot).double()
@@ -173,29 +174,35 @@ class PairedMoments:
 
     def __init__(self, mean_y: torch.Tensor, mean_y_hat: torch.Tensor) -> None:
         self.mean_y, self.mean_y_hat = mean_y, mean_y_hat
+        if mean_y.ndim != 1 or mean_y.shape != mean_y_hat.shape:
+            raise ValueError(
+                f"mean_y and mean_y_hat must be (features,), got {tuple(mean_y.shape)} and {tuple(mean_y_hat.shape)}."
+            )
         self._center_y, self._center_y_hat = mean_y.float(), mean_y_hat.float()
+        self.features = len(mean_y)
         self.count = 0
         self.squares = torch.zeros_like(mean_y)
         self.products = torch.zeros_like(mean_y)
 
     def update(self, y: torch.Tensor, y_hat: torch.Tensor) -> None:
         """Add a batch: y and ŷ of the same tokens, both (num_tokens, features)."""
-        centered_y = y.float() - self._center_y
-        centered_y_hat = y_hat.float() - self._center_y_hat
-        self.squares += centered_y_hat.square().sum(0, dtype=torch.float64)
-        self.products += centered_y.mul_(centered_y_hat).sum(0, dtype=torch.float64)
+        y, y_hat = _check_batch(y, self.features, "y"), _check_batch(y_hat, self.features, "y_hat")
+        ops.column_products_(self.squares, self.products, y, y_hat, pivot_y=self._center_y, pivot_y_hat=self._center_y_hat)
         self.count += y.shape[0]
 
     def merge(self, other: PairedMoments) -> None:
         """Add the moments of another part of the stream, about the same means, in place."""
+        _check_other(self, other, self.features)
         self.squares += other.squares.to(self.squares.device)
         self.products += other.products.to(self.products.device)
         self.count += other.count
 
     def variance(self) -> torch.Tensor:
         """var(ŷ_k): (features,) fp64."""
+        _check_count(self.count)
         return self.squares / self.count
 
     def covariance(self) -> torch.Tensor:
         """cov(y_k, ŷ_k): (features,) fp64."""
+        _check_count(self.count)
         return self.products / self.count

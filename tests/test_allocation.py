@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import slimllm
 from slimllm.allocation import Allocation, LayerShape, allocate, paper_settings
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
@@ -105,3 +107,14 @@ def test_any_temperature(alpha: float) -> None:
     similarity = torch.linspace(0.1, 0.9, 10).tolist()
     allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.4, alpha=alpha))
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.4, rel=0.005)
+
+
+def test_biases_that_the_format_adds_are_said(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """All layers alike: a plain format, which has zero biases beside gate and up, misses the ratio by them."""
+    notices: list[str] = []
+    config = PruneConfig(ratio=0.1, calibration=token_ids, alpha=0.0, pruned_layers=5)
+    report = slimllm.prune(stories_path, tmp_path / "out", config, notice=notices.append)
+    assert abs(report.achieved_ratio - 0.1) > 0.0005
+    (note,) = report.allocation["notes"]
+    assert f"{report.achieved_ratio:.2%} smaller instead of 10.00%" in note and "biases of zero" in note
+    assert f"{note}." in notices

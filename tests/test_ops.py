@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from slimllm import InputError, ops
+from slimllm import InputError, doctor, ops
 from slimllm.ops import dispatch, selfcheck
 from slimllm.statistics import GramStatistics
 
@@ -21,7 +21,7 @@ def sample() -> dict[str, tuple[Any, ...]]:
     return {
         "gram_": (torch.zeros(12, 12), torch.zeros(12), x, x[0].clone(), torch.rand(20), True),
         "head_covariance": (weight, covariance, 3),
-        "stream_head_covariance": (weight, x, 3),
+        "head_covariance_of_tokens": (weight, x, 3, "stream"),
         "pearson_greedy": (by_head, 1, 1),
         "token_cosine": (x, x + 1),
     }
@@ -97,11 +97,15 @@ def test_accumulators_keep_no_graph(monkeypatch: pytest.MonkeyPatch, backend: st
 def test_under_torch_compile() -> None:
     x, weight = torch.randn(20, 12), torch.randn(7, 12)
 
-    def method(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def method(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         gram, total = torch.zeros(12, 12), torch.zeros(12)
         ops.gram_(gram, total, x)
         kept = ops.pearson_greedy(ops.head_covariance(weight, gram / len(x), 3), 1)
-        return gram * 2, kept + 0
+        by_head = ops.head_covariance_of_tokens(weight, x, 3) + ops.head_covariance_of_tokens(weight, x, 3, method="gram")
+        squares, products = torch.zeros(12), torch.zeros(12)
+        ops.column_sums_(total, squares, x)
+        ops.column_products_(squares, products, x, x + 1, pivot_y=x[0], pivot_y_hat=x[1])
+        return gram * 2, kept + 0, by_head, ops.token_cosine(x, x + 1), total + 0, squares + products
 
     compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(compiled(x), method(x)):
@@ -299,3 +303,40 @@ def test_old_gpus_and_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
     monkeypatch.setattr(dispatch, "_triton_is_missing", lambda: "triton is not installed")
     assert dispatch._by_trying("gram_", 0) == dispatch.Choice("torch", "triton is not installed")
+
+
+def test_similarity_refuses_what_would_broadcast() -> None:
+    good = torch.rand(4, 5), torch.rand(4, 5), torch.rand(5)
+    assert ops.pearson_similarity(*good).shape == (4,)
+    with pytest.raises(ValueError, match=r"must have shapes .* got \(4, 1\), \(4, 5\) and \(5,\)"):
+        ops.pearson_similarity(good[0][:, :1], *good[1:])
+    with pytest.raises(ValueError, match="variance must be finite"):
+        ops.pearson_similarity(good[0], good[1] * torch.nan, good[2])
+    with pytest.raises(TypeError, match="full_variance must be of a floating dtype"):
+        ops.pearson_similarity(*good[:2], good[2].int())
+
+
+def test_results_that_are_written_to_have_memory_of_their_own() -> None:
+    x = torch.randn(4, 12)
+    with pytest.raises(ValueError, match="gram must have memory for every element, got an expanded tensor"):
+        ops.gram_(torch.zeros(1, 12).expand(12, 12), torch.zeros(12), x)
+    with pytest.raises(ValueError, match="total must have memory for every element"):
+        ops.gram_(torch.zeros(12, 12), torch.zeros(1).expand(12), x)
+
+
+def test_backend_of_what_is_not_there() -> None:
+    with pytest.raises(ValueError, match=r"operations must be a list of .*, got 'lstsq'"):
+        ops.backend("cpu", "lstsq")
+    with pytest.raises(ValueError, match=r"got \['foo'\]"):
+        ops.backend("cpu", ["foo"])
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match=r"there is no CUDA GPU that torch .* can use, but the device is cuda"):
+            ops.backend("cuda")
+
+
+def test_a_doctor_on_a_full_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(operation: str, device: str) -> dispatch.Choice:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(doctor, "choose", full)
+    assert doctor._choice("gram_", "cuda:0")[0] == "undecided"

@@ -90,10 +90,33 @@ def test_one_token_and_a_dead_head(backend: str) -> None:
     assert not got[1].any() and not got[:, 1].any() and got[0, 0].all()
 
 
-@pytest.mark.parametrize(("blocks", "most"), [(1, 3276), (2, 1260)])
-def test_the_way_with_fewer_operations(blocks: int, most: int) -> None:
-    """LLaMA-7B, 32 heads of 128: streaming for few tokens only, and for fewer where blocks of heads are made anew."""
-    count = {"out_features": 4096, "in_features": 4096, "num_heads": 32, "blocks": blocks}
+@pytest.mark.parametrize(
+    ("num_heads", "outputs", "inputs", "fused", "most"),
+    [
+        (32, 4096, 4096, False, 3379),  # LLaMA-7B
+        (32, 4096, 4096, True, 1251),  # where blocks of heads are made anew
+        (8, 8192, 8192, True, 3009),  # LLaMA-2-70B, whose eight units fill half of a block
+        (3, 576, 576, True, 72),
+    ],
+)
+def test_the_way_with_fewer_operations(num_heads: int, outputs: int, inputs: int, fused: bool, most: int) -> None:
+    """Streaming for few tokens only; all operations counted one by one."""
+    width, block = inputs // num_heads, 16 if fused else 1
+    blocks = -(-num_heads // block)
+    per_token = sum(
+        (2 if row > col else 1) * block * (-(-width // 16) * 16 if fused else width) if fused or row == col else 0
+        for row in range(blocks)
+        for col in range(row + 1)
+    )
+    per_token += sum(block**2 if fused else (0.5 if row == col else 1) for row in range(blocks) for col in range(row + 1))
+    by_pairs = sum(width**2 for row in range(num_heads) for col in range(row + 1))
+
+    def stream_is_cheaper(tokens: int) -> bool:
+        return tokens * outputs * per_token < tokens * inputs**2 / 2 + outputs * by_pairs
+
+    count = {"out_features": outputs, "in_features": inputs, "num_heads": num_heads, "fused": fused}
+    for tokens in (1, most, most + 1, 10 * most):
+        assert heads.cheaper_method(tokens, **count) == ("stream" if stream_is_cheaper(tokens) else "gram")
     assert heads.cheaper_method(most, **count) == "stream" and heads.cheaper_method(most + 1, **count) == "gram"
 
 

@@ -184,3 +184,24 @@ def test_many_batches_in_half_precision_lose_nothing() -> None:
         statistics.update(batch.to(DEVICE))
     wanted = covariance(x)
     assert (statistics.covariance().cpu() - wanted).abs().max() <= 1e-5 * wanted.diagonal().max()
+
+
+def test_statistics_keep_no_graph_and_refuse_what_would_broadcast() -> None:
+    x = torch.randn(20, 6, requires_grad=True)
+    columns, paired = ColumnStatistics(6), PairedMoments(torch.zeros(6).double(), torch.zeros(6).double())
+    for _ in range(2):
+        columns.update(x * 2)
+        paired.update(x * 2, x + 1)
+    assert not columns.norms().requires_grad and not columns.mean().requires_grad
+    assert not paired.covariance().requires_grad and not paired.variance().requires_grad
+    for y_hat in (x[:1], x[:, :1], x[0]):
+        with pytest.raises(ValueError, match=r"y_hat must have"):
+            paired.update(x, y_hat)
+    with pytest.raises(ValueError, match="no tokens have been added"):
+        PairedMoments(torch.zeros(6), torch.zeros(6)).variance()
+    with pytest.raises(ValueError, match=r"mean_y and mean_y_hat must be \(features,\)"):
+        PairedMoments(torch.zeros(6), torch.zeros(1))
+    with pytest.raises(TypeError, match="only another GramStatistics can be merged, got ColumnStatistics"):
+        GramStatistics(6).merge(columns)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="x must be a floating tensor"):
+        columns.update(torch.zeros(3, 6, dtype=torch.int64))

@@ -4,6 +4,7 @@ Every one has a plain torch path, which runs anywhere, and some have a Triton ke
 """
 
 from slimllm.ops.channels import feature_space_importance
+from slimllm.ops.columns import column_products_, column_sums_
 from slimllm.ops.dispatch import backend
 from slimllm.ops.gram import gram_
 from slimllm.ops.heads import head_covariance, head_covariance_of_tokens
@@ -13,6 +14,7 @@ from slimllm.ops.regression import affine_fit
 from slimllm.ops.tokens import token_cosine
 
 __all__ = [
-    "affine_fit", "backend", "feature_space_importance", "gram_", "head_covariance", "head_covariance_of_tokens",
-    "head_importance", "lstsq", "lstsq_ex", "pearson_greedy", "pearson_similarity", "token_cosine",
+    "affine_fit", "backend", "column_products_", "column_sums_", "feature_space_importance", "gram_", "head_covariance",
+    "head_covariance_of_tokens", "head_importance", "lstsq", "lstsq_ex", "pearson_greedy", "pearson_similarity",
+    "token_cosine",
 ]  # fmt: skip

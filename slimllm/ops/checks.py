@@ -25,10 +25,16 @@ def check_tensors(**tensors: object) -> None:
 def check_dtype(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise TypeError if the tensor's dtype is none of those allowed."""
     if tensor.dtype not in allowed:
-        *most, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
-        wanted = f"{', '.join(most)} or {last}" if most else last
+        first, *others = names = [str(dtype).removeprefix("torch.") for dtype in allowed]
+        wanted = f"{', '.join(names[:-1])} or {names[-1]}" if others else first
         got = str(tensor.dtype).removeprefix("torch.")
-        raise TypeError(f"{name} must be {wanted}, got {got}; convert it with .to(torch.{last}).")
+        raise TypeError(f"{name} must be {wanted}, got {got}; convert it with .to(torch.{first}).")
+
+
+def check_not_overlapping(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError if a tensor that is written to has elements that share memory, as expanded ones do."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
+        raise ValueError(f"{name} must have memory for every element, got an expanded tensor; make it with .clone().")
 
 
 def check_floating(**tensors: torch.Tensor) -> None:

@@ -24,10 +24,16 @@ from slimllm.errors import InputError
 
 BACKENDS = ("auto", "torch", "triton", "extension")
 # Operations with a kernel. The others are library products and factorisations, or too small to matter.
-KERNELS = ("gram_", "head_covariance", "head_covariance_of_tokens", "pearson_greedy", "token_cosine")
+KERNELS = (
+    "gram_", "column_sums_", "column_products_", "head_covariance", "head_covariance_of_tokens", "pearson_greedy",
+    "token_cosine",
+)  # fmt: skip
 # Operations that the extension has, and for what.
 EXTENSION = {
-    "lstsq": {"cpu": "up to 128 unknowns; torch beyond", "cuda": "up to 64 unknowns; torch beyond"},
+    "lstsq": {
+        "cpu": "6 systems or more of up to 128 unknowns, 16 right-hand sides; else torch",
+        "cuda": "up to 64 unknowns and 16 right-hand sides; else torch",
+    },
     "affine_fit": {"cpu": "float32 and float64", "cuda": "float32 and float64"},
 }
 WITHOUT_KERNEL = {"feature_space_importance": "matrix products and one factorisation, which libraries do best"}
@@ -86,7 +92,11 @@ def choose(operation: str, device: torch.device | str) -> Choice:
 
 
 def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    if device.index is not None:
+        return device.index
+    if not torch.cuda.is_available():
+        raise InputError(f"there is no CUDA GPU that torch {torch.__version__} can use, but the device is {device}.")
+    return torch.cuda.current_device()
 
 
 def _extension(operation: str, device: torch.device, wanted: str) -> Choice:
@@ -117,7 +127,17 @@ def extension_is_missing(device_type: str = "cpu") -> str:
 
 
 def backend(device: torch.device | str, operations: Sequence[str] = KERNELS) -> str:
-    """What these operations use on `device`, in a word or two: `torch`, `triton`, or `triton; torch for …`."""
+    """What these operations use on `device`, in a word or two: `torch`, `triton`, or `triton; torch for …`.
+
+    Args:
+        operations: Names of operations; by default those with a Triton kernel.
+
+    Raises:
+        ValueError: an operation is unknown, the device is not there, or SLIMLLM_BACKEND asks for what is not there.
+    """
+    known = {*KERNELS, *EXTENSION, *WITHOUT_KERNEL}
+    if isinstance(operations, str) or not known.issuperset(operations):
+        raise ValueError(f"operations must be a list of {', '.join(sorted(known))}, got {operations!r}.")
     choices = {operation: choose(operation, device).backend for operation in operations}
     exceptions = [operation for operation, name in choices.items() if name == "torch"]
     others = " and ".join(sorted(set(choices.values()) - {"torch"}))
@@ -140,9 +160,7 @@ def _by_trying(operation: str, index: int) -> Choice:
     if backend == "triton":
         major, minor = torch.cuda.get_device_capability(index)
         if torch.version.hip or major < 8:
-            return Choice(
-                "torch", f"kernels need an NVIDIA GPU of compute capability 8.0 or later, not {major}.{minor}"
-            )
+            return Choice("torch", f"kernels need an NVIDIA GPU of compute capability 8.0 or later, not {major}.{minor}")
         missing = _triton_is_missing()
         if missing:
             return Choice("torch", missing)
@@ -165,8 +183,8 @@ def _triton_is_missing() -> str:
         import triton
     except ImportError:
         return "triton is not installed"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):  # the first with host-made tensor descriptors
-        return f"triton {triton.__version__} is too old, 3.4 is needed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):  # with older ones some kernels spill registers
+        return f"triton {triton.__version__} is too old, 3.6 is needed"
     return ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_tensors
+from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_not_overlapping, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.library import operator
 
@@ -48,6 +48,8 @@ def gram_(
     check_dtype("gram", gram, (torch.float32,))
     check_dtype("total", total, PRECISE)
     check_dtype("x", x, ACTIVATIONS)
+    check_not_overlapping("gram", gram)
+    check_not_overlapping("total", total)
     for name, vector, size in (("pivot", pivot, x.shape[1]), ("weight", weight, x.shape[0])):
         if vector is None:
             continue

@@ -17,7 +17,7 @@ def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: i
 
         C[i, j, k] = cov(o_i[:, k], o_j[:, k]) = W_i[k, :] Cov(X)_ij W_j[k, :]ᵀ.
 
-    Work: D·(H·d)² multiply-adds where a product and its mirror image are made once, whatever the number of tokens.
+    Work: D·(H·d)²·(1 + 1/H)/2 multiply-adds, a product and its mirror image made once, whatever the number of tokens.
 
     Args:
         weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
@@ -49,7 +49,7 @@ def _head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: 
     if choose("head_covariance", weight.device).backend == "triton":
         from slimllm.kernels.pearson import head_covariance as kernel
 
-        return kernel(weight, covariance, num_heads)
+        return kernel(weight if weight.dtype in ACTIVATIONS else weight.float(), covariance, num_heads)
     out_features, in_features = weight.shape
     width = in_features // num_heads
     weight = weight.to(covariance.dtype)
@@ -71,12 +71,13 @@ def head_covariance_of_tokens(
 
     Two ways, the same result, multiply-adds (symmetric halves counted once):
 
-        stream:  the contributions, a tile of outputs at a time, and their products over the tokens:  N·D·(B·H·d + H²/2)
-        gram:    the Gram of x, and `head_covariance`:                                               (N/2 + D/2)·(H·d)²
+        stream:  the contributions, a tile of outputs at a time, and their products over the tokens:  N·D·(H·d + H²/2)
+        gram:    the Gram of x, and `head_covariance`:                                (N + D·(1 + 1/H))/2·(H·d)²
 
-    B is 1 in torch; the kernel, which takes 16 heads at a time, makes contributions B = ⌈H/16⌉ times. Streaming wins for
-    few tokens: at 32 heads of 128 below N = 3277 in torch and 1261 in the kernel. The (N, H, D) contributions are never
-    in memory; the streaming kernel needs none beside its result, `gram` the (H·d, H·d) Gram.
+    The streaming kernel takes 16 heads at a time, and widths in steps of 16: with B = ⌈H/16⌉ blocks of heads it makes
+    N·D·(B²·16·16⌈d/16⌉ + 128·B·(B + 1)). Streaming wins for few tokens: at 32 heads of 128 up to N = 3379 in torch and
+    1251 in the kernel. Memory beside the result: the streaming kernel none, torch as much as the result and an fp32 copy
+    of x; `gram` the (H·d, H·d) Gram and an fp32 copy of x.
 
     Args:
         weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
@@ -101,9 +102,17 @@ def head_covariance_of_tokens(
     weight, x = weight.detach(), x.detach()
     if method not in (None, "stream", "gram"):
         raise ValueError(f"method must be stream, gram or None, got {method!r}.")
-    blocks = -(-num_heads // 16) if choose("head_covariance_of_tokens", x.device).backend == "triton" else 1
-    if (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads, blocks)) == "stream":
-        return _stream_head_covariance(weight, x, num_heads)
+    return _head_covariance_of_tokens(weight, x, num_heads, method)
+
+
+@operator(
+    "head_covariance_of_tokens(Tensor weight, Tensor x, int num_heads, str? method) -> Tensor",
+    shape=lambda weight, x, num_heads, method: x.new_empty(num_heads, num_heads, weight.shape[0], dtype=torch.float32),
+)
+def _head_covariance_of_tokens(weight: torch.Tensor, x: torch.Tensor, num_heads: int, method: str | None) -> torch.Tensor:
+    fused = choose("head_covariance_of_tokens", x.device).backend == "triton"
+    if (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads, fused)) == "stream":
+        return _stream_head_covariance(weight, x, num_heads, fused)
     mean = x.mean(0, dtype=torch.float32)
     gram, total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32), torch.zeros_like(mean)
     gram_(gram, total, x.float(), pivot=mean)
@@ -111,27 +120,27 @@ def head_covariance_of_tokens(
     return head_covariance(weight, gram.div_(x.shape[0]).addr_(total, total, alpha=-1), num_heads)
 
 
-def cheaper_method(num_tokens: int, out_features: int, in_features: int, num_heads: int, blocks: int) -> str:
-    """`stream` or `gram`, whichever takes fewer multiply-adds, see `head_covariance_of_tokens`; `blocks` is B."""
-    stream = num_tokens * out_features * (blocks * in_features + num_heads**2 / 2)
-    return "stream" if stream < (num_tokens + out_features) * in_features**2 / 2 else "gram"
+def cheaper_method(num_tokens: int, out_features: int, in_features: int, num_heads: int, fused: bool) -> str:
+    """`stream` or `gram`, whichever takes fewer multiply-adds, see `head_covariance_of_tokens`; `fused`: by the kernel."""
+    per_output = in_features + num_heads**2 / 2
+    if fused:
+        blocks, steps = -(-num_heads // 16), -(-in_features // num_heads // 16)
+        per_output = blocks**2 * 16 * 16 * steps + 128 * blocks * (blocks + 1)
+    gram = (num_tokens + out_features * (1 + 1 / num_heads)) * in_features**2 / 2
+    return "stream" if num_tokens * out_features * per_output < gram else "gram"
 
 
-@operator(
-    "stream_head_covariance(Tensor weight, Tensor x, int num_heads) -> Tensor",
-    shape=lambda weight, x, num_heads: x.new_empty(num_heads, num_heads, weight.shape[0], dtype=torch.float32),
-)
-def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: int, fused: bool) -> torch.Tensor:
     mean = x.mean(0, dtype=torch.float32)
-    if choose("head_covariance_of_tokens", x.device).backend == "triton":
+    if fused:
         from slimllm.kernels.pearson import stream_head_covariance as kernel
 
-        return kernel(weight, x, mean, num_heads)
+        return kernel(weight if weight.dtype in ACTIVATIONS else weight.float(), x, mean, num_heads)
     num_tokens, out_features = x.shape[0], weight.shape[0]
     u = (x.float() - mean).view(num_tokens, num_heads, -1).transpose(0, 1)  # (H, N, d)
     by_head = weight.float().view(out_features, num_heads, -1).permute(1, 2, 0)  # (H, d, D)
     result = x.new_empty(num_heads, num_heads, out_features, dtype=torch.float32)
-    outputs_at_once = max(1, min(2**24, result.numel()) // (num_tokens * num_heads))  # no more memory than the result
+    outputs_at_once = max(1, min(2**24, result.numel()) // (num_tokens * num_heads))  # tiles as large as the result
     with full_precision(weight.device):
         for start in range(0, out_features, outputs_at_once):
             here = slice(start, start + outputs_at_once)

@@ -167,6 +167,9 @@ def _lstsq(
     gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool, start: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One attempt, which waits for no device: solutions, NaN where there is none, absolute ridges, status by system."""
+    backend = choose("lstsq", gram.device).backend
+    if ridge.shape != gram.shape[:1]:
+        raise ValueError(f"ridge must have shape ({gram.shape[0]},), got {tuple(ridge.shape)}.")
     batch, size, columns = *gram.shape[:2], cross.shape[2]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if gram.numel() == 0 or cross.numel() == 0:
@@ -174,12 +177,7 @@ def _lstsq(
         zeros = torch.zeros_like(cross, memory_format=torch.contiguous_format)
         return zeros, used, torch.zeros_like(ridge, dtype=torch.int32)
     full = gram.device.type != "cpu" or 4 * batch >= 3 * LANES * -(-batch // LANES)
-    if (
-        size <= LARGEST.get(gram.device.type, 0)
-        and columns <= MOST_COLUMNS
-        and full
-        and choose("lstsq", gram.device).backend == "extension"
-    ):
+    if backend == "extension" and size <= LARGEST[gram.device.type] and columns <= MOST_COLUMNS and full:
         contiguous = None if start is None else start.contiguous()
         return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)  # type: ignore[no-any-return]
     used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from slimllm.ops.checks import PRECISE, check_dtype, check_finite, check_integer, check_tensors
+from slimllm.ops.checks import PRECISE, check_dtype, check_finite, check_floating, check_integer, check_tensors
 from slimllm.ops.dispatch import choose
 from slimllm.ops.library import operator
 
@@ -19,7 +19,25 @@ def pearson_similarity(cov_with_full: torch.Tensor, variance: torch.Tensor, full
         cov_with_full: cov(o_S[:, k], o[:, k]), (..., D).
         variance: var(o_S[:, k]), (..., D).
         full_variance: var(o[:, k]), (D,).
+
+    Raises:
+        ValueError: shapes or devices do not fit together, or a number is not finite.
+        TypeError: a dtype is no floating one.
     """
+    arguments = {"cov_with_full": cov_with_full, "variance": variance, "full_variance": full_variance}
+    check_tensors(**arguments)
+    check_floating(**arguments)
+    if cov_with_full.shape != variance.shape or full_variance.shape != variance.shape[-1:] or not variance.ndim:
+        raise ValueError(
+            "cov_with_full, variance and full_variance must have shapes (..., D), (..., D) and (D,), got "
+            f"{tuple(cov_with_full.shape)}, {tuple(variance.shape)} and {tuple(full_variance.shape)}."
+        )
+    for name, tensor in arguments.items():
+        check_finite(name, tensor)  # else NaNs would count as constant outputs
+    return _pearson_similarity(cov_with_full, variance, full_variance)
+
+
+def _pearson_similarity(cov_with_full: torch.Tensor, variance: torch.Tensor, full_variance: torch.Tensor) -> torch.Tensor:
     scale = (variance.clamp(min=0) * full_variance.clamp(min=0)).sqrt()
     return torch.where(scale > 0, cov_with_full.abs() / scale, 0.0).sum(-1)
 
@@ -47,7 +65,7 @@ def _head_importance(covariance: torch.Tensor) -> torch.Tensor:
     full_variance = with_full.sum(0)
     own = covariance.diagonal().T  # (H, D): var(o_i)
     variance = full_variance - 2 * with_full + own
-    return -pearson_similarity(full_variance - with_full, variance, full_variance)
+    return -_pearson_similarity(full_variance - with_full, variance, full_variance)
 
 
 def pearson_greedy(covariance: torch.Tensor, num_pruned: int, group_size: int = 1) -> torch.Tensor:
@@ -127,13 +145,13 @@ def _exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tenso
     own = covariance.diagonal().T  # (H, D)
     with_kept = (covariance * kept[None, :, None]).sum(1)  # R: (H, D)
     cov_kept, variance = (with_full * kept[:, None]).sum(0), (with_kept * kept[:, None]).sum(0)
-    best = pearson_similarity(cov_kept, variance, full_variance)
+    best = _pearson_similarity(cov_kept, variance, full_variance)
     for step in range(len(pruned)):
         p = pruned[step : step + 1]  # (1,) rather than a number, whose use as an index would wait for the device
         row = covariance[p][0]
         new_cov = cov_kept + with_full[p] - with_full
         new_variance = variance + own[p] + 2 * (with_kept[p] - row) + own - 2 * with_kept
-        similarity = pearson_similarity(new_cov, new_variance, full_variance)
+        similarity = _pearson_similarity(new_cov, new_variance, full_variance)
         similarity = similarity.masked_fill(~kept | (group_of != group_of[p]), -torch.inf)
         score, q = similarity.max(0, keepdim=True)
         better = score > best * (1 + ROUNDING)

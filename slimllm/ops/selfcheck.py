@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from slimllm.ops import gram, heads, pearson, regression, tokens
+from slimllm.ops import columns, gram, heads, pearson, regression, tokens
+from slimllm.ops.checks import ACTIVATIONS
 from slimllm.ops.dispatch import forced
 from slimllm.ops.lstsq import lstsq_ex
 
@@ -27,20 +30,26 @@ def _run(operation: str, device: torch.device) -> list[torch.Tensor]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
-    # So many tokens that a GPU splits them over programs.
+    # So many tokens that a GPU splits them over programs, and so few that it does not.
     x, weight = random(2048, 8 * 24), random(136, 8 * 24)
     if operation == "gram_":
-        results = []
-        weights = random(len(x)).abs()
         x = (4 * x).round()  # whole numbers, which no dtype rounds
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for pivot, by_token, deterministic in (
-                (None, None, True), (None, None, False), (x[0], None, True), (None, weights, True), (x[0], weights, True)
-            ):  # fmt: skip
-                result = torch.zeros(192, 192, dtype=torch.float32, device=device)
-                total = torch.zeros(192, dtype=torch.float64, device=device)
-                gram.gram_(result, total, x.to(dtype), pivot=pivot, weight=by_token, deterministic=deterministic)
-                results += [result, total]
+        pivot = (64 * random(192)).round() / 64  # differences from it have more digits than bf16: the low parts count
+        weights, few = random(len(x)).abs(), x[:300]
+        cases: list[tuple[torch.Tensor, dict[str, Any]]] = [(x, {}), (x, {"deterministic": False})]
+        cases += [(x, {"pivot": pivot}), (x, {"weight": weights}), (x, {"pivot": pivot, "weight": weights}), (few, {})]
+        cases += [(few, {"pivot": pivot}), (x[:300, 1:], {}), (x[:192, :100].T, {})]
+        return [tensor for dtype in ACTIVATIONS for x, options in cases for tensor in _gram(x, dtype, options)]
+    if operation in ("column_sums_", "column_products_"):
+        results = []
+        for dtype in ACTIVATIONS:
+            first, second = torch.zeros(2, 192, dtype=torch.float64, device=device)
+            y, pivot = x.to(dtype), random(192)
+            if operation == "column_sums_":
+                columns.column_sums_(first, second, y, pivot=pivot)
+            else:
+                columns.column_products_(first, second, y, y.flip(0), pivot_y=pivot, pivot_y_hat=pivot)
+            results += [first, second]
         return results
     covariance = x.double().T @ x.double() / len(x)
     if operation == "head_covariance":
@@ -55,9 +64,9 @@ def _run(operation: str, device: torch.device) -> list[torch.Tensor]:
         return [tokens.token_cosine(x, x + random(2048, 192))]
     if operation == "lstsq":
         results = []
-        for size, columns, dtype in ((64, 3, torch.float32), (33, 1, torch.float64), (8, 16, torch.float32)):
-            a, b = random(50, 2 * size, size).to(dtype), random(50, 2 * size, columns).to(dtype)
-            start, ridge = random(50, size, columns).to(dtype), random(50).abs().double()
+        for size, rights, dtype in ((64, 3, torch.float32), (33, 1, torch.float64), (8, 16, torch.float32)):
+            a, b = random(50, 2 * size, size).to(dtype), random(50, 2 * size, rights).to(dtype)
+            start, ridge = random(50, size, rights).to(dtype), random(50).abs().double()
             results += lstsq_ex(a.mT @ a, a.mT @ b, 1e-3)
             results += lstsq_ex(a.mT @ a, a.mT @ b, ridge, absolute=True, start=start)
         return results
@@ -66,3 +75,13 @@ def _run(operation: str, device: torch.device) -> list[torch.Tensor]:
         moments[2][:10] = 0
         return [x for d in (torch.float32, torch.float64) for x in regression.affine_fit(*(m.to(d) for m in moments))]
     raise ValueError(f"there is no kernel of {operation}.")
+
+
+def _gram(x: torch.Tensor, dtype: torch.dtype, options: dict[str, Any]) -> list[torch.Tensor]:
+    """Gram and sums; in a dtype of few digits of x as it holds it, laid out as x is."""
+    like = torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
+    like.copy_(x)
+    result = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    gram.gram_(result, total, like, **options)
+    return [result, total]

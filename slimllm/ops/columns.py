@@ -1,0 +1,118 @@
+"""Sums over tokens, feature by feature: what norms, variances and the affine fit need, without a Gram."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_not_overlapping, check_tensors
+from slimllm.ops.dispatch import choose
+from slimllm.ops.library import operator
+
+
+def column_sums_(total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, *, pivot: torch.Tensor | None = None) -> None:
+    """total += Σ_t u_t and squares += Σ_t u_t² with u_t = x_t - pivot, in place, from one read of x.
+
+    With no pivot, the root of `squares` is ‖X[:, j]‖₂, what Wanda's metric needs.
+
+    Args:
+        total, squares: (features,) fp32 or fp64.
+        x: (num_tokens, features), bf16, fp16 or fp32, any strides.
+        pivot: (features,) fp32, subtracted from every token: about a pivot near the mean, the variance
+            squares/N - (total/N)² keeps its digits where the mean is far larger than the spread.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: a dtype is none of those above.
+    """
+    check_tensors(total=total, squares=squares, x=x)
+    _check_sums({"total": total, "squares": squares}, x)
+    _check_pivot("pivot", pivot, x)
+    _column_sums_(total.detach(), squares.detach(), x.detach(), None if pivot is None else pivot.detach())
+
+
+def column_products_(
+    squares: torch.Tensor, products: torch.Tensor, y: torch.Tensor, y_hat: torch.Tensor, *,
+    pivot_y: torch.Tensor, pivot_y_hat: torch.Tensor,
+) -> None:  # fmt: skip
+    """squares += Σ_t v_t² and products += Σ_t u_t v_t with u = y - pivot_y and v = ŷ - pivot_ŷ, in place, from one read.
+
+    About the means they are N·var(ŷ) and N·cov(y, ŷ), what `affine_fit` takes.
+
+    Args:
+        squares, products: (features,) fp32 or fp64.
+        y, y_hat: (num_tokens, features), bf16, fp16 or fp32, any strides.
+        pivot_y, pivot_y_hat: (features,) fp32.
+
+    Raises:
+        ValueError: shapes or devices do not fit together.
+        TypeError: a dtype is none of those above.
+    """
+    check_tensors(squares=squares, products=products, y=y, y_hat=y_hat)
+    _check_sums({"squares": squares, "products": products}, y)
+    if y_hat.shape != y.shape:
+        raise ValueError(f"y and y_hat must have one shape, got {tuple(y.shape)} and {tuple(y_hat.shape)}.")
+    check_dtype("y_hat", y_hat, ACTIVATIONS)
+    _check_pivot("pivot_y", pivot_y, y)
+    _check_pivot("pivot_y_hat", pivot_y_hat, y)
+    _column_products_(
+        squares.detach(), products.detach(), y.detach(), y_hat.detach(), pivot_y.detach(), pivot_y_hat.detach()
+    )
+
+
+def _check_sums(sums: dict[str, torch.Tensor], x: torch.Tensor) -> None:
+    for name, tensor in sums.items():
+        if x.ndim != 2 or tensor.shape != x.shape[1:]:
+            raise ValueError(
+                f"{name} must have shape (features,) where the activations have (num_tokens, features), "
+                f"got {tuple(tensor.shape)} and {tuple(x.shape)}."
+            )
+        check_dtype(name, tensor, PRECISE)
+        check_not_overlapping(name, tensor)
+    check_dtype("the activations", x, ACTIVATIONS)
+
+
+def _check_pivot(name: str, pivot: torch.Tensor | None, x: torch.Tensor) -> None:
+    if pivot is not None:
+        check_tensors(**{"x": x, name: pivot})
+        check_dtype(name, pivot, (torch.float32,))
+        if pivot.shape != x.shape[1:]:
+            raise ValueError(f"{name} must have shape ({x.shape[1]},), got {tuple(pivot.shape)}.")
+
+
+@operator(
+    "column_sums_(Tensor(a!) total, Tensor(b!) squares, Tensor x, Tensor? pivot) -> ()", shape=lambda *arguments: None
+)
+def _column_sums_(total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, pivot: torch.Tensor | None) -> None:
+    if x.numel() == 0:
+        return
+    if choose("column_sums_", x.device).backend == "triton":
+        from slimllm.kernels.columns import column_sums as kernel
+
+        first, second = kernel(x, None if pivot is None else pivot.contiguous(), None, None)
+    else:
+        u = x.float() if pivot is None else x.float() - pivot
+        first, second = u.sum(0), u.square().sum(0)
+    total += first
+    squares += second
+
+
+@operator(
+    "column_products_(Tensor(a!) squares, Tensor(b!) products, Tensor y, Tensor y_hat, Tensor pivot_y, "
+    "Tensor pivot_y_hat) -> ()",
+    shape=lambda *arguments: None,
+)
+def _column_products_(
+    squares: torch.Tensor, products: torch.Tensor, y: torch.Tensor, y_hat: torch.Tensor,
+    pivot_y: torch.Tensor, pivot_y_hat: torch.Tensor,
+) -> None:  # fmt: skip
+    if y.numel() == 0:
+        return
+    if choose("column_products_", y.device).backend == "triton":
+        from slimllm.kernels.columns import column_sums as kernel
+
+        first, second = kernel(y, pivot_y.contiguous(), y_hat, pivot_y_hat.contiguous())
+    else:
+        u, v = y.float() - pivot_y, y_hat.float() - pivot_y_hat
+        first, second = v.square().sum(0, dtype=torch.float64), u.mul_(v).sum(0, dtype=torch.float64)
+    squares += first
+    products += second
