@@ -47,7 +47,8 @@ def machine() -> str:
 def median_seconds(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
     """Median seconds of each function; they take turns, after one call each to warm up, so that noise meets all alike.
 
-    On a GPU the caches are overwritten before each call and the time is that between two events of the stream.
+    On a CPU each is called twice at its turn, and the second call counts: the first finds the caches and the threads as
+    another function has left them. On a GPU the caches are overwritten before each call and the time is that between two events of the stream.
     """
     for function in functions.values():
         function()
@@ -56,6 +57,7 @@ def median_seconds(functions: dict[str, Callable[[], object]], device: torch.dev
     for _ in range(rounds):
         for name, function in functions.items():
             if flush is None:
+                function()
                 started = time.perf_counter()
                 function()
                 seconds[name].append(time.perf_counter() - started)

@@ -10,73 +10,64 @@
 
 namespace slimllm {
 
-// Work space and results of LANES systems (K, K) with M right-hand sides, all in fp64.
+// Work space and results of LANES systems (K, K) with M right-hand sides, all in fp64, whose range needs no scaling.
 template <int LANES>
 struct Lanes {
   explicit Lanes(int64_t size, int64_t columns)
-      : k(size),
-        m(columns),
-        gram(size * size * LANES),
-        factor(size * size * LANES),
-        right(size * columns * LANES),
-        scale(size * LANES),
-        inverse(size * LANES) {}
+      : k(size), m(columns), system(size * size * LANES), right(size * columns * LANES), inverse(size * LANES) {}
 
   int64_t k, m;
-  std::vector<double> gram;     // G, lower half, [i][j][lane]
-  std::vector<double> factor;   // L of S (G + λ) S, strictly lower half
+  std::vector<double> system;   // G, lower half, [i][j][lane]; then L, strictly lower half
   std::vector<double> right;    // R, then X, [i][column][lane]
-  std::vector<double> scale;    // S: 1 / sqrt(G_ii + λ), 0 for a column of zeros
-  std::vector<double> inverse;  // 1 / L_ii
-  double ridge[LANES] = {};     // λ, absolute
-  double least_pivot[LANES] = {};
+  std::vector<double> inverse;  // 1 / L_ii, 0 for a column of zeros
+  double ridge[LANES] = {};     // λ
+  bool regular[LANES] = {};     // whether G + λI is positive definite to working precision
 
-  double* row(std::vector<double>& a, int64_t i) { return a.data() + i * k * LANES; }
+  double* row(int64_t i) { return system.data() + i * k * LANES; }
 
-  // S (G + λ) S = L Lᵀ, by rows. least_pivot is the smallest L_ii², not positive where the system is not definite.
+  // G + λI = L Lᵀ, column by column, each of which at once leaves the columns behind it.
   void factorise() {
-    for (int lane = 0; lane < LANES; ++lane) least_pivot[lane] = std::numeric_limits<double>::infinity();
-    for (int64_t i = 0; i < k; ++i) {
-      const double* diagonal = row(gram, i) + i * LANES;
-      double* s = scale.data() + i * LANES;
+    const double least = static_cast<double>(k) * std::numeric_limits<double>::epsilon();
+    for (int lane = 0; lane < LANES; ++lane) regular[lane] = true;
+    for (int64_t i = 0; i < k; ++i) {  // until its turn, what the pivot has to exceed
       for (int lane = 0; lane < LANES; ++lane) {
-        s[lane] = diagonal[lane] > 0 ? 1 / std::sqrt(diagonal[lane] + ridge[lane]) : 0;
+        double& diagonal = row(i)[i * LANES + lane];
+        diagonal = diagonal > 0 || diagonal < 0 ? diagonal + ridge[lane] : diagonal;
+        inverse[i * LANES + lane] = least * diagonal;
       }
-      double* li = row(factor, i);
-      double pivot[LANES];
-      for (int lane = 0; lane < LANES; ++lane) pivot[lane] = 1;
-      for (int64_t j = 0; j < i; ++j) {
-        const double* lj = row(factor, j);
-        const double* sj = scale.data() + j * LANES;
-        const double* g = row(gram, i) + j * LANES;
-        double sum[LANES];
-        for (int lane = 0; lane < LANES; ++lane) sum[lane] = g[lane] * s[lane] * sj[lane];
-        for (int64_t t = 0; t < j; ++t) {
-          for (int lane = 0; lane < LANES; ++lane) sum[lane] -= li[t * LANES + lane] * lj[t * LANES + lane];
-        }
-        for (int lane = 0; lane < LANES; ++lane) {
-          const double value = sum[lane] * inverse[j * LANES + lane];
-          li[j * LANES + lane] = value;
-          pivot[lane] -= value * value;
-        }
-      }
+    }
+    for (int64_t j = 0; j < k; ++j) {
+      double* inv = inverse.data() + j * LANES;
       for (int lane = 0; lane < LANES; ++lane) {
-        // A NaN counts as not positive, and goes on no further.
-        const double safe = pivot[lane] > 0 ? pivot[lane] : -1;
-        least_pivot[lane] = safe < least_pivot[lane] ? safe : least_pivot[lane];
-        inverse[i * LANES + lane] = 1 / std::sqrt(pivot[lane] > 0 ? pivot[lane] : 1);
+        const double pivot = row(j)[j * LANES + lane];
+        const bool zeros = inv[lane] == 0 && pivot == 0;
+        regular[lane] = regular[lane] && (zeros || pivot > inv[lane]);  // a NaN is not greater
+        inv[lane] = zeros ? 0 : 1 / std::sqrt(pivot > 0 ? pivot : 1);
+      }
+      for (int64_t i = j + 1; i < k; ++i) {
+        double* ri = row(i);
+        double left[LANES];
+        for (int lane = 0; lane < LANES; ++lane) left[lane] = ri[j * LANES + lane] * inv[lane];
+        for (int lane = 0; lane < LANES; ++lane) ri[j * LANES + lane] = left[lane];
+        for (int64_t r = j + 1; r <= i; ++r) {
+          const double* from = row(r) + j * LANES;
+          double to[LANES];  // in registers: the compiler cannot know that the rows do not overlap
+          for (int lane = 0; lane < LANES; ++lane) to[lane] = ri[r * LANES + lane];
+          for (int lane = 0; lane < LANES; ++lane) to[lane] -= left[lane] * from[lane];
+          for (int lane = 0; lane < LANES; ++lane) ri[r * LANES + lane] = to[lane];
+        }
       }
     }
   }
 
-  // right ← S (L Lᵀ)⁻¹ S right.
+  // right ← (L Lᵀ)⁻¹ right.
   void solve() {
     for (int64_t i = 0; i < k; ++i) {
-      const double* li = row(factor, i);
+      const double* li = row(i);
       for (int64_t c = 0; c < m; ++c) {
         double* x = right.data() + (i * m + c) * LANES;
         double sum[LANES];
-        for (int lane = 0; lane < LANES; ++lane) sum[lane] = x[lane] * scale[i * LANES + lane];
+        for (int lane = 0; lane < LANES; ++lane) sum[lane] = x[lane];
         for (int64_t t = 0; t < i; ++t) {
           const double* y = right.data() + (t * m + c) * LANES;
           for (int lane = 0; lane < LANES; ++lane) sum[lane] -= li[t * LANES + lane] * y[lane];
@@ -91,22 +82,12 @@ struct Lanes {
         for (int lane = 0; lane < LANES; ++lane) sum[lane] = x[lane];
         for (int64_t t = i + 1; t < k; ++t) {
           const double* y = right.data() + (t * m + c) * LANES;
-          const double* lt = row(factor, t) + i * LANES;
+          const double* lt = row(t) + i * LANES;
           for (int lane = 0; lane < LANES; ++lane) sum[lane] -= lt[lane] * y[lane];
         }
         for (int lane = 0; lane < LANES; ++lane) x[lane] = sum[lane] * inverse[i * LANES + lane];
       }
     }
-    for (int64_t i = 0; i < k; ++i) {
-      for (int64_t c = 0; c < m; ++c) {
-        for (int lane = 0; lane < LANES; ++lane) right[(i * m + c) * LANES + lane] *= scale[i * LANES + lane];
-      }
-    }
-  }
-
-  // Whether the system is positive definite to working precision.
-  bool regular(int lane) const {
-    return least_pivot[lane] > static_cast<double>(k) * std::numeric_limits<double>::epsilon();
   }
 };
 

@@ -35,19 +35,29 @@ constexpr int kLanes = 8;
 template <typename T>
 void load(const Problem<T>& p, Lanes<kLanes>& lanes, int64_t first, int64_t count) {
   const int64_t k = p.k, m = p.m;
+  const T* grams[kLanes];
+  const T* crosses[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t b = first + (lane < count ? lane : 0);
-    const T* g = p.gram + b * k * k;
-    const T* r = p.cross + b * k * m;
-    for (int64_t i = 0; i < k; ++i) {
-      for (int64_t j = 0; j <= i; ++j) lanes.gram[(i * k + j) * kLanes + lane] = static_cast<double>(g[i * k + j]);
+    grams[lane] = p.gram + b * k * k;
+    crosses[lane] = p.cross + b * k * m;
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double* to = lanes.system.data() + (i * k + j) * kLanes;
+      for (int lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<double>(grams[lane][i * k + j]);
     }
-    for (int64_t i = 0; i < k * m; ++i) lanes.right[i * kLanes + lane] = static_cast<double>(r[i]);
+  }
+  for (int64_t i = 0; i < k * m; ++i) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes.right[i * kLanes + lane] = static_cast<double>(crosses[lane][i]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int64_t b = first + (lane < count ? lane : 0);
     if (p.start != nullptr) {  // solve for the difference from the start: R - G W₀
       const T* w = p.start + b * k * m;
       for (int64_t i = 0; i < k; ++i) {
         for (int64_t j = 0; j < k; ++j) {
-          const double value = lanes.gram[(i >= j ? i * k + j : j * k + i) * kLanes + lane];
+          const double value = lanes.system[(i >= j ? i * k + j : j * k + i) * kLanes + lane];
           for (int64_t c = 0; c < m; ++c) {
             lanes.right[(i * m + c) * kLanes + lane] -= value * static_cast<double>(w[j * m + c]);
           }
@@ -61,7 +71,7 @@ void load(const Problem<T>& p, Lanes<kLanes>& lanes, int64_t first, int64_t coun
 // The solution of system b out of its lane, NaN where it is none.
 template <typename T>
 void store(const Problem<T>& p, const Lanes<kLanes>& lanes, int lane, int64_t b) {
-  bool fine = lanes.regular(lane) && p.makes_sense(b);
+  bool fine = lanes.regular[lane] && p.makes_sense(b);
   for (int64_t i = 0; i < p.k * p.m; ++i) {
     const double from = p.start != nullptr ? static_cast<double>(p.start[b * p.k * p.m + i]) : 0;
     const T value = static_cast<T>(from + lanes.right[i * kLanes + lane]);

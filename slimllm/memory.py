@@ -85,8 +85,8 @@ def account(
         "embeddings": config.vocab_size * hidden_size * (2 + 4),
         "two_layers": 2 * max(size.params for size in sizes) * 4,
         # A Gram in fp32, its centred copy, eigenvectors and the decomposition's workspace in fp64.
-        # `lstsq`: a Gram, its covariance, correlation, the scaled system and its factor.
-        "statistics": max(square * (4 + 5 * 8), joint * (4 + 4 * 8)),
+        # `lstsq`: a Gram, its covariance, correlation, and the system, which its factor replaces.
+        "statistics": max(square * (4 + 5 * 8), joint * (4 + 3 * 8)),
         # The residual stream, the dense outputs of the sub-layer at work, the inputs of its output projection where
         # they are kept, and one batch's activations inside the FFN (gate, its activation, up, their product).
         "hidden_states": tokens * item * 2 * hidden_size

@@ -24,6 +24,7 @@ def sample() -> dict[str, tuple[Any, ...]]:
         "head_covariance_of_tokens": (weight, x, 3, "stream"),
         "pearson_greedy": (by_head, 1, 1),
         "token_cosine": (x, x + 1),
+        "affine_fit": tuple(torch.rand(4, 7)),
     }
 
 
@@ -105,7 +106,17 @@ def test_under_torch_compile() -> None:
         squares, products = torch.zeros(12), torch.zeros(12)
         ops.column_sums_(total, squares, x)
         ops.column_products_(squares, products, x, x + 1, pivot_y=x[0], pivot_y_hat=x[1])
-        return gram * 2, kept + 0, by_head, ops.token_cosine(x, x + 1), total + 0, squares + products
+        slope, intercept = ops.affine_fit(x[0], x[1], x[2].abs(), x[3])
+        return (
+            slope + 0,
+            intercept + 0,
+            gram * 2,
+            kept + 0,
+            by_head,
+            ops.token_cosine(x, x + 1),
+            total + 0,
+            squares + products,
+        )
 
     compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
     for got, wanted in zip(compiled(x), method(x)):

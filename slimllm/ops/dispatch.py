@@ -200,7 +200,8 @@ def forced(name: str) -> Iterator[None]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """No automatic half precision on the device."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 @contextmanager

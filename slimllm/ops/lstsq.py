@@ -90,10 +90,13 @@ def lstsq_ex(
         raise TypeError(f"absolute must be True or False, got {absolute!r}.")
     if not isinstance(ridge, (numbers.Real, torch.Tensor)):
         raise TypeError(f"ridge must be a number or a tensor, got {type(ridge).__name__}.")
-    wanted = torch.as_tensor(ridge, dtype=torch.float64, device=gram.device).detach()
-    if wanted.shape not in ((), gram.shape[:1]):
-        raise ValueError(f"ridge must be a number or have shape ({gram.shape[0]},), got {tuple(wanted.shape)}.")
-    wanted = wanted.expand(len(gram)).contiguous()
+    if isinstance(ridge, torch.Tensor):
+        wanted = ridge.detach().to(gram.device, torch.float64)
+        if wanted.shape not in ((), gram.shape[:1]):
+            raise ValueError(f"ridge must be a number or have shape ({gram.shape[0]},), got {tuple(wanted.shape)}.")
+        wanted = wanted.expand(len(gram)).contiguous()
+    else:
+        wanted = torch.full(gram.shape[:1], float(ridge), dtype=torch.float64, device=gram.device)
     gram, cross, start = gram.detach(), cross.detach(), None if start is None else start.detach()
     solution, used, status = _lstsq(gram, cross, wanted, absolute, start)
     if bool(status.any()):  # the only wait for the device
@@ -182,8 +185,11 @@ def _lstsq(
         return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)  # type: ignore[no-any-return]
     used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)
     solution, failed = _factor_and_solve(gram, cross, used, start)
-    failed |= ~(ridge >= 0) | (diagonal < 0).any(-1) | ~solution.isfinite().all(-1).all(-1)
-    solution.masked_fill_(failed[:, None, None], torch.nan)
+    # NaN and infinity reach the sum; so may large numbers, which are then found finite in fp64.
+    sizes = solution.sum((-2, -1))
+    failed |= ~(ridge >= 0) | (diagonal < 0).any(-1) | ~sizes.isfinite()
+    if solution.is_cuda or bool(failed.any()):  # on a CPU looking is cheaper than writing
+        solution.masked_fill_(failed[:, None, None], torch.nan)
     return solution, used, FAILED * failed.int() + ZEROS * (diagonal == 0).any(-1).int()
 
 
@@ -208,7 +214,7 @@ def _factor_and_solve(
     torch.linalg.cholesky_ex(upper, upper=True, out=(upper, status))
     pivots = (diagonal.square() / before).amin(-1)
     least = SAFE_PIVOT if gram.dtype == torch.float32 else gram.shape[-1] * torch.finfo(torch.float64).eps
-    right = torch.where(known[..., None], cross, 0.0)
+    right = cross if not cross.is_cuda and bool(known.all()) else torch.where(known[..., None], cross, 0.0)
     solution = torch.linalg.solve_triangular(upper, torch.linalg.solve_triangular(upper.mT, right, upper=False), upper=True)
     if start is not None:
         solution += start

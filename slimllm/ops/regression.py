@@ -6,6 +6,7 @@ import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_floating, check_tensors
 from slimllm.ops.dispatch import choose
+from slimllm.ops.library import operator
 
 
 def affine_fit(
@@ -33,10 +34,21 @@ def affine_fit(
         check_dtype(name, tensor, (mean_y.dtype,))
         if tensor.shape != mean_y.shape:
             raise ValueError(f"{name} must have the shape of mean_y, {tuple(mean_y.shape)}, got {tuple(tensor.shape)}.")
-    if mean_y.dtype in PRECISE and mean_y.ndim == 1 and choose("affine_fit", mean_y.device).backend == "extension":
-        contiguous = [tensor.detach().contiguous() for tensor in arguments.values()]
+    return _affine_fit(*(tensor.detach() for tensor in arguments.values()))
+
+
+@operator(
+    "affine_fit(Tensor mean_y, Tensor mean_y_hat, Tensor variance_y_hat, Tensor covariance) -> (Tensor, Tensor)",
+    shape=lambda mean_y, *others: tuple(torch.empty_like(mean_y, memory_format=torch.contiguous_format) for _ in range(2)),
+)
+def _affine_fit(
+    mean_y: torch.Tensor, mean_y_hat: torch.Tensor, variance_y_hat: torch.Tensor, covariance: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    backend = choose("affine_fit", mean_y.device).backend
+    if backend == "extension" and mean_y.dtype in PRECISE and mean_y.ndim == 1:
+        contiguous = [tensor.contiguous() for tensor in (mean_y, mean_y_hat, variance_y_hat, covariance)]
         return torch.ops.slimllm_C.affine_fit(*contiguous)  # type: ignore[no-any-return]
     # fp32 activations carry relative errors near 1e-7 of |ŷ|, hence variances below (1e-7)²·E[ŷ²] are noise.
     noise = 1e-14 * (variance_y_hat + mean_y_hat.square())
     slope = torch.where(variance_y_hat <= noise, 1.0, covariance / variance_y_hat)
-    return slope, mean_y - slope * mean_y_hat
+    return slope.contiguous(), (mean_y - slope * mean_y_hat).contiguous()
