@@ -28,26 +28,31 @@ def check(x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor) -> dict[st
     rows = torch.randint(x.shape[1], (64,), device=x.device)
     gram = torch.empty(x.shape[1], x.shape[1], device=x.device)
     errors = {}
-    for name, call in contenders(x, pivot, weight, gram).items():
+    total = torch.zeros(x.shape[1], device=x.device)
+    for name, call in contenders(x, pivot, weight, gram, total).items():
         if name == "gemm":
             continue
         gram.zero_()
+        total.zero_()
         call()
         u = x.double() - (pivot.double() if name == "ours, pivot" else 0)
         wanted = u[:, rows].T @ (u * weight.double()[:, None] if name == "ours, weight" else u)
         errors[name] = float((gram[rows].double() - wanted).abs().max() / wanted.abs().max())
-        assert name == "torch" or torch.equal(gram, gram.T), f"{name}: the Gram is not symmetric"
+        if name == "torch":
+            continue
+        assert torch.equal(gram, gram.T), f"{name}: the Gram is not symmetric"
+        sums = (u * weight.double()[:, None] if name == "ours, weight" else u).sum(0)
+        assert (total.double() - sums).abs().max() <= 1e-5 * u.abs().sum(0).max(), f"{name}: the sums are wrong"
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= 2 * errors["torch"] + 1e-5, f"the Gram is wrong: relative errors {errors}"
     return errors
 
 
 def contenders(
-    x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor
+    x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, total: torch.Tensor
 ) -> dict[str, Callable[[], object]]:
     """What is timed, by name; each adds the Gram of x to the fp32 accumulator, but for `gemm`."""
     features = x.shape[1]
-    total = torch.zeros(features, device=x.device)
     found: dict[str, Callable[[], object]] = {"ours": lambda: ops.gram_(gram, total, x)}
     if x.device.type == "cpu":
         return found | {"torch": lambda: (gram.addmm_(x.T, x), total.add_(x.sum(0)))}
@@ -69,7 +74,7 @@ def bench(name: str, num_tokens: int, features: int, device: torch.device, round
     pivot, weight = x[0].float(), torch.rand(num_tokens, generator=generator, device=device)
     errors = check(x, pivot, weight)
     gram = torch.zeros(features, features, device=device)
-    seconds = median_seconds(contenders(x, pivot, weight, gram), device, rounds)
+    seconds = median_seconds(contenders(x, pivot, weight, gram, torch.zeros_like(pivot)), device, rounds)
     work = gram_work(num_tokens, features, dtype.itemsize)
     rate = work.operations / seconds["ours"]
     row = {

@@ -48,7 +48,8 @@ def median_seconds(functions: dict[str, Callable[[], object]], device: torch.dev
     """Median seconds of each function; they take turns, after one call each to warm up, so that noise meets all alike.
 
     On a CPU each is called twice at its turn, and the second call counts: the first finds the caches and the threads as
-    another function has left them. On a GPU the caches are overwritten before each call and the time is that between two events of the stream.
+    another function has left them. On a GPU the caches are overwritten before each call and the time is that between two
+    events of the stream.
     """
     for function in functions.values():
         function()

@@ -99,6 +99,7 @@ def work_table() -> Table:
             "pearson gram-blocks": shapes.head_covariance_work(shape),
             "pearson stream": shapes.stream_work(shape, tokens),
             "exchange, a quarter of the heads": shapes.exchange_work(shape, shape.units // 4),
+            f"columns, {shape.intermediate_size} features": shapes.columns_work(shape, tokens),
             "cosine": shapes.cosine_work(shape, tokens),
         }
         for kernel, work in works.items():

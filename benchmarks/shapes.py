@@ -102,6 +102,11 @@ def exchange_work(shape: Shape, num_pruned: int) -> Work:
     return Work(14 * entries, (4 + 3 * 8) * entries, "fp64")
 
 
+def columns_work(shape: Shape, num_tokens: int) -> Work:
+    """Sums and squares of one bf16 stream, read once."""
+    return Work(4 * num_tokens * shape.intermediate_size, 2 * num_tokens * shape.intermediate_size, "fp32")
+
+
 def cosine_work(shape: Shape, num_tokens: int) -> Work:
     """Two bf16 streams read once."""
     return Work(6 * num_tokens * shape.hidden_size, 4 * num_tokens * shape.hidden_size, "fp32")

@@ -140,15 +140,16 @@ def test_every_tile_once() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_gram_of_strided_input_and_of_nothing(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gram_of_strided_input_and_of_nothing(monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype) -> None:
     monkeypatch.setenv("SLIMLLM_BACKEND", backend)
-    x = torch.randn(80, 150, device=DEVICE).T[::2]
+    x = torch.randn(80, 150, device=DEVICE).to(dtype).T[::2]
     gram, total = torch.zeros(80, 80, device=DEVICE), torch.zeros(80, dtype=torch.float64, device=DEVICE)
     ops.gram_(gram, total, x)
     ops.gram_(gram, total, x[:0])
     wanted_gram, wanted_total = kernel.gram_reference(x)
-    assert_close(gram, wanted_gram, x.T @ x, FLOOR[torch.float32])
-    assert_close(total, wanted_total, x.sum(0), FLOOR[torch.float32])
+    assert_close(gram, wanted_gram, x.float().T @ x.float(), FLOOR[torch.float32])
+    assert_close(total, wanted_total, x.float().sum(0), FLOOR[torch.float32])
 
 
 def test_only_the_addressed_memory_is_written() -> None:

@@ -80,6 +80,25 @@ def test_means_far_larger_than_spreads(backend: str) -> None:
         assert_close(ops.head_covariance_of_tokens(weight, x, 4, method=method), wanted, plain, 1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would take 8 GiB of the GPU's memory")
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    """A weight whose columns lie 2³⁰ elements apart, and one whose rows do; the memory between is never touched."""
+    import numpy as np
+
+    weight, x = case(2, 2, 4, 10, torch.float32)
+    memory = np.empty(3 * 2**30 + 4, dtype=np.float16)
+    for strides in ((1, 2**30), (2**30, 1)):
+        far = torch.from_numpy(memory).as_strided((4, 4), strides)
+        far.copy_(weight)
+        near, u = far.clone(memory_format=torch.contiguous_format), x.double() - x.double().mean(0)
+        wanted, plain = pearson.head_covariance_reference(near, x, 2), plain_in_fp32(near, x, 2)
+        for got in (
+            ops.head_covariance(far, u.T @ u / len(x), 2),
+            ops.head_covariance_of_tokens(far, x, 2, method="stream"),
+        ):
+            assert_close(got, wanted, plain, FLOOR[torch.float32])
+
+
 def test_one_token_and_a_dead_head(backend: str) -> None:
     weight, x = case(3, 8, 10, 1, torch.float32)
     for method in ("stream", "gram"):
