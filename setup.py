@@ -44,31 +44,38 @@ def extension_arguments() -> dict[str, Any]:
         """Builds the extension, or says in one line why not."""
 
         def run(self) -> None:
+            compiler = self.compiler
             try:
                 super().run()
                 print(f"slimllm: extension slimllm._C built{' with CUDA' if has_cuda() else ''}")
             except (Exception, SystemExit) as error:
                 if mode == "1":
                     sys.exit(
-                        f"slimllm: the extension cannot be built: {error}. It needs a C++ compiler that works (see above); "
-                        "SLIMLLM_BUILD_EXT=0 leaves it out."
+                        f"slimllm: the extension cannot be built: {reason(error)}. It needs a C++ compiler that works and, "
+                        "where torch is one for CUDA, the nvcc of its version, if any; SLIMLLM_BUILD_EXT=0 leaves it out."
                     )
-                why = " ".join(str(error).split())[:300]
+                why = reason(error)
                 if not has_cuda():
                     self.give_up(why)
                     return
                 vars(wanted).update(vars(extension(cuda=False)))  # what distutils has noted of it stays
+                self.compiler = compiler
                 try:
                     super().run()
                     print(f"slimllm: extension slimllm._C built without CUDA ({why})")
                 except (Exception, SystemExit) as another:
-                    self.give_up(" ".join(str(another).split())[:300])
+                    self.give_up(reason(another))
 
         def give_up(self, why: str) -> None:
             self.extensions: list[Any] = []
             print(f"slimllm: extension not built, torch does its work ({why})")
 
     return {"ext_modules": [wanted], "cmdclass": {"build_ext": Build}}
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(" ".join(map(str, error.args)).split())[:300]
 
 
 def extension(cuda: bool) -> Any:
@@ -109,7 +116,7 @@ def choose_architectures() -> str:
     """TORCH_CUDA_ARCH_LIST, which torch's build reads, set where it is not."""
     import torch
 
-    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") in ("", "native"):
         found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
         names = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
         os.environ["TORCH_CUDA_ARCH_LIST"] = names or "8.0;8.6;9.0+PTX"

@@ -278,8 +278,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = call(capsys, "doctor")
     assert code == 0
-    for operation in ("gram_", "head_covariance", "pearson_greedy", "feature_space_importance", "affine_fit"):
+    for operation in ("gram_", "head_covariance", "pearson_greedy", "feature_space_importance", "column_sums_"):
         assert any(operation in line and " torch " in line for line in out.splitlines()), operation
+    for operation in ("lstsq", "affine_fit"):
+        assert any(operation in line and (" extension " in line or " torch " in line) for line in out.splitlines()), (
+            operation
+        )
     assert torch.__version__ in out and "slimllm._C" in out and "kernels are for GPUs" in out
     monkeypatch.setenv("SLIMLLM_BACKEND", "cuda")
     code, out, err = call(capsys, "doctor")
