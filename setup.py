@@ -44,7 +44,7 @@ def extension_arguments() -> dict[str, Any]:
         """Builds the extension, or says in one line why not."""
 
         def run(self) -> None:
-            compiler = self.compiler
+            before = {name: getattr(self, name) for name in ("compiler", "inplace")}
             try:
                 super().run()
                 print(f"slimllm: extension slimllm._C built{' with CUDA' if has_cuda() else ''}")
@@ -59,7 +59,7 @@ def extension_arguments() -> dict[str, Any]:
                     self.give_up(why)
                     return
                 vars(wanted).update(vars(extension(cuda=False)))  # what distutils has noted of it stays
-                self.compiler = compiler
+                vars(self).update(before)
                 try:
                     super().run()
                     print(f"slimllm: extension slimllm._C built without CUDA ({why})")
@@ -67,6 +67,9 @@ def extension_arguments() -> dict[str, Any]:
                     self.give_up(reason(another))
 
         def give_up(self, why: str) -> None:
+            # Nothing of an earlier build may pass for this one's.
+            old = Path(self.build_lib, *self.get_ext_filename("slimllm._C").split("/"))
+            old.unlink(missing_ok=True)
             self.extensions: list[Any] = []
             print(f"slimllm: extension not built, torch does its work ({why})")
 
@@ -106,7 +109,7 @@ def has_cuda() -> bool:
 
 
 def cuda_version() -> str:
-    """The version of CUDA that torch was built for, which nvcc's has to fit."""
+    """The version of CUDA that torch was built for, which nvcc's fits."""
     import torch
 
     return str(torch.version.cuda)
@@ -120,7 +123,9 @@ def choose_architectures() -> str:
         found = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
         names = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
         os.environ["TORCH_CUDA_ARCH_LIST"] = names or "8.0;8.6;9.0+PTX"
-    return os.environ["TORCH_CUDA_ARCH_LIST"].replace(" ", ";")
+    wanted = os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(wanted)
+    return ";".join(wanted)
 
 
 def missing_for_build() -> str:

@@ -52,6 +52,6 @@ PYBIND11_MODULE(_C, module) {
         info["operations"] = std::vector<std::string>{"lstsq", "affine_fit"};
         return info;
       },
-      "How this module was built: compiler, cpp_standard (the value of __cplusplus), cuda (the version of nvcc, empty "
-      "without), cuda_architectures (such as 80 and 90) and operations.");
+      "How this module was built: compiler, cpp_standard (the value of __cplusplus), cuda (its version, empty "
+      "without), cuda_architectures (as in TORCH_CUDA_ARCH_LIST) and operations.");
 }

@@ -20,16 +20,7 @@ namespace slimllm {
 constexpr int kTeamUnknowns = 64;
 
 // Largest residual, relative to right-hand side and solution and to √k: what rounding leaves of work in fp64.
-template <typename T>
-struct Accuracy;
-template <>
-struct Accuracy<double> {
-  static constexpr double value = 8 * 2.220446049250313e-16;
-};
-template <>
-struct Accuracy<float> {
-  static constexpr double value = 1e-9;
-};
+constexpr double kAccuracy = 4 * 2.220446049250313e-16;
 
 // The memory that a team shares, in the order in which it lies there. k unknowns; a row of the factor has an odd length, so
 // that threads on one column are on different banks.
@@ -129,30 +120,35 @@ class TeamSolver {
     }
     team.sync();
     const double right_size = largest(shared.residual);
-    double missing = right_size;
+    double missing = right_size, start_size = 0;
     if (start != nullptr) {  // solve for the difference from the start
       team.sync();
       update_residual(c, start);
       team.sync();
       missing = largest(shared.residual);
+      for (int i = 0; i < k; ++i) {
+        if (shared.scale[i] > 0) start_size = fmax(start_size, fabs(static_cast<double>(start[i * m + c])) / shared.scale[i]);
+      }
     }
-    for (int step = 0; step < 10 && !converged(missing, right_size); ++step) {
+    const double size = right_size + start_size;
+    for (int step = 0; step < 10 && !converged(missing, size); ++step) {
       correct(missing);
       team.sync();
       update_residual(c, start);
       team.sync();
       missing = largest(shared.residual);
     }
-    bool fine = converged(missing, right_size);
+    bool fine = converged(missing, size);
     for (int i = 0; i < k; ++i) fine = fine && std::isfinite(value(i, c, start));
     for (int i = team.lane(); i < k; i += team.width()) p.solution[(b * k + i) * m + c] = value(i, c, start);
     team.sync();
     return fine;
   }
 
-  SLIMLLM_DEVICE bool converged(double missing, double right_size) const {
-    const double size = largest(shared.solution) + right_size;
-    return std::isfinite(missing) && missing <= sqrt(static_cast<double>(k)) * Accuracy<T>::value * size;
+  // Whether the residual is as small as rounding, given the size of the right-hand side and the start.
+  SLIMLLM_DEVICE bool converged(double missing, double given) const {
+    const double size = largest(shared.solution) + given;
+    return std::isfinite(missing) && missing <= sqrt(static_cast<double>(k)) * kAccuracy * size;
   }
 
   // U += (L Lᵀ)⁻¹ residual, whose largest element is `size`.

@@ -85,6 +85,6 @@ def _extension() -> str:
     if missing:
         return f"{missing}; everything works without it"
     info = importlib.import_module("slimllm._C").build_info()
-    architectures = ", ".join(f"sm_{name}" for name in info["cuda_architectures"])
-    devices = f"for CPUs and GPUs ({architectures}, by nvcc {info['cuda']})" if architectures else "for CPUs"
+    architectures = ", ".join(info["cuda_architectures"])
+    devices = f"for CPUs and GPUs (CUDA {info['cuda']}, architectures {architectures})" if architectures else "for CPUs"
     return f"built by {info['compiler']}, {devices}: {', '.join(info['operations'])}"

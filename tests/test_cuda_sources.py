@@ -34,9 +34,7 @@ def test_they_compile_without_spills(source: str, architecture: str, tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
-    assert len(kernels) == len(registers) == 2, done.stderr  # for fp32 and for fp64
-    assert set(kernels) == {("0", "0", "0")} and max(registers) <= 255
+    assert kernels == [("0", "0", "0")] * 2, done.stderr  # for fp32 and for fp64
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +104,24 @@ def test_against_fp64(
         if dtype == torch.float64:  # as after work in fp64, though the factor is in fp32
             left = whole + used[:, None, None] * torch.eye(k, dtype=dtype)
             right = cross if begin is None else cross + used[:, None, None] * begin
-            assert ((left @ solution - right) / scale).abs().max() <= 1e-13 * (left.abs() @ solution.abs() / scale).max()
+            assert ((left @ solution - right) / scale).abs().max() <= 2e-13 * (left.abs() @ solution.abs() / scale).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_systems_that_scaling_does_not_help(team: dict[str, Path], dtype: torch.dtype) -> None:
+    """Of condition 1e5 in any coordinates; and a start that is nearly the solution, along the weakest direction."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 33, 33, generator=generator, dtype=torch.float64))[0]
+    gram = (basis * torch.logspace(0, -5, 33, dtype=torch.float64)) @ basis.mT
+    gram = ((gram + gram.mT) / 2).to(dtype)
+    start = basis[:, :, -1:].to(dtype)
+    cross = (gram.double() @ start.double()).to(dtype)
+    ridge = torch.zeros(6, dtype=torch.float64)
+    for begin in (None, start):
+        solution, _, status = solve(team["address,undefined"], 4, gram, cross, ridge, False, begin)
+        wanted = reference(gram, cross, ridge, False, begin)
+        assert not status.any()
+        assert (solution - wanted).abs().max() <= 1e5 * FLOOR[torch.float64] * 10 + torch.finfo(dtype).eps
 
 
 def test_a_bad_system_says_so(team: dict[str, Path]) -> None:

@@ -56,6 +56,10 @@ def test_least_squares(batch: int, k: int, m: int, dtype: torch.dtype) -> None:
         wanted, used = ops.lstsq_ex(gram.double(), cross.double(), **precise)
         on_gpu = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
         got, ridge = ops.lstsq_ex(gram.cuda(), cross.cuda(), **on_gpu)
+        absolute, begin = bool(options.get("absolute")), on_gpu.get("start")
+        ridges = torch.full((batch,), float(options.get("ridge", 0.0)), dtype=torch.float64, device="cuda")
+        once = torch.ops.slimllm.lstsq(gram.cuda(), cross.cuda(), ridges, absolute, begin)
+        assert torch.equal(once[0], got) and not once[2].any()  # at the first attempt
         assert torch.allclose(ridge.cpu(), used)
         assert_close(got.cpu(), wanted, wanted.to(dtype), 20 * FLOOR[dtype])
 

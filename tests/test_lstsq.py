@@ -12,8 +12,9 @@ from tolerances import FLOOR, assert_close
 
 from slimllm import InputError, ops
 from slimllm.ops import dispatch
-from slimllm.ops.lstsq import LANES, LARGEST
+from slimllm.ops.lstsq import LARGEST
 
+LANES = 8  # systems that the extension takes side by side
 NO_EXTENSION = dispatch.extension_is_missing()
 
 
@@ -60,6 +61,7 @@ def test_against_fp64(backend: str, batch: int, k: int, m: int, dtype: torch.dty
                                     * torch.eye(k, dtype=dtype)), cross)  # fmt: skip
         got, used = ops.lstsq_ex(gram, cross, ridge)
         assert got.dtype == dtype and got.is_contiguous()
+        assert torch.equal(torch.ops.slimllm.lstsq(gram, cross, ridges, False, None)[0], got)  # at the first attempt
         assert_close(got, wanted, plain, FLOOR[dtype])
         assert torch.allclose(used, ridges * gram.double().diagonal(dim1=-2, dim2=-1).mean(-1))
 
@@ -78,11 +80,28 @@ def test_badly_conditioned(backend: str, condition: float) -> None:
         assert residual.max() <= 1e-12 * (gram.abs() @ got.abs() / scale).max()
 
 
+@pytest.mark.parametrize("batch", [1, LANES, LANES + 1])
+@pytest.mark.parametrize(("k", "c"), [(16, 1.0), (64, 0.2), (129, 0.2)])
+def test_fp32_systems_that_fp32_work_gets_wrong(backend: str, batch: int, k: int, c: float) -> None:
+    """Of unit diagonal and condition 1e7 or so, with no small pivot to warn of it."""
+    lower = torch.eye(k, dtype=torch.float64) - c * torch.ones(k, k, dtype=torch.float64).tril(-1)
+    gram = lower @ lower.T
+    size = gram.diagonal().rsqrt()
+    gram = (gram * size[:, None] * size).float().repeat(batch, 1, 1)
+    cross = torch.randn(batch, k, 2, generator=torch.Generator().manual_seed(0))
+    wanted = torch.linalg.solve(gram.double(), cross.double())
+    plain = torch.cholesky_solve(cross, torch.linalg.cholesky_ex(gram)[0])
+    assert (plain - wanted).abs().max() > 1e-4 * wanted.abs().max()
+    assert (ops.lstsq(gram, cross) - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
 def test_a_thousand_and_none(backend: str) -> None:
     gram, cross = normal_equations(1000, 16, 1)
     assert_close(ops.lstsq(gram, cross), reference(gram, cross, torch.zeros(1000, dtype=torch.float64)),
                  torch.linalg.solve(gram, cross), FLOOR[torch.float64])  # fmt: skip
     assert ops.lstsq(gram[:0], cross[:0]).shape == (0, 16, 1)
+    with pytest.raises(ValueError, match="ridge must not be negative, got -1"):
+        ops.lstsq(gram, cross[..., :0], -1.0)
     none, used = ops.lstsq_ex(gram, cross[..., :0], 0.5)
     assert none.shape == (1000, 16, 0)
     assert torch.allclose(used, 0.5 * gram.diagonal(dim1=-2, dim2=-1).mean(-1))

@@ -285,6 +285,29 @@ def test_a_kernel_that_computes_something_else_is_not_used(
     assert len(caplog.records) == 2  # said once
 
 
+def test_the_comparison_sees_what_is_not_a_number_and_what_is_not_solved(monkeypatch: pytest.MonkeyPatch) -> None:
+    if dispatch.extension_is_missing():
+        pytest.skip("slimllm._C was not built")
+    device = torch.device("cpu")
+    assert selfcheck.difference("affine_fit", device, "extension") < 1e-6
+    assert selfcheck.difference("lstsq", device, "extension") < 2e-5
+
+    class Broken:
+        @staticmethod
+        def affine_fit(*moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return moments[3] / moments[2], moments[0] * torch.nan
+
+        @staticmethod
+        def small_lstsq(
+            gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, *_: object
+        ) -> tuple[torch.Tensor, ...]:
+            return cross * torch.nan, ridge, torch.ones_like(ridge, dtype=torch.int32)
+
+    monkeypatch.setattr(torch.ops, "slimllm_C", Broken)
+    for operation in ("affine_fit", "lstsq"):
+        assert not selfcheck.difference(operation, device, "extension") <= 2e-5
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_comparison_is_the_same_under_other_defaults(a_gpu_of_2022: None, dtype: torch.dtype) -> None:

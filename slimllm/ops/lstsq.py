@@ -8,16 +8,14 @@ import numbers
 import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
-from slimllm.ops.dispatch import choose
+from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.library import operator
 
-# Where the extension is faster than the torch path below. On a CPU: up to so many unknowns and right-hand sides, and enough
-# systems to fill three quarters of its lanes. On a GPU: one warp a system, as many unknowns as its memory holds.
+# Where the extension is faster than the torch path below: up to so many unknowns and right-hand sides, and on a CPU, which
+# takes 8 systems side by side, from so many systems on. On a GPU a warp takes a system, as large as its memory holds.
 LARGEST = {"cpu": 128, "cuda": 64}
 MOST_COLUMNS = 16
-LANES = 8
-# Least pivot of a system scaled to a unit diagonal, by which fp32 work is trusted; below it comes fp64.
-SAFE_PIVOT = 1e-3
+FEWEST = {"cpu": 6, "cuda": 1}
 # Ridges, relative to the mean diagonal, tried in turn where a system is singular; one that needs more is not semidefinite.
 RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 # What `torch.ops.slimllm.lstsq` says of a system, added up: it was not solved; there are columns whose diagonal is 0, and
@@ -41,9 +39,10 @@ def lstsq(
 
         X = W + (G + λI)⁻¹ (R - G W).
 
-    Cholesky factorisation in fp64, or, of larger systems in fp32 that are far from singular, in fp32. A system that is
-    singular to fp64's precision gets the least of the ridges 1e-12, 1e-10, … 1e-4 of its mean diagonal that makes it
-    regular, which a warning reports; `lstsq_ex` returns the ridges. Work: k³/3 + 2k²m multiply-adds a system.
+    Factored in fp64 whatever the dtype, or, small systems on a GPU, in fp32 and refined until the residual is that of fp64
+    work. A system that is singular to fp64's precision gets the least of the ridges 1e-12, 1e-10, … 1e-4 of its mean
+    diagonal that makes it regular, which a warning reports; `lstsq_ex` returns the ridges. Work: k³/6 + k²m multiply-adds a
+    system.
 
     Args:
         gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite, any strides; the lower half counts.
@@ -139,9 +138,9 @@ def _solve_again(
     raised, most = 0, 0.0
     for least in RIDGES:
         few = len(rows) < len(gram)
-        g, r, w = (None if t is None else (t[rows] if few else t).double() for t in (gram, cross, start))
+        g, r, w = (None if t is None else t[rows] if few else t for t in (gram, cross, start))
         assert g is not None and r is not None
-        ridge = torch.maximum(used[rows], least * g.diagonal(dim1=-2, dim2=-1).mean(-1))
+        ridge = torch.maximum(used[rows], least * g.diagonal(dim1=-2, dim2=-1).double().mean(-1))
         x, failed = _factor_and_solve(g, r, ridge, w)
         done = rows[~failed]
         if not bool(x[~failed].to(cross.dtype).isfinite().all()):
@@ -178,16 +177,17 @@ def _lstsq(
     if gram.numel() == 0 or cross.numel() == 0:
         used = ridge.clone() if absolute or gram.numel() == 0 else ridge * diagonal.double().mean(-1)
         zeros = torch.zeros_like(cross, memory_format=torch.contiguous_format)
-        return zeros, used, torch.zeros_like(ridge, dtype=torch.int32)
-    full = gram.device.type != "cpu" or 4 * batch >= 3 * LANES * -(-batch // LANES)
-    if backend == "extension" and size <= LARGEST[gram.device.type] and columns <= MOST_COLUMNS and full:
+        return zeros, used, FAILED * (~(ridge >= 0)).int()
+    device = gram.device.type
+    if backend == "extension" and size <= LARGEST[device] and columns <= MOST_COLUMNS and batch >= FEWEST[device]:
         contiguous = None if start is None else start.contiguous()
         return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)  # type: ignore[no-any-return]
     used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)
-    solution, failed = _factor_and_solve(gram, cross, used, start)
-    # NaN and infinity reach the sum; so may large numbers, which are then found finite in fp64.
-    sizes = solution.sum((-2, -1))
-    failed |= ~(ridge >= 0) | (diagonal < 0).any(-1) | ~sizes.isfinite()
+    with full_precision(gram.device):
+        precise, failed = _factor_and_solve(gram, cross, used, start)
+    solution = precise.to(gram.dtype)
+    # NaN and infinity reach the sum; so may large numbers, which are then looked at again.
+    failed |= ~(ridge >= 0) | (diagonal < 0).any(-1) | ~solution.sum((-2, -1)).isfinite()
     if solution.is_cuda or bool(failed.any()):  # on a CPU looking is cheaper than writing
         solution.masked_fill_(failed[:, None, None], torch.nan)
     return solution, used, FAILED * failed.int() + ZEROS * (diagonal == 0).any(-1).int()
@@ -196,26 +196,27 @@ def _lstsq(
 def _factor_and_solve(
     gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, start: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X of the arguments' dtype and precision, and which systems are too near singular for it.
+    """X in fp64, and which systems are singular to its precision.
 
-    Of G the lower half is read. In memory beside it: G + λI, which its factor replaces, and twice X. A start costs two
-    matrices in fp64 more.
+    Of G the lower half is read. In memory beside it: G + λI in fp64, which its factor replaces, and twice X. A start costs
+    two matrices more.
     """
+    cross = cross.double()
     if start is not None:
         both = gram.double().tril()
-        cross = (cross - (both + both.tril(-1).mT) @ start.double()).to(cross.dtype)
+        cross = cross - (both + both.tril(-1).mT) @ start.double()
     # By rows, so that for LAPACK, which reads by columns, it is the upper half and factored in place.
-    system = gram.clone(memory_format=torch.contiguous_format)
+    system = gram.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     known = diagonal > 0
-    diagonal.copy_(torch.where(known, diagonal + ridge[:, None].to(gram.dtype), 1.0))
+    diagonal.copy_(torch.where(known, diagonal + ridge[:, None], 1.0))
     before = diagonal.clone()
     upper, status = system.mT, torch.empty(len(gram), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(upper, upper=True, out=(upper, status))
     pivots = (diagonal.square() / before).amin(-1)
-    least = SAFE_PIVOT if gram.dtype == torch.float32 else gram.shape[-1] * torch.finfo(torch.float64).eps
+    least = gram.shape[-1] * torch.finfo(torch.float64).eps
     right = cross if not cross.is_cuda and bool(known.all()) else torch.where(known[..., None], cross, 0.0)
     solution = torch.linalg.solve_triangular(upper, torch.linalg.solve_triangular(upper.mT, right, upper=False), upper=True)
     if start is not None:
-        solution += start
+        solution += start.double()
     return solution.contiguous(), (status != 0) | ~(pivots > least)

@@ -21,7 +21,7 @@ def affine_fit(
         mean_y, mean_y_hat, variance_y_hat, covariance: E y, E ŷ, var(ŷ) and cov(y, ŷ), each (D,), population (1/N).
 
     Returns:
-        slope and intercept, both (D,) of the arguments' dtype.
+        slope and intercept, both (D,) of the arguments' dtype. Values are not looked at: what is NaN gives NaN.
 
     Raises:
         ValueError: shapes are not equal.
