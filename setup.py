@@ -59,7 +59,7 @@ def extension_arguments() -> dict[str, Any]:
                     self.give_up(why)
                     return
                 vars(wanted).update(vars(extension(cuda=False)))  # what distutils has noted of it stays
-                vars(self).update(before)
+                self.__dict__.update(before)
                 try:
                     super().run()
                     print(f"slimllm: extension slimllm._C built without CUDA ({why})")

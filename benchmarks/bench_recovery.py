@@ -1,8 +1,9 @@
 """Recovery side by side: perplexity after pruning with none, affine and lstsq, on text that was not calibrated on.
 
-    python benchmarks/bench_recovery.py [MODEL] [--ratio 0.2 0.5] [--samples 32] [--seq-len 128]
+    python benchmarks/bench_recovery.py [MODEL] [--ratio 0.2 0.5] [--samples 32] [--seq-len 128] [--ridge 0.1 0.3 1]
 
-The model (left out: the demo's) is pruned in memory, in float32; perplexity is that of 64 windows of 128 tokens of the
+With --ridge: lstsq at each of these ridges instead, validated on windows of the calibration text that were not drawn, so
+that the evaluation text plays no part in their choice. The model (left out: the demo's) is pruned in memory, in float32; perplexity is that of 64 windows of 128 tokens of the
 bundled evaluation text. Rows go to benchmarks/results/recovery.jsonl.
 """
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import slimllm
-from slimllm.calibration import bundled_text, tokenize
+from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.config import RECOVERIES
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.2, 0.5])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--ridge", nargs="+", type=float, help="validate these ridges of lstsq")
     arguments = parser.parse_args()
     path = arguments.model
     if path is None:
@@ -35,10 +37,16 @@ def main() -> None:
         path = find_demo_model() or parser.error("give a model; the demo's is not installed (make demo does it)")
     dense, tokenizer = slimllm.load(str(path), dtype="float32")
     held_out = tokenize(tokenizer, [bundled_text("evaluation")])
+    if arguments.ridge:
+        text = tokenize(tokenizer, [bundled_text("calibration")])
+        windows = draw_windows(text, samples=len(text) // arguments.seq_len, seq_len=arguments.seq_len, seed=0)
+        held_out = windows[-64 * 128 // arguments.seq_len :].flatten()  # the last of the permutation whose first are drawn
     before = slimllm.perplexity(dense, held_out, max_windows=64)
     table = Table("ratio", "recovery", "perplexity", "of the dense model", "prune s / dense pass s")
+    choices = [(ridge, "lstsq") for ridge in arguments.ridge or []] or [(None, name) for name in reversed(RECOVERIES)]
     for ratio in arguments.ratio:
-        for recovery in reversed(RECOVERIES):
+        for ridge, recovery in choices:
+            slimllm.recovery.RIDGE = ridge or slimllm.recovery.RIDGE
             model = copy.deepcopy(dense)
             config = slimllm.PruneConfig(
                 ratio=ratio, recovery=recovery, samples=arguments.samples, seq_len=arguments.seq_len
@@ -48,10 +56,16 @@ def main() -> None:
             cost = report.elapsed_s / report.dense_pass_s
             append_results("recovery", [{
                 "model": getattr(path, "stem", path), "ratio": ratio, "recovery": recovery, "samples": arguments.samples,
-                "seq_len": arguments.seq_len, "perplexity": value, "perplexity_dense": before,
+                "seq_len": arguments.seq_len, "ridge": ridge, "perplexity": value, "perplexity_dense": before,
                 "elapsed_s": report.elapsed_s, "dense_pass_s": report.dense_pass_s, "achieved_ratio": report.achieved_ratio,
             }])  # fmt: skip
-            table.add_row(f"{ratio:g}", recovery, f"{value:.2f}", f"{before:.2f}", f"{cost:.2f}")
+            table.add_row(
+                f"{ratio:g}",
+                recovery if ridge is None else f"{recovery}, ridge {ridge:g}",
+                f"{value:.2f}",
+                f"{before:.2f}",
+                f"{cost:.2f}",
+            )
     Console().print(table)
 
 

@@ -71,7 +71,7 @@ void load(const Problem<T>& p, Lanes<kLanes>& lanes, int64_t first, int64_t coun
 // The solution of system b out of its lane, NaN where it is none.
 template <typename T>
 void store(const Problem<T>& p, const Lanes<kLanes>& lanes, int lane, int64_t b) {
-  bool fine = lanes.regular[lane] && p.makes_sense(b);
+  bool fine = lanes.regular[lane] && p.makes_sense(b, lanes.ridge[lane]);
   for (int64_t i = 0; i < p.k * p.m; ++i) {
     const double from = p.start != nullptr ? static_cast<double>(p.start[b * p.k * p.m + i]) : 0;
     const T value = static_cast<T>(from + lanes.right[i * kLanes + lane]);

@@ -31,15 +31,15 @@ struct Problem {
   SLIMLLM_HOST_DEVICE double absolute_ridge(int64_t b) const {
     if (absolute) return ridge[b];
     const T* g = gram + b * k * k;
-    double mean = 0;
-    for (int64_t i = 0; i < k; ++i) mean += static_cast<double>(g[i * k + i]) / static_cast<double>(k);
-    return ridge[b] * mean;
+    double sum = 0;
+    for (int64_t i = 0; i < k; ++i) sum += static_cast<double>(g[i * k + i]);
+    return ridge[b] * (sum / static_cast<double>(k));
   }
 
-  // Whether system b can be positive semidefinite, by its ridge and its diagonal: where that is 0, so are the row and the
-  // column.
-  SLIMLLM_HOST_DEVICE bool makes_sense(int64_t b) const {
-    if (!(ridge[b] >= 0) || !std::isfinite(absolute_ridge(b))) return false;
+  // Whether system b can be positive semidefinite, by its ridge, `absolute_ridge`, and its diagonal: where that is 0, so are
+  // the row and the column.
+  SLIMLLM_HOST_DEVICE bool makes_sense(int64_t b, double used_ridge) const {
+    if (!(ridge[b] >= 0) || !std::isfinite(used_ridge)) return false;
     const T* g = gram + b * k * k;
     for (int64_t i = 0; i < k; ++i) {
       const T diagonal = g[i * k + i];

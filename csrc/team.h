@@ -63,7 +63,7 @@ class TeamSolver {
 
   // System b: its solution, NaN where there is none, the ridge, and its status.
   SLIMLLM_DEVICE void solve() {
-    bool fine = p.makes_sense(b);
+    bool fine = p.makes_sense(b, ridge);
     fine = factorise() && fine;
     for (int c = 0; c < m && fine; ++c) fine = solve_column(c);
     if (!fine) {
