@@ -2,9 +2,10 @@
 
     python benchmarks/bench_recovery.py [MODEL] [--ratio 0.2 0.5] [--samples 32] [--seq-len 128] [--ridge 0.1 0.3 1]
 
-With --ridge: lstsq at each of these ridges instead, validated on windows of the calibration text that were not drawn, so
-that the evaluation text plays no part in their choice. The model (left out: the demo's) is pruned in memory, in float32; perplexity is that of 64 windows of 128 tokens of the
-bundled evaluation text. Rows go to benchmarks/results/recovery.jsonl.
+The model (left out: the demo's) is pruned in memory, in float32; perplexity is that of 64 windows of 128 tokens of the
+bundled evaluation text. With --ridge it is lstsq alone at each of these ridges, validated on windows of the calibration
+text that were not drawn, so that the evaluation text plays no part in their choice. Rows go to
+benchmarks/results/recovery.jsonl.
 """
 
 from __future__ import annotations
