@@ -97,7 +97,7 @@ def lstsq_ex(
     else:
         wanted = torch.full(gram.shape[:1], float(ridge), dtype=torch.float64, device=gram.device)
     gram, cross, start = gram.detach(), cross.detach(), None if start is None else start.detach()
-    solution, used, status = _lstsq(gram, cross, wanted, absolute, start)
+    solution, used, status = _attempt(gram, cross, wanted, absolute, start)
     if bool(status.any()):  # the only wait for the device
         _check_values(gram, cross, start, wanted, absolute)
         failed = (status & FAILED).nonzero()[:, 0]
@@ -160,12 +160,7 @@ def _solve_again(
         )  # fmt: skip
 
 
-@operator(
-    "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute, Tensor? start) -> (Tensor, Tensor, Tensor)",
-    shape=lambda gram, cross, ridge, absolute, start: (torch.empty_like(cross, memory_format=torch.contiguous_format),
-                                                       torch.empty_like(ridge), torch.empty_like(ridge, dtype=torch.int32)),
-)  # fmt: skip
-def _lstsq(
+def _attempt(
     gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool, start: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One attempt, which waits for no device: solutions, NaN where there is none, absolute ridges, status by system."""
@@ -191,6 +186,13 @@ def _lstsq(
     if solution.is_cuda or bool(failed.any()):  # on a CPU looking is cheaper than writing
         solution.masked_fill_(failed[:, None, None], torch.nan)
     return solution, used, FAILED * failed.int() + ZEROS * (diagonal == 0).any(-1).int()
+
+
+operator(
+    "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute, Tensor? start) -> (Tensor, Tensor, Tensor)",
+    shape=lambda gram, cross, ridge, absolute, start: (torch.empty_like(cross, memory_format=torch.contiguous_format),
+                                                       torch.empty_like(ridge), torch.empty_like(ridge, dtype=torch.int32)),
+)(_attempt)  # fmt: skip
 
 
 def _factor_and_solve(
