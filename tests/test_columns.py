@@ -108,5 +108,9 @@ def test_registration_and_errors() -> None:
         ops.column_sums_(total, torch.zeros(1).expand(6), x)
     with pytest.raises(ValueError, match=r"pivot must have shape \(6,\), got \(1,\)"):
         ops.column_sums_(total, squares, x, pivot=pivot[:1])
+    with pytest.raises(ValueError, match="total and squares must be two tensors"):
+        ops.column_sums_(total, total, x)
+    with pytest.raises(TypeError, match=r"pivot_y must be a torch\.Tensor, got NoneType"):
+        ops.column_products_(total, squares, x, x, pivot_y=None, pivot_y_hat=pivot)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="y and y_hat must have one shape"):
         ops.column_products_(total, squares, x, x[:1], pivot_y=pivot, pivot_y_hat=pivot)

@@ -47,7 +47,7 @@ def column_products_(
         ValueError: shapes or devices do not fit together.
         TypeError: a dtype is none of those above.
     """
-    check_tensors(squares=squares, products=products, y=y, y_hat=y_hat)
+    check_tensors(squares=squares, products=products, y=y, y_hat=y_hat, pivot_y=pivot_y, pivot_y_hat=pivot_y_hat)
     _check_sums({"squares": squares, "products": products}, y)
     if y_hat.shape != y.shape:
         raise ValueError(f"y and y_hat must have one shape, got {tuple(y.shape)} and {tuple(y_hat.shape)}.")
@@ -68,6 +68,9 @@ def _check_sums(sums: dict[str, torch.Tensor], x: torch.Tensor) -> None:
             )
         check_dtype(name, tensor, PRECISE)
         check_not_overlapping(name, tensor)
+    (one, first), (other, second) = sums.items()
+    if first.data_ptr() == second.data_ptr() and first.numel():
+        raise ValueError(f"{one} and {other} must be two tensors, got the same memory for both.")
     check_dtype("the activations", x, ACTIVATIONS)
 
 

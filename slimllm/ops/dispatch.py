@@ -31,7 +31,7 @@ KERNELS = (
 # Operations that the extension has, and for what.
 EXTENSION = {
     "lstsq": {
-        "cpu": "6 systems or more of up to 128 unknowns and 16 right-hand sides; else torch",
+        "cpu": "up to 128 unknowns (32 where there are under 6 systems), 16 right-hand sides; else torch",
         "cuda": "up to 64 unknowns and 16 right-hand sides; else torch",
     },
     "affine_fit": {"cpu": "float32 and float64", "cuda": "float32 and float64"},

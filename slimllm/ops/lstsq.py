@@ -11,11 +11,11 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.library import operator
 
-# Where the extension is faster than the torch path below: up to so many unknowns and right-hand sides, and on a CPU, which
-# takes 8 systems side by side, from so many systems on. On a GPU a warp takes a system, as large as its memory holds.
+# Where the extension is faster than the torch path below: up to so many unknowns and right-hand sides. A CPU takes eight
+# systems side by side, so of fewer than 6 only small ones; on a GPU a warp takes a system, as large as its memory holds.
 LARGEST = {"cpu": 128, "cuda": 64}
 MOST_COLUMNS = 16
-FEWEST = {"cpu": 6, "cuda": 1}
+FEWEST, SMALL = 6, 32
 # Ridges, relative to the mean diagonal, tried in turn where a system is singular; one that needs more is not semidefinite.
 RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 # What `torch.ops.slimllm.lstsq` says of a system, added up: it was not solved; there are columns whose diagonal is 0, and
@@ -173,8 +173,8 @@ def _attempt(
         used = ridge.clone() if absolute or gram.numel() == 0 else ridge * diagonal.double().mean(-1)
         zeros = torch.zeros_like(cross, memory_format=torch.contiguous_format)
         return zeros, used, FAILED * (~(ridge >= 0)).int()
-    device = gram.device.type
-    if backend == "extension" and size <= LARGEST[device] and columns <= MOST_COLUMNS and batch >= FEWEST[device]:
+    many = batch >= FEWEST or size <= SMALL or gram.device.type != "cpu"
+    if backend == "extension" and size <= LARGEST[gram.device.type] and columns <= MOST_COLUMNS and many:
         contiguous = None if start is None else start.contiguous()
         return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)  # type: ignore[no-any-return]
     used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)
