@@ -69,8 +69,8 @@ def _check_sums(sums: dict[str, torch.Tensor], x: torch.Tensor) -> None:
         check_dtype(name, tensor, PRECISE)
         check_not_overlapping(name, tensor)
     (one, first), (other, second) = sums.items()
-    if first.data_ptr() == second.data_ptr() and first.numel():
-        raise ValueError(f"{one} and {other} must be two tensors, got the same memory for both.")
+    if first is second:
+        raise ValueError(f"{one} and {other} must be two tensors, got the same for both.")
     check_dtype("the activations", x, ACTIVATIONS)
 
 
