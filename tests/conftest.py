@@ -13,11 +13,13 @@ if not torch.cuda.is_available():
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from slimllm import PruneConfig
 from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.checkpoint import open_checkpoint
 
@@ -107,3 +109,12 @@ def random_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
             layer.mlp.up_proj.weight[3] = 0.0  # a dead channel
             layer.mlp.down_proj.weight[:, 7] *= 30.0  # a dominating one
     return model
+
+
+def config(token_ids: torch.Tensor, ratio: float = 0.3, **settings: Any) -> PruneConfig:
+    return PruneConfig(ratio=ratio, calibration=token_ids, **settings)
+
+
+def logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(token_ids).logits

@@ -110,18 +110,18 @@ def _check_values(
     gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None, ridge: torch.Tensor, absolute: bool
 ) -> None:
     """Raise the error that explains why a system may not have been solved, if there is one."""
-    lower = gram.tril()
-    named = {"gram": lower, "cross": cross} | ({} if start is None else {"start": start})
+    sizes = gram.tril().abs_()  # one copy: this may be as large as memory allows
+    beside = torch.maximum(sizes.amax(-1), sizes.amax(-2))  # NaN and infinity reach it
+    named = {"gram": beside, "cross": cross} | ({} if start is None else {"start": start})
     for name, tensor in named.items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity.")
-    diagonal = lower.diagonal(dim1=-2, dim2=-1)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if not bool((ridge if absolute else ridge * diagonal.double().mean(-1)).isfinite().all()):
         raise ValueError(f"ridge must be finite, relative to the diagonal too, got {float(ridge.max()):g}.")
     if bool((ridge < 0).any()):
         raise ValueError(f"ridge must not be negative, got {float(ridge.min()):g}.")
     # Where a diagonal is 0, so are its row and column, or the system is not semidefinite.
-    beside = torch.maximum(lower.abs().amax(-1), lower.abs().amax(-2))
     bad = (diagonal < 0) | ((diagonal == 0) & (beside > 0))
     if bool(bad.any()):
         raise ValueError(
