@@ -41,9 +41,9 @@ def lstsq(
         X = W + (G + λI)⁻¹ (R - G W).
 
     Factored in fp64 whatever the dtype, or, on a GPU, small systems and, where fp64 is slow, large ones with few right-hand
-    sides, in fp32 and refined until the residual is that of fp64 work. A system that is singular to fp64's precision gets the least of the ridges 1e-12, 1e-10, … 1e-4 of its mean
-    diagonal that makes it regular, which a warning reports; `lstsq_ex` returns the ridges. Work: k³/6 + k²m multiply-adds a
-    system.
+    sides, in fp32 and refined until the residual is that of fp64 work. A system that is singular to fp64 gets the
+    least of the ridges 1e-12, 1e-10, … 1e-4 of its mean diagonal that makes it regular, as a warning reports; `lstsq_ex`
+    returns the ridges. Work: k³/6 + k²m multiply-adds a system.
 
     Args:
         gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite, any strides; the lower half counts.
