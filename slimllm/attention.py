@@ -9,9 +9,9 @@ import torch
 from slimllm import ops
 from slimllm.allocation import LayerBudget
 from slimllm.config import PruneConfig
-from slimllm.layer import Batch, Layer, inner_activations, inner_activations_fit
+from slimllm.layer import Batch, InnerActivations, Layer
 from slimllm.progress import Stopwatch
-from slimllm.recovery import OutputChange, OutputMoments, head_moments, least_squares
+from slimllm.recovery import OutputChange, head_moments, refit_kept, relative
 from slimllm.selection import head_columns
 from slimllm.slicing import slice_attention
 from slimllm.statistics import GramStatistics
@@ -26,17 +26,14 @@ def prune_attention(
         The attention's part of the layer's report.
     """
     spec, sizes = layer.spec, layer.sizes()
-    norm = layer.module.get_submodule(spec.attention_norm)
     statistics = GramStatistics(sizes.num_heads * layer.head_dim, layer.device)
-    keep_inner = inner_activations_fit(batches, sizes.num_heads * layer.head_dim)
-    kept_inner: list[torch.Tensor] = []
-    for batch in batches:
+    activations = InnerActivations(layer, spec.o_proj, spec.attention_norm, batches, index)
+    for number in range(len(batches)):
         with watch("forward"):
-            inner = inner_activations(layer, spec.o_proj, norm(batch.hidden), batch.kwargs[index])
+            _, inner = activations.first(number)
         with watch("statistics"):
             statistics.update(inner)
-        if keep_inner:
-            kept_inner.append(inner)
+    del inner
 
     with watch("heads"):
         weight = layer.linear(spec.o_proj).weight
@@ -61,18 +58,15 @@ def prune_attention(
             slope, intercept = moments.affine_fit()
             change, after = OutputChange(intercept, slope), moments.relative_error(slope, intercept)
         elif config.recovery == "lstsq":
-            change, after = _least_squares(weight, statistics, columns, moments)
+            refit = refit_kept(weight, statistics, columns)
+            change, after = refit.change, relative(refit.after, moments.variance_y)
         layer.replace(slice_attention(layer.tensors, spec, columns, head_columns(kv_heads, layer.head_dim), change))
 
     project = layer.linear(spec.o_proj)
     device_columns = columns.to(layer.device)
-    for batch in batches:
+    for number, batch in enumerate(batches):
         with watch("forward"):
-            if keep_inner:
-                kept = kept_inner.pop(0).index_select(1, device_columns)
-            else:
-                kept = inner_activations(layer, spec.o_proj, norm(batch.hidden), batch.kwargs[index])
-            batch.tokens.add_(project(kept))
+            batch.tokens.add_(project(activations.again(number, device_columns)))
     return {
         "kept_heads": heads.tolist(),
         "kept_kv_heads": kv_heads.tolist(),
@@ -80,17 +74,3 @@ def prune_attention(
         "attention_error_before": before,
         "attention_error_after": after,
     }
-
-
-def _least_squares(
-    weight: torch.Tensor, statistics: GramStatistics, columns: torch.Tensor, moments: OutputMoments
-) -> tuple[OutputChange, float]:
-    """The full regression of the removed heads' output on the kept inputs of o_proj, and its relative error."""
-    covariance, mean = statistics.covariance(), statistics.mean()
-    kept = torch.zeros(len(mean), dtype=torch.bool, device=mean.device)
-    kept[columns.to(mean.device)] = True
-    removed_weight = weight.double()[:, ~kept]
-    across = covariance[:, ~kept] @ removed_weight.T  # Cov(x, e)
-    lost = (removed_weight.T * across[~kept]).sum(0)
-    change, missing = least_squares(covariance[kept][:, kept], across[kept], lost, mean[kept], removed_weight @ mean[~kept])
-    return change, moments.relative(missing)

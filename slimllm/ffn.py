@@ -1,4 +1,10 @@
-"""Pruning of the FFN: whole channels by their importance in the feature space of the output, and recovery."""
+"""Pruning of the FFN: whole channels by their importance in the feature space of the output, and recovery.
+
+What the criterion and the recovery need is streamed in one of two ways. The paper's recovery needs only the (D, D) Gram of
+the output y, the norms of the channels and, once the kept channels are known, the moments of (y, ŷ): N·D² multiply-adds.
+The regression on all kept channels needs the (I, I) Gram of the channels, N·I², of which all else then follows: neither y
+nor ŷ is made.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +17,9 @@ from slimllm import ops
 from slimllm.allocation import LayerBudget
 from slimllm.config import PruneConfig
 from slimllm.importance import input_importance
-from slimllm.layer import Batch, Layer, inner_activations, inner_activations_fit
+from slimllm.layer import Batch, InnerActivations, Layer
 from slimllm.progress import Stopwatch
-from slimllm.recovery import OutputChange, OutputMoments, least_squares
+from slimllm.recovery import OutputChange, OutputMoments, refit_kept, relative
 from slimllm.selection import select_channels
 from slimllm.slicing import slice_ffn
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
@@ -24,118 +30,130 @@ def prune_ffn(
 ) -> dict[str, Any]:
     """Remove FFN channels from a layer and let the residual stream pass its FFN.
 
-    The (D, D) Gram of the output y, the norms of the channels and, once the kept channels are known, the moments of
-    (y, ŷ) are all that the paper's criterion and recovery need: N·D² multiply-adds instead of the N·I² of the Gram of
-    the inner activations.
-
     Returns:
         The FFN's part of the layer's report.
     """
-    spec, sizes = layer.spec, layer.sizes()
-    num_channels = sizes.intermediate_size
-    norm = layer.module.get_submodule(spec.ffn_norm)
-    weight = layer.linear(spec.down_proj).weight
-    hidden_size = weight.shape[0]
-    inputs = ColumnStatistics(hidden_size, layer.device)
-    channels = ColumnStatistics(num_channels, layer.device)
-    outputs = GramStatistics(hidden_size, layer.device)
-    keep_inner = inner_activations_fit(batches, num_channels)
-    kept_inner: list[torch.Tensor] = []
-    dense_outputs: list[torch.Tensor] = []
-    for batch in batches:
-        with watch("forward"):
-            x = norm(batch.hidden)
-            inner = inner_activations(layer, spec.down_proj, x, None)
-            y = nn.functional.linear(inner, weight)
-        with watch("statistics"):
-            inputs.update(x.flatten(0, 1))
-            channels.update(inner)
-            outputs.update(y)
-        dense_outputs.append(y)
-        if keep_inner:
-            kept_inner.append(inner)
-
-    with watch("channels"):
-        output_covariance = outputs.covariance()
-        input_norms = inputs.norms()
-        importance = ops.feature_space_importance(weight, output_covariance, channels.norms(), config.feature_space)
-        for projection in (spec.gate_proj, spec.up_proj):
-            importance += input_importance(layer.linear(projection).weight, input_norms)
-        keep_lowest = round(_keep_lowest(config) * num_channels)
-        kept_channels = select_channels(importance, budget.channels, keep_lowest)
-        device_channels = kept_channels.to(layer.device)
-
-    dense_tensors = layer.tensors
-    with watch("recovery"):
-        layer.replace(slice_ffn(dense_tensors, spec, kept_channels))
-        kept_weight = layer.linear(spec.down_proj).weight
-        mean_inner = channels.mean()[device_channels]
-        paired = PairedMoments(outputs.mean(), kept_weight.double() @ mean_inner)
-        # Of the kept inputs and the output that pruning took away, side by side.
-        joint = GramStatistics(len(kept_channels) + hidden_size, layer.device) if config.recovery == "lstsq" else None
-        removed = torch.ones(num_channels, dtype=torch.bool, device=layer.device).index_fill_(0, device_channels, False)
-        kept_again: list[torch.Tensor | None] = []
-    for batch, y in zip(batches, dense_outputs):
-        with watch("forward"):
-            if keep_inner:
-                inner = kept_inner.pop(0)
-                kept = inner.index_select(1, device_channels)
-            else:
-                kept = inner_activations(layer, spec.down_proj, norm(batch.hidden), None)
-            y_hat = nn.functional.linear(kept, kept_weight)
-        with watch("recovery"):
-            paired.update(y, y_hat)
-            if joint:
-                # In half precision y - ŷ has the rounding of y; what was removed has its own, which is less.
-                lost = nn.functional.linear(inner[:, removed], weight[:, removed]) if keep_inner else y - y_hat
-                joint.update(torch.cat([kept, lost], 1))
-                kept_again.append(kept if keep_inner else None)
-            y.copy_(y_hat)
-
-    with watch("recovery"):
-        moments = OutputMoments(
-            paired.mean_y, paired.mean_y_hat, output_covariance.diagonal(), paired.variance(), paired.covariance()
-        )
-        before = after = moments.relative_error(torch.ones_like(moments.mean_y), torch.zeros_like(moments.mean_y))
-        change = None
-        if config.recovery == "affine":
-            slope, intercept = moments.affine_fit()
-            change, after = OutputChange(intercept, slope), moments.relative_error(slope, intercept)
-        elif joint:
-            change, after = _least_squares(joint, len(kept_channels), moments)
-            del joint
-        if change:
-            layer.replace(slice_ffn(dense_tensors, spec, kept_channels, change))
-    project = layer.linear(spec.down_proj)
-    for batch, y_hat in zip(batches, dense_outputs):
-        with watch("forward"):
-            factor = None if change is None else change.slope
-            if change is None or factor is not None:  # ŷ is made already, but for the factor and the bias
-                if factor is not None:
-                    y_hat *= factor.to(y_hat.dtype)
-                batch.tokens.add_(y_hat if project.bias is None else y_hat.add_(project.bias))
-            else:
-                again = kept_again.pop(0)
-                if again is None:
-                    again = inner_activations(layer, spec.down_proj, norm(batch.hidden), None)
-                batch.tokens.add_(project(again))
+    by = _by_channels if config.recovery == "lstsq" else _by_outputs
+    kept, importance, before, after = by(layer, batches, index, budget, config, watch)
     return {
-        "kept_channels": kept_channels.tolist(),
+        "kept_channels": kept.tolist(),
         "channel_importance": importance.tolist(),
         "ffn_error_before": before,
         "ffn_error_after": after,
     }
 
 
-def _least_squares(joint: GramStatistics, num_kept: int, moments: OutputMoments) -> tuple[OutputChange, float]:
-    """The full regression of the removed channels' output on the kept inputs of down_proj, and its relative error."""
-    covariance, mean = joint.covariance(), joint.mean()
-    across, lost = covariance[:num_kept, num_kept:], covariance.diagonal()[num_kept:]
-    change, missing = least_squares(covariance[:num_kept, :num_kept], across, lost, mean[:num_kept], mean[num_kept:])
-    return change, moments.relative(missing)
+_Found = tuple[torch.Tensor, torch.Tensor, float, float]  # kept channels, importance, relative error before and after
 
 
-def _keep_lowest(config: PruneConfig) -> float:
-    if config.keep_lowest is not None:
-        return config.keep_lowest
-    return 0.01 if config.preset == "paper" else 0.0
+def _by_channels(
+    layer: Layer, batches: list[Batch], index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
+) -> _Found:
+    """From the Gram of the channels: selection, and the regression of what is removed on all that is kept."""
+    spec = layer.spec
+    weight = layer.linear(spec.down_proj).weight
+    inputs = ColumnStatistics(weight.shape[0], layer.device)
+    channels = GramStatistics(weight.shape[1], layer.device)
+    activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, batches, index)
+    for number in range(len(batches)):
+        with watch("forward"):
+            x, inner = activations.first(number)
+        with watch("statistics"):
+            inputs.update(x.flatten(0, 1))
+            channels.update(inner)
+    del inner
+    with watch("channels"):
+        output_covariance = channels.of_product(weight)
+        importance = _importance(layer, inputs, output_covariance, channels.norms(), config)
+        kept = _select(importance, budget, config)
+    with watch("recovery"):
+        refit = refit_kept(weight, channels, kept)
+        layer.replace(slice_ffn(layer.tensors, spec, kept, refit.change))
+        variance = output_covariance.diagonal()
+    project, device_channels = layer.linear(spec.down_proj), kept.to(layer.device)
+    for number, batch in enumerate(batches):
+        with watch("forward"):
+            batch.tokens.add_(project(activations.again(number, device_channels)))
+    return kept, importance, relative(refit.before, variance), relative(refit.after, variance)
+
+
+def _by_outputs(
+    layer: Layer, batches: list[Batch], index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
+) -> _Found:
+    """From the Gram of the output: selection, and the paper's regression of the output on what is left of it."""
+    spec = layer.spec
+    weight = layer.linear(spec.down_proj).weight
+    hidden_size, num_channels = weight.shape
+    inputs = ColumnStatistics(hidden_size, layer.device)
+    channels = ColumnStatistics(num_channels, layer.device)
+    outputs = GramStatistics(hidden_size, layer.device)
+    activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, batches, index)
+    dense_outputs: list[torch.Tensor] = []
+    for number in range(len(batches)):
+        with watch("forward"):
+            x, inner = activations.first(number)
+            y = nn.functional.linear(inner, weight)
+        with watch("statistics"):
+            inputs.update(x.flatten(0, 1))
+            channels.update(inner)
+            outputs.update(y)
+        dense_outputs.append(y)
+    del inner
+    with watch("channels"):
+        output_covariance = outputs.covariance()
+        importance = _importance(layer, inputs, output_covariance, channels.norms(), config)
+        kept = _select(importance, budget, config)
+        device_channels = kept.to(layer.device)
+    dense_tensors = layer.tensors
+    with watch("recovery"):
+        layer.replace(slice_ffn(dense_tensors, spec, kept))
+        kept_weight = layer.linear(spec.down_proj).weight
+        paired = PairedMoments(outputs.mean(), kept_weight.double() @ channels.mean()[device_channels])
+        # In fp32 what is removed may be taken from y, where that is less work; half precision has no digits to spare.
+        removed = torch.ones_like(importance, dtype=torch.bool).index_fill_(0, device_channels, False).nonzero()[:, 0]
+        subtract = activations.kept and layer.dtype == torch.float32 and len(removed) < len(kept)
+        removed_weight = weight[:, removed]
+    for number, y in enumerate(dense_outputs):
+        with watch("forward"):
+            if subtract:
+                y_hat = torch.addmm(y, activations.again(number, removed), removed_weight.T, alpha=-1)
+            else:
+                y_hat = nn.functional.linear(activations.again(number, device_channels), kept_weight)
+        with watch("recovery"):
+            paired.update(y, y_hat)
+            y.copy_(y_hat)
+    with watch("recovery"):
+        moments = OutputMoments(
+            paired.mean_y, paired.mean_y_hat, output_covariance.diagonal(), paired.variance(), paired.covariance()
+        )
+        slope, intercept = torch.ones_like(moments.mean_y), torch.zeros_like(moments.mean_y)
+        before = after = moments.relative_error(slope, intercept)
+        if config.recovery == "affine":
+            slope, intercept = moments.affine_fit()
+            after = moments.relative_error(slope, intercept)
+            layer.replace(slice_ffn(dense_tensors, spec, kept, OutputChange(intercept, slope)))
+    bias, factor = layer.linear(spec.down_proj).bias, slope.to(layer.dtype)
+    for batch, y_hat in zip(batches, dense_outputs):
+        with watch("forward"):  # ŷ is made already, but for the factor and the bias
+            batch.tokens.addcmul_(y_hat, factor)
+            if bias is not None:
+                batch.tokens.add_(bias)
+    return kept, importance, before, after
+
+
+def _importance(
+    layer: Layer, inputs: ColumnStatistics, output_covariance: torch.Tensor, norms: torch.Tensor, config: PruneConfig
+) -> torch.Tensor:
+    """I_gate + I_up + I_down, (I,) fp64."""
+    spec, input_norms = layer.spec, inputs.norms()
+    weight = layer.linear(spec.down_proj).weight
+    importance = ops.feature_space_importance(weight, output_covariance, norms, config.feature_space)
+    for projection in (spec.gate_proj, spec.up_proj):
+        importance += input_importance(layer.linear(projection).weight, input_norms)
+    return importance
+
+
+def _select(importance: torch.Tensor, budget: LayerBudget, config: PruneConfig) -> torch.Tensor:
+    published = 0.01 if config.preset == "paper" else 0.0
+    keep_lowest = published if config.keep_lowest is None else config.keep_lowest
+    return select_channels(importance, budget.channels, round(keep_lowest * len(importance)))

@@ -90,7 +90,46 @@ def pass_sublayer(layer: Layer, projection: str, batches: list[Batch], index: in
             batch.tokens.add_(project(inner_activations(layer, projection, norm(batch.hidden), kwargs)))
 
 
-def inner_activations_fit(batches: list[Batch], features: int) -> bool:
-    """Whether the inner activations of all tokens may be kept."""
-    tokens = sum(batch.hidden.shape[0] * batch.hidden.shape[1] for batch in batches)
-    return tokens * features * batches[0].hidden.element_size() <= KEEP_INNER_BYTES
+class InnerActivations:
+    """The inputs of a sub-layer's output projection, batch by batch, twice: first all of them, then the kept columns.
+
+    Between the two they are kept, if those of all tokens take no more than KEEP_INNER_BYTES; otherwise the second time
+    the layer, sliced by then, makes them again.
+
+    Args:
+        layer: The layer.
+        projection, norm: Names of the sub-layer's output projection and of the norm before it.
+        batches: The residual stream before the sub-layer.
+        index: The layer's number, for its arguments.
+    """
+
+    def __init__(self, layer: Layer, projection: str, norm: str, batches: list[Batch], index: int) -> None:
+        self._layer, self._projection, self._batches, self._index = layer, projection, batches, index
+        self._norm = layer.module.get_submodule(norm)
+        tokens = sum(len(batch.tokens) for batch in batches)
+        num_bytes = tokens * layer.linear(projection).weight.shape[1] * batches[0].hidden.element_size()
+        self._kept: dict[int, torch.Tensor] | None = {} if num_bytes <= KEEP_INNER_BYTES else None
+
+    @property
+    def kept(self) -> bool:
+        """Whether `again` may ask for any columns, not only for those that the sliced layer has."""
+        return self._kept is not None
+
+    def first(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input of the sub-layer, (batch, seq_len, D), and that of its output projection, (num_tokens, features)."""
+        x = self._norm(self._batches[number].hidden)
+        inner = self._make(number, x)
+        if self._kept is not None:
+            self._kept[number] = inner
+        return x, inner
+
+    def again(self, number: int, columns: torch.Tensor) -> torch.Tensor:
+        """Some columns, those that are left unless all are `kept`: (num_tokens, len(columns)); once for each batch."""
+        if self._kept is not None:
+            return self._kept.pop(number).index_select(1, columns)
+        return self._make(number, self._norm(self._batches[number].hidden))
+
+    def _make(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        attention = self._projection == self._layer.spec.o_proj
+        kwargs = self._batches[number].kwargs[self._index] if attention else None
+        return inner_activations(self._layer, self._projection, x, kwargs)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from slimllm import ops
+from slimllm.statistics import GramStatistics
 
 # Ridge of `lstsq`, on columns scaled to unit size; and the part of a column's squared mean that counts as its size beside
 # the variance, so that a column that is nearly constant gets no weights so large that rounding them moves the output.
@@ -51,12 +52,13 @@ class OutputMoments:
         """Σ_k E(y_k - a_k ŷ_k - b_k)² / Σ_k var(y_k): 0 is perfect, 1 is as good as the mean."""
         bias = self.mean_y - slope * self.mean_y_hat - intercept
         residual = self.variance_y - 2 * slope * self.covariance + slope.square() * self.variance_y_hat
-        return self.relative(float((residual.clamp(min=0) + bias.square()).sum()))
+        return relative(float((residual.clamp(min=0) + bias.square()).sum()), self.variance_y)
 
-    def relative(self, error: float) -> float:
-        """An output error, summed over dimensions, relative to the output's variance."""
-        total = float(self.variance_y.sum())
-        return error / total if total > 0 else 0.0
+
+def relative(error: float, variance_y: torch.Tensor) -> float:
+    """An output error, summed over dimensions, relative to the output's variance (D,)."""
+    total = float(variance_y.sum())
+    return error / total if total > 0 else 0.0
 
 
 def head_moments(covariance: torch.Tensor, head_means: torch.Tensor, keep: torch.Tensor) -> OutputMoments:
@@ -78,6 +80,39 @@ def head_moments(covariance: torch.Tensor, head_means: torch.Tensor, keep: torch
     )
 
 
+@dataclass(frozen=True)
+class Refit:
+    """The change of the kept columns' weights, and the output error Σ_k E(e_k)² before it and after it."""
+
+    change: OutputChange
+    before: float
+    after: float
+
+
+def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor) -> Refit:
+    """`least_squares` of what the removed columns put out on the kept ones, from the Gram of all of them.
+
+    With R the removed columns and S the kept ones, e = Σ_R W_r z_r:
+
+        Cov(z_S, e) = Ĝ_SR W_Rᵀ,  var(e_k) = (W_R Ĝ_RR W_Rᵀ)_kk,  E e = W_R E z_R.
+
+    Args:
+        weight: W of the output projection, (D, F).
+        statistics: Of its inputs, F features.
+        keep: Indices of the kept columns, on any device.
+    """
+    mean = statistics.mean()
+    removed = torch.ones(len(mean), dtype=torch.bool, device=mean.device).index_fill_(0, keep.to(mean.device), False)
+    kept = (~removed).nonzero()[:, 0]
+    removed = removed.nonzero()[:, 0]
+    removed_weight = weight[:, removed].double()
+    lost = ((removed_weight @ statistics.block(removed, removed)) * removed_weight).sum(1)
+    across = statistics.block(kept, removed) @ removed_weight.T
+    mean_lost = removed_weight @ mean[removed]
+    change, after = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost)
+    return Refit(change, float(lost.sum() + mean_lost.square().sum()), after)
+
+
 def least_squares(
     covariance: torch.Tensor, cross: torch.Tensor, lost: torch.Tensor, mean: torch.Tensor, mean_lost: torch.Tensor
 ) -> tuple[OutputChange, float]:
@@ -91,7 +126,7 @@ def least_squares(
     columns than tokens do no harm.
 
     Args:
-        covariance: Cov(z), (|S|, |S|) fp64.
+        covariance: Cov(z), (|S|, |S|) fp64; overwritten.
         cross: Cov(z, e), (|S|, D) fp64.
         lost: var(e_k), (D,) fp64.
         mean: E z, (|S|,) fp64.
@@ -102,7 +137,10 @@ def least_squares(
     """
     variance = covariance.diagonal().clamp(min=0)
     inverse = torch.where(variance > 0, (variance + MEAN_PART * mean.square()).rsqrt(), 0.0)
-    correlation = (covariance * inverse[:, None]).mul_(inverse)
-    delta = inverse[:, None] * ops.lstsq(correlation[None], (inverse[:, None] * cross)[None], RIDGE, absolute=True)[0]
-    missing = lost.sum() - 2 * (delta * cross).sum() + (delta * (covariance @ delta)).sum()
+    correlation = covariance.mul_(inverse[:, None]).mul_(inverse)
+    across = inverse[:, None] * cross
+    scaled = ops.lstsq(correlation[None], across[None], RIDGE, absolute=True)[0]
+    delta = inverse[:, None] * scaled
+    # As (correlation + λI) scaled = across, tr(Δ Cov(z) Δᵀ) is tr(scaledᵀ across) - λ‖scaled‖².
+    missing = lost.sum() - (scaled * across).sum() - RIDGE * scaled.square().sum()
     return OutputChange(mean_lost - delta.T @ mean, delta=delta.T), max(0.0, float(missing))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from slimllm import ops
+from slimllm.ops.dispatch import full_precision
 
 
 class GramStatistics:
@@ -78,6 +79,29 @@ class GramStatistics:
         delta = self.total / self.count
         covariance = self.gram.double().div_(self.count).addr_(delta, delta, alpha=-1)
         return (covariance + covariance.T).div_(2)
+
+    def norms(self) -> torch.Tensor:
+        """‖X[:,j]‖₂ over all tokens: (features,) fp64."""
+        delta = self.total / self.count
+        variance = (self.gram.diagonal().double() / self.count - delta.square()).clamp_(min=0)
+        return (self.count * (variance + self.mean().square())).sqrt()
+
+    def of_product(self, weight: torch.Tensor) -> torch.Tensor:
+        """Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64, computed in fp32."""
+        _check_count(self.count)
+        single, delta = weight.float(), self.total / self.count
+        moved = weight.double() @ delta
+        with full_precision(self.gram.device):
+            raw = single @ self.gram @ single.T
+        covariance = raw.double().div_(self.count).addr_(moved, moved, alpha=-1)
+        return (covariance + covariance.T).div_(2)
+
+    def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Some rows and columns of the covariance, by index: (len(rows), len(columns)) fp64, without the whole of it."""
+        _check_count(self.count)
+        delta = self.total / self.count
+        block = self.gram[rows[:, None], columns].double().div_(self.count)
+        return block.addr_(delta[rows], delta[columns], alpha=-1)
 
 
 def _check_batch(x: torch.Tensor, features: int, name: str = "x") -> torch.Tensor:
