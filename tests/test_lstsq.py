@@ -239,6 +239,11 @@ def test_errors(backend: str) -> None:
     for name, arguments in (("gram", (gram * torch.nan, cross)), ("gram", (off, cross)), ("cross", (gram, cross / 0))):
         with pytest.raises(ValueError, match=f"{name} must be finite, got NaN or infinity"):
             ops.lstsq(*arguments)
+    for size in (3, 200):
+        system = torch.eye(size).repeat(LANES, 1, 1)
+        system[1, 1, 1] = torch.nan
+        with pytest.raises(ValueError, match="gram must be finite, got NaN or infinity"):
+            ops.lstsq(system, torch.ones(LANES, size, 1), 0.1, absolute=True)
     with pytest.raises(ValueError, match="start must be finite, got NaN or infinity"):
         ops.lstsq(gram, cross, 1.0, start=cross * torch.nan)
     with pytest.raises(ValueError, match=r"ridge must be finite, .*, got inf"):

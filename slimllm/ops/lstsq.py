@@ -10,7 +10,6 @@ import torch
 from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.library import operator
-from slimllm.ops.refine import pays, refined_solve, symmetric_product
 
 # Where the extension is faster than the torch path below: up to so many unknowns and right-hand sides. A CPU takes eight
 # systems side by side, so of fewer than 6 only small ones; on a GPU a warp takes a system, as large as its memory holds.
@@ -40,10 +39,10 @@ def lstsq(
 
         X = W + (G + λI)⁻¹ (R - G W).
 
-    Factored in fp64 whatever the dtype, or, on a GPU, small systems and, where fp64 is slow, large ones with few right-hand
-    sides, in fp32 and refined until the residual is that of fp64 work. A system that is singular to fp64 gets the
-    least of the ridges 1e-12, 1e-10, … 1e-4 of its mean diagonal that makes it regular, as a warning reports; `lstsq_ex`
-    returns the ridges. Work: k³/6 + k²m multiply-adds a system.
+    Factored in fp64 whatever the dtype, or, small systems on a GPU, in fp32 and refined until the residual is that of fp64
+    work. A system that is singular to fp64's precision gets the least of the ridges 1e-12, 1e-10, … 1e-4 of its mean
+    diagonal that makes it regular, which a warning reports; `lstsq_ex` returns the ridges. Work: k³/6 + k²m multiply-adds a
+    system.
 
     Args:
         gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite, any strides; the lower half counts.
@@ -180,10 +179,10 @@ def _attempt(
         return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)  # type: ignore[no-any-return]
     used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)
     with full_precision(gram.device):
-        precise, failed = _factor_and_solve(gram, cross, used, start, refined=pays(gram.device, size, columns))
+        precise, failed = _factor_and_solve(gram, cross, used, start)
     solution = precise.to(gram.dtype)
     # NaN and infinity reach the sum; so may large numbers, which are then looked at again.
-    failed |= ~(ridge >= 0) | (diagonal < 0).any(-1) | ~solution.sum((-2, -1)).isfinite()
+    failed |= ~(ridge >= 0) | ~(diagonal >= 0).all(-1) | ~solution.sum((-2, -1)).isfinite()
     if solution.is_cuda or bool(failed.any()):  # on a CPU looking is cheaper than writing
         solution.masked_fill_(failed[:, None, None], torch.nan)
     return solution, used, FAILED * failed.int() + ZEROS * (diagonal == 0).any(-1).int()
@@ -197,38 +196,29 @@ operator(
 
 
 def _factor_and_solve(
-    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, start: torch.Tensor | None, refined: bool = False
+    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, start: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """X in fp64, and which systems are singular to its precision, or, if `refined`, may be.
+    """X in fp64, and which systems are singular to its precision.
 
-    Of G the lower half is read. In memory beside it: G + λI in fp64 (fp32 if refined), which its factor replaces, and
-    twice X.
+    Of G the lower half is read. In memory beside it: G + λI in fp64, which its factor replaces, and twice X. A start costs
+    two matrices more.
     """
-    right = cross.double()
+    cross = cross.double()
     if start is not None:
-        right = right - symmetric_product(gram, start.double())
-    diagonal = gram.diagonal(dim1=-2, dim2=-1).double()
-    known = diagonal > 0
-    diagonal = torch.where(known, diagonal + ridge[:, None], 1.0)
-    if cross.is_cuda or not bool(known.all()):
-        right = torch.where(known[..., None], right, 0.0)
-    solve = refined_solve if refined else _precise_solve
-    solution, failed = solve(gram, right, diagonal, ridge)
-    if start is not None:
-        solution += start.double()
-    return solution, failed
-
-
-def _precise_solve(
-    gram: torch.Tensor, right: torch.Tensor, diagonal: torch.Tensor, ridge: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`refined_solve` with all in fp64."""
+        both = gram.double().tril()
+        cross = cross - (both + both.tril(-1).mT) @ start.double()
     # By rows, so that for LAPACK, which reads by columns, it is the upper half and factored in place.
     system = gram.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    system.diagonal(dim1=-2, dim2=-1).copy_(diagonal)
+    diagonal = system.diagonal(dim1=-2, dim2=-1)
+    known = diagonal > 0
+    diagonal.copy_(torch.where(known, diagonal + ridge[:, None], 1.0))
+    before = diagonal.clone()
     upper, status = system.mT, torch.empty(len(gram), dtype=torch.int32, device=gram.device)
     torch.linalg.cholesky_ex(upper, upper=True, out=(upper, status))
-    pivots = (upper.diagonal(dim1=-2, dim2=-1).square() / diagonal).amin(-1)
+    pivots = (diagonal.square() / before).amin(-1)
     least = gram.shape[-1] * torch.finfo(torch.float64).eps
-    inner = torch.linalg.solve_triangular(upper.mT, right, upper=False)
-    return torch.linalg.solve_triangular(upper, inner, upper=True).contiguous(), (status != 0) | ~(pivots > least)
+    right = cross if not cross.is_cuda and bool(known.all()) else torch.where(known[..., None], cross, 0.0)
+    solution = torch.linalg.solve_triangular(upper, torch.linalg.solve_triangular(upper.mT, right, upper=False), upper=True)
+    if start is not None:
+        solution += start.double()
+    return solution.contiguous(), (status != 0) | ~(pivots > least)
