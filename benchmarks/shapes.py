@@ -1,43 +1,12 @@
-"""Real shapes, and what each operation has to do at them: operations and bytes, the floors of its time."""
+"""What each operation has to do at real shapes: operations and bytes, the floors of its time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slimllm.bench.shapes import SHAPES, Shape
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a decoder layer of a published model."""
-
-    name: str
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    intermediate_size: int
-    num_layers: int
-    head_dim: int = 128
-
-    @property
-    def units(self) -> int:
-        """What is pruned as one: KV groups, or heads where there are no groups."""
-        return self.num_kv_heads
-
-    @property
-    def attention_width(self) -> int:
-        """Inputs of o_proj."""
-        return self.num_heads * self.head_dim
-
-
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("llama-7b", 4096, 32, 32, 11008, 32),
-        Shape("llama-13b", 5120, 40, 40, 13824, 40),
-        Shape("llama-33b", 6656, 52, 52, 17920, 60),
-        Shape("llama-2-70b", 8192, 64, 8, 28672, 80),
-        Shape("smollm2-135m", 576, 9, 3, 1536, 30, head_dim=64),
-    )
-}
+__all__ = ["SHAPES", "Shape"]
 
 
 @dataclass(frozen=True)

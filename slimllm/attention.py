@@ -11,7 +11,7 @@ from slimllm.allocation import LayerBudget
 from slimllm.config import PruneConfig
 from slimllm.layer import Batch, InnerActivations, Layer
 from slimllm.progress import Stopwatch
-from slimllm.recovery import OutputChange, head_moments, refit_kept, relative
+from slimllm.recovery import OutputChange, head_moments, mean_output, refit_kept, relative
 from slimllm.selection import head_columns
 from slimllm.slicing import slice_attention
 from slimllm.statistics import GramStatistics
@@ -50,8 +50,7 @@ def prune_attention(
         columns = head_columns(heads, layer.head_dim)
 
     with watch("recovery"):
-        by_unit = weight.double().view(weight.shape[0], units, -1) * statistics.mean().view(units, -1)
-        moments = head_moments(covariance, by_unit.sum(-1).T, kept_units)
+        moments = head_moments(covariance, mean_output(weight, statistics.mean(), units), kept_units)
         before = after = moments.relative_error(torch.ones_like(moments.mean_y), torch.zeros_like(moments.mean_y))
         change = None
         if config.recovery == "affine":

@@ -24,7 +24,6 @@ from slimllm.native import OutputFormat, convert_in_place, output_format, write_
 from slimllm.pipeline import Outcome, batch_windows, perplexity_windows, prune_layers
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.report import PruneReport, versions
-from slimllm.slicing import LayerSizes
 from slimllm.source import CheckpointModel, InMemoryModel, ModelSource
 from slimllm.writer import CheckpointWriter, check_destination, check_space
 
@@ -33,7 +32,7 @@ _OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # 
 
 
 def prune(
-    model: str | Path,
+    model: str | Path | Checkpoint,
     out: str | Path,
     config: PruneConfig,
     *,
@@ -45,7 +44,7 @@ def prune(
     """Prune a model on disk, one layer in memory at a time, and write the result as a Hugging Face folder.
 
     Args:
-        model: A Hugging Face folder, a GGUF file or a hub id.
+        model: A Hugging Face folder, a GGUF file, a hub id, or what `open_checkpoint` made of one.
         out: The folder to make. It appears when it is complete.
         config: The settings.
         overwrite: Replace a model that is in `out` already.
@@ -65,11 +64,12 @@ def prune(
     out = Path(out).expanduser().resolve()
     device = parse_device(config.device)
     ops.backend(device, _OPERATIONS)  # refuses what cannot be had before anything is read
-    inputs = [Path(model).expanduser()]
+    inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
     if isinstance(config.calibration, (str, Path)):
         inputs.append(Path(config.calibration).expanduser())
     check_destination(out, inputs, overwrite)
-    checkpoint = open_checkpoint(model)
+    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    name = checkpoint.name if checkpoint is model else str(model)
     dtype = DTYPES[config.dtype] if config.dtype else None
     source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
     if source.unexpected:
@@ -99,8 +99,8 @@ def prune(
             del others
             write_config(run.format.config, writer.folder)
             checkpoint.write_companions(writer.folder)
-        report = run.report(outcome, str(model), str(out), writer.num_parameters)
-        write_model_card(report, writer.folder, command or f"slimllm.prune({str(model)!r}, {str(out)!r}, {config})")
+        report = run.report(outcome, name, str(out), writer.num_parameters)
+        write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
         report.elapsed_s = run.elapsed_s()
         report.save(writer.folder)
         writer.finish()
@@ -201,8 +201,9 @@ class _Run:
     def _settle(self, allocation: Allocation) -> None:
         for note in allocation.notes:
             self.notice(f"{note}.")
+        new_bias = self.config.recovery != "none"
         sizes = [
-            _pruned_sizes(size, budget.units, budget.channels, self.config)
+            size.without(budget.units, budget.channels, self.config.head_unit, new_bias)
             for size, budget in zip(self.sizes, allocation.budgets)
         ]
         dtype = DTYPES[self.config.dtype] if self.config.dtype else _config_dtype(self.source)
@@ -284,17 +285,3 @@ def _bytes_to_write(source: CheckpointModel, dtype: torch.dtype | None) -> int:
     """What the dense model would take on disk, an upper bound."""
     parameters = sum(torch.Size(shape).numel() for shape in source.shapes().values())
     return parameters * (dtype or _weight_dtype(source.checkpoint)).itemsize
-
-
-def _pruned_sizes(size: LayerSizes, units: int, channels: int, config: PruneConfig) -> LayerSizes:
-    """Sizes of a layer after giving up so many units and channels."""
-    by_group = size.by_group(config.head_unit)
-    new_bias = config.recovery != "none"
-    return LayerSizes(
-        num_heads=size.num_heads - units * (size.group_size if by_group else size.num_kv_heads),
-        num_kv_heads=size.num_kv_heads - (units if by_group else 0),
-        intermediate_size=size.intermediate_size - channels,
-        attention_out_bias=size.attention_out_bias or (new_bias and units > 0),
-        ffn_out_bias=size.ffn_out_bias or (new_bias and channels > 0),
-        params=0,
-    )

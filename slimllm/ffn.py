@@ -19,7 +19,7 @@ from slimllm.config import PruneConfig
 from slimllm.importance import input_importance
 from slimllm.layer import Batch, InnerActivations, Layer
 from slimllm.progress import Stopwatch
-from slimllm.recovery import OutputChange, OutputMoments, refit_kept, relative
+from slimllm.recovery import OutputChange, OutputMoments, mean_output, refit_kept, relative
 from slimllm.selection import select_channels
 from slimllm.slicing import slice_ffn
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
@@ -108,7 +108,7 @@ def _by_outputs(
     with watch("recovery"):
         layer.replace(slice_ffn(dense_tensors, spec, kept))
         kept_weight = layer.linear(spec.down_proj).weight
-        paired = PairedMoments(outputs.mean(), kept_weight.double() @ channels.mean()[device_channels])
+        paired = PairedMoments(outputs.mean(), mean_output(kept_weight, channels.mean()[device_channels])[0])
         # In fp32 what is removed may be taken from y, where that is less work; half precision has no digits to spare.
         removed = torch.ones_like(importance, dtype=torch.bool).index_fill_(0, device_channels, False).nonzero()[:, 0]
         subtract = activations.kept and layer.dtype == torch.float32 and len(removed) < len(kept)
@@ -119,7 +119,7 @@ def _by_outputs(
                 y_hat = torch.addmm(y, activations.again(number, removed), removed_weight.T, alpha=-1)
             else:
                 y_hat = nn.functional.linear(activations.again(number, device_channels), kept_weight)
-        with watch("recovery"):
+        with watch("statistics"):
             paired.update(y, y_hat)
             y.copy_(y_hat)
     with watch("recovery"):

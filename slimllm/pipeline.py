@@ -23,7 +23,7 @@ from slimllm.slicing import LayerSizes
 from slimllm.source import ModelSource
 
 # So many calibration tokens give the perplexity before and after; the output head is too costly to run on all.
-PERPLEXITY_TOKENS = 512
+PERPLEXITY_TOKENS = 256
 _TOKENS_PER_BATCH = 1024
 
 

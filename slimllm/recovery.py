@@ -17,6 +17,7 @@ from slimllm.statistics import GramStatistics
 # the variance, so that a column that is nearly constant gets no weights so large that rounding them moves the output.
 RIDGE = 0.3
 MEAN_PART = 0.01
+_ROWS = 256  # of a weight in fp64 at a time
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,20 @@ def head_moments(covariance: torch.Tensor, head_means: torch.Tensor, keep: torch
         variance_y_hat=covariance[keep][:, keep].sum((0, 1)),
         covariance=with_full[keep].sum(0),
     )
+
+
+def mean_output(weight: torch.Tensor, mean: torch.Tensor, num_heads: int = 1) -> torch.Tensor:
+    """E W_i x_i of every head's columns: (num_heads, D) fp64, without a copy of the weight in fp64.
+
+    Args:
+        weight: W, (D, num_heads · d), any floating dtype.
+        mean: E x, (num_heads · d,) fp64.
+    """
+    by_head = mean.view(num_heads, -1)
+    rows = [
+        (some.double().view(len(some), num_heads, -1) * by_head).sum(-1) for some in weight.split(_ROWS)
+    ]  # fmt: skip
+    return torch.cat(rows).T
 
 
 @dataclass(frozen=True)

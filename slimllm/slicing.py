@@ -34,6 +34,18 @@ class LayerSizes:
         """Whether heads go in whole KV groups; without grouped queries a group is a head, whatever was asked for."""
         return head_unit == "kv-group" or self.group_size == 1
 
+    def without(self, units: int, channels: int, head_unit: str, new_bias: bool) -> LayerSizes:
+        """After giving up so many units and channels; `params` is left to be counted when the tensors are there."""
+        by_group = self.by_group(head_unit)
+        return LayerSizes(
+            num_heads=self.num_heads - units * (self.group_size if by_group else self.num_kv_heads),
+            num_kv_heads=self.num_kv_heads - (units if by_group else 0),
+            intermediate_size=self.intermediate_size - channels,
+            attention_out_bias=self.attention_out_bias or (new_bias and units > 0),
+            ffn_out_bias=self.ffn_out_bias or (new_bias and channels > 0),
+            params=0,
+        )
+
 
 def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: int) -> LayerSizes:
     """The sizes of a layer from the shapes of its tensors (names relative to the layer)."""

@@ -7,6 +7,8 @@ import torch
 from slimllm import ops
 from slimllm.ops.dispatch import full_precision
 
+_ROWS = 256  # of a matrix at a time, where a copy of it is made
+
 
 class GramStatistics:
     """Count, mean and (co)variance of a stream of token batches (num_tokens, features).
@@ -77,8 +79,14 @@ class GramStatistics:
         """Population covariance: (features, features) fp64, symmetric to the last bit."""
         _check_count(self.count)
         delta = self.total / self.count
-        covariance = self.gram.double().div_(self.count).addr_(delta, delta, alpha=-1)
-        return (covariance + covariance.T).div_(2)
+        covariance = torch.empty_like(self.gram, dtype=torch.float64)
+        for start in range(0, self.features, _ROWS):  # no second matrix of its size
+            stop = min(start + _ROWS, self.features)
+            rows = self.gram[start:stop, :stop].double().add_(self.gram[:stop, start:stop].T).div_(2 * self.count)
+            rows.sub_(delta[start:stop, None] * delta[:stop])
+            covariance[start:stop, :stop] = rows
+            covariance[:stop, start:stop] = rows.T
+        return covariance
 
     def norms(self) -> torch.Tensor:
         """‖X[:,j]‖₂ over all tokens: (features,) fp64."""

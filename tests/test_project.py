@@ -15,7 +15,7 @@ ORDER = [
     "errors", "config", "families", "modeling_slim_llama", "registration", "kernels", "ops", "statistics", "importance",
     "selection", "recovery", "allocation", "slicing", "native", "progress", "layer", "attention", "ffn", "memory",
     "skeleton", "checkpoint", "checkpoint_gguf", "calibration", "source", "pipeline", "report", "modelcard", "writer",
-    "engine", "evaluate", "doctor", "display", "demo", "cli", "__main__", "__init__",
+    "engine", "bench", "evaluate", "doctor", "display", "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

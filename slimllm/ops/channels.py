@@ -9,6 +9,8 @@ import torch
 from slimllm.ops.checks import check_finite, check_floating, check_tensors
 from slimllm.ops.dispatch import full_precision
 
+_COLUMNS = 1024
+
 
 def feature_space_importance(
     down_weight: torch.Tensor, output_covariance: torch.Tensor, channel_norms: torch.Tensor, method: str | None = None
@@ -49,19 +51,24 @@ def feature_space_importance(
     weight, output_covariance = down_weight.float(), output_covariance.double()
     mean = float(output_covariance.diagonal().mean())  # of the eigenvalues
     if mean <= 0:  # a constant output, up to rounding
-        features = weight / 2
-    elif method == "eigh":
+        return channel_norms * torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64) / 2
+    if method == "eigh":
         eigenvalues, vectors = torch.linalg.eigh(output_covariance)
         eigenvalues = eigenvalues.abs()
-        with full_precision(weight.device):
-            features = (vectors * torch.sigmoid(eigenvalues / eigenvalues.mean())).T.float() @ weight
+        axes = vectors.mul_(torch.sigmoid(eigenvalues / eigenvalues.mean())).T.float()
+        del vectors
     else:
-        features = _sigmoid_product((output_covariance / mean).float(), weight)
-    return channel_norms * torch.linalg.vector_norm(features, dim=0, dtype=torch.float64)
+        axes = _sigmoid_root((output_covariance / mean).float())
+    norms = []
+    with full_precision(weight.device):
+        for some in weight.split(_COLUMNS, 1):  # so that the features of all channels are never in memory
+            features = axes @ some if method == "eigh" else torch.cholesky_solve(some, axes)
+            norms.append(torch.linalg.vector_norm(features, dim=0, dtype=torch.float64))
+    return channel_norms * torch.cat(norms)
 
 
-def _sigmoid_product(matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(I + exp(-M))⁻¹ W for a symmetric positive semidefinite M (D, D) fp32.
+def _sigmoid_root(matrix: torch.Tensor) -> torch.Tensor:
+    """The Cholesky factor of I + exp(-M) for a symmetric positive semidefinite M (D, D) fp32.
 
     With A = -M/2ᵏ of norm at most 1/4, expm1(A) by its Taylor series to degree 6 (in A and A³: 3 products; the next
     term is 1e-8), squared k times as F ← 2F + F²; expm1 rather than exp keeps the small eigenvalues' digits. 2I + F
@@ -80,4 +87,4 @@ def _sigmoid_product(matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor
             expm1 = torch.addmm(expm1, expm1, expm1, beta=2)
             expm1 = (expm1 + expm1.T) / 2
         expm1.diagonal().add_(2)
-        return torch.cholesky_solve(weight, torch.linalg.cholesky(expm1))
+        return torch.linalg.cholesky(expm1)

@@ -92,11 +92,18 @@ def _column_sums_(total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, p
         from slimllm.kernels.columns import column_sums as kernel
 
         first, second = kernel(x, None if pivot is None else pivot.contiguous(), None, None)
-    else:
-        u = x.float() if pivot is None else x.float() - pivot
-        first, second = u.sum(0), u.square().sum(0)
-    total += first
-    squares += second
+        total += first
+        squares += second
+        return
+    for some in x.split(_tokens_at_once(x)):
+        u = some.float() if pivot is None else some.float() - pivot
+        total += u.sum(0)
+        squares += u.square().sum(0)
+
+
+def _tokens_at_once(x: torch.Tensor) -> int:
+    """On a CPU few enough for its cache, which also bounds the memory; on a GPU all."""
+    return max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else len(x)
 
 
 @operator(
@@ -114,8 +121,11 @@ def _column_products_(
         from slimllm.kernels.columns import column_sums as kernel
 
         first, second = kernel(y, pivot_y.contiguous(), y_hat, pivot_y_hat.contiguous())
-    else:
-        u, v = y.float() - pivot_y, y_hat.float() - pivot_y_hat
-        first, second = v.square().sum(0, dtype=torch.float64), u.mul_(v).sum(0, dtype=torch.float64)
-    squares += first
-    products += second
+        squares += first
+        products += second
+        return
+    at_once = _tokens_at_once(y)
+    for some, some_hat in zip(y.split(at_once), y_hat.split(at_once)):
+        u, v = some.float() - pivot_y, some_hat.float() - pivot_y_hat
+        products += u.mul_(v).sum(0, dtype=torch.float64)
+        squares += v.square_().sum(0, dtype=torch.float64)

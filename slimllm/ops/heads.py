@@ -9,6 +9,8 @@ from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.gram import gram_
 from slimllm.ops.library import operator
 
+_OUTPUTS = 256  # at a time, which bounds the memory beside the result
+
 
 def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Covariances of the heads' contributions to the attention output, without the contributions themselves.
@@ -52,15 +54,16 @@ def _head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: 
         return kernel(weight if weight.dtype in ACTIVATIONS else weight.float(), covariance, num_heads)
     out_features, in_features = weight.shape
     width = in_features // num_heads
-    weight = weight.to(covariance.dtype)
-    by_head = weight.view(out_features, num_heads, width)
     result = covariance.new_empty(num_heads, num_heads, out_features)
     with full_precision(weight.device):
-        for i in range(num_heads):
-            rows = covariance[i * width : (i + 1) * width, : (i + 1) * width]  # Cov(X)_ij for j ≤ i
-            projected = (by_head[:, i] @ rows).view(out_features, i + 1, width)  # W_i Cov(X)_ij
-            result[i, : i + 1] = (projected * by_head[:, : i + 1]).sum(-1).T
-            result[:i, i] = result[i, :i]
+        for start in range(0, out_features, _OUTPUTS):
+            some = weight[start : start + _OUTPUTS].to(covariance.dtype)
+            by_head, part = some.view(len(some), num_heads, width), result[..., start : start + _OUTPUTS]
+            for i in range(num_heads):
+                rows = covariance[i * width : (i + 1) * width, : (i + 1) * width]  # Cov(X)_ij for j ≤ i
+                projected = (by_head[:, i] @ rows).view(len(some), i + 1, width)  # W_i Cov(X)_ij
+                part[i, : i + 1] = projected.mul_(by_head[:, : i + 1]).sum(-1).T
+                part[:i, i] = part[i, :i]
     return result
 
 

@@ -1,0 +1,88 @@
+"""`slimllm bench`: all combinations of settings, rows into a file, a table, pictures. Called by the command line."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from slimllm.bench.plot import draw
+from slimllm.bench.run import Setting, append_rows, measure, read_rows
+from slimllm.errors import InputError
+
+
+def run_bench(
+    console: Console,
+    models: list[str],
+    *,
+    layers: list[Any],
+    ratio: list[float],
+    recovery: list[str],
+    samples: list[int],
+    rounds: int,
+    workdir: Path | None,
+    out: Path,
+    plot: Path | None,
+    **common: Any,
+) -> None:
+    """Measure every combination, `rounds` times in turn; rows are in the file as soon as they are there.
+
+    Args:
+        console: Where the table goes.
+        models, layers, ratio, recovery, samples: What is combined.
+        rounds: Runs of each combination.
+        workdir, out, plot: Folder for models, file of results, picture.
+        common: The other fields of `Setting`.
+
+    Raises:
+        ValueError: (as InputError) a setting is wrong, or there is nothing to do.
+    """
+    if rounds < 1:
+        raise InputError(f"rounds must be at least 1, got {rounds}.")
+    if not models and plot is None:
+        raise InputError("Give a model or the name of a shape to measure, or --plot FILE to draw what was measured.")
+    if workdir is not None and not workdir.is_dir():
+        raise InputError(f"The working folder {workdir} does not exist; make it first.")
+    settings = [
+        Setting(model=m, layers=k, ratio=r, recovery=c, samples=n, **common)
+        for m, k, r, c, n in itertools.product(models, layers, ratio, recovery, samples)
+    ]
+    rows: list[list[dict[str, Any]]] = [[] for _ in settings]
+    for number in range(rounds):  # in turn, so that a busy machine meets all alike
+        for position, setting in enumerate(settings):
+            about = f"{setting.model}, {setting.ratio:g}, {setting.recovery}, {setting.samples} × {setting.seq_len}"
+            with console.status(f"{about}, round {number + 1} of {rounds}"):
+                row = measure(setting, workdir)
+            append_rows(out, [row])
+            rows[position].append(row)
+    if settings:
+        console.print(_table(rows))
+        console.print(f"Rows are in {out}.", highlight=False)
+    if plot is not None:
+        draw(read_rows(out), plot)
+        console.print(f"The picture is {plot}.", highlight=False)
+
+
+def _table(rows: list[list[dict[str, Any]]]) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for title in ("setting", "s", "× dense", "× floor", "tokens/s", "layers/s", "M par./s", "GiB"):
+        table.add_column(title, justify="left" if title == "setting" else "right", no_wrap=title != "setting")
+    for of_setting in rows:
+        first = of_setting[0]
+
+        def median(name: str, of_setting: list[dict[str, Any]] = of_setting) -> float:
+            return statistics.median(row[name] for row in of_setting)
+
+        gib = f"{median('peak_host_gib'):.2f}" + (f", GPU {gpu:.2f}" if (gpu := median("peak_gpu_gib")) else "")
+        table.add_row(
+            f"{first['model']}, {first['num_layers']} layers, {first['samples']}×{first['seq_len']}, "
+            f"{first['ratio']:.0%}, {first['recovery']}",
+            f"{median('elapsed_s'):.1f}", f"{median('ratio_to_dense_pass'):.2f}", f"{median('times_floor'):.2f}",
+            f"{median('tokens_per_s'):.0f}", f"{median('layers_per_s'):.2f}", f"{median('parameters_per_s') / 1e6:.1f}",
+            gib,
+        )  # fmt: skip
+    return table

@@ -1,0 +1,124 @@
+"""Pictures of measured runs: stacked bars by stage, and how time grows with tokens, width and layers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from slimllm.errors import InputError
+
+# In the order of the run; colours by name, so that a stage looks alike in every picture.
+STAGES = {
+    "read": "#9aa0a6", "dense pass": "#1f5fa8", "forward": "#5b9bd5", "statistics": "#e07b39", "heads": "#c44e52",
+    "channels": "#8e5ea2", "recovery": "#3a9a5b", "write": "#5f6368", "perplexity": "#d9c36b", "other": "#dddddd",
+}  # fmt: skip
+_FIXED = (
+    "model",
+    "layers",
+    "ratio",
+    "preset",
+    "recovery",
+    "samples",
+    "seq_len",
+    "device",
+    "compute_dtype",
+    "weights",
+    "machine",
+)
+_MOST_BARS = 16
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the newest row of every setting into a PNG or SVG file.
+
+    Args:
+        rows: Rows of `measure`, oldest first.
+        path: Where to; `.png` or `.svg`.
+
+    Raises:
+        ValueError: (as InputError) there is nothing to draw, another kind of file is asked for, or matplotlib is missing.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"A picture is a .png or .svg file, got {path.name}.")
+    rows = [row for row in rows if "stages_s" in row and "floors_s" in row]
+    if not rows:
+        raise InputError("There is no measured run to draw; run slimllm bench without --plot first.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("Pictures need matplotlib; install the extra: pip install 'slimllm-engine[plot]'.") from None
+    newest = list({tuple(str(row.get(name)) for name in _FIXED): row for row in rows}.values())
+    bars = newest[-_MOST_BARS:]
+    curves = [(title, unit, found) for title, name, unit in _CURVES if (found := _series(newest, name))]
+    height = 0.9 + 0.55 * len(bars)
+    figure = Figure(figsize=(11, height + (4 if curves else 0)), layout="constrained")
+    grid = figure.add_gridspec(2 if curves else 1, max(1, len(curves)), height_ratios=[height, 4] if curves else [1])
+    _bars(figure.add_subplot(grid[0, :]), bars)
+    for column, (title, unit, found) in enumerate(curves):
+        axes = figure.add_subplot(grid[1, column])
+        for name, points in found.items():
+            axes.plot(*zip(*points), marker="o", label=name)
+        axes.set(title=f"time over {title}", xlabel=unit, ylabel="seconds", xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
+    for position, row in enumerate(rows):
+        seconds = {stage: row["stages_s"].get(stage, 0.0) for stage in STAGES}
+        seconds["other"] = max(0.0, row["elapsed_s"] - sum(row["stages_s"].values()))
+        left = 0.0
+        for stage, color in STAGES.items():
+            axes.barh(position, seconds[stage], left=left, color=color, label=stage if position == 0 else None)
+            left += seconds[stage]
+        axes.plot(
+            [row["floor_s"]] * 2, [position - 0.4, position + 0.4], color="black", label=None if position else "floor"
+        )
+        axes.annotate(f" {row['ratio_to_dense_pass']:.2f} × dense pass", (left, position), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds")
+    axes.margins(x=0.16)
+    axes.legend(ncols=6, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+
+
+def _title(row: dict[str, Any]) -> str:
+    layers = f", {row['num_layers']} layers" if row["layers"] else ""
+    return f"{row['model']}{layers}, {row['ratio']:.0%}\n{row['samples']} × {row['seq_len']}, {row['recovery']}"
+
+
+def _tokens(row: dict[str, Any]) -> float:
+    return float(row["samples"] * row["seq_len"])
+
+
+def _width(row: dict[str, Any]) -> float:
+    return float((row["parameters"]["layers_before"] / row["num_layers"]) ** 0.5)
+
+
+# Title of the curve, what varies, and the label of its axis.
+_CURVES = (
+    ("tokens", "tokens", "calibration tokens"),
+    ("width", "width", "√(parameters of a layer)"),
+    ("layers", "layers", "layers"),
+)
+
+
+def _series(rows: list[dict[str, Any]], varying: str) -> dict[str, list[tuple[float, float]]]:
+    """Curves of at least two points along which only one thing varies; time over width is that of one layer."""
+    found: dict[tuple[str, ...], dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        about = tuple(str(row[name]) for name in ("preset", "seq_len", "compute_dtype", "device", "machine"))
+        label = f"{row['ratio']:.0%}, {row['recovery']}"
+        seconds: float = row["elapsed_s"]
+        if varying == "tokens":
+            key, at = (f"{row['model']}, {row['num_layers']} layers, {label}", *about), _tokens(row)
+        elif varying == "layers":
+            key, at = (f"{row['model']}, {_tokens(row):.0f} tokens, {label}", *about), float(row["num_layers"])
+        else:
+            key, at = (f"a layer, {_tokens(row):.0f} tokens, {label}", *about), _width(row)
+            seconds /= row["num_layers"]
+        found[key][at] = seconds
+    return {key[0]: sorted(points.items()) for key, points in found.items() if len(points) > 1}

@@ -1,0 +1,190 @@
+"""Measured runs: each in a process of its own, as a row of numbers. Called by `slimllm bench` and benchmarks/."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import platform
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimllm.bench.shapes import SHAPES
+from slimllm.bench.synthetic import FirstLayers, RandomCheckpoint
+from slimllm.bench.work import measure_rates, stage_work
+from slimllm.checkpoint import Checkpoint, open_checkpoint
+from slimllm.config import DTYPES, PruneConfig
+from slimllm.engine import prune
+from slimllm.errors import InputError
+from slimllm.native import head_dim_of
+from slimllm.source import CheckpointModel
+
+_COPIED = ("elapsed_s", "setup_s", "dense_pass_s", "stages_s", "peak_host_gib", "peak_gpu_gib", "memory_gib", "parameters",
+           "achieved_ratio", "backend", "device", "compute_dtype", "versions")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        model: A Hugging Face folder, a GGUF file, a hub id, or the name of a shape (see `SHAPES`).
+        layers: Only the first so many decoder layers; None: all.
+        ratio, preset, recovery, samples, seq_len, device, compute_dtype: As in `PruneConfig`.
+        on_disk: Write the weights of a named shape to disk before the run, and read them from there; otherwise they are
+            made when they are read, which takes about as long as reading.
+        seed: Of random weights and of the calibration.
+    """
+
+    model: str
+    layers: int | None = None
+    ratio: float = 0.2
+    preset: str = "default"
+    recovery: str = "affine"
+    samples: int = 32
+    seq_len: int = 128
+    device: str | None = None
+    compute_dtype: str | None = None
+    on_disk: bool = False
+    seed: int = 0
+
+
+def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, Any]:
+    """Prune once, in a new process, so that neither memory nor caches of another run count.
+
+    Args:
+        setting: What to measure.
+        workdir: Where the pruned model, and weights on disk, are written and deleted again; None: the system's temporary
+            folder.
+
+    Returns:
+        The setting; seconds in all, by stage and of one dense pass; tokens, layers and parameters a second; peaks of
+        memory; the ratio to the dense pass; the floors by stage, and how often they fit into the time; device, versions.
+
+    Raises:
+        ValueError: (as InputError) a setting is wrong.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure_here, setting, workdir).result()
+
+
+def _measure_here(setting: Setting, workdir: str | Path | None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="slimllm-bench-", dir=workdir) as folder:
+        return _run(setting, Path(folder))
+
+
+def _run(setting: Setting, folder: Path) -> dict[str, Any]:
+    checkpoint = _checkpoint(setting, folder)
+    windows = (setting.samples, setting.seq_len)
+    calibration = None
+    if setting.model in SHAPES:
+        if min(windows) < 1:
+            raise InputError(f"samples and seq_len must be at least 1, got {windows[0]} and {windows[1]}.")
+        generator = torch.Generator().manual_seed(setting.seed)
+        calibration = torch.randint(checkpoint.config.vocab_size, windows, generator=generator)
+    config = PruneConfig(
+        ratio=setting.ratio, preset=setting.preset, recovery=setting.recovery, calibration=calibration,
+        samples=setting.samples, seq_len=setting.seq_len, seed=setting.seed, device=setting.device,
+        compute_dtype=setting.compute_dtype,
+    )  # fmt: skip
+    report = dataclasses.asdict(prune(checkpoint, folder / "out", config))
+    device, dtype = torch.device(report["device"]), DTYPES[report["compute_dtype"]]
+    sizes = CheckpointModel(checkpoint, device, dtype).sizes()
+    work = stage_work(report, sizes, checkpoint.config.hidden_size, head_dim_of(checkpoint.config))
+    rates = measure_rates(device, dtype)
+    floors = {stage: rates.floor_s(needed) for stage, needed in work.items()}
+    seconds, floor = report["elapsed_s"], sum(floors.values())
+    return {
+        "model": Path(setting.model).stem if Path(setting.model).exists() else setting.model,
+        **{name: value for name, value in dataclasses.asdict(setting).items() if name not in ("model", "device")},
+        "weights": ("safetensors" if setting.on_disk else "generated") if setting.model in SHAPES else _kind(checkpoint),
+        "num_layers": len(report["layers"]),
+        **{name: report[name] for name in _COPIED},
+        "ratio_to_dense_pass": seconds / report["dense_pass_s"],
+        "tokens_per_s": report["calibration"]["tokens"] / seconds,
+        "layers_per_s": len(report["layers"]) / seconds,
+        "parameters_per_s": report["parameters"]["layers_before"] / seconds,
+        "floors_s": floors, "floor_s": floor, "times_floor": seconds / floor,
+        "rates": dataclasses.asdict(rates),
+    }  # fmt: skip
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    return "GGUF" if checkpoint.path.suffix == ".gguf" else "safetensors"
+
+
+def _checkpoint(setting: Setting, folder: Path) -> Checkpoint:
+    if setting.layers is not None and setting.layers < 1:
+        raise InputError(f"layers must be at least 1, got {setting.layers}.")
+    if setting.model in SHAPES:
+        shape = SHAPES[setting.model]
+        if setting.layers is not None and setting.layers > shape.num_layers:
+            raise InputError(f"layers must be from 1 to {shape.num_layers}, got {setting.layers}.")
+        made = RandomCheckpoint(shape, setting.layers, setting.seed)
+        if not setting.on_disk:
+            return made
+        made.write(folder / shape.name)
+        return open_checkpoint(folder / shape.name)
+    if setting.on_disk:
+        raise InputError(f"on_disk is for shapes, whose weights are random; {setting.model} is on disk already.")
+    try:
+        whole = open_checkpoint(setting.model)
+    except InputError as error:
+        raise InputError(f"{error} Names of shapes are {', '.join(SHAPES)}.") from None
+    return whole if setting.layers is None else FirstLayers(whole, setting.layers)
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a JSONL file, each with the date, the commit, the machine and the version of torch."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {"date": date.today().isoformat(), "commit": _commit(), "machine": machine(), "torch": torch.__version__}
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**about, **row}) + "\n" for row in rows)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file.
+
+    Raises:
+        ValueError: (as InputError) there is no such file, or a line is no JSON object.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}; give one that slimllm bench has written.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise InputError(f"Line {number} of {path} is no row of results.") from None
+    return rows
+
+
+def _commit() -> str:
+    """The commit that was measured, in a checkout; changes to the results themselves do not make it dirty."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=root)
+        changes = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    except OSError:
+        return ""
+    return done.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
+
+
+def machine() -> str:
+    """The processor, or the GPU, by name."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names) or '?'} cores of {names[0] if names else platform.processor()}"
