@@ -60,14 +60,15 @@ def run_bench(
             append_rows(out, [row])
             rows[position].append(row)
     if settings:
-        console.print(_table(rows))
+        console.print(results_table(rows))
         console.print(f"Rows are in {out}.", highlight=False)
     if plot is not None:
         draw(read_rows(out), plot)
         console.print(f"The picture is {plot}.", highlight=False)
 
 
-def _table(rows: list[list[dict[str, Any]]]) -> Table:
+def results_table(rows: list[list[dict[str, Any]]]) -> Table:
+    """A line for each setting, medians over its runs."""
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for title in ("setting", "s", "× dense", "× floor", "tokens/s", "layers/s", "M par./s", "GiB"):
         table.add_column(title, justify="left" if title == "setting" else "right", no_wrap=title != "setting")

@@ -6,6 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slimllm.errors import InputError
 
 # In the order of the run; colours by name, so that a stage looks alike in every picture.
@@ -58,12 +60,24 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for column, (title, unit, found) in enumerate(curves):
         axes = figure.add_subplot(grid[1, column])
         for name, points in found.items():
-            axes.plot(*zip(*points), marker="o", label=name)
+            fit = "" if title == "width" else _fit(points, unit)
+            axes.plot(*zip(*points), marker="o", label=name + fit)
         axes.set(title=f"time over {title}", xlabel=unit, ylabel="seconds", xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _fit(points: list[tuple[float, float]], unit: str) -> str:
+    """The straight line through three points or more, and how much of the variance it leaves."""
+    if len(points) < 3:
+        return ""
+    x, y = np.array(points).T
+    slope, start = np.polyfit(x, y, 1)
+    left = ((y - slope * x - start) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    scale, name = (1000, "1000 tokens") if unit.endswith("tokens") else (1, "layer")
+    return f"\n{start:.2f} s + {scale * slope:.2f} s/{name}, R² = {1 - left:.4f}"
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:

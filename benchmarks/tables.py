@@ -1,0 +1,154 @@
+"""The tables of the documentation, made from benchmarks/results: between `<!-- table NAME -->` and `<!-- end -->`.
+
+    python benchmarks/tables.py            write them
+    python benchmarks/tables.py --check    say whether they are up to date, exit code 1 if not
+
+Of each setting the rows of the newest commit that measured it count, on a CPU; medians over its runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGES = [RESULTS.parent.parent / name for name in ("README.md", "benchmarks/NOTES.md")]
+Rows = list[dict[str, Any]]
+
+
+def newest(name: str, keys: tuple[str, ...], wanted: Callable[[dict[str, Any]], bool]) -> list[Rows]:
+    """The rows of every setting, which `keys` tell apart: those of the last commit that measured it."""
+    path = RESULTS / f"{name}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    settings: dict[tuple[Any, ...], Rows] = {}
+    for row in filter(wanted, rows):
+        same = settings.setdefault(tuple(row.get(key) for key in keys), [])
+        if same and same[0]["commit"] != row["commit"]:
+            same.clear()
+        same.append(row)
+    return list(settings.values())
+
+
+def table(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
+
+
+def median(rows: Rows, value: Callable[[dict[str, Any]], float]) -> float:
+    """Over the runs of a setting."""
+    return statistics.median(map(value, rows))
+
+
+def spread(rows: Rows, key: str) -> str:
+    """The median, and the least and the most."""
+    values = sorted(row[key] for row in rows)
+    return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
+
+
+def prune_table() -> str:
+    """Whole models, real weights."""
+
+    def wanted(row: dict[str, Any]) -> bool:
+        return row.get("weights") in ("GGUF", "safetensors") and row["device"] == "cpu" and row["layers"] is None
+
+    settings = newest("prune", ("model", "weights", "preset", "recovery", "ratio", "samples", "seq_len"), wanted)
+    return table(
+        ["input", "preset", "recovery", "ratio", "calibration", "pruning", "dense pass", "pruning / dense", "× floor",
+         "peak", "account"],
+        [[
+            rows[0]["weights"], rows[0]["preset"], rows[0]["recovery"], f"{rows[0]['ratio']:.0%}",
+            f"{rows[0]['samples']} × {rows[0]['seq_len']}", f"{median(rows, lambda r: r['elapsed_s']):.1f} s",
+            f"{median(rows, lambda r: r['dense_pass_s']):.1f} s", spread(rows, "ratio_to_dense_pass"),
+            f"{median(rows, lambda r: r['times_floor']):.2f}", f"{median(rows, lambda r: r['peak_host_gib']):.2f} GiB",
+            f"{median(rows, lambda r: sum(r['memory_gib'].values())):.2f} GiB",
+        ] for rows in settings],
+    )  # fmt: skip
+
+
+def stages_table() -> str:
+    """Seconds of each stage and its floor."""
+
+    def wanted(row: dict[str, Any]) -> bool:
+        return row.get("weights") in ("GGUF", "safetensors") and row["device"] == "cpu" and row["layers"] is None
+
+    settings = newest("prune", ("model", "weights", "preset", "recovery", "ratio", "samples", "seq_len"), wanted)
+    stages = ("read", "dense pass", "forward", "statistics", "heads", "channels", "recovery", "write", "perplexity")
+
+    def cell(rows: Rows, stage: str) -> str:
+        floor = f" / {median(rows, lambda r: r['floors_s'][stage]):.2f}" if stage in rows[0]["floors_s"] else ""
+        return f"{median(rows, lambda r: r['stages_s'].get(stage, 0.0)):.2f}{floor}"
+
+    return table(
+        ["preset, recovery, ratio", *stages],
+        [[f"{rows[0]['preset']}, {rows[0]['recovery']}, {rows[0]['ratio']:.0%}", *(cell(rows, stage) for stage in stages)]
+         for rows in settings],
+    )  # fmt: skip
+
+
+def naive_table() -> str:
+    """One layer against the plain algorithm."""
+    settings = newest("naive", ("hidden_size", "tokens"), lambda row: row["device"] == "cpu")
+    settings.sort(key=lambda rows: (rows[0]["hidden_size"], rows[0]["tokens"]))
+    return table(
+        ["hidden", "heads", "intermediate", "tokens", "engine", "plain", "speed-up", "engine's memory", "plain's", "ratio"],
+        [[
+            *(str(rows[0][key]) for key in ("hidden_size", "num_heads", "intermediate_size", "tokens")),
+            f"{median(rows, lambda r: r['engine_s']):.3f} s", f"{median(rows, lambda r: r['naive_s']):.1f} s",
+            f"{median(rows, lambda r: r['speedup']):.0f} ×",
+            f"{median(rows, lambda r: 1024 * r['engine_gib']):.0f} MiB",
+            f"{median(rows, lambda r: 1024 * r['naive_gib']):.0f} MiB",
+            f"1/{median(rows, lambda r: r['memory_ratio']):.0f}",
+        ] for rows in settings],
+    )  # fmt: skip
+
+
+def recovery_table() -> str:
+    """Held-out perplexity and cost of the recoveries."""
+    settings = newest("recovery", ("recovery", "ratio", "samples"), lambda row: row.get("ridge") is None)
+    found = {(rows[0]["recovery"], rows[0]["ratio"]): rows[-1] for rows in settings}
+
+    def cell(recovery: str, ratio: float) -> str:
+        row = found[recovery, ratio]
+        return f"{row['perplexity']:,.1f} ({row['elapsed_s'] / row['dense_pass_s']:.1f} ×)"
+
+    names = [("none", "`none`"), ("affine", "`affine`, the paper's"), ("lstsq", "`lstsq`")]
+    return table(
+        ["`--recovery`", "20 %", "50 %"], [[title, cell(name, 0.2), cell(name, 0.5)] for name, title in names]
+    )  # fmt: skip
+
+
+TABLES = {"prune": prune_table, "stages": stages_table, "naive": naive_table, "recovery": recovery_table}
+
+
+def fill(page: str) -> str:
+    """The page with its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", made, page, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if (filled := fill(page)) == page:
+            continue
+        if check:
+            sys.exit(f"{path.name} is out of date; run make tables.")
+        path.write_text(filled, encoding="utf-8")
+        print(f"{path.name} has new tables.")
+
+
+if __name__ == "__main__":
+    main()
