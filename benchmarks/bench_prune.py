@@ -11,12 +11,15 @@ the README's tables of them.
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common import RESULTS, append_results
 from rich.console import Console
 
+import slimllm
 from slimllm.bench import Setting, measure
 from slimllm.bench.display import results_table
 from slimllm.bench.plot import draw
@@ -33,13 +36,31 @@ SCALING = [
 ]
 LARGE = [
     Setting("llama-7b", preset="paper", on_disk=True),
-    Setting("llama-7b", recovery="lstsq", on_disk=True),
     Setting("llama-33b", layers=8, preset="paper"),
+    Setting("llama-7b", layers=8, recovery="lstsq"),
 ]
+
+
+def as_safetensors(model: str | Path, folder: str) -> str:
+    """A GGUF file as a folder of safetensors in bfloat16, in which the model is usually had; a folder as it is."""
+    if Path(model).suffix != ".gguf":
+        return str(model)
+    loaded, tokenizer = slimllm.load(model, dtype="bfloat16")
+    out = Path(folder) / Path(model).stem.split(".")[0]
+    del loaded.config.quantization_config  # of the file it comes from
+    loaded.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return str(out)
 
 
 def main() -> None:
     """Measure, append the rows, print the table."""
+    with ExitStack() as stack:
+        run(stack)
+
+
+def run(stack: ExitStack) -> None:
+    """`main`, with what is to be deleted at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--rounds", type=int)
@@ -49,11 +70,11 @@ def main() -> None:
     if arguments.scaling or arguments.large:
         settings, rounds = (SCALING if arguments.scaling else LARGE), 1
     else:
-        model = arguments.model or find_demo_model()
-        if model is None:
+        if (model := arguments.model or find_demo_model()) is None:
             parser.error("give a model; the demo's is not installed (make demo does it)")
-        base = Setting(str(model))
-        settings, rounds = [replace(base, preset=p, recovery=c, ratio=r) for p, c, r in README], 3
+        folder = stack.enter_context(TemporaryDirectory())
+        settings = [replace(Setting(as_safetensors(model, folder)), preset=p, recovery=c, ratio=r) for p, c, r in README]
+        settings, rounds = settings + [replace(settings[0], model=str(model))] * (Path(model).suffix == ".gguf"), 3
     rows: list[list[dict[str, object]]] = [[] for _ in settings]
     for _ in range(arguments.rounds or rounds):
         for position, setting in enumerate(settings):

@@ -85,8 +85,8 @@ def stages_table() -> str:
         return f"{median(rows, lambda r: r['stages_s'].get(stage, 0.0)):.2f}{floor}"
 
     return table(
-        ["preset, recovery, ratio", *stages],
-        [[f"{rows[0]['preset']}, {rows[0]['recovery']}, {rows[0]['ratio']:.0%}", *(cell(rows, stage) for stage in stages)]
+        ["input, preset, recovery, ratio", *stages],
+        [[f"{rows[0]['weights']}, {rows[0]['preset']}, {rows[0]['recovery']}, {rows[0]['ratio']:.0%}", *(cell(rows, stage) for stage in stages)]
          for rows in settings],
     )  # fmt: skip
 
