@@ -47,7 +47,6 @@ def as_safetensors(model: str | Path, folder: str) -> str:
         return str(model)
     loaded, tokenizer = slimllm.load(model, dtype="bfloat16")
     out = Path(folder) / Path(model).stem.split(".")[0]
-    del loaded.config.quantization_config  # of the file it comes from
     loaded.save_pretrained(out)
     tokenizer.save_pretrained(out)
     return str(out)
@@ -73,7 +72,8 @@ def run(stack: ExitStack) -> None:
         if (model := arguments.model or find_demo_model()) is None:
             parser.error("give a model; the demo's is not installed (make demo does it)")
         folder = stack.enter_context(TemporaryDirectory())
-        settings = [replace(Setting(as_safetensors(model, folder)), preset=p, recovery=c, ratio=r) for p, c, r in README]
+        base = Setting(as_safetensors(model, folder))
+        settings = [replace(base, preset=p, recovery=c, ratio=r) for p, c, r in README]
         settings, rounds = settings + [replace(settings[0], model=str(model))] * (Path(model).suffix == ".gguf"), 3
     rows: list[list[dict[str, object]]] = [[] for _ in settings]
     for _ in range(arguments.rounds or rounds):

@@ -84,11 +84,13 @@ def stages_table() -> str:
         floor = f" / {median(rows, lambda r: r['floors_s'][stage]):.2f}" if stage in rows[0]["floors_s"] else ""
         return f"{median(rows, lambda r: r['stages_s'].get(stage, 0.0)):.2f}{floor}"
 
+    def title(row: dict[str, Any]) -> str:
+        return f"{row['weights']}, {row['preset']}, {row['recovery']}, {row['ratio']:.0%}"
+
     return table(
         ["input, preset, recovery, ratio", *stages],
-        [[f"{rows[0]['weights']}, {rows[0]['preset']}, {rows[0]['recovery']}, {rows[0]['ratio']:.0%}", *(cell(rows, stage) for stage in stages)]
-         for rows in settings],
-    )  # fmt: skip
+        [[title(rows[0]), *(cell(rows, stage) for stage in stages)] for rows in settings],
+    )
 
 
 def naive_table() -> str:
