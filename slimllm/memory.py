@@ -73,20 +73,21 @@ def account(
         batch_tokens: Tokens that go through a layer together.
         head_dim: Size of an attention head.
         dtype: dtype of the forward passes.
-        recovery: `lstsq` has a Gram of the kept channels and outputs together.
+        recovery: `lstsq` has a Gram of the channels.
     """
     hidden_size, item = config.hidden_size, dtype.itemsize
     heads = max(size.num_heads for size in sizes) * head_dim
     widest = max(size.intermediate_size for size in sizes)
     square = max(hidden_size, heads) ** 2
-    joint = (widest + hidden_size) ** 2 if recovery == "lstsq" else 0
+    channels = widest**2 if recovery == "lstsq" else 0
     num_bytes = {
         # The output head, as it is stored and as it computes; it stays behind no longer than it is needed.
         "embeddings": config.vocab_size * hidden_size * (2 + 4),
         "two_layers": 2 * max(size.params for size in sizes) * 4,
         # A Gram in fp32, its centred copy, eigenvectors and the decomposition's workspace in fp64.
-        # `lstsq`: a Gram, its covariance, correlation, and the system, which its factor replaces.
-        "statistics": max(square * (4 + 5 * 8), joint * (4 + 3 * 8)),
+        # `lstsq`: the Gram of the channels, what of it belongs to the kept ones, in fp32 and fp64, and the system, which
+        # its factor replaces.
+        "statistics": max(square * (4 + 5 * 8), channels * (2 * 4 + 2 * 8)),
         # The residual stream, the dense outputs of the sub-layer at work, the inputs of its output projection where
         # they are kept, and one batch's activations inside the FFN (gate, its activation, up, their product).
         "hidden_states": tokens * item * 2 * hidden_size

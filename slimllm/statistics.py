@@ -90,6 +90,7 @@ class GramStatistics:
 
     def norms(self) -> torch.Tensor:
         """‖X[:,j]‖₂ over all tokens: (features,) fp64."""
+        _check_count(self.count)
         delta = self.total / self.count
         variance = (self.gram.diagonal().double() / self.count - delta.square()).clamp_(min=0)
         return (self.count * (variance + self.mean().square())).sqrt()

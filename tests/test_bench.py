@@ -6,15 +6,18 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from conftest import STORIES
+from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 import slimllm
 from slimllm import InputError
 from slimllm.bench import Setting, measure
+from slimllm.bench.display import run_bench
 from slimllm.bench.plot import draw
 from slimllm.bench.run import append_rows, read_rows
 from slimllm.bench.shapes import SHAPES
@@ -164,6 +167,25 @@ def test_pictures(rows: list[dict[str, object]], tmp_path: Path, suffix: str) ->
 def test_settings_that_cannot_be(setting: Setting, message: str) -> None:
     with pytest.raises(InputError, match=message):
         measure(setting)
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "message"),
+    [
+        ([], {}, "Give a model or the name of a shape"),
+        (["llama-7b"], {"rounds": 0}, "rounds must be at least 1, got 0"),
+        (["llama-7b"], {"workdir": Path("none")}, "The working folder none does not exist"),
+        (["llama-7b"], {"plot": Path("a.jpg")}, r"\.png or \.svg file, got a\.jpg"),
+        ([], {"plot": Path("a.png")}, "There is no file none"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(models: list[str], options: dict[str, Any], message: str) -> None:
+    settings: dict[str, Any] = {"rounds": 1, "workdir": None, "plot": None, **options}
+    with pytest.raises(InputError, match=message):
+        run_bench(
+            Console(), models, layers=[None], ratio=[0.2], recovery=["affine"], samples=[32], out=Path("none"), **settings
+        )  # fmt: skip
+    assert not Path("none").exists()
 
 
 def test_rows_of_a_file(tmp_path: Path) -> None:

@@ -293,3 +293,16 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     if not torch.cuda.is_available():
         code, out, _ = call(capsys, "doctor")
         assert code == 0 and "SLIMLLM_BACKEND=triton needs a GPU" in out and "none" in out
+
+
+def test_bench(tmp_path: Path, stories_path: Path) -> None:
+    done = run("bench", stories_path, "--layers", "1", "--samples", "2", "--seq-len", "32", "--plot", "a.svg", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "stories260k, 1 layer, 2×32" in " ".join(done.stdout.split())
+    assert len((tmp_path / "slimllm-bench.jsonl").read_text().splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.svg", "slimllm-bench.jsonl"]
+    done = run("bench", stories_path, "--ratio", "1.5", "--out", "none.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and "must lie between 0 and 1, got 1.5" in done.stderr and "Traceback" not in done.stderr, (
+        done.stderr
+    )
+    assert not (tmp_path / "none.jsonl").exists()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimllm.ops import head_covariance
-from slimllm.recovery import MEAN_PART, RIDGE, OutputMoments, head_moments, least_squares
+from slimllm.recovery import MEAN_PART, RIDGE, OutputMoments, head_moments, least_squares, mean_output, refit_kept
 from slimllm.statistics import GramStatistics
 
 
@@ -106,3 +106,33 @@ def test_nearly_constant_columns_survive_rounding(spread: float) -> None:
     delta, intercept = (t.bfloat16().double() for t in (change.delta, change.intercept))
     real = (lost - z @ delta.T - intercept).square().mean(0).sum()
     assert real <= 1.02 * missing + 1e-3
+
+
+def test_refit_is_least_squares_of_what_was_removed() -> None:
+    """From one Gram, against the regression of the removed columns' output, made from the tokens."""
+    generator = torch.Generator().manual_seed(0)
+    z, weight = torch.randn(400, 60, generator=generator) + 2, torch.randn(9, 60, generator=generator)
+    z[:, 30:] += z[:, :30]  # what is removed has something in common with what is kept
+    keep = torch.arange(0, 60, 2)
+    gone = torch.arange(1, 60, 2)
+    statistics = GramStatistics(60)
+    statistics.update(z)
+    refit = refit_kept(weight, statistics, keep)
+    kept, lost = z[:, keep].double(), z[:, gone].double() @ weight[:, gone].double().T
+    u, e = kept - kept.mean(0), lost - lost.mean(0)
+    wanted, missing = least_squares(
+        u.T @ u / 400, u.T @ e / 400, e.square().mean(0), kept.mean(0), lost.mean(0)
+    )  # fmt: skip
+    assert torch.allclose(refit.change.delta, wanted.delta, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(refit.change.intercept, wanted.intercept, rtol=1e-4, atol=1e-4)
+    assert refit.after == pytest.approx(missing, rel=1e-4)
+    assert refit.before == pytest.approx(float(lost.square().mean(0).sum()), rel=1e-4)
+    left = lost - kept @ refit.change.delta.T - refit.change.intercept
+    assert float(left.square().mean(0).sum()) == pytest.approx(refit.after, rel=1e-3) and refit.after < refit.before
+
+
+def test_mean_output_by_heads() -> None:
+    weight, mean = torch.randn(700, 24).bfloat16(), torch.randn(24, dtype=torch.float64)
+    wanted = torch.einsum("khd,hd->hk", weight.double().view(700, 4, 6), mean.view(4, 6))
+    assert torch.allclose(mean_output(weight, mean, 4), wanted, rtol=1e-12)
+    assert torch.allclose(mean_output(weight, mean)[0], weight.double() @ mean, rtol=1e-12)

@@ -205,3 +205,29 @@ def test_statistics_keep_no_graph_and_refuse_what_would_broadcast() -> None:
         GramStatistics(6).merge(columns)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="x must be a floating tensor"):
         columns.update(torch.zeros(3, 6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_parts_of_a_covariance(offset: float) -> None:
+    """Blocks, norms, and the covariance of a product, against fp64 on the tokens; where the mean dwarfs the spread too."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(700, 300, generator=generator) * torch.logspace(-2, 1, 300) + offset * torch.randn(300)
+    weight = torch.randn(40, 300, generator=generator)
+    statistics = GramStatistics(300)
+    for part in x.split(256):
+        statistics.update(part)
+    u = x.double() - x.double().mean(0)
+    covariance = u.T @ u / len(x)
+    scale = covariance.diagonal().sqrt()
+    rows, columns = torch.tensor([5, 0, 299]), torch.arange(100, 260)
+    got, wanted = statistics.block(rows, columns), covariance[rows][:, columns]
+    assert ((got - wanted).abs() <= 1e-5 * scale[rows, None] * scale[columns]).all()
+    full = statistics.covariance()
+    assert torch.equal(full, full.T) and torch.allclose(statistics.block(rows, rows), full[rows][:, rows])
+    assert torch.allclose(statistics.norms(), x.double().norm(dim=0), rtol=1e-5)
+    product = weight.double() @ covariance @ weight.double().T
+    error = (statistics.of_product(weight) - product).abs().max() / product.diagonal().max()
+    assert error <= 1e-5
+    for unready in (GramStatistics(3).norms, lambda: GramStatistics(3).block(rows, rows)):
+        with pytest.raises(ValueError, match="no tokens"):
+            unready()

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from slimllm.bench.plot import draw
+from slimllm.bench.plot import check_picture, draw
 from slimllm.bench.run import Setting, append_rows, measure, read_rows
 from slimllm.errors import InputError
 
@@ -47,6 +47,8 @@ def run_bench(
         raise InputError("Give a model or the name of a shape to measure, or --plot FILE to draw what was measured.")
     if workdir is not None and not workdir.is_dir():
         raise InputError(f"The working folder {workdir} does not exist; make it first.")
+    if plot is not None:
+        check_picture(plot)
     settings = [
         Setting(model=m, layers=k, ratio=r, recovery=c, samples=n, **common)
         for m, k, r, c, n in itertools.product(models, layers, ratio, recovery, samples)
@@ -80,8 +82,8 @@ def results_table(rows: list[list[dict[str, Any]]]) -> Table:
 
         gib = f"{median('peak_host_gib'):.2f}" + (f", GPU {gpu:.2f}" if (gpu := median("peak_gpu_gib")) else "")
         table.add_row(
-            f"{first['model']}, {first['num_layers']} layers, {first['samples']}×{first['seq_len']}, "
-            f"{first['ratio']:.0%}, {first['recovery']}",
+            f"{first['model']}, {first['num_layers']} layer{'s' * (first['num_layers'] > 1)}, "
+            f"{first['samples']}×{first['seq_len']}, {first['ratio']:.0%}, {first['recovery']}",
             f"{median('elapsed_s'):.1f}", f"{median('ratio_to_dense_pass'):.2f}", f"{median('times_floor'):.2f}",
             f"{median('tokens_per_s'):.0f}", f"{median('layers_per_s'):.2f}", f"{median('parameters_per_s') / 1e6:.1f}",
             gib,

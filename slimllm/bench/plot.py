@@ -31,6 +31,20 @@ _FIXED = (
 _MOST_BARS = 16
 
 
+def check_picture(path: Path) -> None:
+    """Whether a picture can be drawn into a file of that name.
+
+    Raises:
+        ValueError: (as InputError) it is neither .png nor .svg, or matplotlib is missing.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise InputError(f"A picture is a .png or .svg file, got {path.name}.")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("Pictures need matplotlib; install the extra: pip install 'slimllm-engine[plot]'.") from None
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the newest row of every setting into a PNG or SVG file.
 
@@ -41,15 +55,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     Raises:
         ValueError: (as InputError) there is nothing to draw, another kind of file is asked for, or matplotlib is missing.
     """
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"A picture is a .png or .svg file, got {path.name}.")
+    check_picture(path)
     rows = [row for row in rows if "stages_s" in row and "floors_s" in row]
     if not rows:
         raise InputError("There is no measured run to draw; run slimllm bench without --plot first.")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("Pictures need matplotlib; install the extra: pip install 'slimllm-engine[plot]'.") from None
+    from matplotlib.figure import Figure
+
     newest = list({tuple(str(row.get(name)) for name in _FIXED): row for row in rows}.values())
     bars = newest[-_MOST_BARS:]
     curves = [(title, unit, found) for title, name, unit in _CURVES if (found := _series(newest, name))]
