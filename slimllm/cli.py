@@ -190,7 +190,7 @@ def doctor_command() -> None:
 
 def _stop(number: int, frame: object) -> None:
     """Leave by an exception, so that what was begun is removed on the way out."""
-    errors.print("Interrupted; nothing was written.", style="bold red")
+    errors.print("Interrupted; what was begun is removed.", style="bold red")
     sys.exit(128 + number)
 
 

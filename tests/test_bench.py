@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +24,7 @@ from slimllm import InputError
 from slimllm.bench import Setting, measure
 from slimllm.bench.display import run_bench
 from slimllm.bench.plot import draw
-from slimllm.bench.run import append_rows, read_rows
+from slimllm.bench.run import append_rows, check_results_file, read_rows
 from slimllm.bench.shapes import SHAPES
 from slimllm.bench.synthetic import FirstLayers, RandomCheckpoint
 from slimllm.bench.work import Rates, Work, stage_work
@@ -186,6 +191,29 @@ def test_what_cannot_be_measured_is_said_at_once(models: list[str], options: dic
             Console(), models, layers=[None], ratio=[0.2], recovery=["affine"], samples=[32], out=Path("none"), **settings
         )  # fmt: skip
     assert not Path("none").exists()
+
+
+def test_a_killed_run_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    def kill() -> None:
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.05)
+        os.kill(children[0].pid or 0, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(InputError, match="was killed, probably because memory ran out"):
+        measure(Setting(str(STORIES)), tmp_path)
+    killer.join()
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_results_file(tmp_path / "file")
+    check_results_file(tmp_path / "new" / "folder" / "rows.jsonl")
+    for path in (tmp_path, tmp_path / "file" / "rows.jsonl"):
+        with pytest.raises(InputError, match="cannot be written; give another one"):
+            check_results_file(path)
 
 
 def test_rows_of_a_file(tmp_path: Path) -> None:

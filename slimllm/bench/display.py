@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimllm.bench.plot import check_picture, draw
-from slimllm.bench.run import Setting, append_rows, measure, read_rows
+from slimllm.bench.run import Setting, append_rows, check_results_file, measure, read_rows
 from slimllm.errors import InputError
 
 
@@ -45,8 +45,7 @@ def run_bench(
         raise InputError(f"rounds must be at least 1, got {rounds}.")
     if not models and plot is None:
         raise InputError("Give a model or the name of a shape to measure, or --plot FILE to draw what was measured.")
-    if workdir is not None and not workdir.is_dir():
-        raise InputError(f"The working folder {workdir} does not exist; make it first.")
+    check_results_file(out)
     if plot is not None:
         check_picture(plot)
     settings = [

@@ -76,8 +76,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=f"time over {title}", xlabel=unit, ylabel="seconds", xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"The picture {path} cannot be written: {error.strerror}.") from None
 
 
 def _fit(points: list[tuple[float, float]], unit: str) -> str:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import platform
+import signal
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -71,13 +74,27 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
     Raises:
         ValueError: (as InputError) a setting is wrong.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure_here, setting, workdir).result()
-
-
-def _measure_here(setting: Setting, workdir: str | Path | None) -> dict[str, Any]:
+    workdir = None if workdir is None else Path(workdir)
+    if workdir is not None and not workdir.is_dir():
+        raise InputError(f"The working folder {workdir} does not exist; make it first.")
+    # Made and removed here, and not by the other process, which may be killed.
     with tempfile.TemporaryDirectory(prefix="slimllm-bench-", dir=workdir) as folder:
-        return _run(setting, Path(folder))
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_us)
+        try:
+            return pool.submit(_run, setting, Path(folder)).result()
+        except BrokenProcessPool:
+            raise InputError(
+                f"The process that pruned {setting.model} was killed, probably because memory ran out; take fewer layers "
+                "or tokens."
+            ) from None
+        finally:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            pool.shutdown()
+
+
+def _leave_interrupts_to_us() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -147,6 +164,17 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     about = {"date": date.today().isoformat(), "commit": _commit(), "machine": machine(), "torch": torch.__version__}
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**about, **row}) + "\n" for row in rows)
+
+
+def check_results_file(path: Path) -> None:
+    """Whether rows can be appended to a file.
+
+    Raises:
+        ValueError: (as InputError) it is a folder, or cannot be written.
+    """
+    existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    if path.is_dir() or (existing != path and not existing.is_dir()) or not os.access(existing, os.W_OK):
+        raise InputError(f"The file of results {path} cannot be written; give another one.")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
