@@ -1,9 +1,9 @@
 """The cost model to compare with: SlimLLM as its description reads, step by step on the activations of all tokens.
 
-Nothing is clever here, and nothing is slow on purpose: every head's whole output is made, every exchange of heads is tried
-by adding up outputs, the output's scatter matrix goes to a decomposition that does not know that it is symmetric, and
-each output dimension is regressed on its own. Runs on any device; the general eigendecomposition and the polynomial fit
-are NumPy's, on the host.
+Nothing is clever here, as in the description and what was published of it: every head's whole output is made, every
+exchange of heads is tried by adding up outputs, the output's scatter matrix goes to a decomposition that does not know
+that it is symmetric, and each output dimension is regressed on its own. Runs on any device; the general
+eigendecomposition and the polynomial fit are NumPy's, on the host.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python benchmarks/tables.py            write them
     python benchmarks/tables.py --check    say whether they are up to date, exit code 1 if not
 
-Of each setting the rows of the newest commit that measured it count, on a CPU; medians over its runs.
+Of each setting the rows of the newest commit that measured it count, on a CPU and of a clean tree; medians over its runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def newest(name: str, keys: tuple[str, ...], wanted: Callable[[dict[str, Any]], 
     path = RESULTS / f"{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     settings: dict[tuple[Any, ...], Rows] = {}
-    for row in filter(wanted, rows):
+    for row in rows:
+        if row["commit"].endswith("-dirty") or not wanted(row):
+            continue
         same = settings.setdefault(tuple(row.get(key) for key in keys), [])
         if same and same[0]["commit"] != row["commit"]:
             same.clear()
@@ -51,13 +53,20 @@ def spread(rows: Rows, key: str) -> str:
     return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
 
 
+def whole_models() -> list[Rows]:
+    """The demo's model, all of it, on a CPU."""
+
+    def wanted(row: dict[str, Any]) -> bool:
+        of_demo = row["model"].startswith("SmolLM2-135M-Instruct") and row.get("layers", 0) is None
+        return of_demo and row["device"] == "cpu" and row["compute_dtype"] == "float32"
+
+    return newest("prune", ("weights", "preset", "recovery", "ratio", "samples", "seq_len"), wanted)
+
+
 def prune_table() -> str:
     """Whole models, real weights."""
 
-    def wanted(row: dict[str, Any]) -> bool:
-        return row.get("weights") in ("GGUF", "safetensors") and row["device"] == "cpu" and row["layers"] is None
-
-    settings = newest("prune", ("model", "weights", "preset", "recovery", "ratio", "samples", "seq_len"), wanted)
+    settings = whole_models()
     return table(
         ["input", "preset", "recovery", "ratio", "calibration", "pruning", "dense pass", "pruning / dense", "× floor",
          "peak", "account"],
@@ -74,10 +83,7 @@ def prune_table() -> str:
 def stages_table() -> str:
     """Seconds of each stage and its floor."""
 
-    def wanted(row: dict[str, Any]) -> bool:
-        return row.get("weights") in ("GGUF", "safetensors") and row["device"] == "cpu" and row["layers"] is None
-
-    settings = newest("prune", ("model", "weights", "preset", "recovery", "ratio", "samples", "seq_len"), wanted)
+    settings = whole_models()
     stages = ("read", "dense pass", "forward", "statistics", "heads", "channels", "recovery", "write", "perplexity")
 
     def cell(rows: Rows, stage: str) -> str:
@@ -117,7 +123,8 @@ def recovery_table() -> str:
 
     def cell(recovery: str, ratio: float) -> str:
         row = found[recovery, ratio]
-        return f"{row['perplexity']:,.1f} ({row['elapsed_s'] / row['dense_pass_s']:.1f} ×)"
+        digits = 1 if row["perplexity"] < 1000 else 0
+        return f"{row['perplexity']:,.{digits}f} ({row['elapsed_s'] / row['dense_pass_s']:.1f} ×)"
 
     names = [("none", "`none`"), ("affine", "`affine`, the paper's"), ("lstsq", "`lstsq`")]
     return table(

@@ -132,10 +132,10 @@ def _by_outputs(
             slope, intercept = moments.affine_fit()
             after = moments.relative_error(slope, intercept)
             layer.replace(slice_ffn(dense_tensors, spec, kept, OutputChange(intercept, slope)))
-    bias, factor = layer.linear(spec.down_proj).bias, slope.to(layer.dtype)
+    bias, factor = layer.linear(spec.down_proj).bias, slope.float()  # in half precision it would be off by as much for all
     for batch, y_hat in zip(batches, dense_outputs):
         with watch("forward"):  # ŷ is made already, but for the factor and the bias
-            batch.tokens.addcmul_(y_hat, factor)
+            batch.tokens.add_(y_hat * factor)
             if bias is not None:
                 batch.tokens.add_(bias)
     return kept, importance, before, after

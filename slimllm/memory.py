@@ -79,15 +79,15 @@ def account(
     heads = max(size.num_heads for size in sizes) * head_dim
     widest = max(size.intermediate_size for size in sizes)
     square = max(hidden_size, heads) ** 2
-    channels = widest**2 if recovery == "lstsq" else 0
+    channels, across = (widest**2, 4 * 8 * widest * hidden_size) if recovery == "lstsq" else (0, 0)
     num_bytes = {
         # The output head, as it is stored and as it computes; it stays behind no longer than it is needed.
         "embeddings": config.vocab_size * hidden_size * (2 + 4),
         "two_layers": 2 * max(size.params for size in sizes) * 4,
         # A Gram in fp32, its centred copy, eigenvectors and the decomposition's workspace in fp64.
         # `lstsq`: the Gram of the channels, what of it belongs to the kept ones, in fp32 and fp64, and the system, which
-        # its factor replaces.
-        "statistics": max(square * (4 + 5 * 8), channels * (2 * 4 + 2 * 8)),
+        # its factor replaces; and the weight's size in fp64 for right-hand sides, solution and change.
+        "statistics": max(square * (4 + 5 * 8), channels * (2 * 4 + 2 * 8) + across),
         # The residual stream, the dense outputs of the sub-layer at work, the inputs of its output projection where
         # they are kept, and one batch's activations inside the FFN (gate, its activation, up, their product).
         "hidden_states": tokens * item * 2 * hidden_size

@@ -125,7 +125,7 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
     across = statistics.block(kept, removed) @ removed_weight.T
     mean_lost = removed_weight @ mean[removed]
     change, after = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost)
-    return Refit(change, float(lost.sum() + mean_lost.square().sum()), after)
+    return Refit(change, max(0.0, float(lost.sum() + mean_lost.square().sum())), after)
 
 
 def least_squares(

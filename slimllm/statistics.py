@@ -99,7 +99,7 @@ class GramStatistics:
         """Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64, computed in fp32."""
         _check_count(self.count)
         single, delta = weight.float(), self.total / self.count
-        moved = weight.double() @ delta
+        moved = torch.cat([rows.double() @ delta for rows in weight.split(_ROWS)])
         with full_precision(self.gram.device):
             raw = single @ self.gram @ single.T
         covariance = raw.double().div_(self.count).addr_(moved, moved, alpha=-1)

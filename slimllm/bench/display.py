@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimllm.bench.plot import check_picture, draw
-from slimllm.bench.run import Setting, append_rows, check_results_file, measure, read_rows
+from slimllm.bench.run import Setting, append_rows, check_results_file, check_setting, measure, read_rows
 from slimllm.errors import InputError
 
 
@@ -52,6 +52,8 @@ def run_bench(
         Setting(model=m, layers=k, ratio=r, recovery=c, samples=n, **common)
         for m, k, r, c, n in itertools.product(models, layers, ratio, recovery, samples)
     ]
+    for setting in settings:
+        check_setting(setting)
     rows: list[list[dict[str, Any]]] = [[] for _ in settings]
     for number in range(rounds):  # in turn, so that a busy machine meets all alike
         for position, setting in enumerate(settings):
@@ -59,10 +61,16 @@ def run_bench(
             with console.status(f"{about}, round {number + 1} of {rounds}"):
                 row = measure(setting, workdir)
             append_rows(out, [row])
+            if row["load"] > 0.5:
+                console.print(f"Other work kept {row['load']:.1f} cores busy before {about}.", style="dim", highlight=False)
             rows[position].append(row)
     if settings:
         console.print(results_table(rows))
-        console.print(f"Rows are in {out}.", highlight=False)
+        console.print(
+            "Medians (and the range of × dense): seconds; their ratio to one dense pass of the layers, and to the floor of the "
+            f"counted work; calibration tokens, layers and millions of their parameters a second; peak memory. All rows: {out}",
+            style="dim", highlight=False,
+        )  # fmt: skip
     if plot is not None:
         draw(read_rows(out), plot)
         console.print(f"The picture is {plot}.", highlight=False)
@@ -79,11 +87,13 @@ def results_table(rows: list[list[dict[str, Any]]]) -> Table:
         def median(name: str, of_setting: list[dict[str, Any]] = of_setting) -> float:
             return statistics.median(row[name] for row in of_setting)
 
+        ratios = [row["ratio_to_dense_pass"] for row in of_setting]
+        spread = f" ({min(ratios):.2f}–{max(ratios):.2f})" if len(ratios) > 1 else ""
         gib = f"{median('peak_host_gib'):.2f}" + (f", GPU {gpu:.2f}" if (gpu := median("peak_gpu_gib")) else "")
         table.add_row(
             f"{first['model']}, {first['num_layers']} layer{'s' * (first['num_layers'] > 1)}, "
             f"{first['samples']}×{first['seq_len']}, {first['ratio']:.0%}, {first['recovery']}",
-            f"{median('elapsed_s'):.1f}", f"{median('ratio_to_dense_pass'):.2f}", f"{median('times_floor'):.2f}",
+            f"{median('elapsed_s'):.1f}", f"{median('ratio_to_dense_pass'):.2f}{spread}", f"{median('times_floor'):.2f}",
             f"{median('tokens_per_s'):.0f}", f"{median('layers_per_s'):.2f}", f"{median('parameters_per_s') / 1e6:.1f}",
             gib,
         )  # fmt: skip

@@ -46,7 +46,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the newest row of every setting into a PNG or SVG file.
+    """Draw the median run of every setting, of its newest commit, into a PNG or SVG file.
 
     Args:
         rows: Rows of `measure`, oldest first.
@@ -61,7 +61,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         raise InputError("There is no measured run to draw; run slimllm bench without --plot first.")
     from matplotlib.figure import Figure
 
-    newest = list({tuple(str(row.get(name)) for name in _FIXED): row for row in rows}.values())
+    newest = _medians(rows)
     bars = newest[-_MOST_BARS:]
     curves = [(title, unit, found) for title, name, unit in _CURVES if (found := _series(newest, name))]
     height = 0.9 + 0.55 * len(bars)
@@ -71,7 +71,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for column, (title, unit, found) in enumerate(curves):
         axes = figure.add_subplot(grid[1, column])
         for name, points in found.items():
-            fit = "" if title == "width" else _fit(points, unit)
+            fit = _fit(points, unit) if unit != _CURVES[1][2] else ""
             axes.plot(*zip(*points), marker="o", label=name + fit)
         axes.set(title=f"time over {title}", xlabel=unit, ylabel="seconds", xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
@@ -92,6 +92,17 @@ def _fit(points: list[tuple[float, float]], unit: str) -> str:
     left = ((y - slope * x - start) ** 2).sum() / ((y - y.mean()) ** 2).sum()
     scale, name = (1000, "1000 tokens") if unit.endswith("tokens") else (1, "layer")
     return f"\n{start:.2f} s + {scale * slope:.2f} s/{name}, R² = {1 - left:.4f}"
+
+
+def _medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every setting the run of median time among those of the commit that measured it last."""
+    settings: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        same = settings.setdefault(tuple(str(row.get(name)) for name in _FIXED), [])
+        if same and same[0]["commit"] != row["commit"]:
+            same.clear()
+        same.append(row)
+    return [sorted(same, key=lambda row: row["elapsed_s"])[len(same) // 2] for same in settings.values()]
 
 
 def _bars(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -129,24 +140,25 @@ def _width(row: dict[str, Any]) -> float:
 # Title of the curve, what varies, and the label of its axis.
 _CURVES = (
     ("tokens", "tokens", "calibration tokens"),
-    ("width", "width", "√(parameters of a layer)"),
+    ("width, of one layer", "width", "√(parameters of a layer)"),
     ("layers", "layers", "layers"),
 )
 
 
 def _series(rows: list[dict[str, Any]], varying: str) -> dict[str, list[tuple[float, float]]]:
-    """Curves of at least two points along which only one thing varies; time over width is that of one layer."""
-    found: dict[tuple[str, ...], dict[float, float]] = defaultdict(dict)
+    """Curves of at least two points along which only one thing varies; over width, time is that of a layer."""
+    found: dict[str, dict[float, float]] = defaultdict(dict)
+    about = ("preset", "seq_len", "compute_dtype", "device", "weights", "machine")
+    differing = [name for name in about if len({str(row[name]) for row in rows}) > 1]
     for row in rows:
-        about = tuple(str(row[name]) for name in ("preset", "seq_len", "compute_dtype", "device", "machine"))
-        label = f"{row['ratio']:.0%}, {row['recovery']}"
-        seconds: float = row["elapsed_s"]
-        if varying == "tokens":
-            key, at = (f"{row['model']}, {row['num_layers']} layers, {label}", *about), _tokens(row)
-        elif varying == "layers":
-            key, at = (f"{row['model']}, {_tokens(row):.0f} tokens, {label}", *about), float(row["num_layers"])
-        else:
-            key, at = (f"a layer, {_tokens(row):.0f} tokens, {label}", *about), _width(row)
-            seconds /= row["num_layers"]
-        found[key][at] = seconds
-    return {key[0]: sorted(points.items()) for key, points in found.items() if len(points) > 1}
+        tokens, layers = f"{_tokens(row):.0f} tokens", f"{row['num_layers']} layers"
+        parts, at = {
+            "tokens": ([row["model"], layers], _tokens(row)),
+            "layers": ([row["model"], tokens], float(row["num_layers"])),
+            "width": ([f"of {layers}", tokens], _width(row)),
+        }[varying]
+        label = ", ".join([*parts, f"{row['ratio']:.0%}", row["recovery"], *(str(row[name]) for name in differing)])
+        # The output head, which the perplexity takes, is no part of a layer.
+        outside = row["stages_s"].get("perplexity", 0.0) if varying == "width" else 0.0
+        found[label][at] = (row["elapsed_s"] - outside) / (row["num_layers"] if varying == "width" else 1)
+    return {label: sorted(points.items()) for label, points in found.items() if len(points) > 1}

@@ -29,7 +29,7 @@ from slimllm.errors import InputError
 from slimllm.native import head_dim_of
 from slimllm.source import CheckpointModel
 
-_COPIED = ("elapsed_s", "setup_s", "dense_pass_s", "stages_s", "peak_host_gib", "peak_gpu_gib", "memory_gib", "parameters",
+_COPIED = ("elapsed_s", "dense_pass_s", "stages_s", "peak_host_gib", "peak_gpu_gib", "memory_gib", "parameters",
            "achieved_ratio", "backend", "device", "compute_dtype", "versions")  # fmt: skip
 
 
@@ -74,6 +74,7 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
     Raises:
         ValueError: (as InputError) a setting is wrong.
     """
+    check_setting(setting)
     workdir = None if workdir is None else Path(workdir)
     if workdir is not None and not workdir.is_dir():
         raise InputError(f"The working folder {workdir} does not exist; make it first.")
@@ -93,36 +94,57 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
             pool.shutdown()
 
 
+def check_setting(setting: Setting) -> None:
+    """Whether a setting can be measured, as far as can be seen without opening the model.
+
+    Raises:
+        ValueError: (as InputError) a field is out of range.
+    """
+    _config(setting, None)
+    shape = SHAPES.get(setting.model)
+    if setting.layers is not None and setting.layers < 1:
+        raise InputError(f"layers must be at least 1, got {setting.layers}.")
+    if shape and setting.layers is not None and setting.layers > shape.num_layers:
+        raise InputError(f"layers must be from 1 to {shape.num_layers}, got {setting.layers}.")
+    if shape is None and setting.on_disk:
+        raise InputError(f"on_disk is for shapes, whose weights are random; {setting.model} is on disk already.")
+
+
+def _config(setting: Setting, calibration: torch.Tensor | None) -> PruneConfig:
+    return PruneConfig(
+        ratio=setting.ratio, preset=setting.preset, recovery=setting.recovery, calibration=calibration,
+        samples=setting.samples, seq_len=setting.seq_len, seed=setting.seed, device=setting.device,
+        compute_dtype=setting.compute_dtype,
+    )  # fmt: skip
+
+
 def _leave_interrupts_to_us() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(setting: Setting, folder: Path) -> dict[str, Any]:
     checkpoint = _checkpoint(setting, folder)
-    windows = (setting.samples, setting.seq_len)
+    load = os.getloadavg()[0]
     calibration = None
     if setting.model in SHAPES:
-        if min(windows) < 1:
-            raise InputError(f"samples and seq_len must be at least 1, got {windows[0]} and {windows[1]}.")
         generator = torch.Generator().manual_seed(setting.seed)
+        windows = (setting.samples, setting.seq_len)
         calibration = torch.randint(checkpoint.config.vocab_size, windows, generator=generator)
-    config = PruneConfig(
-        ratio=setting.ratio, preset=setting.preset, recovery=setting.recovery, calibration=calibration,
-        samples=setting.samples, seq_len=setting.seq_len, seed=setting.seed, device=setting.device,
-        compute_dtype=setting.compute_dtype,
-    )  # fmt: skip
-    report = dataclasses.asdict(prune(checkpoint, folder / "out", config))
+    report = dataclasses.asdict(prune(checkpoint, folder / "out", _config(setting, calibration)))
     device, dtype = torch.device(report["device"]), DTYPES[report["compute_dtype"]]
     sizes = CheckpointModel(checkpoint, device, dtype).sizes()
-    work = stage_work(report, sizes, checkpoint.config.hidden_size, head_dim_of(checkpoint.config))
+    gguf = checkpoint.path.is_file()
+    read_bytes = checkpoint.path.stat().st_size / report["parameters"]["before"] if gguf else 2.0
+    work = stage_work(report, sizes, checkpoint.config.hidden_size, head_dim_of(checkpoint.config), read_bytes)
     rates = measure_rates(device, dtype)
     floors = {stage: rates.floor_s(needed) for stage, needed in work.items()}
     seconds, floor = report["elapsed_s"], sum(floors.values())
     return {
-        "model": Path(setting.model).stem if Path(setting.model).exists() else setting.model,
+        "model": checkpoint.path.stem if gguf else checkpoint.name,
         **{name: value for name, value in dataclasses.asdict(setting).items() if name not in ("model", "device")},
         "weights": ("safetensors" if setting.on_disk else "generated") if setting.model in SHAPES else _kind(checkpoint),
         "num_layers": len(report["layers"]),
+        "load": load, "threads": torch.get_num_threads(),
         **{name: report[name] for name in _COPIED},
         "ratio_to_dense_pass": seconds / report["dense_pass_s"],
         "tokens_per_s": report["calibration"]["tokens"] / seconds,
@@ -138,19 +160,12 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 
 def _checkpoint(setting: Setting, folder: Path) -> Checkpoint:
-    if setting.layers is not None and setting.layers < 1:
-        raise InputError(f"layers must be at least 1, got {setting.layers}.")
     if setting.model in SHAPES:
-        shape = SHAPES[setting.model]
-        if setting.layers is not None and setting.layers > shape.num_layers:
-            raise InputError(f"layers must be from 1 to {shape.num_layers}, got {setting.layers}.")
-        made = RandomCheckpoint(shape, setting.layers, setting.seed)
+        made = RandomCheckpoint(SHAPES[setting.model], setting.layers, setting.seed)
         if not setting.on_disk:
             return made
-        made.write(folder / shape.name)
-        return open_checkpoint(folder / shape.name)
-    if setting.on_disk:
-        raise InputError(f"on_disk is for shapes, whose weights are random; {setting.model} is on disk already.")
+        made.write(folder / made.name)
+        return open_checkpoint(folder / made.name)
     try:
         whole = open_checkpoint(setting.model)
     except InputError as error:
@@ -161,9 +176,10 @@ def _checkpoint(setting: Setting, folder: Path) -> Checkpoint:
 def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a JSONL file, each with the date, the commit, the machine and the version of torch."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {"date": date.today().isoformat(), "commit": _commit(), "machine": machine(), "torch": torch.__version__}
+    about = {"date": date.today().isoformat(), "commit": _commit(), "torch": torch.__version__}
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**about, **row}) + "\n" for row in rows)
+        for row in rows:
+            file.write(json.dumps({**about, "machine": machine(row.get("device")), **row}) + "\n")
 
 
 def check_results_file(path: Path) -> None:
@@ -208,9 +224,9 @@ def _commit() -> str:
     return done.stdout.strip() + ("-dirty" if changes.stdout.strip() else "")
 
 
-def machine() -> str:
-    """The processor, or the GPU, by name."""
-    if torch.cuda.is_available():
+def machine(device: str | None = None) -> str:
+    """The name of the GPU, or of the processor where there is none or `device` is cpu."""
+    if torch.cuda.is_available() and device != "cpu":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -19,6 +19,7 @@ class Shape:
     num_layers: int
     head_dim: int = 128
     vocab_size: int = 32000
+    tied: bool = False  # whether the output head is the embedding
 
     @property
     def units(self) -> int:
@@ -40,6 +41,7 @@ class Shape:
             intermediate_size=self.intermediate_size,
             num_hidden_layers=num_layers or self.num_layers,
             vocab_size=self.vocab_size,
+            tie_word_embeddings=self.tied,
             max_position_embeddings=4096,
             dtype="bfloat16",
         )
@@ -53,7 +55,7 @@ SHAPES = {
         Shape("llama-33b", 6656, 52, 52, 17920, 60),
         Shape("llama-2-70b", 8192, 64, 8, 28672, 80),
         Shape("tinyllama-1.1b", 2048, 32, 4, 5632, 22, head_dim=64),
-        Shape("smollm2-360m", 960, 15, 5, 2560, 32, head_dim=64, vocab_size=49152),
-        Shape("smollm2-135m", 576, 9, 3, 1536, 30, head_dim=64, vocab_size=49152),
+        Shape("smollm2-360m", 960, 15, 5, 2560, 32, head_dim=64, vocab_size=49152, tied=True),
+        Shape("smollm2-135m", 576, 9, 3, 1536, 30, head_dim=64, vocab_size=49152, tied=True),
     )
 }

@@ -41,6 +41,7 @@ class RandomCheckpoint(Checkpoint):
         self._added = (spec.o_proj, spec.down_proj)
         generator = torch.Generator().manual_seed(seed)
         self._numbers = torch.randn(_PERIOD, generator=generator)
+        self._scaled: dict[float, torch.Tensor] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
@@ -56,7 +57,9 @@ class RandomCheckpoint(Checkpoint):
             return torch.ones(shape, dtype=torch.bfloat16)
         added = any(f".{projection}." in name for projection in self._added)
         spread = shape[1] ** -0.5 / (math.sqrt(2 * self.config.num_hidden_layers) if added else 1.0)
-        numbers = (self._numbers * spread).to(torch.bfloat16)
+        if spread not in self._scaled:
+            self._scaled[spread] = (self._numbers * spread).to(torch.bfloat16)
+        numbers = self._scaled[spread]
         flat = torch.empty(math.prod(shape), dtype=torch.bfloat16)
         begin = zlib.crc32(name.encode()) % _PERIOD
         first = min(len(flat), _PERIOD - begin)

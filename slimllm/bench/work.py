@@ -1,15 +1,18 @@
-"""What a run has to do at least: operations and bytes by stage, counted from the sizes, and the machine's rates."""
+"""What a run has to do: operations and bytes of its algorithm by stage, counted from the sizes, and the machine's rates."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from slimllm.ops.dispatch import full_precision
 from slimllm.slicing import LayerSizes
 
 
@@ -17,54 +20,63 @@ from slimllm.slicing import LayerSizes
 class Work:
     """Operations (a multiply-add is two; a symmetric result's half counts once) by kind, and bytes moved.
 
-    `operations` are those of the forward passes and Grams, in the dtype of the computation; `precise` those in fp64.
+    `operations` are those of the forward passes and Grams, in the dtype of the computation; `single` those in fp32 whatever
+    that is; `precise` those in fp64.
     """
 
     operations: float = 0.0
+    single: float = 0.0
     precise: float = 0.0
     num_bytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.operations + other.operations, self.precise + other.precise, self.num_bytes + other.num_bytes
-        )  # fmt: skip
+        return Work(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in dataclasses.fields(self)))
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does, measured: operations per second in the computation's dtype and in fp64, bytes per second."""
+    """What the machine does, measured: operations per second in the computation's dtype, fp32 and fp64, and bytes."""
 
     operations_per_s: float
+    single_per_s: float
     precise_per_s: float
     bytes_per_s: float
 
     def floor_s(self, work: Work) -> float:
-        """Seconds that a piece of work takes at least: its operations, or its bytes where those take longer."""
-        computing = work.operations / self.operations_per_s + work.precise / self.precise_per_s
+        """Seconds that a piece of work takes at these rates: its operations, or its bytes where those take longer."""
+        computing = (
+            work.operations / self.operations_per_s + work.single / self.single_per_s + work.precise / self.precise_per_s
+        )
         return max(computing, work.num_bytes / self.bytes_per_s)
 
 
-def stage_work(report: dict[str, Any], sizes: list[LayerSizes], hidden_size: int, head_dim: int) -> dict[str, Work]:
+def stage_work(
+    report: dict[str, Any], sizes: list[LayerSizes], hidden_size: int, head_dim: int, read_bytes: float
+) -> dict[str, Work]:
     """The work of every stage of a run, by the names in `stages_s`.
 
     Args:
         report: The run's report (`PruneReport` as a dict).
         sizes: Sizes of the dense layers.
         hidden_size, head_dim: Of the model.
+        read_bytes: What a parameter takes where it is read from.
     """
     tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
     recovery: str = report["config"]["recovery"]
+    on_gpu = str(report["device"]).startswith("cuda")
     by_stage: dict[str, Work] = defaultdict(Work)
     for size, layer in zip(sizes, report["layers"]):
-        found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, recovery)
+        found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, recovery, on_gpu)
+        found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
         for stage, work in found.items():
             by_stage[stage] += work
     return dict(by_stage)
 
 
 def _layer_work(
-    size: LayerSizes, layer: dict[str, Any], tokens: int, seq_len: int, hidden_size: int, head_dim: int, recovery: str
-) -> dict[str, Work]:
+    size: LayerSizes, layer: dict[str, Any], tokens: int, seq_len: int, hidden_size: int, head_dim: int, recovery: str,
+    on_gpu: bool,
+) -> dict[str, Work]:  # fmt: skip
     width, kv_width, channels = size.num_heads * head_dim, size.num_kv_heads * head_dim, size.intermediate_size
     kept_width, kept_channels = layer["num_heads"] * head_dim, layer["intermediate_size"]
     attention_pruned, ffn_pruned = kept_width < width, kept_channels < channels
@@ -76,29 +88,29 @@ def _layer_work(
     if attention_pruned:
         units = size.num_kv_heads
         statistics += Work(tokens * width**2)
-        heads += Work(precise=hidden_size * width**2 * (1 + 1 / units))
+        contributions = hidden_size * width**2 * (1 + 1 / units)
+        heads += Work(single=contributions) if on_gpu else Work(precise=contributions)
         if recovery == "lstsq":
             recover += _regression(width, kept_width, hidden_size)
     if ffn_pruned:
-        # Of a symmetric matrix and all its eigenvectors: reduction to three diagonals, and back.
-        selection += Work(2 * hidden_size**2 * channels, precise=(4 / 3 + 2) * hidden_size**3)
+        # Eigenvectors of a symmetric matrix: reduction to three diagonals, and back; on a GPU the matrix function.
+        axes = Work(single=26 * hidden_size**3) if on_gpu else Work(precise=(4 / 3 + 2) * hidden_size**3)
+        selection += axes + Work(single=2 * hidden_size**2 * channels)
         if recovery == "lstsq":
             statistics += Work(tokens * channels**2)
-            selection += Work(2 * hidden_size * channels * (channels + hidden_size))
+            selection += Work(single=hidden_size * channels * (2 * channels + hidden_size))
             recover += _regression(channels, kept_channels, hidden_size)
         else:
             statistics += Work(tokens * hidden_size**2)
             forward += out * (channels - kept_channels)  # of y and ŷ one follows from the other
-    stored = 2  # bytes a parameter, in half precision
     return {
-        "read": Work(num_bytes=2 * stored * layer["parameters_before"]),
         "dense pass": Work(into_attention + into_ffn + out * (width + channels)),
         "forward": Work(forward),
         "statistics": statistics,
         "heads": heads,
         "channels": selection,
         "recovery": recover,
-        "write": Work(num_bytes=stored * layer["parameters_after"]),
+        "write": Work(num_bytes=2 * layer["parameters_after"]),  # in half precision
     }
 
 
@@ -110,15 +122,24 @@ def _regression(features: int, kept: int, hidden_size: int) -> Work:
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Rates of large products and of a copy on the device, the best of several."""
-    size = 2048 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device)
-    half, precise = a.to(dtype), a[:2048, :2048].double()
+    a = torch.randn((2048, 2048) if device.type == "cpu" else (8192, 8192), device=device)
     target = torch.empty_like(a)
-    seconds = [
-        _best_seconds(function, device)
-        for function in (lambda: half @ half, lambda: precise @ precise, lambda: target.copy_(a))
-    ]
-    return Rates(2 * size**3 / seconds[0], 2 * 2048**3 / seconds[1], 2 * a.numel() * a.element_size() / seconds[2])
+    copying = _best_seconds(lambda: target.copy_(a), device)
+    with full_precision(device):
+        rates = {kind: _product_rate(a, kind, device) for kind in (dtype, torch.float32, torch.float64)}
+    return Rates(rates[dtype], rates[torch.float32], rates[torch.float64], 2 * a.numel() * a.element_size() / copying)
+
+
+def _product_rate(a: torch.Tensor, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second, at the largest size that takes no more than about a second."""
+    rate, size = 0.0, 512
+    while size <= len(a):
+        factor = a[:size, :size].to(dtype)
+        seconds = _best_seconds(partial(torch.matmul, factor, factor), device)
+        rate, size = max(rate, 2 * size**3 / seconds), 2 * size
+        if seconds > 0.1:
+            break
+    return rate
 
 
 def _best_seconds(function: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
