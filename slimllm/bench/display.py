@@ -67,8 +67,9 @@ def run_bench(
     if settings:
         console.print(results_table(rows))
         console.print(
-            "Medians (and the range of × dense): seconds; their ratio to one dense pass of the layers, and to the floor of the "
-            f"counted work; calibration tokens, layers and millions of their parameters a second; peak memory. All rows: {out}",
+            "Medians (and the range of × dense): seconds; their ratio to one dense pass of the layers, and to the floor of "
+            "the counted work; calibration tokens, layers and millions of their parameters a second; peak memory. "
+            f"All rows: {out}",
             style="dim", highlight=False,
         )  # fmt: skip
     if plot is not None:
