@@ -78,6 +78,7 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
     workdir = None if workdir is None else Path(workdir)
     if workdir is not None and not workdir.is_dir():
         raise InputError(f"The working folder {workdir} does not exist; make it first.")
+    others = multiprocessing.active_children()  # of the caller's own
     # Made and removed here, and not by the other process, which may be killed.
     with tempfile.TemporaryDirectory(prefix="slimllm-bench-", dir=workdir) as folder:
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_us)
@@ -90,7 +91,8 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
             ) from None
         finally:
             for child in multiprocessing.active_children():
-                child.terminate()
+                if child not in others:
+                    child.terminate()
             pool.shutdown()
 
 
