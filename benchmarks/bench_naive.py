@@ -92,12 +92,10 @@ def engine(
         kept = select_channels(importance, pruned_channels)
     with watch("statistics"):
         keep = kept.to(device)
-        removed = torch.ones_like(importance, dtype=torch.bool).index_fill_(0, keep, False).nonzero()[:, 0]
-        removed_weight = weights["down"][:, removed]
-        paired = PairedMoments(outputs.mean(), mean_output(weights["down"][:, keep], channels.mean()[keep])[0])
+        kept_weight = weights["down"][:, keep]
+        paired = PairedMoments(outputs.mean(), mean_output(kept_weight, channels.mean()[keep])[0])
         for some_z, some_y in zip(z.split(BATCH), y.split(BATCH)):
-            y_hat = torch.addmm(some_y, some_z.index_select(1, removed), removed_weight.T, alpha=-1)
-            paired.update(some_y, y_hat)
+            paired.update(some_y, some_z.index_select(1, keep) @ kept_weight.T)
     with watch("recovery"):
         OutputMoments(
             paired.mean_y, paired.mean_y_hat, output_covariance.diagonal(), paired.variance(), paired.covariance()

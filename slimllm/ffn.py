@@ -109,16 +109,9 @@ def _by_outputs(
         layer.replace(slice_ffn(dense_tensors, spec, kept))
         kept_weight = layer.linear(spec.down_proj).weight
         paired = PairedMoments(outputs.mean(), mean_output(kept_weight, channels.mean()[device_channels])[0])
-        # In fp32 what is removed may be taken from y, where that is less work; half precision has no digits to spare.
-        removed = torch.ones_like(importance, dtype=torch.bool).index_fill_(0, device_channels, False).nonzero()[:, 0]
-        subtract = activations.kept and layer.dtype == torch.float32 and len(removed) < len(kept)
-        removed_weight = weight[:, removed]
     for number, y in enumerate(dense_outputs):
         with watch("forward"):
-            if subtract:
-                y_hat = torch.addmm(y, activations.again(number, removed), removed_weight.T, alpha=-1)
-            else:
-                y_hat = nn.functional.linear(activations.again(number, device_channels), kept_weight)
+            y_hat = nn.functional.linear(activations.again(number, device_channels), kept_weight)
         with watch("statistics"):
             paired.update(y, y_hat)
             y.copy_(y_hat)

@@ -110,11 +110,6 @@ class InnerActivations:
         num_bytes = tokens * layer.linear(projection).weight.shape[1] * batches[0].hidden.element_size()
         self._kept: dict[int, torch.Tensor] | None = {} if num_bytes <= KEEP_INNER_BYTES else None
 
-    @property
-    def kept(self) -> bool:
-        """Whether `again` may ask for any columns, not only for those that the sliced layer has."""
-        return self._kept is not None
-
     def first(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The input of the sub-layer, (batch, seq_len, D), and that of its output projection, (num_tokens, features)."""
         x = self._norm(self._batches[number].hidden)
@@ -124,7 +119,7 @@ class InnerActivations:
         return x, inner
 
     def again(self, number: int, columns: torch.Tensor) -> torch.Tensor:
-        """Some columns, those that are left unless all are `kept`: (num_tokens, len(columns)); once for each batch."""
+        """The columns that are left, (num_tokens, len(columns)); once for each batch."""
         if self._kept is not None:
             return self._kept.pop(number).index_select(1, columns)
         return self._make(number, self._norm(self._batches[number].hidden))

@@ -102,7 +102,7 @@ def _layer_work(
             recover += _regression(channels, kept_channels, hidden_size)
         else:
             statistics += Work(tokens * hidden_size**2)
-            forward += out * (channels - kept_channels)  # of y and ŷ one follows from the other
+            forward += out * channels  # y, beside ŷ
     return {
         "dense pass": Work(into_attention + into_ffn + out * (width + channels)),
         "forward": Work(forward),
