@@ -166,7 +166,7 @@ def bench_command(
         Path | None, typer.Option(help="Draw all of --out into this .png or .svg; models may be left out.")
     ] = None,
 ) -> None:
-    """Measure pruning throughput: seconds by stage, memory, and the distance to what cannot be avoided.
+    """Measure pruning throughput: seconds by stage, memory, and the distance to the floor of the counted work.
 
     Options that may be given more than once (--samples 8 --samples 32) are measured in all combinations.
     """
