@@ -22,7 +22,7 @@ import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
 
-_SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 # What comes along with the weights when a model is written anew.
 _COMPANIONS = (
@@ -127,7 +127,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def storage_dtype(self, name: str) -> torch.dtype:
         stored = self._dtype_of.get(name) or self._dtype_of[name.removesuffix("bias") + "weight"]
-        dtype = _SAFETENSORS_DTYPES.get(stored)
+        dtype = SAFETENSORS_DTYPES.get(stored)
         if dtype is None:
             raise InputError(
                 f"Tensor {name} of {self.path} is stored as {stored}; only unquantised float checkpoints can be pruned."
@@ -156,7 +156,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def write_companions(self, folder: Path) -> None:
         for file in sorted({file for pattern in _COMPANIONS for file in self.path.glob(pattern)}):
             if file.is_dir():
-                shutil.copytree(file, folder / file.name)
+                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
             else:
                 shutil.copyfile(file, folder / file.name)
         settle_tokenizer_class(folder)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from signal import signal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from slimllm.errors import InputError
+from slimllm.interrupts import SIGNALS, SafeStop, leave
 
 app = typer.Typer(
     add_completion=False,
@@ -81,12 +82,17 @@ def prune_command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run for this folder that was interrupted, if one was.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model and write the result as a Hugging Face folder."""
     from slimllm.config import PruneConfig
     from slimllm.display import PruneDisplay
     from slimllm.engine import prune
+    from slimllm.errors import OutputError
+    from slimllm.writer import can_resume
 
     config = PruneConfig(
         ratio=ratio, preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration, samples=samples,
@@ -94,11 +100,27 @@ def prune_command(
         keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype,
         device=device,
     )  # fmt: skip
-    command = shlex.join(["slimllm", *sys.argv[1:]])
-    with PruneDisplay(console, quiet) as display:
-        report = prune(
-            model, out, config, overwrite=overwrite, progress=display.progress, notice=display.notice, command=command
-        )
+    command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
+    stop = SafeStop(lambda sentence: errors.print(sentence, style="bold red"))
+
+    def progress(stage: str, index: int, num_layers: int, layer: dict[str, Any] | None) -> None:
+        display.progress(stage, index, num_layers, layer)
+        stop.progress(stage, index, num_layers, layer)
+
+    try:
+        with PruneDisplay(console, quiet) as display:
+            report = prune(
+                model, out, config, overwrite=overwrite, resume=resume, progress=progress, notice=display.notice,
+                command=command,
+            )  # fmt: skip
+    except SystemExit:
+        left = "the same command with --resume goes on from here" if can_resume(out) else "what was begun is removed"
+        errors.print(f"Interrupted; {left}.", style="bold red", highlight=False)
+        raise
+    except OutputError as error:
+        if can_resume(out):
+            raise OutputError(f"{error} The same command with --resume goes on from here.") from error
+        raise
     if not quiet:
         display.summary(report)
 
@@ -188,18 +210,17 @@ def doctor_command() -> None:
     show_diagnosis(console, diagnose(), settings())
 
 
-def _stop(number: int, frame: object) -> None:
-    """Leave by an exception, so that what was begun is removed on the way out."""
+def _interrupted(number: int, frame: object) -> None:
     errors.print("Interrupted; what was begun is removed.", style="bold red")
-    sys.exit(128 + number)
+    leave(number)
 
 
 def main() -> None:
     """Entry point of the command `slimllm`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    for number in SIGNALS:
+        signal(number, _interrupted)
     try:
         from transformers.utils import logging
 

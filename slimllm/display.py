@@ -45,7 +45,7 @@ class PruneDisplay:
         layer = ""
         if report is not None and index + 1 < num_layers:
             layer = f"ratio {report['ratio']:.3f}, {report['num_heads']} heads, width {report['intermediate_size']}"
-        self._bar.update(self._tasks[stage], advance=1, layer=layer)
+        self._bar.update(self._tasks[stage], completed=index + 1, layer=layer)
 
     def summary(self, report: PruneReport) -> None:
         """Print what was done."""

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimllm import memory, ops
-from slimllm.allocation import Allocation
-from slimllm.calibration import calibration_name, calibration_windows
+from slimllm import ops
+from slimllm.calibration import calibration_windows
 from slimllm.checkpoint import Checkpoint, open_checkpoint
 from slimllm.config import DTYPES, PruneConfig, check_config, parse_device
 from slimllm.errors import InputError
-from slimllm.families import layer_spec
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
-from slimllm.native import OutputFormat, convert_in_place, output_format, write_config
-from slimllm.pipeline import Outcome, batch_windows, perplexity_windows, prune_layers
-from slimllm.progress import ProgressCallback, Stopwatch
-from slimllm.report import PruneReport, versions
-from slimllm.source import CheckpointModel, InMemoryModel, ModelSource
-from slimllm.writer import CheckpointWriter, check_destination, check_space
-
-Notice = Callable[[str], None]
-_OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # those with kernels that a run uses
+from slimllm.native import convert_in_place, write_config
+from slimllm.progress import ProgressCallback
+from slimllm.report import PruneReport
+from slimllm.run import OPERATIONS, Notice, Run, environment_of, identity_of, weight_dtype
+from slimllm.source import CheckpointModel, InMemoryModel
+from slimllm.writer import CheckpointWriter, check_destination, check_interrupted, check_space
 
 
 def prune(
@@ -37,6 +30,7 @@ def prune(
     config: PruneConfig,
     *,
     overwrite: bool = False,
+    resume: bool = False,
     progress: ProgressCallback | None = None,
     notice: Notice | None = None,
     command: str | None = None,
@@ -48,7 +42,8 @@ def prune(
         out: The folder to make. It appears when it is complete.
         config: The settings.
         overwrite: Replace a model that is in `out` already.
-        progress: Told about every layer that is done, see `ProgressCallback`.
+        resume: Go on with the run that was interrupted, if one was: the files become what they would have been.
+        progress: Told about every layer that is done, see `ProgressCallback`; an exception of its stops the run there.
         notice: Told, in sentences, what is worth knowing about the run.
         command: The command line, for the model card; None: the equivalent Python call.
 
@@ -56,18 +51,21 @@ def prune(
         The report, which is also written to `out`/report.json.
 
     Raises:
-        ValueError: (as InputError) something about the input is wrong; `out` is then untouched.
+        ValueError: (as InputError) something about the input is wrong, or an interrupted run of other settings, another
+            model or text is to be resumed; `out` is then untouched. (as OutputError, one of those) the disk is full or
+            failed; the run can be resumed.
     """
     started = time.perf_counter()
     check_config(config)
     notice = notice or (lambda sentence: None)
     out = Path(out).expanduser().resolve()
     device = parse_device(config.device)
-    ops.backend(device, _OPERATIONS)  # refuses what cannot be had before anything is read
+    ops.backend(device, OPERATIONS)  # refuses what cannot be had before anything is read
     inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
     if isinstance(config.calibration, (str, Path)):
         inputs.append(Path(config.calibration).expanduser())
-    check_destination(out, inputs, overwrite)
+    in_place = check_interrupted(out, resume)
+    check_destination(out, inputs, overwrite or in_place)
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     name = checkpoint.name if checkpoint is model else str(model)
     dtype = DTYPES[config.dtype] if config.dtype else None
@@ -75,23 +73,36 @@ def prune(
     if source.unexpected:
         first, number = source.unexpected[0], len(source.unexpected)
         notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
-    check_space(out, _bytes_to_write(source, dtype))
     tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
     token_ids = calibration_windows(config, tokenizer, source.config, notice)
-    run = _Run(source, token_ids, config, notice, started)
+    run = Run(source, token_ids, config, notice, started)
+    identity, environment = identity_of(source, token_ids, config), environment_of(device)
+    writer = CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment)
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype or checkpoint.storage_dtype(name))
 
-    with CheckpointWriter(out, num_shards=source.num_layers + 1, overwrite=overwrite) as writer:
+    def store(index: int, layer: Layer) -> int:
+        tensors = run.format.complete(layer.tensors, source.spec)
+        prefix = source.layer_prefix(index)
+        writer.write_shard(index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
+        return sum(tensor.numel() for tensor in tensors.values())
 
-        def store(index: int, layer: Layer) -> int:
-            tensors = run.format.complete(layer.tensors, source.spec)
-            prefix = source.layer_prefix(index)
-            writer.write_shard(index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
-            return sum(tensor.numel() for tensor in tensors.values())
-
-        outcome = run.prune(store, progress)
+    with writer:
+        journal = writer.journal
+        if journal.done("finished"):
+            writer.finish()
+            return PruneReport.read(out)
+        if journal.steps:
+            run.go_on(journal)
+            for index in range(len(journal.done("prune"))):
+                writer.adopt_shard(index + 1)
+        elif resume:
+            notice("There is no interrupted run to go on with; this one starts at the beginning.")
+        # The hidden states of a layer are written before those of the one before are removed.
+        states = 2 * token_ids.numel() * source.config.hidden_size * source.dtype.itemsize
+        check_space(out, _bytes_to_write(source, dtype) + states - writer.total_size)
+        outcome = run.prune(store, progress, journal)
         with run.watch("write"):
             # One by one, so that only one of the large matrices is in memory as it was read.
             others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
@@ -101,8 +112,9 @@ def prune(
             checkpoint.write_companions(writer.folder)
         report = run.report(outcome, name, str(out), writer.num_parameters)
         write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
-        report.elapsed_s = run.elapsed_s()
+        report.elapsed_s = run.watch.elapsed_s()
         report.save(writer.folder)
+        writer.complete()
         writer.finish()
     return report
 
@@ -149,7 +161,7 @@ def prune_model(
     if isinstance(given, torch.Tensor):
         config = dataclasses.replace(config, calibration=given)
     tokenizer = None if isinstance(given, torch.Tensor) else given
-    run = _Run(source, calibration_windows(config, tokenizer, source.config, notice), config, notice, started)
+    run = Run(source, calibration_windows(config, tokenizer, source.config, notice), config, notice, started)
     training = model.training
     model.eval()
 
@@ -165,123 +177,15 @@ def prune_model(
     return run.report(outcome, model.config.name_or_path or type(model).__name__, None, parameters)
 
 
-class _Run:
-    """One run: the clocks, the account of memory, and the format, which is settled when the budgets are."""
-
-    def __init__(
-        self,
-        source: ModelSource,
-        token_ids: torch.Tensor,
-        config: PruneConfig,
-        notice: Notice,
-        started: float,
-    ) -> None:
-        self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
-        self.watch = Stopwatch(source.device)
-        self.backend = ops.backend(source.device, _OPERATIONS)
-        self.format: OutputFormat
-        self.sizes = source.sizes()
-        self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
-        self.account = memory.account(
-            source.config, self.sizes, token_ids.numel(), batch_windows(token_ids, config) * token_ids.shape[1],
-            source.head_dim, source.dtype, config.recovery,
-        )  # fmt: skip
-        memory.warm_up(source.device)
-        memory.reset_peak(source.device)
-        self.runtime_gib = memory.resident_gib()
-        self.started = time.perf_counter()
-        self.setup_s = self.started - started
-
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self.started
-
-    def prune(self, store: Callable[[int, Layer], int], progress: ProgressCallback | None) -> Outcome:
-        return prune_layers(self.source, self.token_ids, self.config, self.watch, self._settle, store, progress)
-
-    def _settle(self, allocation: Allocation) -> None:
-        for note in allocation.notes:
-            self.notice(f"{note}.")
-        new_bias = self.config.recovery != "none"
-        sizes = [
-            size.without(budget.units, budget.channels, self.config.head_unit, new_bias)
-            for size, budget in zip(self.sizes, allocation.budgets)
-        ]
-        dtype = DTYPES[self.config.dtype] if self.config.dtype else _config_dtype(self.source)
-        self.format = output_format(self.source.config, sizes, dtype)
-
-    def report(self, outcome: Outcome, model: str, out: str | None, parameters_after: int) -> PruneReport:
-        source, config, allocation = self.source, self.config, outcome.allocation
-        layers_before = sum(size.params for size in self.sizes)
-        layers_after = sum(layer["parameters_after"] for layer in outcome.layers)
-        for note in (added := allocation.note_of_biases(layers_before, layers_after, self.format.name)):
-            self.notice(f"{note}.")
-        before, windows = self.parameters_before, perplexity_windows(self.token_ids)
-        return PruneReport(
-            model=model,
-            out=out,
-            config=config.to_dict(),
-            allocation={
-                "target_params": allocation.target_params,
-                "pruned_layers": allocation.pruned_layers,
-                "alpha": allocation.alpha,
-                "round_to": allocation.round_to,
-                "notes": allocation.notes + added,
-            },
-            calibration={
-                "text": calibration_name(config),
-                "samples": self.token_ids.shape[0],
-                "seq_len": self.token_ids.shape[1],
-                "tokens": self.token_ids.numel(),
-                "perplexity_tokens": windows * self.token_ids.shape[1],
-                "perplexity_dense": _exp(outcome.loss_dense),
-                "perplexity_pruned": _exp(outcome.loss_pruned),
-            },
-            parameters={
-                "before": before,
-                "after": parameters_after,
-                "layers_before": layers_before,
-                "layers_after": layers_after,
-            },
-            achieved_ratio=1 - layers_after / layers_before,
-            achieved_ratio_model=1 - parameters_after / before,
-            elapsed_s=self.elapsed_s(),
-            setup_s=self.setup_s,
-            dense_pass_s=outcome.dense_pass_s,
-            stages_s=dict(self.watch.seconds),
-            peak_host_gib=memory.peak_host_gib(),
-            peak_gpu_gib=memory.peak_gpu_gib(source.device),
-            memory_gib={"runtime": self.runtime_gib, **self.account},
-            backend=self.backend,
-            device=str(source.device),
-            compute_dtype=str(source.dtype).removeprefix("torch."),
-            format=self.format.name,
-            versions=versions(),
-            layers=outcome.layers,
-        )
-
-
-def _exp(loss: float) -> float:
-    """Perplexity of a loss; a hopeless model's is capped, so that the report stays valid JSON."""
-    return math.exp(min(loss, 700.0))
-
-
 def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if config.compute_dtype:
         return DTYPES[config.compute_dtype]
     if device.type == "cpu":
         return torch.float32  # exact, and half precision is slow on many CPUs
-    return _weight_dtype(checkpoint)
-
-
-def _weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return checkpoint.storage_dtype(f"{layer_spec(checkpoint.config.model_type).embedding}.weight")
-
-
-def _config_dtype(source: ModelSource) -> torch.dtype:
-    return _weight_dtype(source.checkpoint) if isinstance(source, CheckpointModel) else source.dtype
+    return weight_dtype(checkpoint)
 
 
 def _bytes_to_write(source: CheckpointModel, dtype: torch.dtype | None) -> int:
     """What the dense model would take on disk, an upper bound."""
     parameters = sum(torch.Size(shape).numel() for shape in source.shapes().values())
-    return parameters * (dtype or _weight_dtype(source.checkpoint)).itemsize
+    return parameters * (dtype or weight_dtype(source.checkpoint)).itemsize

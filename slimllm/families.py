@@ -32,6 +32,11 @@ class LayerSpec:
     up_proj: str = "mlp.up_proj"
     down_proj: str = "mlp.down_proj"
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """All linear layers of a decoder layer."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, self.up_proj, self.down_proj
+
 
 _LLAMA = LayerSpec()
 

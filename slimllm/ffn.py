@@ -21,7 +21,7 @@ from slimllm.layer import Batch, InnerActivations, Layer
 from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputChange, OutputMoments, mean_output, refit_kept, relative
 from slimllm.selection import select_channels
-from slimllm.slicing import slice_ffn
+from slimllm.slicing import slice_ffn, slice_output
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
 
 
@@ -124,7 +124,8 @@ def _by_outputs(
         if config.recovery == "affine":
             slope, intercept = moments.affine_fit()
             after = moments.relative_error(slope, intercept)
-            layer.replace(slice_ffn(dense_tensors, spec, kept, OutputChange(intercept, slope)))
+            changed = slice_output(dense_tensors, spec.down_proj, kept, OutputChange(intercept, slope))
+            layer.replace({**layer.tensors, **changed})
     bias, factor = layer.linear(spec.down_proj).bias, slope.float()  # in half precision it would be off by as much for all
     for batch, y_hat in zip(batches, dense_outputs):
         with watch("forward"):  # ŷ is made already, but for the factor and the bias

@@ -32,8 +32,10 @@ class Layer:
     dtype: torch.dtype
 
     def replace(self, tensors: Tensors) -> None:
+        """Compute with these tensors, of which those that are in place already stay there."""
+        changed = {name for name, tensor in tensors.items() if self.tensors.get(name) is not tensor}
         self.tensors = tensors
-        install(self.module, self.spec, tensors, self.device, self.dtype)
+        install(self.module, self.spec, tensors, changed, self.device, self.dtype)
 
     def linear(self, name: str) -> nn.Linear:
         """One of the layer's projections."""

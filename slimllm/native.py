@@ -112,8 +112,8 @@ def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSp
     """Give a pruned model in memory the class and configuration of what it has become."""
     device, dtype = model.device, model.dtype
     for layer in model.get_submodule(spec.layers):
-        tensors = {name: tensor.detach() for name, tensor in layer.state_dict().items()}
-        install(layer, spec, output.complete(tensors, spec), device, dtype)
+        tensors = output.complete({name: tensor.detach() for name, tensor in layer.state_dict().items()}, spec)
+        install(layer, spec, tensors, set(tensors), device, dtype)
     with torch.device("meta"):
         twin = AutoModelForCausalLM.from_config(output.config, dtype=dtype)
     attention, name = model.config._attn_implementation, model.config.name_or_path

@@ -15,6 +15,7 @@ from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.ffn import prune_ffn
 from slimllm.importance import layer_similarity
+from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Batch, Layer, pass_sublayer, run_layer
 from slimllm.memory import peak_host_gib, trim
 from slimllm.progress import ProgressCallback, Stopwatch
@@ -48,6 +49,7 @@ def prune_layers(
     on_allocation: Callable[[Allocation], None],
     store: Callable[[int, Layer], int],
     progress: ProgressCallback | None = None,
+    journal: Journal | None = None,
 ) -> Outcome:
     """Prune the decoder layers of a model, in order, each on the activations of the already pruned model before it.
 
@@ -59,6 +61,7 @@ def prune_layers(
         on_allocation: Told how much every layer will give, before the first one is touched.
         store: Takes every finished layer, in order, and says how many parameters it has.
         progress: Told about every layer that is done.
+        journal: Records every layer that is done; the loop goes on behind those that it holds.
     """
     sizes = source.sizes()
     shapes = [_shape(source, size, config) for size in sizes]
@@ -66,16 +69,21 @@ def prune_layers(
     with watch("read"):
         embeddings = source.embed(token_ids)
     batches = _batches(source, embeddings.clone(), config)
-    similarity, dense_pass_s = _dense_pass(source, batches, watch, progress)
+    similarity = _dense_pass(source, batches, watch, progress, journal)
     final_dense = _perplexity_states(batches)
     trim()
     allocation = allocate(similarity, shapes, config)
     on_allocation(allocation)
-    outcome = Outcome(similarity, allocation, dense_pass_s=dense_pass_s)
+    outcome = Outcome(similarity, allocation, dense_pass_s=watch.seconds["dense pass"])
 
     batches = _batches(source, embeddings, config)
     del embeddings
+    if journal and journal.done("prune"):
+        outcome.layers = [step["report"] for step in journal.done("prune")]
+        final_dense = _restore(batches, journal)["final_dense"].to(source.device)
     for index, budget in enumerate(allocation.budgets):
+        if index < len(outcome.layers):
+            continue
         start = time.perf_counter()
         with watch("read"):
             layer = source.load(index)
@@ -93,6 +101,9 @@ def prune_layers(
             "peak_host_gib": peak_host_gib(),
         }
         outcome.layers.append(report)
+        if journal:
+            with watch("journal"):
+                journal.record("prune", {**_states(batches), "final_dense": final_dense}, report=report, **watch.so_far())
         if progress:
             progress("prune", index, source.num_layers, report)
     with watch("perplexity"):
@@ -105,12 +116,24 @@ def prune_layers(
 
 
 def _dense_pass(
-    source: ModelSource, batches: list[Batch], watch: Stopwatch, progress: ProgressCallback | None
-) -> tuple[list[float], float]:
-    """c of every layer, the mean cosine over tokens of its input with its output, and the pass's seconds of computing."""
-    similarity = []
+    source: ModelSource,
+    batches: list[Batch],
+    watch: Stopwatch,
+    progress: ProgressCallback | None,
+    journal: Journal | None,
+) -> list[float]:
+    """c of every layer, the mean cosine over tokens of its input with its output."""
+    done = journal.done("dense") if journal else []
+    similarity = [step["similarity"] for step in done]
     tokens = sum(len(batch.tokens) for batch in batches)
-    for index in range(source.num_layers):
+    for index, step in enumerate(done):
+        if fingerprint(source.weights(index)) != step["weights"]:
+            raise InputError(
+                f"Layer {index} has other weights than when the run was begun; give the same model, or start over."
+            )
+    if done and journal and not journal.done("prune"):
+        _restore(batches, journal)
+    for index in range(len(done), source.num_layers):
         with watch("read"):
             layer = source.load(index)
         total = torch.zeros((), dtype=torch.float64, device=source.device)
@@ -120,13 +143,31 @@ def _dense_pass(
             with watch("statistics"):
                 total += layer_similarity(batch.hidden, hidden)
                 batch.hidden.copy_(hidden)
-        del layer  # before the next one is read
         if not bool(total.isfinite()):
             raise _overflow(source, index, "dense")
         similarity.append(float(total) / tokens)
+        if journal:
+            with watch("journal"):
+                journal.record(
+                    "dense", _states(batches), similarity=similarity[-1], weights=fingerprint(layer.tensors),
+                    **watch.so_far(),
+                )  # fmt: skip
+        del layer  # before the next one is read
         if progress:
             progress("dense", index, source.num_layers, None)
-    return similarity, watch.seconds["dense pass"]
+    return similarity
+
+
+def _states(batches: list[Batch]) -> dict[str, torch.Tensor]:
+    return {f"hidden.{number}": batch.hidden for number, batch in enumerate(batches)}
+
+
+def _restore(batches: list[Batch], journal: Journal) -> dict[str, torch.Tensor]:
+    """Put the residual stream back to where it was after the journal's last step; whatever else belongs to that."""
+    state = journal.state()
+    for number, batch in enumerate(batches):
+        batch.hidden.copy_(state.pop(f"hidden.{number}"))
+    return state
 
 
 def _overflow(source: ModelSource, index: int, which: str) -> InputError:

@@ -20,6 +20,20 @@ class Stopwatch:
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._device = device
+        self._started = time.perf_counter()
+
+    def elapsed_s(self) -> float:
+        """Seconds of the run so far, those before an interruption included."""
+        return time.perf_counter() - self._started
+
+    def so_far(self) -> dict[str, Any]:
+        """What `go_on` takes, for the journal."""
+        return {"seconds": dict(self.seconds), "elapsed_s": self.elapsed_s()}
+
+    def go_on(self, seconds: dict[str, float], elapsed_s: float) -> None:
+        """Count on from where an interrupted run stopped."""
+        self.seconds.update(seconds)
+        self._started = time.perf_counter() - elapsed_s
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

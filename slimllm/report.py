@@ -42,6 +42,8 @@ class PruneReport:
             kept_heads, kept_kv_heads, kept_channels, parameters_before, parameters_after, elapsed_s, peak_host_gib,
             and for pruned parts head_importance (by unit), channel_importance, attention_error_before/_after and
             ffn_error_before/_after (output error relative to the output's variance, without and with recovery).
+        resumed_steps: Layers (of both passes) that were done before the run was interrupted and gone on with. Seconds are
+            those of all parts together.
     """
 
     model: str
@@ -65,6 +67,7 @@ class PruneReport:
     format: str
     versions: dict[str, str]
     layers: list[dict[str, Any]] = field(default_factory=list)
+    resumed_steps: int = 0
 
     def save(self, folder: Path) -> None:
         """Write report.json into the folder."""

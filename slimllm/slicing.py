@@ -12,6 +12,7 @@ from slimllm.families import LayerSpec
 from slimllm.recovery import OutputChange
 
 Tensors = dict[str, torch.Tensor]
+_ROWS = 256  # of a weight in fp64 at a time
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,25 @@ def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tenso
     return {name: tensors[name][rows.to(tensors[name].device)] for name in names}
 
 
-def _output_projection(tensors: Tensors, projection: str, columns: torch.Tensor, change: OutputChange | None) -> Tensors:
-    """W[:, columns] and the bias, changed by the recovery; in fp32 at least, rounded once, when it is written."""
+def slice_output(tensors: Tensors, projection: str, columns: torch.Tensor, change: OutputChange | None = None) -> Tensors:
+    """W[:, columns] and the bias of an output projection, changed by the recovery, under their names in the layer.
+
+    In fp32 at least: they are rounded once, when they are written.
+    """
     weight = tensors[f"{projection}.weight"]
     bias = tensors.get(f"{projection}.bias")
     sliced = weight[:, columns.to(weight.device)]
     if change is not None:
         precise = torch.promote_types(weight.dtype, torch.float32)
-        changed = sliced.double()
-        if change.slope is not None:
-            changed *= change.slope.to(weight.device)[:, None]
-        if change.delta is not None:
-            changed += change.delta.to(weight.device)
-        sliced = changed.to(precise)
+        changed = torch.empty_like(sliced, dtype=precise, memory_format=torch.contiguous_format)
+        for start in range(0, len(sliced), _ROWS):
+            rows = sliced[start : start + _ROWS].to(torch.float64, copy=True)
+            if change.slope is not None:
+                rows *= change.slope[start : start + _ROWS, None].to(weight.device)
+            if change.delta is not None:
+                rows += change.delta[start : start + _ROWS].to(weight.device)
+            changed[start : start + _ROWS] = rows
+        sliced = changed
         total = change.intercept.to(weight.device) + (bias.double() if bias is not None else 0.0)
         bias = total.to(precise)
     result = {f"{projection}.weight": sliced.contiguous()}
@@ -106,7 +113,7 @@ def slice_attention(
         **_select_rows(tensors, spec.q_proj, query_rows),
         **_select_rows(tensors, spec.k_proj, kv_rows),
         **_select_rows(tensors, spec.v_proj, kv_rows),
-        **_output_projection(tensors, spec.o_proj, query_rows, change),
+        **slice_output(tensors, spec.o_proj, query_rows, change),
     }
 
 
@@ -121,21 +128,23 @@ def slice_ffn(
         **tensors,
         **_select_rows(tensors, spec.gate_proj, channels),
         **_select_rows(tensors, spec.up_proj, channels),
-        **_output_projection(tensors, spec.down_proj, channels, change),
+        **slice_output(tensors, spec.down_proj, channels, change),
     }
 
 
-def install(layer: nn.Module, spec: LayerSpec, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> None:
-    """Put the tensors into a layer's modules, replacing the linear layers whose shape or bias has changed."""
-    for projection in (
-        spec.q_proj,
-        spec.k_proj,
-        spec.v_proj,
-        spec.o_proj,
-        spec.gate_proj,
-        spec.up_proj,
-        spec.down_proj,
-    ):
+def install(
+    layer: nn.Module, spec: LayerSpec, tensors: Tensors, changed: set[str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put tensors into a layer's modules, replacing the linear layers whose shape or bias has changed.
+
+    Args:
+        layer: The decoder layer.
+        spec: The names in it.
+        tensors: All its tensors.
+        changed: Names of those that it does not hold yet; the others are left as they are.
+        device, dtype: Where and in what it computes.
+    """
+    for projection in spec.projections:
         weight, bias = tensors[f"{projection}.weight"], tensors.get(f"{projection}.bias")
         old = layer.get_submodule(projection)
         assert isinstance(old, nn.Linear)
@@ -144,8 +153,8 @@ def install(layer: nn.Module, spec: LayerSpec, tensors: Tensors, device: torch.d
             new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
             new.requires_grad_(old.weight.requires_grad)
             setattr(layer.get_submodule(parent), name, new)
-    placed = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
-    layer.load_state_dict(placed, assign=True)
+    for name in changed:  # one by one, so that what it replaces is let go before the next one
+        layer.load_state_dict({name: tensors[name].to(device=device, dtype=dtype)}, strict=False, assign=True)
     attention: Any = layer.get_submodule(spec.attention)
     ffn: Any = layer.get_submodule(spec.ffn)
     attention.num_key_value_groups = tensors[f"{spec.q_proj}.weight"].shape[0] // tensors[f"{spec.k_proj}.weight"].shape[0]

@@ -14,7 +14,7 @@ from slimllm.families import layer_spec
 from slimllm.layer import Layer
 from slimllm.native import head_dim_of
 from slimllm.skeleton import empty_module, expected_tensors, meta_model
-from slimllm.slicing import LayerSizes, layer_sizes
+from slimllm.slicing import LayerSizes, Tensors, layer_sizes
 
 
 class ModelSource(ABC):
@@ -33,6 +33,10 @@ class ModelSource(ABC):
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors, by full name."""
+
+    @abstractmethod
+    def weights(self, index: int) -> Tensors:
+        """The tensors of a decoder layer, as they are stored, by their names in the layer."""
 
     @abstractmethod
     def load(self, index: int) -> Layer:
@@ -98,19 +102,15 @@ class CheckpointModel(ModelSource):
         """Names of all tensors outside the decoder layers."""
         return [name for name in self._shapes if not name.startswith(f"{self.spec.layers}.")]
 
-    def load(self, index: int) -> Layer:
+    def weights(self, index: int) -> Tensors:
         prefix = self.layer_prefix(index)
         names = [name for name in self._shapes if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names).items()}
-        layer = Layer(
-            empty_module(self.model, f"{self.spec.layers}.{index}"),
-            tensors,
-            self.spec,
-            self.head_dim,
-            self.device,
-            self.dtype,
-        )
-        layer.replace(tensors)
+        return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names).items()}
+
+    def load(self, index: int) -> Layer:
+        module = empty_module(self.model, f"{self.spec.layers}.{index}")
+        layer = Layer(module, {}, self.spec, self.head_dim, self.device, self.dtype)
+        layer.replace(self.weights(index))
         return layer
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -167,10 +167,13 @@ class InMemoryModel(ModelSource):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return expected_tensors(self.model, self.spec)
 
+    def weights(self, index: int) -> Tensors:
+        module = self.model.get_submodule(f"{self.spec.layers}.{index}")
+        return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
     def load(self, index: int) -> Layer:
         module = self.model.get_submodule(f"{self.spec.layers}.{index}")
-        tensors = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-        return Layer(module, tensors, self.spec, self.head_dim, self.device, self.dtype)
+        return Layer(module, self.weights(index), self.spec, self.head_dim, self.device, self.dtype)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(token_ids.to(self.device))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slimllm.errors import InputError
+from slimllm.checkpoint import SAFETENSORS_DTYPES
+from slimllm.errors import InputError, OutputError
+from slimllm.journal import Journal, damaged, last_stage, sync
 
 
 def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
@@ -48,6 +52,27 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
             )
 
 
+def check_interrupted(out: Path, resume: bool) -> bool:
+    """Whether the result was complete, and in its place, when the run that is to be gone on with was interrupted.
+
+    Raises:
+        ValueError: (as InputError) there is an interrupted run, and it is not to be gone on with.
+    """
+    partial = partial_folder(out)
+    stage = last_stage(partial)
+    if stage is not None and not resume:
+        raise InputError(
+            f"A run for {out} was interrupted and can be gone on with: add --resume (in Python, resume=True), "
+            f"or delete {partial} to start over."
+        )
+    return stage == "finished" and not (partial / "model").exists()
+
+
+def can_resume(out: Path) -> bool:
+    """Whether a run for a folder was interrupted and can be gone on with."""
+    return last_stage(partial_folder(out.expanduser().resolve())) is not None
+
+
 def check_space(out: Path, num_bytes: int) -> None:
     """Refuse to start when the disk cannot take what will be written.
 
@@ -63,75 +88,141 @@ def check_space(out: Path, num_bytes: int) -> None:
 
 
 class CheckpointWriter:
-    """A context manager: the folder `out` appears, complete, when the block ends without an error, and not before.
+    """A context manager: the folder `out` appears, complete and on the disk, with `finish`, and not before.
+
+    Until then everything is in `.NAME.partial` beside it, with the journal of the run. That folder stays when the block
+    ends with an error, unless there is nothing yet to go on with, or it is an error of the input.
 
     Args:
         out: The folder to make, resolved.
         num_shards: How many shards will be written.
         overwrite: Whether a model in `out` may be replaced.
+        identity, environment: Of the run, see `Journal`.
+
+    Attributes:
+        folder: Where the result grows.
+        journal: The record of the run; it has steps when the run is gone on with.
+        total_size, num_parameters: Bytes and numbers in the shards so far.
+
+    Raises:
+        ValueError: (as InputError) another process writes there, or what was begun there is of another run.
     """
 
-    def __init__(self, out: Path, num_shards: int, overwrite: bool) -> None:
+    def __init__(
+        self, out: Path, num_shards: int, overwrite: bool, identity: dict[str, Any], environment: dict[str, Any]
+    ) -> None:
         self.out, self._num_shards, self._overwrite = out, num_shards, overwrite
+        self._identity, self._environment = identity, environment
         self._weight_map: dict[str, str] = {}
-        self._total_size = 0
+        self.total_size = 0
         self.num_parameters = 0
 
     def __enter__(self) -> CheckpointWriter:
-        parent = self.out.parent
+        self._partial = partial_folder(self.out)
+        self.folder = self._partial / "model"
         try:
-            parent.mkdir(parents=True, exist_ok=True)
-            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.partial-", dir=parent))
+            self._partial.mkdir(parents=True, exist_ok=True)
+            self.journal = Journal(self._partial, self._identity, self._environment)
+            self._resumed = bool(self.journal.steps)
+            if not self._resumed:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.folder.mkdir()
         except OSError as error:
-            raise InputError(f"The output folder {self.out} cannot be made: {error.strerror}.") from None
-        self.folder.chmod(0o777 & ~_umask())
+            raise OutputError(f"The output folder {self.out} cannot be made: {error.strerror}.") from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        wrong_input = isinstance(error, InputError) and not isinstance(error, OutputError)
+        resumable = not wrong_input or self._resumed  # the same input once more would be wrong once more
+        self.journal.close()
+        if kind is None or not (resumable and last_stage(self._partial)):
+            _remove(self._partial)
         if isinstance(error, OSError):
-            raise InputError(f"Writing to {self.out.parent} failed: {error}.") from error
+            raise OutputError(f"Writing to {self.out.parent} failed: {error}.") from error
 
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write the shard `number` (from 1) with these tensors, under their full names."""
-        name = f"model-{number:05d}-of-{self._num_shards:05d}.safetensors"
+        path = self.folder / self._shard_name(number)
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
-            save_file(contiguous, self.folder / name, metadata={"format": "pt"})
+            save_file(contiguous, path, metadata={"format": "pt"})
         except Exception as error:
             # safetensors raises its own type for a full disk.
-            raise InputError(f"Writing {name} to {self.folder.parent} failed: {error}.") from error
-        (self.folder / name).chmod(0o666 & ~_umask())
+            raise OutputError(f"Writing {path.name} to {self.out.parent} failed: {error}.") from error
+        path.chmod(0o666 & ~_umask())
+        self.journal.include(path)
         for key, tensor in contiguous.items():
-            self._weight_map[key] = name
-            self._total_size += tensor.numel() * tensor.element_size()
-            self.num_parameters += tensor.numel()
+            self._count(key, path.name, tensor.numel(), tensor.element_size())
 
-    def finish(self) -> None:
-        """Write the index and move the folder to its final place."""
+    def adopt_shard(self, number: int) -> None:
+        """Count a shard that is there from before the interruption.
+
+        Raises:
+            ValueError: (as InputError) it is missing or damaged.
+        """
+        path = self.folder / self._shard_name(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    view = file.get_slice(key)
+                    self._count(key, path.name, math.prod(view.get_shape()), SAFETENSORS_DTYPES[view.get_dtype()].itemsize)
+        except (SafetensorError, OSError):
+            raise damaged(path) from None
+
+    def _shard_name(self, number: int) -> str:
+        return f"model-{number:05d}-of-{self._num_shards:05d}.safetensors"
+
+    def _count(self, key: str, shard: str, numel: int, itemsize: int) -> None:
+        self._weight_map[key] = shard
+        self.total_size += numel * itemsize
+        self.num_parameters += numel
+
+    def complete(self) -> None:
+        """Write the index, and have everything on the disk: from here on the result only has to be moved."""
         index = {
-            "metadata": {"total_size": self._total_size, "total_parameters": self.num_parameters},
+            "metadata": {"total_size": self.total_size, "total_parameters": self.num_parameters},
             "weight_map": dict(sorted(self._weight_map.items())),
         }
         text = json.dumps(index, indent=2) + "\n"
         (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-        # Once more: the run took a while, and somebody else may have put something there.
-        check_destination(self.out, [], self._overwrite)
-        if not self.out.exists() or not any(self.out.iterdir()):
-            if self.out.exists():
-                self.out.rmdir()
-            os.rename(self.folder, self.out)
+        for path in [*self.folder.rglob("*"), self.folder]:
+            sync(path)
+        self.journal.finish()
+
+    def finish(self) -> None:
+        """Move the result to its final place, unless that was done before an interruption."""
+        if not self.folder.exists():
             return
-        replaced = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.replaced-", dir=self.out.parent))
-        os.rename(self.out, replaced / "old")
+        try:  # once more: the run took a while, and somebody else may have put something there
+            check_destination(self.out, [], self._overwrite)
+        except InputError as error:
+            raise OutputError(f"{error} The result is complete, and waits in {self.folder}.") from None
+        if self.out.exists() and any(self.out.iterdir()):
+            os.rename(self.out, self._partial / "replaced")
+        elif self.out.exists():
+            self.out.rmdir()
         try:
             os.rename(self.folder, self.out)
         except OSError:
-            os.rename(replaced / "old", self.out)
+            if (self._partial / "replaced").exists():
+                os.rename(self._partial / "replaced", self.out)
             raise
-        finally:
-            shutil.rmtree(replaced, ignore_errors=True)
+        sync(self.out.parent)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where the result grows, with the journal, until it is complete."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def _remove(partial: Path) -> None:
+    """Remove an unfinished folder, the journal last: while it is there, all of this can be repeated."""
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "journal.jsonl"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _umask() -> int:

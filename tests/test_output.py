@@ -131,9 +131,13 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "precious").write_text("mine")
 
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError, match=r"not empty.*The result is complete, and waits in"):
         slimllm.prune(stories_path, tmp_path / "out", config(token_ids), progress=meddle)
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+    (tmp_path / "out").rename(tmp_path / "saved")
+    slimllm.prune(stories_path, tmp_path / "out", config(token_ids), resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "saved"]
+    slimllm.load(tmp_path / "out")
 
 
 # Ratios that come out without a remainder, so that all layers end with the same sizes.

@@ -83,11 +83,12 @@ class RandomCheckpoint(Checkpoint):
             layer = int(name.removeprefix(prefix).split(".")[0]) + 1 if name.startswith(prefix) else 0
             by_shard.setdefault(layer, []).append(name)
         check_space(folder, 2 * sum(math.prod(shape) for shape in self._shapes.values()))
-        with CheckpointWriter(folder, len(by_shard), overwrite=False) as writer:
+        with CheckpointWriter(folder, len(by_shard), False, {"random weights": self.name}, {}) as writer:
             for number, names in enumerate(by_shard.values(), 1):
                 writer.write_shard(number, self._read(names))
             self.config.architectures = ["LlamaForCausalLM"]
             self.config.save_pretrained(writer.folder)
+            writer.complete()
             writer.finish()
 
 

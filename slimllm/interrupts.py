@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM: at a safe point, where a run can be gone on with, or at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave(number: int, frame: object = None) -> NoReturn:
+    """Leave by an exception, so that what was begun is removed, or kept to be gone on with, on the way out."""
+    sys.exit(128 + number)
+
+
+class SafeStop:
+    """While layers are at work, the first signal stops the run behind the present one; the second, at once.
+
+    Args:
+        say: Told what will happen.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._requested = 0
+        self._at_work = False
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if not self._at_work or self._requested:
+            leave(number)
+        self._requested = number
+        self._say("Stopping behind this layer; interrupt once more to stop at once.")
+
+    def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
+        """A layer is done and recorded; a `ProgressCallback`."""
+        if self._requested:
+            leave(self._requested)
+        self._at_work = stage == "dense" or index + 1 < num_layers

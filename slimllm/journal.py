@@ -1,0 +1,248 @@
+"""The record of a run in its unfinished folder: what the run is, what is done, and the hidden states it goes on with.
+
+A step counts when its line is in the journal, and the line is written when everything that it tells of is on the disk: the
+shards, then the state, each flushed. That happens in a thread beside the work. While it is busy, further steps wait for
+the next one whose state is written: a slow disk costs some layers again after a crash, and no time in a run without one.
+A line that was cut off at the end is as if it had never been written; any other damage is found by its checksum.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from slimllm.errors import InputError, OutputError
+
+Step = dict[str, Any]
+_NAME, _LOCK = "journal.jsonl", "lock"
+
+
+class Journal:
+    """The journal of one run, which its process holds alone.
+
+    Attributes:
+        steps: The steps that are done, oldest first, each with its `stage` and plain JSON data.
+        environment: Where the run was begun.
+
+    Args:
+        folder: The unfinished folder; it exists.
+        identity: What the run is, plain JSON. A run with another one is another run.
+        environment: Where it runs, plain JSON; this may change.
+
+    Raises:
+        ValueError: (as InputError) another process works in the folder, it is of another run, or it is damaged.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], environment: dict[str, Any]) -> None:
+        self.folder = folder
+        self._lock = _lock(folder)
+        self._waiting: list[Step] = []  # steps without a line
+        self._unsynced: list[Path] = []
+        self._busy: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "slimllm-journal")
+        try:
+            self.environment, self.steps = _open(folder, identity, environment)
+        except BaseException:
+            self.close()
+            raise
+
+    def done(self, stage: str) -> list[Step]:
+        """The steps of a stage, oldest first."""
+        return [step for step in self.steps if step["stage"] == stage]
+
+    def include(self, path: Path) -> None:
+        """A file that the next step tells of."""
+        self._unsynced.append(path)
+
+    def record(self, stage: str, state: dict[str, torch.Tensor], **data: Any) -> None:
+        """A step is done. Takes the time of a copy of the state; the rest is done beside the work.
+
+        Args:
+            stage: The stage it belongs to.
+            state: What the run goes on with after this step; it may be overwritten when this returns.
+            data: Plain JSON data about the step.
+
+        Raises:
+            ValueError: (as OutputError) the disk did not take this step or one before.
+        """
+        step = {"stage": stage, **data}
+        self._waiting.append(step)
+        self.steps.append(step)
+        if self._busy is not None and not self._busy.done():
+            return
+        self._settle()
+        name = f"state-{len(self.steps)}.safetensors"
+        beside = self.folder / f"{name}.partial"
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in state.items()}, beside)
+        except Exception as error:  # safetensors raises its own type for a full disk
+            raise OutputError(f"Writing to {self.folder} failed: {error}.") from error
+        step["state"] = name
+        work = self._waiting, [*self._unsynced, beside]
+        self._waiting, self._unsynced = [], []
+        self._busy = self._thread.submit(self._write, *work, self.folder / name)
+
+    def _write(self, steps: list[Step], files: list[Path], state: Path) -> None:
+        for file in files:
+            sync(file)
+        steps[-1]["state_crc"] = _crc(files[-1])
+        os.replace(files[-1], state)
+        sync(self.folder)
+        _append(self.folder, steps)
+        for old in self.folder.glob("state-*.safetensors"):
+            if old != state:
+                old.unlink()
+
+    def _settle(self) -> None:
+        """Wait for the thread, and hear of its errors."""
+        try:
+            if self._busy is not None:
+                self._busy.result()
+        except OSError as error:
+            raise OutputError(f"Writing to {self.folder} failed: {error}.") from error
+        finally:
+            self._busy = None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The state after the last step.
+
+        Raises:
+            ValueError: (as InputError) its file is missing or damaged.
+        """
+        path = self.folder / str(self.steps[-1].get("state"))
+        try:
+            if _crc(path) == self.steps[-1]["state_crc"]:
+                return load_file(path)
+        except (OSError, SafetensorError):
+            pass
+        raise damaged(path)
+
+    def finish(self) -> None:
+        """The result is complete and on the disk; all that is left is to move it to its place."""
+        self._settle()
+        step = {"stage": "finished"}
+        _append(self.folder, [*self._waiting, step])
+        self.steps.append(step)
+        self._waiting = []
+
+    def close(self) -> None:
+        """Let go of the folder, when what is on its way to the disk has arrived or failed."""
+        self._thread.shutdown()
+        os.close(self._lock)
+
+
+def last_stage(folder: Path) -> str | None:
+    """The stage of the last step of the run in a folder; None if there is no run that got so far as to be gone on with."""
+    try:
+        lines = _read(folder)[0]
+    except InputError:
+        return "damaged"
+    return str(lines[-1]["stage"]) if len(lines) > 1 else None
+
+
+def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[Step]]:
+    """The journal that is there, if it is of this run, or a new one: the environment it was begun in, and its steps."""
+    first = json.loads(json.dumps({"identity": identity, "environment": environment}))
+    lines, length = _read(folder)
+    if not lines:
+        (folder / _NAME).unlink(missing_ok=True)
+        _append(folder, [first])
+        return environment, []
+    found, wanted = lines[0]["identity"], first["identity"]
+    for key in {**found, **wanted}:
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"The run that was interrupted had another {key} ({found.get(key)}) than this one ({wanted.get(key)}); "
+                f"give the same, or delete {folder} to start over."
+            )
+    with (folder / _NAME).open("r+b") as file:
+        file.truncate(length)
+    return lines[0]["environment"], lines[1:]
+
+
+def _read(folder: Path) -> tuple[list[Step], int]:
+    """The lines of a journal up to the last one that has a state, or is the end, and their length in bytes."""
+    path = folder / _NAME
+    content = path.read_bytes() if path.is_file() else b""
+    lines: list[Step] = []
+    length = kept = kept_length = 0
+    for line in content.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break  # it was being written
+        crc, _, text = line[:-1].partition(b" ")
+        if crc != b"%08x" % zlib.crc32(text):
+            raise damaged(path)
+        lines.append(json.loads(text))
+        length += len(line)
+        if len(lines) == 1 or "state" in lines[-1] or lines[-1]["stage"] == "finished":
+            kept, kept_length = len(lines), length
+    return lines[:kept], kept_length
+
+
+def damaged(path: Path) -> InputError:
+    """The error for a file of an interrupted run that is not what was written."""
+    folder = next(parent for parent in path.parents if parent.name.endswith(".partial"))
+    return InputError(f"{path} is missing or damaged, so the run cannot be gone on with; delete {folder} and start over.")
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
+    """A checksum of tensors on the CPU, by name."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        crc = zlib.crc32(content, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def _append(folder: Path, entries: list[Step]) -> None:
+    texts = [json.dumps(entry).encode() for entry in entries]
+    with (folder / _NAME).open("ab") as file:
+        file.write(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
+        file.flush()
+        os.fsync(file.fileno())
+    sync(folder)
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _lock(folder: Path) -> int:
+    """Take the folder for this process; the lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: (as InputError) another process has it.
+    """
+    path = folder / _LOCK
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last owner may have finished, and removed it, between the two lines.
+        if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    raise InputError(f"Another run is writing to {folder}; wait for it, or give another output folder.")

@@ -1,0 +1,178 @@
+"""One run: its clocks, its account of memory, the format of its result, its report, and what makes it this run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from slimllm import memory, ops
+from slimllm.allocation import Allocation
+from slimllm.calibration import calibration_name
+from slimllm.checkpoint import Checkpoint
+from slimllm.config import DTYPES, PruneConfig
+from slimllm.families import layer_spec
+from slimllm.journal import Journal, fingerprint
+from slimllm.layer import Layer
+from slimllm.native import OutputFormat, output_format
+from slimllm.pipeline import Outcome, batch_windows, perplexity_windows, prune_layers
+from slimllm.progress import ProgressCallback, Stopwatch
+from slimllm.report import PruneReport, versions
+from slimllm.source import CheckpointModel, ModelSource
+
+Notice = Callable[[str], None]
+OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # those with kernels that a run uses
+
+
+class Run:
+    """One run: the clocks, the account of memory, and the format, which is settled when the budgets are."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        token_ids: torch.Tensor,
+        config: PruneConfig,
+        notice: Notice,
+        started: float,
+    ) -> None:
+        self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
+        self.backend = ops.backend(source.device, OPERATIONS)
+        self.format: OutputFormat
+        self.sizes = source.sizes()
+        self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
+        self.account = memory.account(
+            source.config, self.sizes, token_ids.numel(), batch_windows(token_ids, config) * token_ids.shape[1],
+            source.head_dim, source.dtype, config.recovery,
+        )  # fmt: skip
+        memory.warm_up(source.device)
+        memory.reset_peak(source.device)
+        self.runtime_gib = memory.resident_gib()
+        self.watch = Stopwatch(source.device)
+        self.setup_s = time.perf_counter() - started
+        self.resumed_steps = 0
+
+    def go_on(self, journal: Journal) -> None:
+        """Count on from where the journal ends, and say what may be different now."""
+        last = journal.steps[-1]
+        self.resumed_steps = len(journal.steps)
+        self.watch.go_on(last["seconds"], last["elapsed_s"])
+        done = len(journal.done("prune")) or len(journal.done("dense"))
+        self.notice(f"Going on behind layer {done - 1} of the {'pruning' if journal.done('prune') else 'dense pass'}.")
+        now = environment_of(self.source.device)
+        if changed := [f"{key} {journal.environment.get(key)}" for key in now if journal.environment.get(key) != now[key]]:
+            self.notice(f"The run was begun with {', '.join(changed)}; the last digits of the result may depend on that.")
+
+    def prune(
+        self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, journal: Journal | None = None
+    ) -> Outcome:
+        return prune_layers(self.source, self.token_ids, self.config, self.watch, self._settle, store, progress, journal)
+
+    def _settle(self, allocation: Allocation) -> None:
+        for note in allocation.notes:
+            self.notice(f"{note}.")
+        new_bias = self.config.recovery != "none"
+        sizes = [
+            size.without(budget.units, budget.channels, self.config.head_unit, new_bias)
+            for size, budget in zip(self.sizes, allocation.budgets)
+        ]
+        dtype = DTYPES[self.config.dtype] if self.config.dtype else _config_dtype(self.source)
+        self.format = output_format(self.source.config, sizes, dtype)
+
+    def report(self, outcome: Outcome, model: str, out: str | None, parameters_after: int) -> PruneReport:
+        source, config, allocation = self.source, self.config, outcome.allocation
+        layers_before = sum(size.params for size in self.sizes)
+        layers_after = sum(layer["parameters_after"] for layer in outcome.layers)
+        for note in (added := allocation.note_of_biases(layers_before, layers_after, self.format.name)):
+            self.notice(f"{note}.")
+        before, windows = self.parameters_before, perplexity_windows(self.token_ids)
+        return PruneReport(
+            model=model,
+            out=out,
+            config=config.to_dict(),
+            allocation={
+                "target_params": allocation.target_params,
+                "pruned_layers": allocation.pruned_layers,
+                "alpha": allocation.alpha,
+                "round_to": allocation.round_to,
+                "notes": allocation.notes + added,
+            },
+            calibration={
+                "text": calibration_name(config),
+                "samples": self.token_ids.shape[0],
+                "seq_len": self.token_ids.shape[1],
+                "tokens": self.token_ids.numel(),
+                "perplexity_tokens": windows * self.token_ids.shape[1],
+                "perplexity_dense": _exp(outcome.loss_dense),
+                "perplexity_pruned": _exp(outcome.loss_pruned),
+            },
+            parameters={
+                "before": before,
+                "after": parameters_after,
+                "layers_before": layers_before,
+                "layers_after": layers_after,
+            },
+            achieved_ratio=1 - layers_after / layers_before,
+            achieved_ratio_model=1 - parameters_after / before,
+            elapsed_s=self.watch.elapsed_s(),
+            setup_s=self.setup_s,
+            dense_pass_s=outcome.dense_pass_s,
+            stages_s=dict(self.watch.seconds),
+            peak_host_gib=max(memory.peak_host_gib(), *(layer["peak_host_gib"] for layer in outcome.layers)),
+            peak_gpu_gib=memory.peak_gpu_gib(source.device),
+            memory_gib={"runtime": self.runtime_gib, **self.account},
+            backend=self.backend,
+            device=str(source.device),
+            compute_dtype=str(source.dtype).removeprefix("torch."),
+            format=self.format.name,
+            versions=versions(),
+            layers=outcome.layers,
+            resumed_steps=self.resumed_steps,
+        )
+
+
+def identity_of(source: CheckpointModel, token_ids: torch.Tensor, config: PruneConfig) -> dict[str, Any]:
+    """What two runs must have in common for one to go on with the other; weights are compared layer by layer."""
+    settings = config.to_dict()
+    del settings["calibration"], settings["device"]
+    model = source.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        model.pop(name, None)
+    description = json.dumps([model, source.shapes()], sort_keys=True, default=str)
+    others = [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
+    return {
+        "slimllm": versions()["slimllm"],
+        **settings,
+        "compute_dtype": str(source.dtype).removeprefix("torch."),
+        "calibration text, by checksum": fingerprint({"": token_ids}),
+        "model, by checksum": zlib.crc32(description.encode()),
+        "embeddings, by checksum": zlib.crc32(str(others).encode()),
+    }
+
+
+def environment_of(device: torch.device) -> dict[str, Any]:
+    """What the last digits of a result may depend on."""
+    cuda = device.type == "cuda"
+    return {
+        **{name: version for name, version in versions().items() if name in ("torch", "transformers", "triton")},
+        "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _exp(loss: float) -> float:
+    """Perplexity of a loss; a hopeless model's is capped, so that the report stays valid JSON."""
+    return math.exp(min(loss, 700.0))
+
+
+def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype a checkpoint is stored in, by its embeddings."""
+    return checkpoint.storage_dtype(f"{layer_spec(checkpoint.config.model_type).embedding}.weight")
+
+
+def _config_dtype(source: ModelSource) -> torch.dtype:
+    return weight_dtype(source.checkpoint) if isinstance(source, CheckpointModel) else source.dtype
