@@ -9,16 +9,17 @@ import torch
 from slimllm import ops
 from slimllm.allocation import LayerBudget
 from slimllm.config import PruneConfig
-from slimllm.layer import Batch, InnerActivations, Layer
+from slimllm.layer import InnerActivations, Layer
 from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputChange, head_moments, mean_output, refit_kept, relative
 from slimllm.selection import head_columns
 from slimllm.slicing import slice_attention
+from slimllm.states import Stream
 from slimllm.statistics import GramStatistics
 
 
 def prune_attention(
-    layer: Layer, batches: list[Batch], index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
+    layer: Layer, stream: Stream, index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
 ) -> dict[str, Any]:
     """Remove heads from a layer and let the residual stream pass its attention.
 
@@ -27,8 +28,8 @@ def prune_attention(
     """
     spec, sizes = layer.spec, layer.sizes()
     statistics = GramStatistics(sizes.num_heads * layer.head_dim, layer.device)
-    activations = InnerActivations(layer, spec.o_proj, spec.attention_norm, batches, index)
-    for number in range(len(batches)):
+    activations = InnerActivations(layer, spec.o_proj, spec.attention_norm, stream, index)
+    for number in range(len(stream)):
         with watch("forward"):
             _, inner = activations.first(number)
         with watch("statistics"):
@@ -63,9 +64,9 @@ def prune_attention(
 
     project = layer.linear(spec.o_proj)
     device_columns = columns.to(layer.device)
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(stream):
         with watch("forward"):
-            batch.tokens.add_(project(activations.again(number, device_columns)))
+            batch.add(project(activations.again(number, device_columns)))
     return {
         "kept_heads": heads.tolist(),
         "kept_kv_heads": kv_heads.tolist(),

@@ -24,6 +24,8 @@ from slimllm.families import layer_spec
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
+_MAPPED_BYTES = 64 * 2**20  # of a file that is open
+
 # What comes along with the weights when a model is written anew.
 _COMPANIONS = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -46,6 +48,10 @@ class Checkpoint(ABC):
     def storage_dtype(self, name: str) -> torch.dtype:
         """dtype in which a tensor is stored, bfloat16 if quantised; of a bias that is new, that of its weight."""
 
+    def dtype_in_memory(self) -> torch.dtype:
+        """What the weights are once they are read, by the embeddings."""
+        return self.storage_dtype(f"{layer_spec(self.config.model_type).embedding}.weight")
+
     @abstractmethod
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]: ...
 
@@ -64,8 +70,8 @@ class Checkpoint(ABC):
         """
         tensors = self._read(list(names))
         for name, tensor in tensors.items():
-            # The sum of |x| is finite exactly if every x is, short of overflow, which is then looked at closely.
-            if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+            # Either of them is NaN if any value is; and unlike a sum they are found without a copy.
+            if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
                 raise InputError(f"Tensor {name} of {self.path} holds NaN or infinite values; the checkpoint is damaged.")
         return tensors
 
@@ -107,7 +113,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
-        self.config = _read_config(path)
+        self.config = read_config(path)
         self._shard_of: dict[str, Path] = {}
         self._shape_of: dict[str, tuple[int, ...]] = {}
         self._dtype_of: dict[str, str] = {}
@@ -135,14 +141,17 @@ class SafetensorsCheckpoint(Checkpoint):
         return dtype
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        result = {}
+        result: dict[str, torch.Tensor] = {}
         for shard in sorted({self._shard_of[name] for name in names}):
+            waiting = [name for name in names if self._shard_of[name] == shard]
             try:
-                with safe_open(shard, framework="pt") as file:
-                    for name in names:
-                        if self._shard_of[name] == shard:
-                            # A copy, so that the mapped file does not stay in memory.
+                while waiting:
+                    with safe_open(shard, framework="pt") as file:
+                        mapped = 0
+                        while waiting and mapped < _MAPPED_BYTES:  # the mapped file counts as memory, too
+                            name = waiting.pop()
                             result[name] = file.get_tensor(name).clone()
+                            mapped += result[name].nbytes
             except (SafetensorError, OSError) as error:
                 raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
         return result
@@ -197,15 +206,20 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     return SafetensorsCheckpoint(download(str(model)), str(model))
 
 
-def download(model: str, code: bool = False) -> Path:
+def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path:
     """The folder of a model of the hub, fetched if it is not there yet; with its code only if `code`.
+
+    Args:
+        model: The hub id.
+        code: Fetch its Python files, too.
+        only: Fetch these files and no others.
 
     Raises:
         ValueError: (as InputError) there is no such model, or the hub cannot be reached.
     """
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_COMPANIONS, *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=list(only) or patterns))
     except HFValidationError:
         raise InputError(f"There is no folder or file {model}, and it cannot be the name of a model on the hub.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -214,7 +228,12 @@ def download(model: str, code: bool = False) -> Path:
         ) from None
 
 
-def _read_config(path: Path) -> PretrainedConfig:
+def read_config(path: Path) -> PretrainedConfig:
+    """The configuration in a folder.
+
+    Raises:
+        ValueError: (as InputError) there is none, or it is not of an unquantised causal language model that can be pruned.
+    """
     if not (path / "config.json").is_file():
         raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
     try:

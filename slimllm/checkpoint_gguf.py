@@ -83,6 +83,9 @@ class GGUFCheckpoint(Checkpoint):
         # GGUF keeps norms in fp32 whatever the weights are; a model has one dtype.
         return kinds.pop() if len(kinds) == 1 else torch.bfloat16
 
+    def dtype_in_memory(self) -> torch.dtype:
+        return torch.float32
+
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         return {name: self._read_tensor(name, self._entries[name]) for name in names}
 

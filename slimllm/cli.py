@@ -81,6 +81,8 @@ def prune_command(
         typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB: the run is done so that it fits.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="The same, of the GPU.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run for this folder that was interrupted, if one was.")
@@ -98,7 +100,7 @@ def prune_command(
         ratio=ratio, preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration, samples=samples,
         seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers, alpha=alpha,
         keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype,
-        device=device,
+        device=device, host_memory=host_memory, gpu_memory=gpu_memory,
     )  # fmt: skip
     command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
     stop = SafeStop(lambda sentence: errors.print(sentence, style="bold red"))
@@ -123,6 +125,31 @@ def prune_command(
         raise
     if not quiet:
         display.summary(report)
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF file, a hub id, or the name of a shape: llama-33b, …")],
+    ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")] = 0.2,
+    recovery: Annotated[str, typer.Option(help="affine, lstsq or none.")] = "affine",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="dtype of the written weights.")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="The same, of the GPU.")] = None,
+) -> None:
+    """What a run would take, from config.json alone: memory by its parts, disk, time, and how it would fit a budget."""
+    from slimllm.bench.forecast import forecast
+    from slimllm.config import PruneConfig
+    from slimllm.display import print_forecast
+
+    config = PruneConfig(
+        ratio=ratio, recovery=recovery, samples=samples, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
+        device=device, host_memory=host_memory, gpu_memory=gpu_memory,
+    )  # fmt: skip
+    print_forecast(console, forecast(model, config))
 
 
 @app.command("eval")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ PRESETS = ("default", "paper")
 HEAD_UNITS = ("kv-group", "query")
 RECOVERIES = ("affine", "lstsq", "none")
 FEATURE_SPACES = ("eigh", "function")
+GIB = 2**30
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -52,6 +55,8 @@ class PruneConfig:
             (bfloat16 for a quantised GGUF file).
         compute_dtype: dtype of the forward passes; None: float32 on a CPU, the checkpoint's own on a GPU.
         device: `cpu`, `cuda`, `cuda:1`, …; None: a GPU if there is one.
+        host_memory, gpu_memory: Budgets, such as `16GiB`: the most that the run may take of them, by its own account. What
+            is left open, `feature_space` and `batch_size` among it, and where the hidden states live, is chosen to fit.
 
     Raises:
         ValueError: (as InputError) a value is out of range; the sentence says which and what to give.
@@ -75,6 +80,8 @@ class PruneConfig:
     dtype: str | None = None
     compute_dtype: str | None = None
     device: str | None = None
+    host_memory: str | None = None
+    gpu_memory: str | None = None
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, (int, float))
@@ -110,6 +117,8 @@ class PruneConfig:
             )
         if self.device is not None:
             parse_device(self.device)
+        for name in ("host_memory", "gpu_memory"):
+            parse_bytes(name, getattr(self, name))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types; token ids appear as their shape."""
@@ -119,6 +128,20 @@ class PruneConfig:
         elif self.calibration is not None:
             settings["calibration"] = str(self.calibration)
         return settings
+
+
+def parse_bytes(name: str, value: str | None) -> float:
+    """A number of bytes such as `8GiB` or `24 GB`; infinity for None.
+
+    Raises:
+        ValueError: (as InputError) it is none.
+    """
+    if value is None:
+        return math.inf
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", str(value), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise InputError(f"{name} is an amount of memory with its unit, such as 16GiB, got {value!r}.")
+    return float(match[1]) * _UNITS[match[2].upper()]
 
 
 def parse_device(name: str | None) -> torch.device:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from slimllm.bench.forecast import Forecast
+from slimllm.config import GIB
 from slimllm.doctor import Diagnosis
 from slimllm.report import PruneReport
 
@@ -83,6 +85,40 @@ def print_summary(console: Console, report: PruneReport) -> None:
         lines.append(f"GPU     {report.peak_gpu_gib:.2f} GiB at most")
     lines.append(f"saved   {report.out} ({report.format}); details in report.json")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def print_forecast(console: Console, forecast: Forecast) -> None:
+    """What a run would take, part by part, and how it would be done."""
+    plan = forecast.plan
+    console.print(
+        f"{forecast.model}: {forecast.num_layers} layers, {forecast.params / 1e9:.2f} billion parameters, "
+        f"computed in {forecast.compute_dtype} on {forecast.device}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for title, parts, phase in (
+        ("GPU memory", plan.gpu, plan.gpu_phase), ("host memory", plan.host, plan.host_phase), ("disk", plan.disk, ""),
+    ):  # fmt: skip
+        if parts:
+            when = f"in the phase '{phase}': " if phase else ""
+            account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)
+            table.add_row(title, f"{sum(parts.values()) / GIB:.2f} GiB", f"{when}{account}")
+    table.add_row("time", f"{_duration(forecast.seconds)}", "about, by counted operations and this machine's rates")
+    where = {
+        "device": "in memory" if forecast.device == "cpu" else "on the GPU",
+        "host": "in host memory",
+        "disk": "in files",
+    }
+    table.add_row("placement", "", f"hidden states {where[plan.placement.states]}; one layer at a time")
+    for choice in plan.choices:
+        table.add_row("to fit", "", choice)
+    console.print(table, highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def show_diagnosis(console: Console, diagnosis: Diagnosis, settings: dict[str, str]) -> None:

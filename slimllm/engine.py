@@ -21,7 +21,7 @@ from slimllm.progress import ProgressCallback
 from slimllm.report import PruneReport
 from slimllm.run import OPERATIONS, Notice, Run, environment_of, identity_of, weight_dtype
 from slimllm.source import CheckpointModel, InMemoryModel
-from slimllm.writer import CheckpointWriter, check_destination, check_interrupted, check_space
+from slimllm.writer import CheckpointWriter, check_destination, check_interrupted, check_space, partial_folder
 
 
 def prune(
@@ -75,8 +75,8 @@ def prune(
         notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
     tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
     token_ids = calibration_windows(config, tokenizer, source.config, notice)
-    run = Run(source, token_ids, config, notice, started)
-    identity, environment = identity_of(source, token_ids, config), environment_of(device)
+    run = Run(source, token_ids, config, notice, started, partial_folder(out))
+    identity, environment = identity_of(source, token_ids, run.plan), environment_of(device)
     writer = CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment)
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -99,9 +99,7 @@ def prune(
                 writer.adopt_shard(index + 1)
         elif resume:
             notice("There is no interrupted run to go on with; this one starts at the beginning.")
-        # The hidden states of a layer are written before those of the one before are removed.
-        states = 2 * token_ids.numel() * source.config.hidden_size * source.dtype.itemsize
-        check_space(out, _bytes_to_write(source, dtype) + states - writer.total_size)
+        check_space(out, round(sum(run.plan.disk.values())) - writer.total_size)
         outcome = run.prune(store, progress, journal)
         with run.watch("write"):
             # One by one, so that only one of the large matrices is in memory as it was read.
@@ -135,7 +133,7 @@ def prune_model(
         model: A causal language model of a supported family, on one device.
         tokenizer_or_token_ids: What turns the calibration text into token ids, or the windows themselves, (samples,
             seq_len) int64.
-        config: The settings; `dtype`, `compute_dtype` and `device` do not apply, the model's own do.
+        config: The settings; `dtype`, `compute_dtype`, `device` and budgets of memory do not apply: the model has its own.
 
     Raises:
         ValueError: (as InputError) something about the input is wrong; the model is then untouched, unless its hidden
@@ -147,7 +145,7 @@ def prune_model(
     notice = notice or (lambda sentence: None)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}; to prune a folder, use prune().")
-    for name in ("dtype", "compute_dtype", "device"):
+    for name in ("dtype", "compute_dtype", "device", "host_memory", "gpu_memory"):
         if getattr(config, name) is not None:
             raise InputError(f"{name} does not apply to a model in memory, which keeps its own; leave it out.")
     devices = {parameter.device for parameter in model.parameters()}
@@ -183,9 +181,3 @@ def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.de
     if device.type == "cpu":
         return torch.float32  # exact, and half precision is slow on many CPUs
     return weight_dtype(checkpoint)
-
-
-def _bytes_to_write(source: CheckpointModel, dtype: torch.dtype | None) -> int:
-    """What the dense model would take on disk, an upper bound."""
-    parameters = sum(torch.Size(shape).numel() for shape in source.shapes().values())
-    return parameters * (dtype or weight_dtype(source.checkpoint)).itemsize

@@ -17,16 +17,18 @@ from slimllm import ops
 from slimllm.allocation import LayerBudget
 from slimllm.config import PruneConfig
 from slimllm.importance import input_importance
-from slimllm.layer import Batch, InnerActivations, Layer
+from slimllm.layer import InnerActivations, Layer
+from slimllm.memory import trim
 from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputChange, OutputMoments, mean_output, refit_kept, relative
 from slimllm.selection import select_channels
 from slimllm.slicing import slice_ffn, slice_output
+from slimllm.states import Stored, Stream
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
 
 
 def prune_ffn(
-    layer: Layer, batches: list[Batch], index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
+    layer: Layer, stream: Stream, index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
 ) -> dict[str, Any]:
     """Remove FFN channels from a layer and let the residual stream pass its FFN.
 
@@ -34,7 +36,7 @@ def prune_ffn(
         The FFN's part of the layer's report.
     """
     by = _by_channels if config.recovery == "lstsq" else _by_outputs
-    kept, importance, before, after = by(layer, batches, index, budget, config, watch)
+    kept, importance, before, after = by(layer, stream, index, budget, config, watch)
     return {
         "kept_channels": kept.tolist(),
         "channel_importance": importance.tolist(),
@@ -47,15 +49,15 @@ _Found = tuple[torch.Tensor, torch.Tensor, float, float]  # kept channels, impor
 
 
 def _by_channels(
-    layer: Layer, batches: list[Batch], index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
+    layer: Layer, stream: Stream, index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
 ) -> _Found:
     """From the Gram of the channels: selection, and the regression of what is removed on all that is kept."""
     spec = layer.spec
     weight = layer.linear(spec.down_proj).weight
     inputs = ColumnStatistics(weight.shape[0], layer.device)
     channels = GramStatistics(weight.shape[1], layer.device)
-    activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, batches, index)
-    for number in range(len(batches)):
+    activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, stream, index)
+    for number in range(len(stream)):
         with watch("forward"):
             x, inner = activations.first(number)
         with watch("statistics"):
@@ -66,19 +68,20 @@ def _by_channels(
         output_covariance = channels.of_product(weight)
         importance = _importance(layer, inputs, output_covariance, channels.norms(), config)
         kept = _select(importance, budget, config)
+    trim()  # before what takes most
     with watch("recovery"):
         refit = refit_kept(weight, channels, kept)
         layer.replace(slice_ffn(layer.tensors, spec, kept, refit.change))
         variance = output_covariance.diagonal()
     project, device_channels = layer.linear(spec.down_proj), kept.to(layer.device)
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(stream):
         with watch("forward"):
-            batch.tokens.add_(project(activations.again(number, device_channels)))
+            batch.add(project(activations.again(number, device_channels)))
     return kept, importance, relative(refit.before, variance), relative(refit.after, variance)
 
 
 def _by_outputs(
-    layer: Layer, batches: list[Batch], index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
+    layer: Layer, stream: Stream, index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
 ) -> _Found:
     """From the Gram of the output: selection, and the paper's regression of the output on what is left of it."""
     spec = layer.spec
@@ -87,9 +90,9 @@ def _by_outputs(
     inputs = ColumnStatistics(hidden_size, layer.device)
     channels = ColumnStatistics(num_channels, layer.device)
     outputs = GramStatistics(hidden_size, layer.device)
-    activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, batches, index)
-    dense_outputs: list[torch.Tensor] = []
-    for number in range(len(batches)):
+    activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, stream, index)
+    outputs_of: list[Stored] = []  # y of every batch, and later ŷ
+    for number in range(len(stream)):
         with watch("forward"):
             x, inner = activations.first(number)
             y = nn.functional.linear(inner, weight)
@@ -97,7 +100,7 @@ def _by_outputs(
             inputs.update(x.flatten(0, 1))
             channels.update(inner)
             outputs.update(y)
-        dense_outputs.append(y)
+            outputs_of.append(stream.store(y))
     del inner
     with watch("channels"):
         output_covariance = outputs.covariance()
@@ -109,12 +112,12 @@ def _by_outputs(
         layer.replace(slice_ffn(dense_tensors, spec, kept))
         kept_weight = layer.linear(spec.down_proj).weight
         paired = PairedMoments(outputs.mean(), mean_output(kept_weight, channels.mean()[device_channels])[0])
-    for number, y in enumerate(dense_outputs):
+    for number, stored in enumerate(outputs_of):
         with watch("forward"):
             y_hat = nn.functional.linear(activations.again(number, device_channels), kept_weight)
         with watch("statistics"):
-            paired.update(y, y_hat)
-            y.copy_(y_hat)
+            paired.update(stored.load(), y_hat)
+            stored.save(y_hat)
     with watch("recovery"):
         moments = OutputMoments(
             paired.mean_y, paired.mean_y_hat, output_covariance.diagonal(), paired.variance(), paired.covariance()
@@ -127,11 +130,10 @@ def _by_outputs(
             changed = slice_output(dense_tensors, spec.down_proj, kept, OutputChange(intercept, slope))
             layer.replace({**layer.tensors, **changed})
     bias, factor = layer.linear(spec.down_proj).bias, slope.float()  # in half precision it would be off by as much for all
-    for batch, y_hat in zip(batches, dense_outputs):
+    for batch, stored in zip(stream, outputs_of):
         with watch("forward"):  # ŷ is made already, but for the factor and the bias
-            batch.tokens.add_(y_hat * factor)
-            if bias is not None:
-                batch.tokens.add_(bias)
+            output = stored.load() * factor
+            batch.add(output if bias is None else output.add_(bias))
     return kept, importance, before, after
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from slimllm.errors import InputError, OutputError
 
@@ -112,16 +112,16 @@ class Journal:
         finally:
             self._busy = None
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """The state after the last step.
+    def state(self) -> Any:
+        """The state after the last step, as an open safetensors file, from which its tensors are read one by one.
 
         Raises:
-            ValueError: (as InputError) its file is missing or damaged.
+            ValueError: (as InputError) it is missing or damaged.
         """
         path = self.folder / str(self.steps[-1].get("state"))
         try:
             if _crc(path) == self.steps[-1]["state_crc"]:
-                return load_file(path)
+                return safe_open(path, framework="pt")
         except (OSError, SafetensorError):
             pass
         raise damaged(path)

@@ -2,7 +2,7 @@
 
 Both sub-layers have the form h += project(inner(norm(h))). What was kept of a pruned one produces what it produced
 before, so the pruned output is a product with the kept columns and no layer runs twice, unless keeping the inner
-activations of all tokens would take more than KEEP_INNER_BYTES: then the sliced, cheaper module makes them again.
+activations of all tokens would take more than the stream allows: then the sliced, cheaper module makes them again.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import nn
 from slimllm.families import LayerSpec
 from slimllm.progress import Stopwatch
 from slimllm.slicing import LayerSizes, Tensors, install, layer_sizes
-
-KEEP_INNER_BYTES = 256 * 2**20
+from slimllm.states import Stream
 
 
 @dataclass
@@ -48,19 +47,6 @@ class Layer:
         return layer_sizes(shapes, self.spec, self.head_dim)
 
 
-@dataclass
-class Batch:
-    """Windows that go through a layer together: the residual stream (batch, seq_len, D), updated in place."""
-
-    hidden: torch.Tensor
-    kwargs: list[dict[str, Any]]  # the arguments of every layer
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """The residual stream as (num_tokens, D), the same memory."""
-        return self.hidden.view(-1, self.hidden.shape[-1])
-
-
 def run_layer(layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """The layer's own forward pass."""
     output = layer.module(hidden, **kwargs)
@@ -81,40 +67,39 @@ def inner_activations(layer: Layer, projection: str, hidden: torch.Tensor, kwarg
     return inner.flatten(0, 1)
 
 
-def pass_sublayer(layer: Layer, projection: str, batches: list[Batch], index: int, watch: Stopwatch) -> None:
+def pass_sublayer(layer: Layer, projection: str, stream: Stream, index: int, watch: Stopwatch) -> None:
     """Let the residual stream pass a sub-layer that is not pruned, named by its output projection."""
     attention = projection == layer.spec.o_proj
     norm = layer.module.get_submodule(layer.spec.attention_norm if attention else layer.spec.ffn_norm)
     project = layer.linear(projection)
-    for batch in batches:
+    for batch in stream:
         with watch("forward"):
             kwargs = batch.kwargs[index] if attention else None
-            batch.tokens.add_(project(inner_activations(layer, projection, norm(batch.hidden), kwargs)))
+            batch.add(project(inner_activations(layer, projection, norm(batch.hidden.load()), kwargs)))
 
 
 class InnerActivations:
     """The inputs of a sub-layer's output projection, batch by batch, twice: first all of them, then the kept columns.
 
-    Between the two they are kept, if those of all tokens take no more than KEEP_INNER_BYTES; otherwise the second time
+    Between the two they are kept, if those of all tokens take no more than the stream allows; otherwise the second time
     the layer, sliced by then, makes them again.
 
     Args:
         layer: The layer.
         projection, norm: Names of the sub-layer's output projection and of the norm before it.
-        batches: The residual stream before the sub-layer.
+        stream: The residual stream before the sub-layer.
         index: The layer's number, for its arguments.
     """
 
-    def __init__(self, layer: Layer, projection: str, norm: str, batches: list[Batch], index: int) -> None:
-        self._layer, self._projection, self._batches, self._index = layer, projection, batches, index
+    def __init__(self, layer: Layer, projection: str, norm: str, stream: Stream, index: int) -> None:
+        self._layer, self._projection, self._stream, self._index = layer, projection, stream, index
         self._norm = layer.module.get_submodule(norm)
-        tokens = sum(len(batch.tokens) for batch in batches)
-        num_bytes = tokens * layer.linear(projection).weight.shape[1] * batches[0].hidden.element_size()
-        self._kept: dict[int, torch.Tensor] | None = {} if num_bytes <= KEEP_INNER_BYTES else None
+        num_bytes = stream.num_tokens * layer.linear(projection).weight.shape[1] * layer.dtype.itemsize
+        self._kept: dict[int, torch.Tensor] | None = {} if num_bytes <= stream.placement.keep_inner_bytes else None
 
     def first(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The input of the sub-layer, (batch, seq_len, D), and that of its output projection, (num_tokens, features)."""
-        x = self._norm(self._batches[number].hidden)
+        x = self._norm(self._stream[number].hidden.load())
         inner = self._make(number, x)
         if self._kept is not None:
             self._kept[number] = inner
@@ -124,9 +109,9 @@ class InnerActivations:
         """The columns that are left, (num_tokens, len(columns)); once for each batch."""
         if self._kept is not None:
             return self._kept.pop(number).index_select(1, columns)
-        return self._make(number, self._norm(self._batches[number].hidden))
+        return self._make(number, self._norm(self._stream[number].hidden.load()))
 
     def _make(self, number: int, x: torch.Tensor) -> torch.Tensor:
         attention = self._projection == self._layer.spec.o_proj
-        kwargs = self._batches[number].kwargs[self._index] if attention else None
+        kwargs = self._stream[number].kwargs[self._index] if attention else None
         return inner_activations(self._layer, self._projection, x, kwargs)

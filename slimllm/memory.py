@@ -1,4 +1,4 @@
-"""Peak memory of a run, measured by the operating system, and the account of what it should be."""
+"""Peak memory of a run, measured by the operating system."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
-from slimllm.layer import KEEP_INNER_BYTES
-from slimllm.slicing import LayerSizes
-
-GIB = 2**30
+from slimllm.config import GIB as GIB
 
 
 def reset_peak(device: torch.device) -> None:
@@ -53,48 +49,6 @@ def peak_host_gib() -> float:
 def peak_gpu_gib(device: torch.device) -> float:
     """Peak memory allocated on the GPU since `reset_peak`, in GiB; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
-
-
-def account(
-    config: PretrainedConfig,
-    sizes: list[LayerSizes],
-    tokens: int,
-    batch_tokens: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    recovery: str,
-) -> dict[str, float]:
-    """The parts of a run's peak beside the runtime, in GiB: embeddings, two layers, statistics and hidden states.
-
-    Args:
-        config: The model's configuration.
-        sizes: Sizes of its decoder layers.
-        tokens: Number of calibration tokens.
-        batch_tokens: Tokens that go through a layer together.
-        head_dim: Size of an attention head.
-        dtype: dtype of the forward passes.
-        recovery: `lstsq` has a Gram of the channels.
-    """
-    hidden_size, item = config.hidden_size, dtype.itemsize
-    heads = max(size.num_heads for size in sizes) * head_dim
-    widest = max(size.intermediate_size for size in sizes)
-    square = max(hidden_size, heads) ** 2
-    channels, across = (widest**2, 4 * 8 * widest * hidden_size) if recovery == "lstsq" else (0, 0)
-    num_bytes = {
-        # The output head, as it is stored and as it computes; it stays behind no longer than it is needed.
-        "embeddings": config.vocab_size * hidden_size * (2 + 4),
-        "two_layers": 2 * max(size.params for size in sizes) * 4,
-        # A Gram in fp32, its centred copy, eigenvectors and the decomposition's workspace in fp64.
-        # `lstsq`: the Gram of the channels, what of it belongs to the kept ones, in fp32 and fp64, and the system, which
-        # its factor replaces; and the weight's size in fp64 for right-hand sides, solution and change.
-        "statistics": max(square * (4 + 5 * 8), channels * (2 * 4 + 2 * 8) + across),
-        # The residual stream, the dense outputs of the sub-layer at work, the inputs of its output projection where
-        # they are kept, and one batch's activations inside the FFN (gate, its activation, up, their product).
-        "hidden_states": tokens * item * 2 * hidden_size
-        + min(tokens * widest * item, KEEP_INNER_BYTES)
-        + 4 * batch_tokens * widest * item,
-    }
-    return {name: size / GIB for name, size in num_bytes.items()}
 
 
 def _status(field: str) -> float:

@@ -16,16 +16,17 @@ from slimllm.errors import InputError
 from slimllm.ffn import prune_ffn
 from slimllm.importance import layer_similarity
 from slimllm.journal import Journal, fingerprint
-from slimllm.layer import Batch, Layer, pass_sublayer, run_layer
+from slimllm.layer import Layer, pass_sublayer, run_layer
 from slimllm.memory import peak_host_gib, trim
+from slimllm.plan import batch_windows
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.skeleton import record_layer_inputs
 from slimllm.slicing import LayerSizes
 from slimllm.source import ModelSource
+from slimllm.states import Batch, Placement, Stream
 
 # So many calibration tokens give the perplexity before and after; the output head is too costly to run on all.
 PERPLEXITY_TOKENS = 256
-_TOKENS_PER_BATCH = 1024
 
 
 @dataclass
@@ -45,6 +46,7 @@ def prune_layers(
     source: ModelSource,
     token_ids: torch.Tensor,
     config: PruneConfig,
+    placement: Placement,
     watch: Stopwatch,
     on_allocation: Callable[[Allocation], None],
     store: Callable[[int, Layer], int],
@@ -57,6 +59,7 @@ def prune_layers(
         source: The model.
         token_ids: Calibration windows (samples, seq_len) int64.
         config: The settings.
+        placement: Where what is as large as all tokens lives.
         watch: Gathers seconds by stage.
         on_allocation: Told how much every layer will give, before the first one is touched.
         store: Takes every finished layer, in order, and says how many parameters it has.
@@ -66,29 +69,27 @@ def prune_layers(
     sizes = source.sizes()
     shapes = [_shape(source, size, config) for size in sizes]
     allocate([1.0] * len(shapes), shapes, config)  # whether the model can give so much shows before the dense pass
-    with watch("read"):
-        embeddings = source.embed(token_ids)
-    batches = _batches(source, embeddings.clone(), config)
-    similarity = _dense_pass(source, batches, watch, progress, journal)
-    final_dense = _perplexity_states(batches)
+    stream = _stream(source, token_ids, config, placement, watch)
+    similarity = _dense_pass(source, stream, watch, progress, journal)
+    final_dense = _perplexity_states(stream)
     trim()
     allocation = allocate(similarity, shapes, config)
     on_allocation(allocation)
     outcome = Outcome(similarity, allocation, dense_pass_s=watch.seconds["dense pass"])
 
-    batches = _batches(source, embeddings, config)
-    del embeddings
+    del stream  # before the next one is made
+    stream = _stream(source, token_ids, config, placement, watch)
     if journal and journal.done("prune"):
         outcome.layers = [step["report"] for step in journal.done("prune")]
-        final_dense = _restore(batches, journal)["final_dense"].to(source.device)
+        final_dense = _restore(stream, journal, "final_dense")
     for index, budget in enumerate(allocation.budgets):
         if index < len(outcome.layers):
             continue
         start = time.perf_counter()
         with watch("read"):
             layer = source.load(index)
-        report = _prune_layer(layer, batches, index, budget, config, watch)
-        if not all(bool(batch.hidden.isfinite().all()) for batch in batches):
+        report = _prune_layer(layer, stream, index, budget, config, watch)
+        if not all(bool(batch.hidden.load().isfinite().all()) for batch in stream):
             raise _overflow(source, index, "pruned")
         with watch("write"):
             parameters_after = store(index, layer)
@@ -103,13 +104,14 @@ def prune_layers(
         outcome.layers.append(report)
         if journal:
             with watch("journal"):
-                journal.record("prune", {**_states(batches), "final_dense": final_dense}, report=report, **watch.so_far())
+                journal.record("prune", {**_states(stream), "final_dense": final_dense}, report=report, **watch.so_far())
         if progress:
             progress("prune", index, source.num_layers, report)
     with watch("perplexity"):
         windows = token_ids[: perplexity_windows(token_ids)]
-        final_pruned = _perplexity_states(batches)
-        del batches
+        final_pruned = _perplexity_states(stream)
+        del stream
+        trim()
         outcome.loss_dense, outcome.loss_pruned = source.losses([final_dense, final_pruned], windows)
         trim()
     return outcome
@@ -117,7 +119,7 @@ def prune_layers(
 
 def _dense_pass(
     source: ModelSource,
-    batches: list[Batch],
+    stream: Stream,
     watch: Stopwatch,
     progress: ProgressCallback | None,
     journal: Journal | None,
@@ -125,31 +127,31 @@ def _dense_pass(
     """c of every layer, the mean cosine over tokens of its input with its output."""
     done = journal.done("dense") if journal else []
     similarity = [step["similarity"] for step in done]
-    tokens = sum(len(batch.tokens) for batch in batches)
     for index, step in enumerate(done):
         if fingerprint(source.weights(index)) != step["weights"]:
             raise InputError(
                 f"Layer {index} has other weights than when the run was begun; give the same model, or start over."
             )
     if done and journal and not journal.done("prune"):
-        _restore(batches, journal)
+        _restore(stream, journal)
     for index in range(len(done), source.num_layers):
         with watch("read"):
             layer = source.load(index)
         total = torch.zeros((), dtype=torch.float64, device=source.device)
-        for batch in batches:
+        for batch in stream:
+            hidden_in = batch.hidden.load()
             with watch("dense pass"):
-                hidden = run_layer(layer, batch.hidden, batch.kwargs[index])
+                hidden_out = run_layer(layer, hidden_in, batch.kwargs[index])
             with watch("statistics"):
-                total += layer_similarity(batch.hidden, hidden)
-                batch.hidden.copy_(hidden)
+                total += layer_similarity(hidden_in, hidden_out)
+                batch.hidden.save(hidden_out)
         if not bool(total.isfinite()):
             raise _overflow(source, index, "dense")
-        similarity.append(float(total) / tokens)
+        similarity.append(float(total) / stream.num_tokens)
         if journal:
             with watch("journal"):
                 journal.record(
-                    "dense", _states(batches), similarity=similarity[-1], weights=fingerprint(layer.tensors),
+                    "dense", _states(stream), similarity=similarity[-1], weights=fingerprint(layer.tensors),
                     **watch.so_far(),
                 )  # fmt: skip
         del layer  # before the next one is read
@@ -158,16 +160,16 @@ def _dense_pass(
     return similarity
 
 
-def _states(batches: list[Batch]) -> dict[str, torch.Tensor]:
-    return {f"hidden.{number}": batch.hidden for number, batch in enumerate(batches)}
+def _states(stream: Stream) -> dict[str, torch.Tensor]:
+    return {f"hidden.{number}": batch.hidden.stored() for number, batch in enumerate(stream)}
 
 
-def _restore(batches: list[Batch], journal: Journal) -> dict[str, torch.Tensor]:
-    """Put the residual stream back to where it was after the journal's last step; whatever else belongs to that."""
-    state = journal.state()
-    for number, batch in enumerate(batches):
-        batch.hidden.copy_(state.pop(f"hidden.{number}"))
-    return state
+def _restore(stream: Stream, journal: Journal, other: str | None = None) -> torch.Tensor:
+    """Put the residual stream back to where it was after the journal's last step; and another tensor of that state."""
+    with journal.state() as state:
+        for number, batch in enumerate(stream):
+            batch.hidden.save(state.get_tensor(f"hidden.{number}"))
+        return state.get_tensor(other).clone() if other else torch.empty(0)
 
 
 def _overflow(source: ModelSource, index: int, which: str) -> InputError:
@@ -178,17 +180,17 @@ def _overflow(source: ModelSource, index: int, which: str) -> InputError:
 
 
 def _prune_layer(
-    layer: Layer, batches: list[Batch], index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
+    layer: Layer, stream: Stream, index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
 ) -> dict[str, Any]:
     report: dict[str, Any] = {"index": index, "ratio": budget.ratio}
     if budget.units:
-        report |= prune_attention(layer, batches, index, budget, config, watch)
+        report |= prune_attention(layer, stream, index, budget, config, watch)
     else:
-        pass_sublayer(layer, layer.spec.o_proj, batches, index, watch)
+        pass_sublayer(layer, layer.spec.o_proj, stream, index, watch)
     if budget.channels:
-        report |= prune_ffn(layer, batches, index, budget, config, watch)
+        report |= prune_ffn(layer, stream, index, budget, config, watch)
     else:
-        pass_sublayer(layer, layer.spec.down_proj, batches, index, watch)
+        pass_sublayer(layer, layer.spec.down_proj, stream, index, watch)
     sizes = layer.sizes()
     return {
         "kept_heads": list(range(sizes.num_heads)),
@@ -201,30 +203,25 @@ def _prune_layer(
     }
 
 
-def _batches(source: ModelSource, embeddings: torch.Tensor, config: PruneConfig) -> list[Batch]:
-    """The residual stream before the first layer, in batches of windows, and how each layer is called on it.
-
-    The batches may be views of `embeddings`, which the loop then overwrites.
-    """
-    batches: list[Batch] = []
-    for part in embeddings.split(batch_windows(embeddings, config)):
-        hidden, kwargs = record_layer_inputs(source.model, source.spec, part)
-        if batches and hidden.shape == batches[0].hidden.shape:
-            kwargs = batches[0].kwargs  # they depend on the shape of a batch alone, and masks are large
-        batches.append(Batch(hidden, kwargs))
-    return batches
-
-
-def _perplexity_states(batches: list[Batch]) -> torch.Tensor:
-    """A copy of the hidden states of the first windows, (perplexity_windows, seq_len, D)."""
-    seq_len = batches[0].hidden.shape[1]
-    wanted = max(1, PERPLEXITY_TOKENS // seq_len)
-    return torch.cat([batch.hidden for batch in batches[:wanted]])[:wanted].clone()
+def _stream(
+    source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, placement: Placement, watch: Stopwatch
+) -> Stream:
+    """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
+    stream = Stream(placement)
+    with watch("read"):
+        embed = source.embedder()
+        for windows in token_ids.split(batch_windows(len(token_ids), token_ids.shape[1], config.batch_size)):
+            hidden, kwargs = record_layer_inputs(source.model, source.spec, embed(windows))
+            if stream.batches and hidden.shape == stream[0].hidden.shape:
+                kwargs = stream[0].kwargs  # they depend on the shape of a batch alone, and masks are large
+            stream.batches.append(Batch(stream.store(hidden), kwargs))
+    return stream
 
 
-def batch_windows(windows: torch.Tensor, config: PruneConfig) -> int:
-    """How many of the windows (samples, seq_len, …) go through a layer together."""
-    return min(len(windows), config.batch_size or max(1, _TOKENS_PER_BATCH // windows.shape[1]))
+def _perplexity_states(stream: Stream) -> torch.Tensor:
+    """A copy of the hidden states of the first windows, (perplexity_windows, seq_len, D), in host memory."""
+    wanted = max(1, PERPLEXITY_TOKENS // stream[0].hidden.shape[1])
+    return torch.cat([batch.hidden.stored()[:wanted].cpu() for batch in stream.batches[:wanted]])[:wanted].clone()
 
 
 def perplexity_windows(token_ids: torch.Tensor) -> int:

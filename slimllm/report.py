@@ -35,7 +35,8 @@ class PruneReport:
         dense_pass_s: Seconds of computing in one forward pass of the dense decoder layers over the same tokens.
         stages_s: Seconds by stage.
         peak_host_gib, peak_gpu_gib: Peak memory of the run.
-        memory_gib: The account of the host's peak, part by part.
+        memory_gib, gpu_memory_gib: The account of the two peaks, part by part, made before the run.
+        plan: Where things lived, the settings chosen to fit the budgets, and the account of the disk.
         backend, device, compute_dtype, format: What ran, and the architecture written.
         versions: Of python, torch, triton (where it is installed), transformers, slimllm.
         layers: One entry per layer: index, similarity (c), ratio, num_heads, num_kv_heads, intermediate_size,
@@ -68,6 +69,8 @@ class PruneReport:
     versions: dict[str, str]
     layers: list[dict[str, Any]] = field(default_factory=list)
     resumed_steps: int = 0
+    gpu_memory_gib: dict[str, float] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write report.json into the folder."""

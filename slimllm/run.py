@@ -7,6 +7,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from slimllm import memory, ops
 from slimllm.allocation import Allocation
 from slimllm.calibration import calibration_name
 from slimllm.checkpoint import Checkpoint
-from slimllm.config import DTYPES, PruneConfig
+from slimllm.config import DTYPES, GIB, PruneConfig
 from slimllm.families import layer_spec
 from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Layer
 from slimllm.native import OutputFormat, output_format
-from slimllm.pipeline import Outcome, batch_windows, perplexity_windows, prune_layers
+from slimllm.pipeline import Outcome, perplexity_windows, prune_layers
+from slimllm.plan import GPU_RUNTIME, Plan, batch_windows, make_plan, sizes_of
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.report import PruneReport, versions
 from slimllm.source import CheckpointModel, ModelSource
@@ -39,19 +41,18 @@ class Run:
         config: PruneConfig,
         notice: Notice,
         started: float,
+        folder: Path | None = None,
     ) -> None:
         self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
         self.backend = ops.backend(source.device, OPERATIONS)
         self.format: OutputFormat
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
-        self.account = memory.account(
-            source.config, self.sizes, token_ids.numel(), batch_windows(token_ids, config) * token_ids.shape[1],
-            source.head_dim, source.dtype, config.recovery,
-        )  # fmt: skip
         memory.warm_up(source.device)
         memory.reset_peak(source.device)
-        self.runtime_gib = memory.resident_gib()
+        self.plan = plan_of(source, token_ids.shape, config, folder)
+        for choice in self.plan.choices:
+            self.notice(f"To fit the budget, {choice}.")
         self.watch = Stopwatch(source.device)
         self.setup_s = time.perf_counter() - started
         self.resumed_steps = 0
@@ -70,7 +71,10 @@ class Run:
     def prune(
         self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, journal: Journal | None = None
     ) -> Outcome:
-        return prune_layers(self.source, self.token_ids, self.config, self.watch, self._settle, store, progress, journal)
+        return prune_layers(
+            self.source, self.token_ids, self.plan.config, self.plan.placement, self.watch, self._settle, store, progress,
+            journal,
+        )  # fmt: skip
 
     def _settle(self, allocation: Allocation) -> None:
         for note in allocation.notes:
@@ -124,7 +128,9 @@ class Run:
             stages_s=dict(self.watch.seconds),
             peak_host_gib=max(memory.peak_host_gib(), *(layer["peak_host_gib"] for layer in outcome.layers)),
             peak_gpu_gib=memory.peak_gpu_gib(source.device),
-            memory_gib={"runtime": self.runtime_gib, **self.account},
+            memory_gib={name: size / GIB for name, size in self.plan.host.items()},
+            gpu_memory_gib={name: size / GIB for name, size in self.plan.gpu.items()},
+            plan=self.plan.describe(),
             backend=self.backend,
             device=str(source.device),
             compute_dtype=str(source.dtype).removeprefix("torch."),
@@ -135,10 +141,23 @@ class Run:
         )
 
 
-def identity_of(source: CheckpointModel, token_ids: torch.Tensor, config: PruneConfig) -> dict[str, Any]:
+def plan_of(source: ModelSource, windows: tuple[int, ...], config: PruneConfig, folder: Path | None) -> Plan:
+    """How to prune a model with calibration windows (samples, seq_len), within the budgets of the settings."""
+    stored = source.checkpoint.dtype_in_memory() if isinstance(source, CheckpointModel) else source.dtype
+    params = sum(torch.Size(shape).numel() for shape in source.shapes().values())
+    dtypes = stored, source.dtype, DTYPES[config.dtype] if config.dtype else _config_dtype(source)
+    sizes = sizes_of(
+        source.config, source.sizes(), source.head_dim, params, dtypes, (windows[0], windows[1]), source.device
+    )  # fmt: skip
+    return make_plan(sizes, config, memory.resident_gib() * GIB, GPU_RUNTIME, folder)
+
+
+def identity_of(source: CheckpointModel, token_ids: torch.Tensor, plan: Plan) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other; weights are compared layer by layer."""
-    settings = config.to_dict()
-    del settings["calibration"], settings["device"]
+    settings = plan.config.to_dict()
+    for name in ("calibration", "device", "host_memory", "gpu_memory"):
+        del settings[name]
+    settings["batch_size"] = batch_windows(len(token_ids), token_ids.shape[1], plan.config.batch_size)
     model = source.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         model.pop(name, None)

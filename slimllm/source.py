@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from slimllm.layer import Layer
 from slimllm.native import head_dim_of
 from slimllm.skeleton import empty_module, expected_tensors, meta_model
 from slimllm.slicing import LayerSizes, Tensors, layer_sizes
+
+_VOCABULARY = 4096  # entries whose logits are in memory at a time
 
 
 class ModelSource(ABC):
@@ -43,12 +46,12 @@ class ModelSource(ABC):
         """A decoder layer, ready to compute."""
 
     @abstractmethod
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids (samples, seq_len) to embeddings (samples, seq_len, D)."""
+    def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes embeddings (samples, seq_len, D) of token ids (samples, seq_len); it holds the weight."""
 
     @abstractmethod
     def head(self) -> tuple[nn.Module, torch.Tensor]:
-        """The final norm, and the weight of the output head (vocabulary, D)."""
+        """The final norm, ready to compute, and the weight of the output head (vocabulary, D) as it is stored."""
 
     def sizes(self) -> list[LayerSizes]:
         """Sizes of every decoder layer."""
@@ -72,16 +75,18 @@ class ModelSource(ABC):
             token_ids: (samples, seq_len).
         """
         norm, weight = self.head()
-        result = []
-        for states in hidden:
-            total = 0.0
-            for window, ids in zip(states, token_ids.to(self.device)):
-                # A few tokens at a time: logits are wide.
-                for some, next_ids in zip(norm(window[:-1]).split(64), ids[1:].split(64)):
-                    logits = nn.functional.linear(some, weight).float()
-                    total += float(nn.functional.cross_entropy(logits, next_ids, reduction="sum"))
-            result.append(total / (len(token_ids) * (token_ids.shape[1] - 1)))
-        return result
+        targets = torch.cat([ids[1:] for ids in token_ids]).to(self.device)
+        inputs = [torch.cat([norm(window[:-1].to(self.device)) for window in states]) for states in hidden]
+        normalisers = [torch.full((len(targets),), -torch.inf, device=self.device) for _ in hidden]
+        chosen = [torch.zeros(len(targets), device=self.device) for _ in hidden]
+        for start in range(0, len(weight), _VOCABULARY):  # logits, and the head in the dtype of computing, are wide
+            some = weight[start : start + _VOCABULARY].to(self.device, self.dtype)
+            here = (targets >= start) & (targets < start + len(some))
+            for x, normaliser, own in zip(inputs, normalisers, chosen):
+                logits = nn.functional.linear(x, some).float()
+                torch.logaddexp(normaliser, logits.logsumexp(1), out=normaliser)
+                own[here] = logits[here, targets[here] - start]
+        return [float((normaliser - own).mean(dtype=torch.float64)) for normaliser, own in zip(normalisers, chosen)]
 
 
 class CheckpointModel(ModelSource):
@@ -113,9 +118,9 @@ class CheckpointModel(ModelSource):
         layer.replace(self.weights(index))
         return layer
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
         weight = self._read(f"{self.spec.embedding}.weight")
-        return nn.functional.embedding(token_ids, weight).to(self.device, self.dtype)
+        return lambda token_ids: nn.functional.embedding(token_ids, weight).to(self.device, self.dtype)
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         norm = empty_module(self.model, self.spec.final_norm)
@@ -126,7 +131,7 @@ class CheckpointModel(ModelSource):
         )
         tied = f"{self.spec.head}.weight" not in self._shapes
         weight = self._read(f"{self.spec.embedding if tied else self.spec.head}.weight")
-        return norm, weight.to(self.device, self.dtype)
+        return norm, weight
 
     def _read(self, name: str) -> torch.Tensor:
         return self.checkpoint.read([name])[name]
@@ -175,8 +180,9 @@ class InMemoryModel(ModelSource):
         module = self.model.get_submodule(f"{self.spec.layers}.{index}")
         return Layer(module, self.weights(index), self.spec, self.head_dim, self.device, self.dtype)
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.get_input_embeddings()(token_ids.to(self.device))
+    def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        embedding = self.model.get_input_embeddings()
+        return lambda token_ids: embedding(token_ids.to(self.device))
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         return self.model.get_submodule(self.spec.final_norm), self.model.get_output_embeddings().weight

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slimllm
 from slimllm import InputError, PruneConfig, PruneReport
-from slimllm.layer import KEEP_INNER_BYTES
+from slimllm.states import Placement
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -129,10 +130,10 @@ def test_batch_size_changes_rounding_only(stories: Any, token_ids: torch.Tensor)
 def test_inner_activations_kept_or_made_again(
     stories: Any, token_ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, recovery: str
 ) -> None:
-    assert token_ids.numel() * 172 * 4 < KEEP_INNER_BYTES
+    assert token_ids.numel() * 172 * 4 < Placement().keep_inner_bytes
     kept, again = copy.deepcopy(stories), copy.deepcopy(stories)
     first = slimllm.prune_model(kept, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
-    monkeypatch.setattr("slimllm.layer.KEEP_INNER_BYTES", 0)
+    monkeypatch.setattr("slimllm.plan.Placement", partial(Placement, keep_inner_bytes=0))
     second = slimllm.prune_model(again, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
     assert [r["kept_channels"] for r in first.layers] == [r["kept_channels"] for r in second.layers]
     assert torch.allclose(logits(kept, token_ids[:2]), logits(again, token_ids[:2]), atol=1e-3)

@@ -17,6 +17,7 @@ from slimllm.config import PruneConfig
 from slimllm.pipeline import prune_layers
 from slimllm.progress import Stopwatch
 from slimllm.source import InMemoryModel
+from slimllm.states import Placement
 
 
 def run_engine(model: Any, token_ids: torch.Tensor, config: PruneConfig) -> tuple[list[dict[str, Any]], list[Any], Any]:
@@ -24,7 +25,7 @@ def run_engine(model: Any, token_ids: torch.Tensor, config: PruneConfig) -> tupl
     pruned = copy.deepcopy(model)
     budgets: list[LayerBudget] = []
     outcome = prune_layers(
-        InMemoryModel(pruned), token_ids, config, Stopwatch(torch.device("cpu")),
+        InMemoryModel(pruned), token_ids, config, Placement(), Stopwatch(torch.device("cpu")),
         on_allocation=lambda allocation: budgets.extend(allocation.budgets), store=lambda index, layer: None,
     )  # fmt: skip
     return outcome.layers, budgets, pruned

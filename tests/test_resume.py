@@ -298,7 +298,10 @@ def test_signals(tmp_path: Path, number: signal.Signals) -> None:
     command += ["--samples", "100", "--seq-len", "512", "--batch-size", "1"]  # long enough to be met at work
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.partial/state-*")) and running.poll() is None and time.monotonic() < deadline:
+    journal = tmp_path / ".out.partial" / "journal.jsonl"
+    while running.poll() is None and time.monotonic() < deadline:
+        if journal.is_file() and len(journal.read_bytes().splitlines()) > 2:  # its first line, and two layers
+            break
         time.sleep(0.02)
     running.send_signal(number)
     _, err = running.communicate(timeout=60)

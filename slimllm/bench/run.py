@@ -29,7 +29,8 @@ from slimllm.errors import InputError
 from slimllm.native import head_dim_of
 from slimllm.source import CheckpointModel
 
-_COPIED = ("elapsed_s", "dense_pass_s", "stages_s", "peak_host_gib", "peak_gpu_gib", "memory_gib", "parameters",
+_COPIED = ("elapsed_s", "dense_pass_s", "stages_s", "peak_host_gib", "peak_gpu_gib", "memory_gib", "gpu_memory_gib",
+           "plan", "parameters",
            "achieved_ratio", "backend", "device", "compute_dtype", "versions")  # fmt: skip
 
 
@@ -40,7 +41,7 @@ class Setting:
     Attributes:
         model: A Hugging Face folder, a GGUF file, a hub id, or the name of a shape (see `SHAPES`).
         layers: Only the first so many decoder layers; None: all.
-        ratio, preset, recovery, samples, seq_len, device, compute_dtype: As in `PruneConfig`.
+        ratio, preset, recovery, samples, seq_len, device, compute_dtype, host_memory, gpu_memory: As in `PruneConfig`.
         on_disk: Write the weights of a named shape to disk before the run, and read them from there; otherwise they are
             made when they are read, which takes about as long as reading.
         seed: Of random weights and of the calibration.
@@ -55,6 +56,8 @@ class Setting:
     seq_len: int = 128
     device: str | None = None
     compute_dtype: str | None = None
+    host_memory: str | None = None
+    gpu_memory: str | None = None
     on_disk: bool = False
     seed: int = 0
 
@@ -116,7 +119,7 @@ def _config(setting: Setting, calibration: torch.Tensor | None) -> PruneConfig:
     return PruneConfig(
         ratio=setting.ratio, preset=setting.preset, recovery=setting.recovery, calibration=calibration,
         samples=setting.samples, seq_len=setting.seq_len, seed=setting.seed, device=setting.device,
-        compute_dtype=setting.compute_dtype,
+        compute_dtype=setting.compute_dtype, host_memory=setting.host_memory, gpu_memory=setting.gpu_memory,
     )  # fmt: skip
 
 
@@ -148,6 +151,7 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
         "num_layers": len(report["layers"]),
         "load": load, "threads": torch.get_num_threads(),
         **{name: report[name] for name in _COPIED},
+        "layer_s": [layer["elapsed_s"] for layer in report["layers"]],
         "ratio_to_dense_pass": seconds / report["dense_pass_s"],
         "tokens_per_s": report["calibration"]["tokens"] / seconds,
         "layers_per_s": len(report["layers"]) / seconds,

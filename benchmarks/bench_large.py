@@ -1,0 +1,62 @@
+"""A model that no machine's memory would hold, at its real layer sizes: peak memory against the plan, seconds by layer.
+
+Seeded random weights in sharded safetensors on disk, 32 x 128 tokens, so many of the model's layers as are asked for: twice
+as many layers must not take more memory. Rows are appended to results/large.jsonl; run it on an idle machine with room on
+the disk (1.1 GB a layer of LLaMA-33B, twice).
+
+    python benchmarks/bench_large.py                    LLaMA-33B, 2 and 4 layers
+    python benchmarks/bench_large.py --model llama-7b --layers 2 --host-memory 3GiB
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import mean
+from typing import Any
+
+from common import append_results
+from rich.console import Console
+from rich.table import Table
+
+from slimllm.bench.run import Setting, measure
+
+
+def row_of(model: str, layers: int, recovery: str, host_memory: str | None) -> dict[str, Any]:
+    """One run in a process of its own, and the plan for it."""
+    row = measure(Setting(model, layers=layers, preset="default", recovery=recovery, host_memory=host_memory, on_disk=True))
+    predicted = sum(row["memory_gib"].values())
+    return row | {"predicted_gib": predicted, "predicted_over_peak": predicted / row["peak_host_gib"]}
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The table."""
+    table = Table(
+        "model", "layers", "recovery", "budget", "s / layer", "s", "peak GiB", "plan GiB", "plan / peak", box=None
+    )  # fmt: skip
+    for row in rows:
+        table.add_row(
+            row["model"], str(row["num_layers"]), row["recovery"], row["host_memory"] or "", f"{mean(row['layer_s']):.1f}",
+            f"{row['elapsed_s']:.0f}", f"{row['peak_host_gib']:.2f}", f"{row['predicted_gib']:.2f}",
+            f"{row['predicted_over_peak']:.2f}",
+        )  # fmt: skip
+    console = Console(width=120)
+    console.print(table)
+
+
+def main() -> None:
+    """Measure, append the rows, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-33b")
+    parser.add_argument("--layers", nargs="*", type=int, default=[2, 4])
+    parser.add_argument("--recovery", default="affine")
+    parser.add_argument("--host-memory")
+    arguments = parser.parse_args()
+    rows = []
+    for layers in arguments.layers:
+        rows.append(row_of(arguments.model, layers, arguments.recovery, arguments.host_memory))
+        append_results("large", rows[-1:])
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""What `slimllm plan` says: the plan of a run before anything but the configuration is read, and a guess at its time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from slimllm.bench.shapes import SHAPES
+from slimllm.bench.work import measure_rates, stage_work
+from slimllm.checkpoint import download, open_checkpoint, read_config
+from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
+from slimllm.families import layer_spec
+from slimllm.memory import resident_gib
+from slimllm.native import head_dim_of
+from slimllm.plan import GPU_RUNTIME, Plan, make_plan, sizes_of
+from slimllm.skeleton import expected_tensors, meta_model
+from slimllm.slicing import LayerSizes, layer_sizes
+
+# Between the counted operations at the machine's rates and a run lie norms, activations and copies (benchmarks/NOTES.md).
+_TIMES_FLOOR = 1.6
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan, the seconds it may take on this machine, and what it is of."""
+
+    model: str
+    num_layers: int
+    params: int
+    compute_dtype: str
+    device: str
+    plan: Plan
+    seconds: float
+
+
+def forecast(model: str, config: PruneConfig) -> Forecast:
+    """Plan a run from the model's configuration alone.
+
+    Args:
+        model: A folder with a config.json, a GGUF file, a hub id (its config.json is fetched), or the name of a shape.
+        config: The settings; `samples` and `seq_len` count, whatever the text.
+
+    Raises:
+        ValueError: (as InputError) there is no such model, or it cannot be done within the budgets.
+    """
+    check_config(config)
+    device = parse_device(config.device)
+    model_config, stored, in_memory = _description(model)
+    default = torch.float32 if device.type == "cpu" else stored
+    computed = DTYPES[config.compute_dtype] if config.compute_dtype else default
+    spec, head_dim = layer_spec(model_config.model_type), head_dim_of(model_config)
+    shapes = expected_tensors(meta_model(model_config), spec)
+    layers = []
+    for index in range(model_config.num_hidden_layers):
+        prefix = f"{spec.layers}.{index}."
+        own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        layers.append(layer_sizes(own, spec, head_dim))
+    params = sum(torch.Size(shape).numel() for shape in shapes.values())
+    dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
+    sizes = sizes_of(model_config, layers, head_dim, params, dtypes, (config.samples, config.seq_len), device)
+    plan = make_plan(sizes, config, resident_gib() * GIB, GPU_RUNTIME)
+    work = stage_work(_report(layers, config, device), layers, model_config.hidden_size, head_dim, stored.itemsize)
+    rates = measure_rates(device, computed)
+    return Forecast(
+        model=model,
+        num_layers=len(layers),
+        params=params,
+        compute_dtype=str(computed).removeprefix("torch."),
+        device=str(device),
+        plan=plan,
+        seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()),
+    )
+
+
+def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype]:
+    """The configuration, and the dtypes in which weights are stored and, once read, in memory."""
+    if model in SHAPES:
+        return SHAPES[model].config(), torch.bfloat16, torch.bfloat16
+    path = Path(model).expanduser()
+    if path.is_file():
+        checkpoint = open_checkpoint(path)
+        return checkpoint.config, torch.bfloat16, checkpoint.dtype_in_memory()
+    config = read_config(path if path.is_dir() else download(model, only=("config.json",)))
+    dtype = getattr(config, "dtype", None) or torch.float32
+    stored = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    return config, stored, stored
+
+
+def _report(layers: list[LayerSizes], config: PruneConfig, device: torch.device) -> dict[str, object]:
+    """As much of a report as the count of operations needs, with the ratio spread evenly."""
+    kept = 1 - config.ratio
+    return {
+        "calibration": {"tokens": config.samples * config.seq_len, "seq_len": config.seq_len},
+        "config": {"recovery": config.recovery},
+        "device": str(device),
+        "layers": [
+            {
+                "num_heads": max(1, round(kept * size.num_kv_heads)) * size.group_size,
+                "intermediate_size": max(1, round(kept * size.intermediate_size)),
+                "parameters_before": size.params,
+                "parameters_after": round(kept * size.params),
+            }
+            for size in layers
+        ],
+    }

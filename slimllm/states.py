@@ -1,0 +1,121 @@
+"""Where the hidden states of all tokens live between their uses: on the device, in host memory, or in a file."""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PLACES = ("device", "host", "disk")  # from the fastest to the largest
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where what is as large as all tokens lives.
+
+    Attributes:
+        states: The residual stream and the outputs of the sub-layer at work: one of `PLACES`.
+        keep_inner_bytes: How much the inputs of a sub-layer's output projection may take on the device, if they are to be
+            kept until the pruned output is made of them; otherwise the layer makes them again.
+        folder: For the files of `disk`.
+    """
+
+    states: str = "device"
+    keep_inner_bytes: int = 256 * 2**20
+    folder: Path | None = None
+
+
+class Stored:
+    """A tensor that is computed with on a device and lives at a place of its own in between.
+
+    On `device` it is the tensor itself, and changing it in place is enough; elsewhere `load` makes a copy of it.
+
+    Args:
+        tensor: What it holds at first, on the device; at `device` it is kept as it is.
+        place: `device`, `host` or `disk`.
+        folder: Where the file of `disk` is made. It has no name any more when it is there, so nothing of it can be left.
+    """
+
+    def __init__(self, tensor: torch.Tensor, place: str = "device", folder: Path | None = None) -> None:
+        self.shape, self._device = tensor.shape, tensor.device
+        self._pages: mmap.mmap | None = None
+        if place == "host":
+            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        elif place == "disk":
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.truncate(tensor.numel() * tensor.element_size())
+                self._pages = mmap.mmap(file.fileno(), 0)
+            self._tensor = torch.frombuffer(self._pages, dtype=tensor.dtype).view(tensor.shape)
+        else:
+            self._tensor = tensor
+        self.save(tensor)
+
+    def load(self) -> torch.Tensor:
+        """The tensor, on the device."""
+        if self._pages is None:
+            return self._tensor.to(self._device, non_blocking=True)
+        loaded = self._tensor.to(self._device, copy=True)
+        self._release()
+        return loaded
+
+    def save(self, tensor: torch.Tensor) -> None:
+        """Let it hold this, of the same shape and dtype."""
+        if tensor is not self._tensor:
+            self._tensor.copy_(tensor)
+            self._release()
+
+    def stored(self) -> torch.Tensor:
+        """The tensor where it lives, to be read."""
+        return self._tensor
+
+    def _release(self) -> None:
+        """Let the system have the memory of a file's pages, which it writes back when it likes."""
+        if self._pages is not None:
+            self._pages.madvise(mmap.MADV_DONTNEED)
+
+
+class Batch:
+    """Windows that go through a layer together: the residual stream (batch, seq_len, D), and how each layer is called."""
+
+    def __init__(self, hidden: Stored, kwargs: list[dict[str, Any]]) -> None:
+        self.hidden, self.kwargs = hidden, kwargs
+
+    @property
+    def num_tokens(self) -> int:
+        return self.hidden.shape[0] * self.hidden.shape[1]
+
+    def add(self, output: torch.Tensor) -> None:
+        """Add the output of a sub-layer, (num_tokens, D), to the residual stream."""
+        hidden = self.hidden.load()
+        hidden.view(-1, hidden.shape[-1]).add_(output)
+        self.hidden.save(hidden)
+
+
+class Stream:
+    """The residual stream of all calibration windows, in batches, in order."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.batches: list[Batch] = []
+        self.placement = placement
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.batches[number]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(batch.num_tokens for batch in self.batches)
+
+    def store(self, tensor: torch.Tensor) -> Stored:
+        """Keep a tensor of a batch where those of all batches are kept."""
+        return Stored(tensor, self.placement.states, self.placement.folder)
