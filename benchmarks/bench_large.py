@@ -21,9 +21,9 @@ from rich.table import Table
 from slimllm.bench.run import Setting, measure
 
 
-def row_of(model: str, layers: int, recovery: str, host_memory: str | None) -> dict[str, Any]:
+def row_of(setting: Setting) -> dict[str, Any]:
     """One run in a process of its own, and the plan for it."""
-    row = measure(Setting(model, layers=layers, preset="default", recovery=recovery, host_memory=host_memory, on_disk=True))
+    row = measure(setting)
     predicted = sum(row["memory_gib"].values())
     return row | {"predicted_gib": predicted, "predicted_over_peak": predicted / row["peak_host_gib"]}
 
@@ -31,13 +31,15 @@ def row_of(model: str, layers: int, recovery: str, host_memory: str | None) -> d
 def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
     table = Table(
-        "model", "layers", "recovery", "budget", "s / layer", "s", "peak GiB", "plan GiB", "plan / peak", box=None
+        "model", "layers", "recovery", "budget", "s / layer", "s", "peak GiB", "plan GiB", "plan / peak", "GPU", box=None
     )  # fmt: skip
     for row in rows:
+        budget = row["host_memory"] or row["gpu_memory"] or ""
+        gpu = f"{row['peak_gpu_gib']:.2f} / {sum(row['gpu_memory_gib'].values()):.2f}" if row["peak_gpu_gib"] else ""
         table.add_row(
-            row["model"], str(row["num_layers"]), row["recovery"], row["host_memory"] or "", f"{mean(row['layer_s']):.1f}",
+            row["model"], str(row["num_layers"]), row["recovery"], budget, f"{mean(row['layer_s']):.1f}",
             f"{row['elapsed_s']:.0f}", f"{row['peak_host_gib']:.2f}", f"{row['predicted_gib']:.2f}",
-            f"{row['predicted_over_peak']:.2f}",
+            f"{row['predicted_over_peak']:.2f}", gpu,
         )  # fmt: skip
     console = Console(width=120)
     console.print(table)
@@ -50,10 +52,12 @@ def main() -> None:
     parser.add_argument("--layers", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--recovery", default="affine")
     parser.add_argument("--host-memory")
+    parser.add_argument("--gpu-memory", help="of which torch is allowed no more")
     arguments = parser.parse_args()
     rows = []
     for layers in arguments.layers:
-        rows.append(row_of(arguments.model, layers, arguments.recovery, arguments.host_memory))
+        budgets = {"host_memory": arguments.host_memory, "gpu_memory": arguments.gpu_memory}
+        rows.append(row_of(Setting(arguments.model, layers, recovery=arguments.recovery, on_disk=True, **budgets)))
         append_results("large", rows[-1:])
     show(rows)
 

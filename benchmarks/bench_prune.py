@@ -36,7 +36,6 @@ SCALING = [
 ]
 LARGE = [
     Setting("llama-7b", preset="paper", on_disk=True),
-    Setting("llama-33b", layers=8, preset="paper"),
     Setting("llama-7b", layers=8, recovery="lstsq"),
 ]
 

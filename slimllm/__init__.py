@@ -4,11 +4,11 @@ import importlib.metadata
 
 from slimllm import ops
 from slimllm.config import PruneConfig
-from slimllm.engine import prune, prune_model
+from slimllm.engine import prune, prune_model, prune_ratios
 from slimllm.errors import InputError
 from slimllm.evaluate import load, perplexity
 from slimllm.report import PruneReport
 
 __version__ = importlib.metadata.version("slimllm-engine")
 
-__all__ = ["InputError", "PruneConfig", "PruneReport", "load", "ops", "perplexity", "prune", "prune_model"]
+__all__ = ["InputError", "PruneConfig", "PruneReport", "load", "ops", "perplexity", "prune", "prune_model", "prune_ratios"]

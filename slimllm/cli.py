@@ -48,7 +48,10 @@ def _root(
 def prune_command(
     model: Model,
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")],
+    ratio: Annotated[
+        list[float],
+        typer.Option(help="Fraction of the decoder layers' parameters to remove. Several: OUT/0.2, OUT/0.35, … in one go."),
+    ],
     preset: Annotated[str, typer.Option(help="default, or paper: the published settings.")] = "default",
     head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
     recovery: Annotated[str, typer.Option(help="affine (the paper's), lstsq (all kept weights), or none.")] = "affine",
@@ -92,12 +95,12 @@ def prune_command(
     """Prune a model and write the result as a Hugging Face folder."""
     from slimllm.config import PruneConfig
     from slimllm.display import PruneDisplay
-    from slimllm.engine import prune
+    from slimllm.engine import prune, prune_ratios
     from slimllm.errors import OutputError
     from slimllm.writer import can_resume
 
     config = PruneConfig(
-        ratio=ratio, preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration, samples=samples,
+        ratio=ratio[0], preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration, samples=samples,
         seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers, alpha=alpha,
         keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype,
         device=device, host_memory=host_memory, gpu_memory=gpu_memory,
@@ -111,20 +114,22 @@ def prune_command(
 
     try:
         with PruneDisplay(console, quiet) as display:
-            report = prune(
-                model, out, config, overwrite=overwrite, resume=resume, progress=progress, notice=display.notice,
-                command=command,
-            )  # fmt: skip
+            settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
+            if len(ratio) == 1:
+                reports = [prune(model, out, config, command=command, **settings)]
+            else:
+                reports = prune_ratios(model, out, config, ratio, command=command, **settings)
     except SystemExit:
-        left = "the same command with --resume goes on from here" if can_resume(out) else "what was begun is removed"
+        left = "the same command with --resume goes on from here" if can_resume(out, ratio) else "what was begun is removed"
         errors.print(f"Interrupted; {left}.", style="bold red", highlight=False)
         raise
     except OutputError as error:
-        if can_resume(out):
+        if can_resume(out, ratio):
             raise OutputError(f"{error} The same command with --resume goes on from here.") from error
         raise
     if not quiet:
-        display.summary(report)
+        for report in reports:
+            display.summary(report)
 
 
 @app.command("plan")

@@ -41,7 +41,7 @@ class PruneDisplay:
     def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
         """One more layer is done; a `ProgressCallback`."""
         self._bar.start()  # not before there is something to show: an error of the input comes without a bar
-        if stage not in self._tasks:
+        if stage not in self._tasks or self._bar.tasks[self._tasks[stage]].finished:  # the next ratio
             title = {"dense": "dense pass", "prune": "pruning"}[stage]
             self._tasks[stage] = self._bar.add_task(title, total=num_layers, layer="")
         layer = ""

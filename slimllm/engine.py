@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +18,9 @@ from slimllm.errors import InputError
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
 from slimllm.native import convert_in_place, write_config
+from slimllm.pipeline import DensePass
 from slimllm.progress import ProgressCallback
-from slimllm.report import PruneReport
+from slimllm.report import PruneReport, finished_report
 from slimllm.run import OPERATIONS, Notice, Run, environment_of, identity_of, weight_dtype
 from slimllm.source import CheckpointModel, InMemoryModel
 from slimllm.writer import CheckpointWriter, check_destination, check_interrupted, check_space, partial_folder
@@ -55,28 +57,103 @@ def prune(
             model or text is to be resumed; `out` is then untouched. (as OutputError, one of those) the disk is full or
             failed; the run can be resumed.
     """
-    started = time.perf_counter()
     check_config(config)
+    jobs = [(Path(out).expanduser().resolve(), config)]
+    return _prune_all(model, jobs, overwrite, resume, progress, notice, command)[0]
+
+
+def prune_ratios(
+    model: str | Path | Checkpoint,
+    out: str | Path,
+    config: PruneConfig,
+    ratios: Sequence[float],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+    notice: Notice | None = None,
+    command: str | None = None,
+) -> list[PruneReport]:
+    """`prune` at several ratios, one after the other; `out`/0.2, `out`/0.35, … are what single runs would have written.
+
+    What they have in common is done once: opening the model, the calibration windows, and the dense pass, which weighs the
+    layers and depends on no ratio. From the first pruned layer on their activations differ, and nothing can be shared.
+
+    Args:
+        model, overwrite, resume, progress, notice, command: As for `prune`; with `resume`, what is complete is left.
+        out: The folder to make the results in; it may exist.
+        config: The settings; `ratio` does not apply.
+        ratios: The ratios, all different.
+
+    Returns:
+        The reports, in the order of the ratios.
+
+    Raises:
+        ValueError: (as InputError) as `prune`, or a ratio is given twice, or none.
+    """
+    check_config(config)
+    if not ratios or len(set(ratios)) < len(ratios):
+        raise InputError(f"ratios must be different from each other, and one at least, got {list(ratios)}.")
+    jobs = [
+        (Path(out).expanduser().resolve() / f"{ratio:g}", dataclasses.replace(config, ratio=ratio)) for ratio in ratios
+    ]  # fmt: skip
+    return _prune_all(model, jobs, overwrite, resume, progress, notice, command)
+
+
+def _prune_all(
+    model: str | Path | Checkpoint, jobs: list[tuple[Path, PruneConfig]], overwrite: bool, resume: bool,
+    progress: ProgressCallback | None, notice: Notice | None, command: str | None,
+) -> list[PruneReport]:  # fmt: skip
+    """One result for each job, a folder and settings that differ in the ratio alone."""
+    started = time.perf_counter()
     notice = notice or (lambda sentence: None)
-    out = Path(out).expanduser().resolve()
+    config = jobs[0][1]
     device = parse_device(config.device)
     ops.backend(device, OPERATIONS)  # refuses what cannot be had before anything is read
     inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
     if isinstance(config.calibration, (str, Path)):
         inputs.append(Path(config.calibration).expanduser())
-    in_place = check_interrupted(out, resume)
-    check_destination(out, inputs, overwrite or in_place)
+    name = model.name if isinstance(model, Checkpoint) else str(model)
+    complete = {}
+    for out, wanted in jobs:
+        in_place = check_interrupted(out, resume)  # and only the journal is left to be removed
+        if resume and not in_place and (found := finished_report(out, name, wanted)):
+            complete[out] = found
+        else:
+            check_destination(out, inputs, overwrite or in_place)
+    if len(complete) == len(jobs):
+        notice("This was complete already.")
+        return list(complete.values())
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    name = checkpoint.name if checkpoint is model else str(model)
-    dtype = DTYPES[config.dtype] if config.dtype else None
     source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
     if source.unexpected:
         first, number = source.unexpected[0], len(source.unexpected)
         notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
     tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
     token_ids = calibration_windows(config, tokenizer, source.config, notice)
-    run = Run(source, token_ids, config, notice, started, partial_folder(out))
-    identity, environment = identity_of(source, token_ids, run.plan), environment_of(device)
+    reports, dense = [], None
+    for out, wanted in jobs:
+        if out in complete:
+            reports.append(complete[out])
+            continue
+        if len(jobs) > 1:
+            notice(f"Ratio {wanted.ratio:g}{', with the same dense pass' if dense else ''}:")
+        run = Run(source, token_ids, wanted, notice, started, partial_folder(out))
+        report, dense = _prune_one(run, name, out, overwrite, resume, progress, command, dense)
+        reports.append(report)
+        started = time.perf_counter()
+    return reports
+
+
+def _prune_one(
+    run: Run, name: str, out: Path, overwrite: bool, resume: bool, progress: ProgressCallback | None, command: str | None,
+    dense: DensePass | None,
+) -> tuple[PruneReport, DensePass | None]:  # fmt: skip
+    """Prune and write one result; the dense pass, which the next one may use."""
+    config, source = run.config, run.source
+    assert isinstance(source, CheckpointModel)
+    checkpoint, dtype = source.checkpoint, DTYPES[config.dtype] if config.dtype else None
+    identity, environment = identity_of(source, run.token_ids, run.plan), environment_of(source.device)
     writer = CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment)
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -92,15 +169,15 @@ def prune(
         journal = writer.journal
         if journal.done("finished"):
             writer.finish()
-            return PruneReport.read(out)
+            return PruneReport.read(out), dense
         if journal.steps:
             run.go_on(journal)
             for index in range(len(journal.done("prune"))):
                 writer.adopt_shard(index + 1)
         elif resume:
-            notice("There is no interrupted run to go on with; this one starts at the beginning.")
+            run.notice("There is no interrupted run to go on with; this one starts at the beginning.")
         check_space(out, round(sum(run.plan.disk.values())) - writer.total_size)
-        outcome = run.prune(store, progress, journal)
+        outcome = run.prune(store, progress, journal, dense)
         with run.watch("write"):
             # One by one, so that only one of the large matrices is in memory as it was read.
             others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
@@ -109,12 +186,13 @@ def prune(
             write_config(run.format.config, writer.folder)
             checkpoint.write_companions(writer.folder)
         report = run.report(outcome, name, str(out), writer.num_parameters)
+        report.dense_pass_shared = dense is not None
         write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
         report.elapsed_s = run.watch.elapsed_s()
         report.save(writer.folder)
         writer.complete()
         writer.finish()
-    return report
+    return report, outcome.dense
 
 
 def prune_model(

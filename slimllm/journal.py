@@ -63,6 +63,12 @@ class Journal:
         """A file that the next step tells of."""
         self._unsynced.append(path)
 
+    def adopt(self, stage: str, steps: list[Step], data: Step) -> None:
+        """Steps that another run has done for this one, too; they are written with the next that has a state."""
+        taken = [{"stage": stage, **step, **data} for step in steps]
+        self._waiting += taken
+        self.steps += taken
+
     def record(self, stage: str, state: dict[str, torch.Tensor], **data: Any) -> None:
         """A step is done. Takes the time of a copy of the state; the rest is done beside the work.
 

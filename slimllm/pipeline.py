@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from slimllm.account import batch_windows
 from slimllm.allocation import Allocation, LayerBudget, LayerShape, allocate
 from slimllm.attention import prune_attention
 from slimllm.config import PruneConfig
@@ -18,7 +19,6 @@ from slimllm.importance import layer_similarity
 from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Layer, pass_sublayer, run_layer
 from slimllm.memory import peak_host_gib, trim
-from slimllm.plan import batch_windows
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.skeleton import record_layer_inputs
 from slimllm.slicing import LayerSizes
@@ -29,14 +29,29 @@ from slimllm.states import Batch, Placement, Stream
 PERPLEXITY_TOKENS = 256
 
 
+@dataclass(frozen=True)
+class DensePass:
+    """What one pass through the dense model gives, for any number of prunings on the same windows.
+
+    Attributes:
+        layers: For each layer its `similarity` c, the mean cosine over tokens of its input with its output, and the
+            checksum of its `weights`.
+        final: The last hidden states of the first windows, (perplexity_windows, seq_len, D).
+        seconds: Of computing.
+    """
+
+    layers: list[dict[str, Any]]
+    final: torch.Tensor
+    seconds: float
+
+
 @dataclass
 class Outcome:
-    """What the loop found: the similarity c of every layer, the allocation, and a report for each layer."""
+    """What the loop found: the dense pass, the allocation, and a report for each layer."""
 
-    similarity: list[float]
+    dense: DensePass
     allocation: Allocation
     layers: list[dict[str, Any]] = field(default_factory=list)
-    dense_pass_s: float = 0.0
     loss_dense: float = 0.0
     loss_pruned: float = 0.0
 
@@ -52,6 +67,7 @@ def prune_layers(
     store: Callable[[int, Layer], int],
     progress: ProgressCallback | None = None,
     journal: Journal | None = None,
+    dense: DensePass | None = None,
 ) -> Outcome:
     """Prune the decoder layers of a model, in order, each on the activations of the already pruned model before it.
 
@@ -65,54 +81,60 @@ def prune_layers(
         store: Takes every finished layer, in order, and says how many parameters it has.
         progress: Told about every layer that is done.
         journal: Records every layer that is done; the loop goes on behind those that it holds.
+        dense: The dense pass, if it has been made: it depends neither on the ratio nor on the other settings.
     """
     sizes = source.sizes()
     shapes = [_shape(source, size, config) for size in sizes]
     allocate([1.0] * len(shapes), shapes, config)  # whether the model can give so much shows before the dense pass
-    stream = _stream(source, token_ids, config, placement, watch)
-    similarity = _dense_pass(source, stream, watch, progress, journal)
-    final_dense = _perplexity_states(stream)
-    trim()
+    if dense is None:
+        dense = _dense_pass(source, _stream(source, token_ids, config, placement, watch), watch, progress, journal)
+        trim()
+    elif journal and not journal.steps:
+        journal.adopt("dense", dense.layers, watch.so_far())
+    elif journal:
+        _compare_weights(journal.done("dense"), [layer["weights"] for layer in dense.layers])
+    similarity = [layer["similarity"] for layer in dense.layers]
     allocation = allocate(similarity, shapes, config)
     on_allocation(allocation)
-    outcome = Outcome(similarity, allocation, dense_pass_s=watch.seconds["dense pass"])
+    outcome = Outcome(dense, allocation)
 
-    del stream  # before the next one is made
     stream = _stream(source, token_ids, config, placement, watch)
     if journal and journal.done("prune"):
         outcome.layers = [step["report"] for step in journal.done("prune")]
-        final_dense = _restore(stream, journal, "final_dense")
-    for index, budget in enumerate(allocation.budgets):
-        if index < len(outcome.layers):
-            continue
-        start = time.perf_counter()
-        with watch("read"):
-            layer = source.load(index)
-        report = _prune_layer(layer, stream, index, budget, config, watch)
-        if not all(bool(batch.hidden.load().isfinite().all()) for batch in stream):
-            raise _overflow(source, index, "pruned")
-        with watch("write"):
-            parameters_after = store(index, layer)
-        del layer  # before the next one is read
-        report |= {
-            "parameters_before": sizes[index].params,
-            "parameters_after": parameters_after,
-            "similarity": similarity[index],
-            "elapsed_s": time.perf_counter() - start,
-            "peak_host_gib": peak_host_gib(),
-        }
-        outcome.layers.append(report)
-        if journal:
-            with watch("journal"):
-                journal.record("prune", {**_states(stream), "final_dense": final_dense}, report=report, **watch.so_far())
-        if progress:
-            progress("prune", index, source.num_layers, report)
+        dense = outcome.dense = replace(dense, final=_restore(stream, journal, "final_dense"))
+    first = len(outcome.layers)
+    with source.layers(first, placement.read_ahead) as load:
+        for index in range(first, source.num_layers):
+            start = time.perf_counter()
+            with watch("read"):
+                layer = load(index)
+            report = _prune_layer(layer, stream, index, allocation.budgets[index], config, watch)
+            if not all(bool(batch.hidden.load().isfinite().all()) for batch in stream):
+                raise _overflow(source, index, "pruned")
+            with watch("write"):
+                parameters_after = store(index, layer)
+            del layer  # before the next one is read
+            report |= {
+                "parameters_before": sizes[index].params,
+                "parameters_after": parameters_after,
+                "similarity": similarity[index],
+                "elapsed_s": time.perf_counter() - start,
+                "peak_host_gib": peak_host_gib(),
+            }
+            outcome.layers.append(report)
+            if journal:
+                with watch("journal"):
+                    journal.record(
+                        "prune", {**_states(stream), "final_dense": dense.final}, report=report, **watch.so_far()
+                    )
+            if progress:
+                progress("prune", index, source.num_layers, report)
     with watch("perplexity"):
         windows = token_ids[: perplexity_windows(token_ids)]
         final_pruned = _perplexity_states(stream)
         del stream
         trim()
-        outcome.loss_dense, outcome.loss_pruned = source.losses([final_dense, final_pruned], windows)
+        outcome.loss_dense, outcome.loss_pruned = source.losses([dense.final, final_pruned], windows)
         trim()
     return outcome
 
@@ -123,41 +145,43 @@ def _dense_pass(
     watch: Stopwatch,
     progress: ProgressCallback | None,
     journal: Journal | None,
-) -> list[float]:
-    """c of every layer, the mean cosine over tokens of its input with its output."""
+) -> DensePass:
     done = journal.done("dense") if journal else []
-    similarity = [step["similarity"] for step in done]
-    for index, step in enumerate(done):
-        if fingerprint(source.weights(index)) != step["weights"]:
+    layers = [{name: step[name] for name in ("similarity", "weights")} for step in done]
+    _compare_weights(done, (fingerprint(source.weights(index)) for index in range(len(done))))
+    if done and journal and not journal.done("prune"):
+        _restore(stream, journal)
+    with source.layers(len(done), stream.placement.read_ahead) as load:
+        for index in range(len(done), source.num_layers):
+            with watch("read"):
+                layer = load(index)
+            total = torch.zeros((), dtype=torch.float64, device=source.device)
+            for batch in stream:
+                hidden_in = batch.hidden.load()
+                with watch("dense pass"):
+                    hidden_out = run_layer(layer, hidden_in, batch.kwargs[index])
+                with watch("statistics"):
+                    total += layer_similarity(hidden_in, hidden_out)
+                    batch.hidden.save(hidden_out)
+            if not bool(total.isfinite()):
+                raise _overflow(source, index, "dense")
+            layers.append({"similarity": float(total) / stream.num_tokens, "weights": 0})
+            if journal:
+                with watch("journal"):
+                    layers[-1]["weights"] = fingerprint(layer.tensors)
+                    journal.record("dense", _states(stream), **layers[-1], **watch.so_far())
+            del layer  # before the next one is read
+            if progress:
+                progress("dense", index, source.num_layers, None)
+    return DensePass(layers, _perplexity_states(stream), watch.seconds["dense pass"])
+
+
+def _compare_weights(done: list[dict[str, Any]], found: Iterable[int]) -> None:
+    for index, (step, checksum) in enumerate(zip(done, found)):
+        if step["weights"] != checksum:
             raise InputError(
                 f"Layer {index} has other weights than when the run was begun; give the same model, or start over."
             )
-    if done and journal and not journal.done("prune"):
-        _restore(stream, journal)
-    for index in range(len(done), source.num_layers):
-        with watch("read"):
-            layer = source.load(index)
-        total = torch.zeros((), dtype=torch.float64, device=source.device)
-        for batch in stream:
-            hidden_in = batch.hidden.load()
-            with watch("dense pass"):
-                hidden_out = run_layer(layer, hidden_in, batch.kwargs[index])
-            with watch("statistics"):
-                total += layer_similarity(hidden_in, hidden_out)
-                batch.hidden.save(hidden_out)
-        if not bool(total.isfinite()):
-            raise _overflow(source, index, "dense")
-        similarity.append(float(total) / stream.num_tokens)
-        if journal:
-            with watch("journal"):
-                journal.record(
-                    "dense", _states(stream), similarity=similarity[-1], weights=fingerprint(layer.tensors),
-                    **watch.so_far(),
-                )  # fmt: skip
-        del layer  # before the next one is read
-        if progress:
-            progress("dense", index, source.num_layers, None)
-    return similarity
 
 
 def _states(stream: Stream) -> dict[str, torch.Tensor]:

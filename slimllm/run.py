@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from slimllm import memory, ops
+from slimllm.account import batch_windows, sizes_of
 from slimllm.allocation import Allocation
 from slimllm.calibration import calibration_name
 from slimllm.checkpoint import Checkpoint
@@ -21,8 +22,8 @@ from slimllm.families import layer_spec
 from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Layer
 from slimllm.native import OutputFormat, output_format
-from slimllm.pipeline import Outcome, perplexity_windows, prune_layers
-from slimllm.plan import GPU_RUNTIME, Plan, batch_windows, make_plan, sizes_of
+from slimllm.pipeline import DensePass, Outcome, perplexity_windows, prune_layers
+from slimllm.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.report import PruneReport, versions
 from slimllm.source import CheckpointModel, ModelSource
@@ -69,11 +70,12 @@ class Run:
             self.notice(f"The run was begun with {', '.join(changed)}; the last digits of the result may depend on that.")
 
     def prune(
-        self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, journal: Journal | None = None
-    ) -> Outcome:
+        self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, journal: Journal | None = None,
+        dense: DensePass | None = None,
+    ) -> Outcome:  # fmt: skip
         return prune_layers(
             self.source, self.token_ids, self.plan.config, self.plan.placement, self.watch, self._settle, store, progress,
-            journal,
+            journal, dense,
         )  # fmt: skip
 
     def _settle(self, allocation: Allocation) -> None:
@@ -124,7 +126,7 @@ class Run:
             achieved_ratio_model=1 - parameters_after / before,
             elapsed_s=self.watch.elapsed_s(),
             setup_s=self.setup_s,
-            dense_pass_s=outcome.dense_pass_s,
+            dense_pass_s=outcome.dense.seconds,
             stages_s=dict(self.watch.seconds),
             peak_host_gib=max(memory.peak_host_gib(), *(layer["peak_host_gib"] for layer in outcome.layers)),
             peak_gpu_gib=memory.peak_gpu_gib(source.device),

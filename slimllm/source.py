@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -42,8 +44,35 @@ class ModelSource(ABC):
         """The tensors of a decoder layer, as they are stored, by their names in the layer."""
 
     @abstractmethod
-    def load(self, index: int) -> Layer:
-        """A decoder layer, ready to compute."""
+    def place(self, index: int, weights: Tensors) -> Layer:
+        """A decoder layer with its weights, ready to compute."""
+
+    @contextmanager
+    def layers(self, first: int, read_ahead: bool) -> Iterator[Callable[[int], Layer]]:
+        """What gives the layers, ready to compute, one after the other from `first` on.
+
+        With `read_ahead` the weights of the next one are read by a thread while the present one is at work.
+        """
+        if not read_ahead:
+            yield lambda index: self.place(index, self.weights(index))
+            return
+        with ThreadPoolExecutor(1, "slimllm-read") as pool:
+            waiting = [pool.submit(self._pinned_weights, first)] if first < self.num_layers else []
+
+            def load(index: int) -> Layer:
+                weights = waiting.pop().result()
+                if index + 1 < self.num_layers:
+                    waiting.append(pool.submit(self._pinned_weights, index + 1))
+                return self.place(index, weights)
+
+            yield load
+
+    def _pinned_weights(self, index: int) -> Tensors:
+        """The tensors of a layer, where a GPU can fetch them by itself."""
+        weights = self.weights(index)
+        if self.device.type != "cuda":
+            return weights
+        return {name: tensor.pin_memory() for name, tensor in weights.items()}
 
     @abstractmethod
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -112,10 +141,10 @@ class CheckpointModel(ModelSource):
         names = [name for name in self._shapes if name.startswith(prefix)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names).items()}
 
-    def load(self, index: int) -> Layer:
+    def place(self, index: int, weights: Tensors) -> Layer:
         module = empty_module(self.model, f"{self.spec.layers}.{index}")
         layer = Layer(module, {}, self.spec, self.head_dim, self.device, self.dtype)
-        layer.replace(self.weights(index))
+        layer.replace(weights)
         return layer
 
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -176,9 +205,9 @@ class InMemoryModel(ModelSource):
         module = self.model.get_submodule(f"{self.spec.layers}.{index}")
         return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
-    def load(self, index: int) -> Layer:
+    def place(self, index: int, weights: Tensors) -> Layer:
         module = self.model.get_submodule(f"{self.spec.layers}.{index}")
-        return Layer(module, self.weights(index), self.spec, self.head_dim, self.device, self.dtype)
+        return Layer(module, weights, self.spec, self.head_dim, self.device, self.dtype)
 
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
         embedding = self.model.get_input_embeddings()

@@ -22,11 +22,13 @@ class Placement:
         states: The residual stream and the outputs of the sub-layer at work: one of `PLACES`.
         keep_inner_bytes: How much the inputs of a sub-layer's output projection may take on the device, if they are to be
             kept until the pruned output is made of them; otherwise the layer makes them again.
+        read_ahead: Whether the next layer's weights are read while the present one computes.
         folder: For the files of `disk`.
     """
 
     states: str = "device"
     keep_inner_bytes: int = 256 * 2**20
+    read_ahead: bool = False
     folder: Path | None = None
 
 

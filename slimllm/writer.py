@@ -68,9 +68,11 @@ def check_interrupted(out: Path, resume: bool) -> bool:
     return stage == "finished" and not (partial / "model").exists()
 
 
-def can_resume(out: Path) -> bool:
-    """Whether a run for a folder was interrupted and can be gone on with."""
-    return last_stage(partial_folder(out.expanduser().resolve())) is not None
+def can_resume(out: Path, ratios: list[float]) -> bool:
+    """Whether a run for a folder, or for several ratios in it, was interrupted and can be gone on with."""
+    out = out.expanduser().resolve()
+    results = [out] if len(ratios) == 1 else [out / f"{ratio:g}" for ratio in ratios]
+    return any(last_stage(partial_folder(result)) is not None for result in results)
 
 
 def check_space(out: Path, num_bytes: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def test_same_choices_as_on_a_cpu(stories_path: Path, token_ids: torch.Tensor, t
 
 def test_inner_activations_made_again(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slimllm.plan.Placement", partial(Placement, keep_inner_bytes=0))
+        patch.setattr("slimllm.plan.Placement", lambda **rest: Placement(**{**rest, "keep_inner_bytes": 0}))
         report = slimllm.prune(stories_path, tmp_path / "out", PruneConfig(ratio=0.3, calibration=token_ids, device="cuda"))
     assert report.achieved_ratio == pytest.approx(0.3, rel=0.005)
 

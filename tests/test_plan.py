@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +13,11 @@ from conftest import STORIES, config
 from test_cli import call
 
 from slimllm import InputError, PruneConfig, prune, prune_model
+from slimllm.account import Sizes
 from slimllm.bench.forecast import forecast
 from slimllm.bench.run import Setting, measure
 from slimllm.config import GIB, parse_bytes
-from slimllm.plan import Sizes, make_plan
+from slimllm.plan import make_plan
 from slimllm.states import PLACES, Placement, Stored
 
 LLAMA_33B = Sizes(
@@ -40,7 +41,7 @@ def test_a_budget_is_kept_or_the_least_one_named(on_gpu: bool, samples: int, rec
     sizes = dataclasses.replace(LLAMA_33B, samples=samples, on_gpu=on_gpu, computed=2 if on_gpu else 4)
     settings = PruneConfig(ratio=0.2, recovery=recovery)
     free = make_plan(sizes, settings, GIB / 2, GIB / 2)
-    assert not free.choices and free.placement == Placement()
+    assert not free.choices and free.placement == Placement(read_ahead=on_gpu)
     which, peak = ("gpu_memory", "peak_gpu") if on_gpu else ("host_memory", "peak_host")
     needed, used = getattr(free, peak), []
     for part in (1.0, 0.95, 0.9, 0.8, 0.6, 0.4, 0.2, 0.1, 0.01):
@@ -84,15 +85,22 @@ def test_stored(place: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recovery", ["affine", "lstsq"])
-@pytest.mark.parametrize("placement", [{"states": "host"}, {"states": "disk"}, {"states": "disk", "keep_inner_bytes": 0}])
+@pytest.mark.parametrize(
+    "placement",
+    [{"read_ahead": True}, {"states": "host"}, {"states": "disk"}, {"states": "disk", "keep_inner_bytes": 0}],
+)
 def test_the_result_does_not_depend_on_where_things_live(
     token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recovery: str, placement: dict[str, object]
 ) -> None:
     settings = config(token_ids, recovery=recovery, batch_size=7)
     prune(STORIES, tmp_path / "free", settings)
-    monkeypatch.setattr("slimllm.plan.Placement", partial(Placement, **placement))
+
+    def placed(**rest: Any) -> Placement:
+        return Placement(**{**rest, **placement})
+
+    monkeypatch.setattr("slimllm.plan.Placement", placed)
     report = prune(STORIES, tmp_path / "placed", settings)
-    assert report.plan["states"] == placement["states"]
+    assert report.plan["states"] == placement.get("states", "device")
     for path in (tmp_path / "free").glob("*.safetensors"):
         same = path.read_bytes() == (tmp_path / "placed" / path.name).read_bytes()
         assert same or "keep_inner_bytes" in placement, path.name  # made again by the sliced layer: other roundings

@@ -14,9 +14,9 @@ PACKAGE = Path(slimllm.__file__).parent
 ORDER = [
     "errors", "interrupts", "config", "memory", "families", "modeling_slim_llama", "registration", "kernels", "ops",
     "statistics", "importance", "selection", "recovery", "allocation", "slicing", "states", "native", "progress", "layer",
-    "attention", "ffn", "plan", "journal", "skeleton", "checkpoint", "checkpoint_gguf", "calibration", "source", "pipeline",
-    "report", "modelcard", "writer", "run", "engine", "bench", "evaluate", "doctor", "display", "demo", "cli", "__main__",
-    "__init__",
+    "attention", "ffn", "account", "plan", "journal", "skeleton", "checkpoint", "checkpoint_gguf", "calibration", "source",
+    "pipeline", "report", "modelcard", "writer", "run", "engine", "bench", "evaluate", "doctor", "display", "demo", "cli",
+    "__main__", "__init__",
 ]  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
+from slimllm.account import sizes_of
 from slimllm.bench.shapes import SHAPES
 from slimllm.bench.work import measure_rates, stage_work
 from slimllm.checkpoint import download, open_checkpoint, read_config
@@ -15,7 +16,7 @@ from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
 from slimllm.families import layer_spec
 from slimllm.memory import resident_gib
 from slimllm.native import head_dim_of
-from slimllm.plan import GPU_RUNTIME, Plan, make_plan, sizes_of
+from slimllm.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.skeleton import expected_tensors, meta_model
 from slimllm.slicing import LayerSizes, layer_sizes
 

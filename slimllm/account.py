@@ -1,0 +1,141 @@
+"""What a run takes, counted from the sizes alone: the memory of its phases.
+
+A phase is a moment of the run with what is alive in it, part by part, in bytes; the peak is the phase that has most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from slimllm.config import PruneConfig
+from slimllm.slicing import LayerSizes
+from slimllm.states import Placement
+
+Parts = dict[str, float]
+_TOKENS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on.
+
+    Attributes:
+        hidden_size, vocab_size: D and V.
+        attention_width, kv_width: Inputs of o_proj and outputs of k_proj, the most of any layer.
+        units: What heads are pruned in, KV groups or heads, the most of any layer.
+        intermediate_size: I, the most of any layer.
+        layer_params, params: Parameters of the largest layer and of the whole model.
+        stored, computed, written: Bytes of a number as it is read, as it computes, and as it is written.
+        samples, seq_len: Calibration windows, and tokens of each.
+        on_gpu: Whether the device has a memory of its own.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    attention_width: int
+    kv_width: int
+    units: int
+    intermediate_size: int
+    layer_params: int
+    params: int
+    stored: int
+    computed: int
+    written: int
+    samples: int
+    seq_len: int
+    on_gpu: bool
+
+
+def sizes_of(
+    config: PretrainedConfig, layers: list[LayerSizes], head_dim: int, params: int,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], windows: tuple[int, int], device: torch.device,
+) -> Sizes:  # fmt: skip
+    """The sizes of a model, of its numbers (read, computed and written), and of its windows (samples, seq_len)."""
+    return Sizes(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        attention_width=max(size.num_heads for size in layers) * head_dim,
+        kv_width=max(size.num_kv_heads for size in layers) * head_dim,
+        units=max(size.num_kv_heads for size in layers),
+        intermediate_size=max(size.intermediate_size for size in layers),
+        layer_params=max(size.params for size in layers),
+        params=params,
+        stored=dtypes[0].itemsize,
+        computed=dtypes[1].itemsize,
+        written=dtypes[2].itemsize,
+        samples=windows[0],
+        seq_len=windows[1],
+        on_gpu=device.type == "cuda",
+    )
+
+
+def batch_windows(samples: int, seq_len: int, batch_size: int | None) -> int:
+    """How many windows go through a layer together: as many as asked for, or about 1024 tokens."""
+    return min(samples, batch_size or max(1, _TOKENS_PER_BATCH // seq_len))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is alive at a moment of the run, in bytes: in the memory of a GPU, and in that of the host."""
+
+    name: str
+    gpu: Parts
+    host: Parts
+
+
+def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[Phase]:
+    """The moments of a run that can be its peak, without what Python and the libraries take.
+
+    Args:
+        sizes: Of the model and its calibration.
+        config: The settings.
+        placement: Where what is as large as all tokens lives.
+    """
+    d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
+    kept = math.ceil((1 - config.ratio) * i)
+    tokens = sizes.samples * sizes.seq_len
+    batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
+    function = (config.feature_space or ("function" if sizes.on_gpu else "eigh")) == "function"
+    lstsq = config.recovery == "lstsq"
+    streams = 1 if lstsq else 2  # of what is as large as all tokens, in the FFN: beside the residual stream, its outputs
+
+    def at(name: str, num_streams: int, device: Mapping[str, float], host: Mapping[str, float] | None = None) -> Phase:
+        shared = not sizes.on_gpu and s == c  # the layer computes with the tensors that were read
+        device = {"layer, computing": 0 if shared else sizes.layer_params * c, **device}
+        host = {"layer, as stored": sizes.layer_params * s * (2 if placement.read_ahead else 1), **(host or {})}
+        states = {"hidden states": num_streams * tokens * d * c}
+        if placement.states == "device":
+            device |= states
+        elif placement.states == "host":
+            host |= states
+        return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
+
+    def inner(width: int) -> Parts:
+        num_bytes = tokens * width * c
+        return {"inner activations": num_bytes if num_bytes <= placement.keep_inner_bytes else 0}
+
+    yield at("read", 1, {}, {"mapped file": d * i * s})
+    yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c})
+    yield at("attention", 1, inner(a) | {"batch": batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c, "Gram": a**2 * 4})
+    heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * sizes.units**2 * d * 8}
+    yield at("heads", 1, heads)
+    ffn_gram = {"Gram": (i if lstsq else d) ** 2 * 4}
+    yield at("FFN", streams, inner(i) | ffn_gram | {"batch": batch * (4 * i + 4 * d) * c})
+    # A covariance in fp64, and either its eigenvectors and LAPACK's workspace, or six matrices of the function in fp32.
+    space = d**2 * (8 + (6 * 4 if function else 3 * 8)) + (0 if c == 4 else d * i * 4)
+    yield at("channels", streams, inner(i) | ffn_gram | {"feature space": space})
+    sliced = {"pruned layer": 3 * kept * d * s + 4 * kept * d}
+    if lstsq:
+        across = {"moments": 4.5 * 8 * kept * d + 8 * (i - kept) * d}
+        system = {"system": 2 * 8 * kept**2}  # and its factor
+        yield at("recovery", streams, inner(i) | ffn_gram | system | across)
+        yield at("slicing", streams, inner(i) | ffn_gram | {"solution": 2 * 8 * kept * d}, sliced)
+    else:
+        yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
+    embedded = 0 if placement.states == "disk" or sizes.on_gpu else tokens * d * c
+    yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})

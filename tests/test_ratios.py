@@ -1,0 +1,90 @@
+"""Several ratios in one go: the results of single runs, with what they have in common done once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import STORIES, config
+from test_cli import call
+from test_resume import contents, stop_at
+
+from slimllm import InputError, PruneConfig, prune, prune_ratios
+
+RATIOS = [0.2, 0.35, 0.5]
+
+
+@pytest.fixture(scope="module")
+def single(token_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, bytes]]:
+    """The files of single runs."""
+    folder = tmp_path_factory.mktemp("single")
+    for ratio in RATIOS:
+        prune(STORIES, folder / str(ratio), config(token_ids, ratio=ratio), command="the command")
+    return [contents(folder / str(ratio)) for ratio in RATIOS]
+
+
+def test_the_results_of_single_runs(token_ids: torch.Tensor, tmp_path: Path, single: list[dict[str, bytes]]) -> None:
+    seen: list[str] = []
+    reports = prune_ratios(
+        STORIES, tmp_path / "out", config(token_ids), RATIOS, command="the command",
+        progress=lambda stage, index, layers, report: seen.append(stage),
+    )  # fmt: skip
+    assert seen == ["dense"] * 5 + ["prune"] * 15
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.2", "0.35", "0.5"]
+    assert [contents(tmp_path / "out" / str(ratio)) for ratio in RATIOS] == single
+    assert [report.dense_pass_shared for report in reports] == [False, True, True]
+    assert [report.config["ratio"] for report in reports] == RATIOS
+    assert all("dense pass" not in report.stages_s and report.dense_pass_s > 0 for report in reports[1:])
+
+
+@pytest.mark.parametrize("calls", [2, 8, 13, 15])
+def test_interrupted(token_ids: torch.Tensor, tmp_path: Path, single: list[dict[str, bytes]], calls: int) -> None:
+    done = 0
+
+    def progress(stage: str, index: int, num_layers: int, report: object) -> None:
+        nonlocal done
+        done += 1
+        if done == calls:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_ratios(STORIES, tmp_path / "out", config(token_ids), RATIOS, progress=progress, command="the command")
+    reports = prune_ratios(STORIES, tmp_path / "out", config(token_ids), RATIOS, resume=True, command="the command")
+    assert [contents(tmp_path / "out" / str(ratio)) for ratio in RATIOS] == single
+    assert [report.config["ratio"] for report in reports] == RATIOS
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.2", "0.35", "0.5"]
+
+
+def test_what_is_complete_is_left(token_ids: torch.Tensor, tmp_path: Path) -> None:
+    told: list[str] = []
+    prune(STORIES, tmp_path / "out", config(token_ids))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    prune(STORIES, tmp_path / "out", config(token_ids), resume=True, notice=told.append)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert told == ["This was complete already."]
+    with pytest.raises(InputError, match="not empty"):
+        prune(STORIES, tmp_path / "out", config(token_ids, ratio=0.31), resume=True)
+
+
+def test_wrong_ratios(token_ids: torch.Tensor, tmp_path: Path) -> None:
+    for ratios in ([], [0.2, 0.2]):
+        with pytest.raises(InputError, match="ratios must be different from each other, and one at least"):
+            prune_ratios(STORIES, tmp_path / "out", config(token_ids), ratios)
+    with pytest.raises(InputError, match="between 0 and 1"):
+        prune_ratios(STORIES, tmp_path / "out", config(token_ids), [0.2, 1.2])
+    with pytest.raises(KeyboardInterrupt):
+        prune(STORIES, tmp_path / "one" / "0.5", config(token_ids, ratio=0.5), progress=stop_at("prune", 1))
+    with pytest.raises(InputError, match="was interrupted"):
+        prune_ratios(STORIES, tmp_path / "one", config(token_ids), RATIOS)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "one" / "0.2").exists()
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["--samples", "8", "--seq-len", "64", "--ratio", "0.2", "--ratio", "0.4"]
+    code, out, _ = call(capsys, "prune", STORIES, "--out", tmp_path / "out", *settings)
+    assert code == 0 and "Ratio 0.4, with the same dense pass:" in out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.2", "0.4"]
+    prune(STORIES, tmp_path / "single", PruneConfig(ratio=0.4, samples=8, seq_len=64))
+    for path in (tmp_path / "single").glob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "out" / "0.4" / path.name).read_bytes()
