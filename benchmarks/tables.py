@@ -132,7 +132,30 @@ def recovery_table() -> str:
     )  # fmt: skip
 
 
-TABLES = {"prune": prune_table, "stages": stages_table, "naive": naive_table, "recovery": recovery_table}
+def large_table() -> str:
+    """Some layers of models that are larger than the machine's memory."""
+    settings = newest("large", ("model", "layers", "recovery", "host_memory"), lambda row: row["device"] == "cpu")
+    settings.sort(key=lambda rows: (rows[0]["model"], rows[0]["recovery"], rows[0]["layers"]))
+
+    def line(rows: Rows) -> list[str]:
+        first = rows[0]
+        return [
+            first["model"], str(first["layers"]), first["recovery"], first["host_memory"] or "none",
+            f"{median(rows, lambda r: statistics.mean(r['layer_s'])):.0f} s",
+            f"{median(rows, lambda r: r['elapsed_s']):.0f} s",
+            f"{median(rows, lambda r: r['ratio_to_dense_pass']):.2f}",
+            f"{median(rows, lambda r: r['peak_host_gib']):.2f} GiB",
+            f"{median(rows, lambda r: r['predicted_gib']):.2f} GiB",
+            f"{median(rows, lambda r: r['predicted_over_peak']):.2f}",
+        ]  # fmt: skip
+
+    header = ["layers of", "number", "recovery", "budget", "pruning a layer", "all", "pruning / dense", "peak", "plan",
+              "plan / peak"]  # fmt: skip
+    return table(header, [line(rows) for rows in settings])
+
+
+TABLES = {"prune": prune_table, "stages": stages_table, "naive": naive_table, "recovery": recovery_table,
+          "large": large_table}  # fmt: skip
 
 
 def fill(page: str) -> str:

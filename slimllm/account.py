@@ -97,7 +97,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         placement: Where what is as large as all tokens lives.
     """
     d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
-    kept = math.ceil((1 - config.ratio) * i)
+    kept = math.ceil((1 - config.ratio / 2) * i)  # in the layer that is pruned least, about
     tokens = sizes.samples * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
     function = (config.feature_space or ("function" if sizes.on_gpu else "eigh")) == "function"
@@ -129,7 +129,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     # A covariance in fp64, and either its eigenvectors and LAPACK's workspace, or six matrices of the function in fp32.
     space = d**2 * (8 + (6 * 4 if function else 3 * 8)) + (0 if c == 4 else d * i * 4)
     yield at("channels", streams, inner(i) | ffn_gram | {"feature space": space})
-    sliced = {"pruned layer": 3 * kept * d * s + 4 * kept * d}
+    sliced = {"pruned layer": 3 * kept * d * s}
     if lstsq:
         across = {"moments": 4.5 * 8 * kept * d + 8 * (i - kept) * d}
         system = {"system": 2 * 8 * kept**2}  # and its factor
@@ -137,5 +137,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         yield at("slicing", streams, inner(i) | ffn_gram | {"solution": 2 * 8 * kept * d}, sliced)
     else:
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
+    if placement.states != "host" and (sizes.on_gpu or placement.states == "disk"):  # what the journal writes, at once
+        yield Phase("journal", {}, {"layer, as stored": sizes.layer_params * s, "hidden states": tokens * d * c})
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else tokens * d * c
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})

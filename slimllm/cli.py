@@ -112,6 +112,7 @@ def prune_command(
         display.progress(stage, index, num_layers, layer)
         stop.progress(stage, index, num_layers, layer)
 
+    results = [out] if len(ratio) == 1 else [out / str(one) for one in ratio]
     try:
         with PruneDisplay(console, quiet) as display:
             settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
@@ -120,11 +121,15 @@ def prune_command(
             else:
                 reports = prune_ratios(model, out, config, ratio, command=command, **settings)
     except SystemExit:
-        left = "the same command with --resume goes on from here" if can_resume(out, ratio) else "what was begun is removed"
+        left = (
+            "the same command with --resume goes on from here"
+            if any(map(can_resume, results))
+            else "what was begun is removed"
+        )
         errors.print(f"Interrupted; {left}.", style="bold red", highlight=False)
         raise
     except OutputError as error:
-        if can_resume(out, ratio):
+        if any(map(can_resume, results)):
             raise OutputError(f"{error} The same command with --resume goes on from here.") from error
         raise
     if not quiet:

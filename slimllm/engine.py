@@ -20,10 +20,20 @@ from slimllm.modelcard import write_model_card
 from slimllm.native import convert_in_place, write_config
 from slimllm.pipeline import DensePass
 from slimllm.progress import ProgressCallback
-from slimllm.report import PruneReport, finished_report
-from slimllm.run import OPERATIONS, Notice, Run, environment_of, identity_of, weight_dtype
+from slimllm.report import REPORT_NAME, PruneReport
+from slimllm.run import (
+    OPERATIONS,
+    WEIGHTS,
+    Notice,
+    Run,
+    checksum_of,
+    environment_of,
+    identity_of,
+    weight_dtype,
+    weights_of,
+)  # fmt: skip
 from slimllm.source import CheckpointModel, InMemoryModel
-from slimllm.writer import CheckpointWriter, check_destination, check_interrupted, check_space, partial_folder
+from slimllm.writer import CheckpointWriter, can_resume, check_destination, check_interrupted, check_space, partial_folder
 
 
 def prune(
@@ -95,7 +105,7 @@ def prune_ratios(
     if not ratios or len(set(ratios)) < len(ratios):
         raise InputError(f"ratios must be different from each other, and one at least, got {list(ratios)}.")
     jobs = [
-        (Path(out).expanduser().resolve() / f"{ratio:g}", dataclasses.replace(config, ratio=ratio)) for ratio in ratios
+        (Path(out).expanduser().resolve() / str(ratio), dataclasses.replace(config, ratio=ratio)) for ratio in ratios
     ]  # fmt: skip
     return _prune_all(model, jobs, overwrite, resume, progress, notice, command)
 
@@ -114,16 +124,13 @@ def _prune_all(
     if isinstance(config.calibration, (str, Path)):
         inputs.append(Path(config.calibration).expanduser())
     name = model.name if isinstance(model, Checkpoint) else str(model)
-    complete = {}
-    for out, wanted in jobs:
+    maybe_complete = []
+    for out, _ in jobs:
         in_place = check_interrupted(out, resume)  # and only the journal is left to be removed
-        if resume and not in_place and (found := finished_report(out, name, wanted)):
-            complete[out] = found
+        if resume and not can_resume(out) and (out / REPORT_NAME).is_file():
+            maybe_complete.append(out)
         else:
             check_destination(out, inputs, overwrite or in_place)
-    if len(complete) == len(jobs):
-        notice("This was complete already.")
-        return list(complete.values())
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
     if source.unexpected:
@@ -133,12 +140,16 @@ def _prune_all(
     token_ids = calibration_windows(config, tokenizer, source.config, notice)
     reports, dense = [], None
     for out, wanted in jobs:
-        if out in complete:
-            reports.append(complete[out])
-            continue
         if len(jobs) > 1:
-            notice(f"Ratio {wanted.ratio:g}{', with the same dense pass' if dense else ''}:")
+            notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
         run = Run(source, token_ids, wanted, notice, started, partial_folder(out))
+        if out in maybe_complete:
+            found = PruneReport.read(out)
+            if found.identity == identity_of(source, token_ids, run.plan) | {WEIGHTS: weights_of(source)}:
+                notice(f"{out} is complete already.")
+                reports.append(found)
+                continue
+            check_destination(out, inputs, overwrite)
         report, dense = _prune_one(run, name, out, overwrite, resume, progress, command, dense)
         reports.append(report)
         started = time.perf_counter()
@@ -187,6 +198,7 @@ def _prune_one(
             checkpoint.write_companions(writer.folder)
         report = run.report(outcome, name, str(out), writer.num_parameters)
         report.dense_pass_shared = dense is not None
+        report.identity = identity | {WEIGHTS: checksum_of([layer["weights"] for layer in outcome.dense.layers])}
         write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
         report.elapsed_s = run.watch.elapsed_s()
         report.save(writer.folder)

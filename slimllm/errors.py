@@ -5,5 +5,9 @@ class InputError(ValueError):
     """What was wrong, what was got and what to do, in one sentence."""
 
 
+class HopelessError(InputError):
+    """The input is at fault in a way that only a whole run shows: going on with it would fail again."""
+
+
 class OutputError(InputError):
     """The disk did not take what was written; what is there already is good."""

@@ -107,9 +107,9 @@ def _by_outputs(
         importance = _importance(layer, inputs, output_covariance, channels.norms(), config)
         kept = _select(importance, budget, config)
         device_channels = kept.to(layer.device)
-    dense_tensors = layer.tensors
+    dense_output = {name: tensor for name, tensor in layer.tensors.items() if name.startswith(f"{spec.down_proj}.")}
     with watch("recovery"):
-        layer.replace(slice_ffn(dense_tensors, spec, kept))
+        layer.replace(slice_ffn(layer.tensors, spec, kept))
         kept_weight = layer.linear(spec.down_proj).weight
         paired = PairedMoments(outputs.mean(), mean_output(kept_weight, channels.mean()[device_channels])[0])
     for number, stored in enumerate(outputs_of):
@@ -127,7 +127,7 @@ def _by_outputs(
         if config.recovery == "affine":
             slope, intercept = moments.affine_fit()
             after = moments.relative_error(slope, intercept)
-            changed = slice_output(dense_tensors, spec.down_proj, kept, OutputChange(intercept, slope))
+            changed = slice_output(dense_output, spec.down_proj, kept, OutputChange(intercept, slope))
             layer.replace({**layer.tensors, **changed})
     bias, factor = layer.linear(spec.down_proj).bias, slope.float()  # in half precision it would be off by as much for all
     for batch, stored in zip(stream, outputs_of):

@@ -44,7 +44,7 @@ class Journal:
 
     def __init__(self, folder: Path, identity: dict[str, Any], environment: dict[str, Any]) -> None:
         self.folder = folder
-        self._lock = _lock(folder)
+        self._lock = lock(folder)
         self._waiting: list[Step] = []  # steps without a line
         self._unsynced: list[Path] = []
         self._busy: Future[None] | None = None
@@ -98,7 +98,7 @@ class Journal:
         self._busy = self._thread.submit(self._write, *work, self.folder / name)
 
     def _write(self, steps: list[Step], files: list[Path], state: Path) -> None:
-        for file in files:
+        for file in {*files, *(file.parent for file in files)}:
             sync(file)
         steps[-1]["state_crc"] = _crc(files[-1])
         os.replace(files[-1], state)
@@ -140,9 +140,13 @@ class Journal:
         self.steps.append(step)
         self._waiting = []
 
-    def close(self) -> None:
-        """Let go of the folder, when what is on its way to the disk has arrived or failed."""
+    def wait(self) -> None:
+        """Let what is on its way to the disk arrive or fail; nothing can be recorded any more."""
         self._thread.shutdown()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.wait()
         os.close(self._lock)
 
 
@@ -235,7 +239,7 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _lock(folder: Path) -> int:
+def lock(folder: Path) -> int:
     """Take the folder for this process; the lock goes with the process, however that ends.
 
     Raises:

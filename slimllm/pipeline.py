@@ -13,7 +13,7 @@ from slimllm.account import batch_windows
 from slimllm.allocation import Allocation, LayerBudget, LayerShape, allocate
 from slimllm.attention import prune_attention
 from slimllm.config import PruneConfig
-from slimllm.errors import InputError
+from slimllm.errors import HopelessError, InputError
 from slimllm.ffn import prune_ffn
 from slimllm.importance import layer_similarity
 from slimllm.journal import Journal, fingerprint
@@ -89,10 +89,10 @@ def prune_layers(
     if dense is None:
         dense = _dense_pass(source, _stream(source, token_ids, config, placement, watch), watch, progress, journal)
         trim()
-    elif journal and not journal.steps:
-        journal.adopt("dense", dense.layers, watch.so_far())
     elif journal:
-        _compare_weights(journal.done("dense"), [layer["weights"] for layer in dense.layers])
+        done = journal.done("dense")
+        _compare_weights(done, [layer["weights"] for layer in dense.layers])
+        journal.adopt("dense", dense.layers[len(done) :], {**watch.so_far(), "dense_pass_s": dense.seconds})
     similarity = [layer["similarity"] for layer in dense.layers]
     allocation = allocate(similarity, shapes, config)
     on_allocation(allocation)
@@ -124,9 +124,9 @@ def prune_layers(
             outcome.layers.append(report)
             if journal:
                 with watch("journal"):
-                    journal.record(
-                        "prune", {**_states(stream), "final_dense": dense.final}, report=report, **watch.so_far()
-                    )
+                    state = {**_states(stream), "final_dense": dense.final}
+                    journal.record("prune", state, report=report, **watch.so_far())
+                    _release(stream)
             if progress:
                 progress("prune", index, source.num_layers, report)
     with watch("perplexity"):
@@ -170,10 +170,12 @@ def _dense_pass(
                 with watch("journal"):
                     layers[-1]["weights"] = fingerprint(layer.tensors)
                     journal.record("dense", _states(stream), **layers[-1], **watch.so_far())
+                    _release(stream)
             del layer  # before the next one is read
             if progress:
                 progress("dense", index, source.num_layers, None)
-    return DensePass(layers, _perplexity_states(stream), watch.seconds["dense pass"])
+    seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared
+    return DensePass(layers, _perplexity_states(stream), seconds or watch.seconds["dense pass"])
 
 
 def _compare_weights(done: list[dict[str, Any]], found: Iterable[int]) -> None:
@@ -188,6 +190,11 @@ def _states(stream: Stream) -> dict[str, torch.Tensor]:
     return {f"hidden.{number}": batch.hidden.stored() for number, batch in enumerate(stream)}
 
 
+def _release(stream: Stream) -> None:
+    for batch in stream:
+        batch.hidden.release()
+
+
 def _restore(stream: Stream, journal: Journal, other: str | None = None) -> torch.Tensor:
     """Put the residual stream back to where it was after the journal's last step; and another tensor of that state."""
     with journal.state() as state:
@@ -197,7 +204,7 @@ def _restore(stream: Stream, journal: Journal, other: str | None = None) -> torc
 
 
 def _overflow(source: ModelSource, index: int, which: str) -> InputError:
-    return InputError(
+    return HopelessError(
         f"The hidden states behind layer {index} of the {which} model are not finite when computed in "
         f"{str(source.dtype).removeprefix('torch.')}; compute in float32."
     )

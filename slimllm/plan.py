@@ -82,6 +82,8 @@ def make_plan(
         "host_memory": parse_bytes("host_memory", config.host_memory),
         "gpu_memory": parse_bytes("gpu_memory", config.gpu_memory) if sizes.on_gpu else math.inf,
     }
+    if config.gpu_memory is not None and not sizes.on_gpu:
+        raise InputError("gpu_memory is a budget for a GPU, but the device is a CPU; leave it out, or give a device.")
     steps = [step for step in _STEPS if step.applies(sizes, config)]
 
     def planned(taken: list[_Step]) -> Plan:
@@ -148,8 +150,6 @@ class _Step:
 # From what costs least time to what costs most.
 _STEPS = [
     _Step("weights are not read ahead", "read_ahead", False, gpu_only=True),
-    _Step("channels are weighed without eigenvectors", "feature_space", "function"),
-    _Step("one window goes through a layer at a time", "batch_size", 1),
     _Step("hidden states live in host memory", "states", "host", gpu_only=True),
     _Step("inner activations are made twice instead of kept", "keep_inner_bytes", 0),
     _Step("hidden states live in files", "states", "disk"),

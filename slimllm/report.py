@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 
 REPORT_NAME = "report.json"
@@ -37,6 +36,7 @@ class PruneReport:
         stages_s: Seconds by stage.
         peak_host_gib, peak_gpu_gib: Peak memory of the run.
         memory_gib, gpu_memory_gib: The account of the two peaks, part by part, made before the run.
+        identity: What another run must have in common with this one to be the same.
         dense_pass_shared: Whether another run's dense pass was used, whose seconds are not among `elapsed_s`.
         plan: Where things lived, the settings chosen to fit the budgets, and the account of the disk.
         backend, device, compute_dtype, format: What ran, and the architecture written.
@@ -71,6 +71,7 @@ class PruneReport:
     versions: dict[str, str]
     layers: list[dict[str, Any]] = field(default_factory=list)
     resumed_steps: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)
     dense_pass_shared: bool = False
     gpu_memory_gib: dict[str, float] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
@@ -94,15 +95,6 @@ class PruneReport:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path} is not the report of a pruning run: {error}") from None
-
-
-def finished_report(out: Path, model: str, config: PruneConfig) -> PruneReport | None:
-    """The report in a folder, if a run of this model with these settings has finished there."""
-    if not (out / REPORT_NAME).is_file():
-        return None
-    report = PruneReport.read(out)
-    wanted = json.loads(json.dumps(_rounded(config.to_dict())))
-    return report if report.model == model and report.config == wanted else None
 
 
 def versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from slimllm.report import PruneReport, versions
 from slimllm.source import CheckpointModel, ModelSource
 
 Notice = Callable[[str], None]
+WEIGHTS = "weights, by checksum"
 OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # those with kernels that a run uses
 
 
@@ -159,6 +160,7 @@ def identity_of(source: CheckpointModel, token_ids: torch.Tensor, plan: Plan) ->
     settings = plan.config.to_dict()
     for name in ("calibration", "device", "host_memory", "gpu_memory"):
         del settings[name]
+    settings["keep_inner_bytes"] = plan.placement.keep_inner_bytes
     settings["batch_size"] = batch_windows(len(token_ids), token_ids.shape[1], plan.config.batch_size)
     model = source.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
@@ -173,6 +175,16 @@ def identity_of(source: CheckpointModel, token_ids: torch.Tensor, plan: Plan) ->
         "model, by checksum": zlib.crc32(description.encode()),
         "embeddings, by checksum": zlib.crc32(str(others).encode()),
     }
+
+
+def checksum_of(checksums: list[int]) -> int:
+    """Of the weights of all layers, from those of each."""
+    return zlib.crc32(str(checksums).encode())
+
+
+def weights_of(source: CheckpointModel) -> int:
+    """`checksum_of` the layers; reads them all."""
+    return checksum_of([fingerprint(source.weights(index)) for index in range(source.num_layers)])
 
 
 def environment_of(device: torch.device) -> dict[str, Any]:

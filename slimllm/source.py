@@ -47,13 +47,15 @@ class ModelSource(ABC):
     def place(self, index: int, weights: Tensors) -> Layer:
         """A decoder layer with its weights, ready to compute."""
 
+    reads_ahead = True
+
     @contextmanager
     def layers(self, first: int, read_ahead: bool) -> Iterator[Callable[[int], Layer]]:
         """What gives the layers, ready to compute, one after the other from `first` on.
 
         With `read_ahead` the weights of the next one are read by a thread while the present one is at work.
         """
-        if not read_ahead:
+        if not (read_ahead and self.reads_ahead):
             yield lambda index: self.place(index, self.weights(index))
             return
         with ThreadPoolExecutor(1, "slimllm-read") as pool:
@@ -182,6 +184,8 @@ class InMemoryModel(ModelSource):
     Raises:
         ValueError: (as InputError) it is not the plain causal language model of its family, or holds NaN or infinity.
     """
+
+    reads_ahead = False  # they are there already
 
     def __init__(self, model: PreTrainedModel) -> None:
         plain = {name: type(module) for name, module in meta_model(model.config).named_modules() if name}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,40 +47,41 @@ class Stored:
 
     def __init__(self, tensor: torch.Tensor, place: str = "device", folder: Path | None = None) -> None:
         self.shape, self._device = tensor.shape, tensor.device
-        self._pages: mmap.mmap | None = None
+        self._mapped = False
         if place == "host":
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         elif place == "disk":
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.truncate(tensor.numel() * tensor.element_size())
-                self._pages = mmap.mmap(file.fileno(), 0)
-            self._tensor = torch.frombuffer(self._pages, dtype=tensor.dtype).view(tensor.shape)
+            with tempfile.NamedTemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # a full disk shows here, and not as a crash
+                mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            self._tensor, self._mapped = mapped.view(tensor.shape), True
         else:
             self._tensor = tensor
         self.save(tensor)
 
     def load(self) -> torch.Tensor:
         """The tensor, on the device."""
-        if self._pages is None:
+        if not self._mapped:
             return self._tensor.to(self._device, non_blocking=True)
         loaded = self._tensor.to(self._device, copy=True)
-        self._release()
+        self.release()
         return loaded
 
     def save(self, tensor: torch.Tensor) -> None:
         """Let it hold this, of the same shape and dtype."""
         if tensor is not self._tensor:
             self._tensor.copy_(tensor)
-            self._release()
+            self.release()
 
     def stored(self) -> torch.Tensor:
-        """The tensor where it lives, to be read."""
+        """The tensor where it lives, to be read; of a file its pages stay in memory until `release`."""
         return self._tensor
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Let the system have the memory of a file's pages, which it writes back when it likes."""
-        if self._pages is not None:
-            self._pages.madvise(mmap.MADV_DONTNEED)
+        if self._mapped:
+            pages = ctypes.c_void_p(self._tensor.data_ptr())  # from_file maps whole pages
+            ctypes.CDLL(None).madvise(pages, ctypes.c_size_t(self._tensor.nbytes), mmap.MADV_DONTNEED)
 
 
 class Batch:

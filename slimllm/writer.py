@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slimllm.checkpoint import SAFETENSORS_DTYPES
-from slimllm.errors import InputError, OutputError
-from slimllm.journal import Journal, damaged, last_stage, sync
+from slimllm.errors import HopelessError, InputError, OutputError
+from slimllm.journal import Journal, damaged, last_stage, lock, sync
 
 
 def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
@@ -59,7 +61,11 @@ def check_interrupted(out: Path, resume: bool) -> bool:
         ValueError: (as InputError) there is an interrupted run, and it is not to be gone on with.
     """
     partial = partial_folder(out)
+    if (partial / "lock").exists():
+        os.close(lock(partial))  # whether a run is at work there
     stage = last_stage(partial)
+    if stage == "finished" and not resume:
+        raise InputError(f"A run for {out} is complete but for its last step: add --resume (in Python, resume=True).")
     if stage is not None and not resume:
         raise InputError(
             f"A run for {out} was interrupted and can be gone on with: add --resume (in Python, resume=True), "
@@ -68,11 +74,9 @@ def check_interrupted(out: Path, resume: bool) -> bool:
     return stage == "finished" and not (partial / "model").exists()
 
 
-def can_resume(out: Path, ratios: list[float]) -> bool:
-    """Whether a run for a folder, or for several ratios in it, was interrupted and can be gone on with."""
-    out = out.expanduser().resolve()
-    results = [out] if len(ratios) == 1 else [out / f"{ratio:g}" for ratio in ratios]
-    return any(last_stage(partial_folder(result)) is not None for result in results)
+def can_resume(out: Path) -> bool:
+    """Whether a run for a folder was interrupted and can be gone on with."""
+    return last_stage(partial_folder(out.expanduser().resolve())) is not None
 
 
 def check_space(out: Path, num_bytes: int) -> None:
@@ -93,7 +97,7 @@ class CheckpointWriter:
     """A context manager: the folder `out` appears, complete and on the disk, with `finish`, and not before.
 
     Until then everything is in `.NAME.partial` beside it, with the journal of the run. That folder stays when the block
-    ends with an error, unless there is nothing yet to go on with, or it is an error of the input.
+    ends with an error, unless there is nothing yet to go on with, or it would end so again.
 
     Args:
         out: The folder to make, resolved.
@@ -125,8 +129,7 @@ class CheckpointWriter:
         try:
             self._partial.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self._partial, self._identity, self._environment)
-            self._resumed = bool(self.journal.steps)
-            if not self._resumed:
+            if not self.journal.steps:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir()
         except OSError as error:
@@ -134,11 +137,13 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        wrong_input = isinstance(error, InputError) and not isinstance(error, OutputError)
-        resumable = not wrong_input or self._resumed  # the same input once more would be wrong once more
-        self.journal.close()
-        if kind is None or not (resumable and last_stage(self._partial)):
-            _remove(self._partial)
+        resumable = not isinstance(error, HopelessError)
+        self.journal.wait()
+        try:
+            if kind is None or not (resumable and last_stage(self._partial)):
+                _remove(self._partial)
+        finally:
+            self.journal.close()  # not before: another run may take the folder from here on
         if isinstance(error, OSError):
             raise OutputError(f"Writing to {self.out.parent} failed: {error}.") from error
 
@@ -199,15 +204,17 @@ class CheckpointWriter:
             check_destination(self.out, [], self._overwrite)
         except InputError as error:
             raise OutputError(f"{error} The result is complete, and waits in {self.folder}.") from None
+        replaced = None
         if self.out.exists() and any(self.out.iterdir()):
-            os.rename(self.out, self._partial / "replaced")
+            replaced = Path(tempfile.mkdtemp(prefix="replaced-", dir=self._partial)) / "old"
+            os.rename(self.out, replaced)
         elif self.out.exists():
             self.out.rmdir()
         try:
             os.rename(self.folder, self.out)
         except OSError:
-            if (self._partial / "replaced").exists():
-                os.rename(self._partial / "replaced", self.out)
+            if replaced is not None:
+                os.rename(replaced, self.out)
             raise
         sync(self.out.parent)
 
@@ -218,13 +225,17 @@ def partial_folder(out: Path) -> Path:
 
 
 def _remove(partial: Path) -> None:
-    """Remove an unfinished folder, the journal last: while it is there, all of this can be repeated."""
-    for path in sorted(partial.iterdir(), key=lambda path: path.name == "journal.jsonl"):
+    """Remove an unfinished folder: the journal late, while which is there all of this can be repeated, the lock last."""
+    last = ("journal.jsonl", "lock")
+    if not partial.exists():  # somebody has deleted it
+        return
+    for path in sorted(partial.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not if another run has come in
+        partial.rmdir()
 
 
 def _umask() -> int:

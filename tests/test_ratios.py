@@ -62,9 +62,35 @@ def test_what_is_complete_is_left(token_ids: torch.Tensor, tmp_path: Path) -> No
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     prune(STORIES, tmp_path / "out", config(token_ids), resume=True, notice=told.append)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-    assert told == ["This was complete already."]
+    assert told[-1].endswith("out is complete already.")
+    with pytest.raises(InputError, match="not empty"):
+        prune(STORIES, tmp_path / "out", config(token_ids.flip(0)), resume=True)
     with pytest.raises(InputError, match="not empty"):
         prune(STORIES, tmp_path / "out", config(token_ids, ratio=0.31), resume=True)
+
+
+def test_a_dense_pass_that_was_begun_on_its_own(
+    token_ids: torch.Tensor, tmp_path: Path, single: list[dict[str, bytes]]
+) -> None:
+    """The second ratio goes on with the first one's dense pass, and is interrupted again."""
+    with pytest.raises(KeyboardInterrupt):
+        prune(STORIES, tmp_path / "out" / "0.5", config(token_ids, ratio=0.5), progress=stop_at("dense", 2))
+    calls = 0
+
+    def progress(stage: str, index: int, num_layers: int, report: object) -> None:
+        nonlocal calls
+        calls += stage == "prune"
+        if calls == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_ratios(STORIES, tmp_path / "out", config(token_ids), [0.2, 0.5], resume=True, progress=progress)
+    reports = prune_ratios(
+        STORIES, tmp_path / "out", config(token_ids), [0.2, 0.5], resume=True, command="the command"
+    )  # fmt: skip
+    weights = {name: content for name, content in single[2].items() if name.endswith(".safetensors")}
+    assert weights.items() <= contents(tmp_path / "out" / "0.5").items()
+    assert all(report.dense_pass_s > 0 for report in reports)
 
 
 def test_wrong_ratios(token_ids: torch.Tensor, tmp_path: Path) -> None:

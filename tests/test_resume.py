@@ -204,6 +204,9 @@ def test_runs_exclude_each_other(token_ids: torch.Tensor, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="Another run is writing"):
         prune(STORIES, tmp_path / "out", config(token_ids))
     assert sorted(path.name for path in partial.iterdir()) == ["journal.jsonl", "lock"]
+    journal.record("dense", {}, similarity=0.5, weights=0)
+    with pytest.raises(InputError, match="Another run is writing"):  # and not: delete it
+        prune(STORIES, tmp_path / "out", config(token_ids))
     journal.close()
     shutil.rmtree(partial)
     prune(STORIES, tmp_path / "out", config(token_ids))
