@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
-from slimllm.errors import InputError
+from slimllm.errors import HopelessError, InputError
 from slimllm.families import layer_spec
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -72,7 +72,9 @@ class Checkpoint(ABC):
         for name, tensor in tensors.items():
             # Either of them is NaN if any value is; and unlike a sum they are found without a copy.
             if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
-                raise InputError(f"Tensor {name} of {self.path} holds NaN or infinite values; the checkpoint is damaged.")
+                raise HopelessError(
+                    f"Tensor {name} of {self.path} holds NaN or infinite values; the checkpoint is damaged."
+                )
         return tensors
 
     def check(self, expected: dict[str, tuple[int, ...]], layers: str) -> list[str]:
