@@ -100,7 +100,6 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     kept = math.ceil((1 - config.ratio / 2) * i)  # in the layer that is pruned least, about
     tokens = sizes.samples * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
-    function = (config.feature_space or ("function" if sizes.on_gpu else "eigh")) == "function"
     lstsq = config.recovery == "lstsq"
     streams = 1 if lstsq else 2  # of what is as large as all tokens, in the FFN: beside the residual stream, its outputs
 
@@ -126,8 +125,9 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     yield at("heads", 1, heads)
     ffn_gram = {"Gram": (i if lstsq else d) ** 2 * 4}
     yield at("FFN", streams, inner(i) | ffn_gram | {"batch": batch * (4 * i + 4 * d) * c})
-    # A covariance in fp64, and either its eigenvectors and LAPACK's workspace, or six matrices of the function in fp32.
-    space = d**2 * (8 + (6 * 4 if function else 3 * 8)) + (0 if c == 4 else d * i * 4)
+    # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or the matrices of
+    # the function (6 in fp32), which is as much.
+    space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4)
     yield at("channels", streams, inner(i) | ffn_gram | {"feature space": space})
     sliced = {"pruned layer": 3 * kept * d * s}
     if lstsq:

@@ -56,7 +56,7 @@ class PruneConfig:
         compute_dtype: dtype of the forward passes; None: float32 on a CPU, the checkpoint's own on a GPU.
         device: `cpu`, `cuda`, `cuda:1`, …; None: a GPU if there is one.
         host_memory, gpu_memory: Budgets, such as `16GiB`: the most that the run may take of them, by its own account. What
-            is left open, `feature_space` and `batch_size` among it, and where the hidden states live, is chosen to fit.
+            is kept and where the hidden states live is chosen to fit.
 
     Raises:
         ValueError: (as InputError) a value is out of range; the sentence says which and what to give.

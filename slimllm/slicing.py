@@ -60,6 +60,16 @@ def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: i
     )
 
 
+def sizes_by_layer(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: int, num_layers: int) -> list[LayerSizes]:
+    """The sizes of every layer from the shapes of all tensors of a model, by full name."""
+    result = []
+    for index in range(num_layers):
+        prefix = f"{spec.layers}.{index}."
+        own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        result.append(layer_sizes(own, spec, head_dim))
+    return result
+
+
 def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tensors:
     """Rows of a projection's weight and, if it has one, of its bias."""
     names = [name for name in (f"{projection}.weight", f"{projection}.bias") if name in tensors]

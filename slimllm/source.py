@@ -17,7 +17,7 @@ from slimllm.families import layer_spec
 from slimllm.layer import Layer
 from slimllm.native import head_dim_of
 from slimllm.skeleton import empty_module, expected_tensors, meta_model
-from slimllm.slicing import LayerSizes, Tensors, layer_sizes
+from slimllm.slicing import LayerSizes, Tensors, sizes_by_layer
 
 _VOCABULARY = 4096  # entries whose logits are in memory at a time
 
@@ -86,13 +86,7 @@ class ModelSource(ABC):
 
     def sizes(self) -> list[LayerSizes]:
         """Sizes of every decoder layer."""
-        shapes = self.shapes()
-        result = []
-        for index in range(self.num_layers):
-            prefix = self.layer_prefix(index)
-            own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-            result.append(layer_sizes(own, self.spec, self.head_dim))
-        return result
+        return sizes_by_layer(self.shapes(), self.spec, self.head_dim, self.num_layers)
 
     def layer_prefix(self, index: int) -> str:
         return f"{self.spec.layers}.{index}."

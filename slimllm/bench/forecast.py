@@ -18,7 +18,7 @@ from slimllm.memory import resident_gib
 from slimllm.native import head_dim_of
 from slimllm.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.skeleton import expected_tensors, meta_model
-from slimllm.slicing import LayerSizes, layer_sizes
+from slimllm.slicing import LayerSizes, sizes_by_layer
 
 # Between the counted operations at the machine's rates and a run lie norms, activations and copies (benchmarks/NOTES.md).
 _TIMES_FLOOR = 1.6
@@ -54,11 +54,7 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     computed = DTYPES[config.compute_dtype] if config.compute_dtype else default
     spec, head_dim = layer_spec(model_config.model_type), head_dim_of(model_config)
     shapes = expected_tensors(meta_model(model_config), spec)
-    layers = []
-    for index in range(model_config.num_hidden_layers):
-        prefix = f"{spec.layers}.{index}."
-        own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-        layers.append(layer_sizes(own, spec, head_dim))
+    layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
     dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
     sizes = sizes_of(model_config, layers, head_dim, params, dtypes, (config.samples, config.seq_len), device)
