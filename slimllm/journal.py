@@ -51,9 +51,17 @@ class Journal:
         self._thread = ThreadPoolExecutor(1, "slimllm-journal")
         try:
             self.environment, self.steps = _open(folder, identity, environment)
+            self._tidy()
         except BaseException:
             self.close()
             raise
+
+    def _tidy(self) -> None:
+        """Remove what was being written when the run was interrupted."""
+        needed = {_NAME, _LOCK, *(step["state"] for step in self.steps[-1:] if "state" in step)}
+        for path in self.folder.iterdir():
+            if path.is_file() and path.name not in needed:
+                path.unlink()
 
     def done(self, stage: str) -> list[Step]:
         """The steps of a stage, oldest first."""

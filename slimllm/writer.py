@@ -150,13 +150,16 @@ class CheckpointWriter:
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write the shard `number` (from 1) with these tensors, under their full names."""
         path = self.folder / self._shard_name(number)
+        # Not in the folder of the result, where safetensors would leave its temporary file when it is killed.
+        beside = self._partial / path.name
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
-            save_file(contiguous, path, metadata={"format": "pt"})
+            save_file(contiguous, beside, metadata={"format": "pt"})
         except Exception as error:
             # safetensors raises its own type for a full disk.
             raise OutputError(f"Writing {path.name} to {self.out.parent} failed: {error}.") from error
-        path.chmod(0o666 & ~_umask())
+        beside.chmod(0o666 & ~_umask())
+        os.replace(beside, path)
         self.journal.include(path)
         for key, tensor in contiguous.items():
             self._count(key, path.name, tensor.numel(), tensor.element_size())

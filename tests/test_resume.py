@@ -22,6 +22,7 @@ import torch
 from conftest import STORIES, config
 from safetensors.torch import load_file, save_file
 
+import slimllm.journal
 import slimllm.writer
 from slimllm import InputError, PruneConfig, prune
 from slimllm.errors import OutputError
@@ -46,9 +47,9 @@ def stop_at(stage: str, layer: int) -> Callable[[str, int, int, object], None]:
 
 
 def interrupted(out: Path, settings: PruneConfig, stage: str = "prune", layer: int = 2, model: Path = STORIES) -> Path:
-    """Begin a run and interrupt it; its unfinished folder."""
+    """Begin a run, or go on with it, and interrupt it; its unfinished folder."""
     with pytest.raises(KeyboardInterrupt):
-        prune(model, out, settings, progress=stop_at(stage, layer), command="the command")
+        prune(model, out, settings, progress=stop_at(stage, layer), command="the command", resume=True)
     assert not out.exists()
     return out.with_name(f".{out.name}.partial")
 
@@ -175,6 +176,29 @@ def test_a_line_that_was_being_written(token_ids: torch.Tensor, tmp_path: Path, 
     partial = interrupted(tmp_path / "out", config(token_ids))
     with (partial / "journal.jsonl").open("ab") as file:
         file.write(b'0123abcd {"stage": "pru')
+    prune(STORIES, tmp_path / "out", config(token_ids), resume=True, command="the command")
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("module", [slimllm.writer, slimllm.journal])
+def test_killed_in_a_file(
+    token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes], module: Any
+) -> None:
+    """safetensors writes to a temporary file of its own, which stays when the process is killed."""
+    partial = tmp_path / ".out.partial"
+
+    def killed(tensors: dict[str, torch.Tensor], path: Path, **arguments: object) -> None:
+        if partial.is_dir() and any(partial.glob("state-*.safetensors")):
+            (path.parent / ".tmpQxNTKW").write_bytes(bytes(100))
+            raise KeyboardInterrupt
+        save_file(tensors, path, **arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "save_file", killed)
+        prune(STORIES, tmp_path / "out", config(token_ids), command="the command")
+    assert [path.name for path in tmp_path.rglob(".tmp*")]
+    later = interrupted(tmp_path / "out", config(token_ids))
+    assert not [path.name for path in later.rglob(".tmp*")]
     prune(STORIES, tmp_path / "out", config(token_ids), resume=True, command="the command")
     assert contents(tmp_path / "out") == expected
 
