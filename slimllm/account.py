@@ -32,6 +32,7 @@ class Sizes:
         layer_params, params: Parameters of the largest layer and of the whole model.
         stored, computed, written: Bytes of a number as it is read, as it computes, and as it is written.
         samples, seq_len: Calibration windows, and tokens of each.
+        ranks: Processes that share the windows; memory is of one of them.
         on_gpu: Whether the device has a memory of its own.
     """
 
@@ -49,11 +50,13 @@ class Sizes:
     samples: int
     seq_len: int
     on_gpu: bool
+    ranks: int = 1
 
 
 def sizes_of(
     config: PretrainedConfig, layers: list[LayerSizes], head_dim: int, params: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], windows: tuple[int, int], device: torch.device,
+    ranks: int = 1,
 ) -> Sizes:  # fmt: skip
     """The sizes of a model, of its numbers (read, computed and written), and of its windows (samples, seq_len)."""
     return Sizes(
@@ -71,6 +74,7 @@ def sizes_of(
         samples=windows[0],
         seq_len=windows[1],
         on_gpu=device.type == "cuda",
+        ranks=ranks,
     )
 
 
@@ -98,7 +102,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     """
     d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
     kept = math.ceil((1 - config.ratio / 2) * i)  # in the layer that is pruned least, about
-    tokens = sizes.samples * sizes.seq_len
+    tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
     lstsq = config.recovery == "lstsq"
     streams = 1 if lstsq else 2  # of what is as large as all tokens, in the FFN: beside the residual stream, its outputs
@@ -137,7 +141,5 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         yield at("slicing", streams, inner(i) | ffn_gram | {"solution": 2 * 8 * kept * d}, sliced)
     else:
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
-    if placement.states != "host" and (sizes.on_gpu or placement.states == "disk"):  # what the journal writes, at once
-        yield Phase("journal", {}, {"layer, as stored": sizes.layer_params * s, "hidden states": tokens * d * c})
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else tokens * d * c
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})

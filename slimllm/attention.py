@@ -35,6 +35,8 @@ def prune_attention(
         with watch("statistics"):
             statistics.update(inner)
     del inner
+    with watch("statistics"):
+        stream.ranks.add_up(statistics)
 
     with watch("heads"):
         weight = layer.linear(spec.o_proj).weight
@@ -42,11 +44,12 @@ def prune_attention(
         units = sizes.num_kv_heads if by_group else sizes.num_heads
         covariance = ops.head_covariance(weight, statistics.covariance(), units)
         if by_group:
-            kept_units = ops.pearson_greedy(covariance, budget.units).cpu()
+            kept_units = stream.ranks.of_first(ops.pearson_greedy(covariance, budget.units)).cpu()
             kv_heads = kept_units
             heads = head_columns(kept_units, sizes.group_size)
         else:
-            kept_units = ops.pearson_greedy(covariance, budget.units * sizes.num_kv_heads, sizes.group_size).cpu()
+            removed = budget.units * sizes.num_kv_heads
+            kept_units = stream.ranks.of_first(ops.pearson_greedy(covariance, removed, sizes.group_size)).cpu()
             heads, kv_heads = kept_units, torch.arange(sizes.num_kv_heads)
         columns = head_columns(heads, layer.head_dim)
 
@@ -58,7 +61,7 @@ def prune_attention(
             slope, intercept = moments.affine_fit()
             change, after = OutputChange(intercept, slope), moments.relative_error(slope, intercept)
         elif config.recovery == "lstsq":
-            refit = refit_kept(weight, statistics, columns)
+            refit = refit_kept(weight, statistics, columns, stream.ranks)
             change, after = refit.change, relative(refit.after, moments.variance_y)
         layer.replace(slice_attention(layer.tensors, spec, columns, head_columns(kv_heads, layer.head_dim), change))
 

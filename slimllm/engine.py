@@ -1,4 +1,4 @@
-"""`prune` for a model on disk and `prune_model` for one in memory: set up, run the layer loop, hand over the result."""
+"""What Python users call: `prune` and `prune_ratios` for a model on disk, `prune_model` for one in memory."""
 
 from __future__ import annotations
 
@@ -8,32 +8,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimllm import ops
+from slimllm import memory
 from slimllm.calibration import calibration_windows
-from slimllm.checkpoint import Checkpoint, open_checkpoint
-from slimllm.config import DTYPES, PruneConfig, check_config, parse_device
+from slimllm.checkpoint import Checkpoint
+from slimllm.config import GIB, PruneConfig, check_config
 from slimllm.errors import InputError
+from slimllm.jobs import prune_all
 from slimllm.layer import Layer
-from slimllm.modelcard import write_model_card
-from slimllm.native import convert_in_place, write_config
-from slimllm.pipeline import DensePass
+from slimllm.native import convert_in_place
+from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback
-from slimllm.report import REPORT_NAME, PruneReport
-from slimllm.run import (
-    OPERATIONS,
-    WEIGHTS,
-    Notice,
-    Run,
-    checksum_of,
-    environment_of,
-    identity_of,
-    weight_dtype,
-    weights_of,
-)  # fmt: skip
-from slimllm.source import CheckpointModel, InMemoryModel
-from slimllm.writer import CheckpointWriter, can_resume, check_destination, check_interrupted, check_space, partial_folder
+from slimllm.report import PruneReport
+from slimllm.run import Notice, Run
+from slimllm.source import InMemoryModel
 
 
 def prune(
@@ -46,6 +36,7 @@ def prune(
     progress: ProgressCallback | None = None,
     notice: Notice | None = None,
     command: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> PruneReport:
     """Prune a model on disk, one layer in memory at a time, and write the result as a Hugging Face folder.
 
@@ -58,18 +49,20 @@ def prune(
         progress: Told about every layer that is done, see `ProgressCallback`; an exception of its stops the run there.
         notice: Told, in sentences, what is worth knowing about the run.
         command: The command line, for the model card; None: the equivalent Python call.
+        group: Processes of torch.distributed that prune together, all of which make this call; the first one writes. None:
+            this process alone.
 
     Returns:
         The report, which is also written to `out`/report.json.
 
     Raises:
         ValueError: (as InputError) something about the input is wrong, or an interrupted run of other settings, another
-            model or text is to be resumed; `out` is then untouched. (as OutputError, one of those) the disk is full or
-            failed; the run can be resumed.
+            model or text is to be resumed; `out` is then untouched. (as OutputError or LostRankError, two of those) the
+            disk is full or failed, or another process of the group is gone; the run can be resumed.
     """
     check_config(config)
     jobs = [(Path(out).expanduser().resolve(), config)]
-    return _prune_all(model, jobs, overwrite, resume, progress, notice, command)[0]
+    return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))[0]
 
 
 def prune_ratios(
@@ -83,6 +76,7 @@ def prune_ratios(
     progress: ProgressCallback | None = None,
     notice: Notice | None = None,
     command: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> list[PruneReport]:
     """`prune` at several ratios, one after the other; `out`/0.2, `out`/0.35, … are what single runs would have written.
 
@@ -90,7 +84,7 @@ def prune_ratios(
     layers and depends on no ratio. From the first pruned layer on their activations differ, and nothing can be shared.
 
     Args:
-        model, overwrite, resume, progress, notice, command: As for `prune`; with `resume`, what is complete is left.
+        model, overwrite, resume, progress, notice, command, group: As for `prune`; with `resume`, what is complete is left.
         out: The folder to make the results in; it may exist.
         config: The settings; `ratio` does not apply.
         ratios: The ratios, all different.
@@ -107,104 +101,7 @@ def prune_ratios(
     jobs = [
         (Path(out).expanduser().resolve() / str(ratio), dataclasses.replace(config, ratio=ratio)) for ratio in ratios
     ]  # fmt: skip
-    return _prune_all(model, jobs, overwrite, resume, progress, notice, command)
-
-
-def _prune_all(
-    model: str | Path | Checkpoint, jobs: list[tuple[Path, PruneConfig]], overwrite: bool, resume: bool,
-    progress: ProgressCallback | None, notice: Notice | None, command: str | None,
-) -> list[PruneReport]:  # fmt: skip
-    """One result for each job, a folder and settings that differ in the ratio alone."""
-    started = time.perf_counter()
-    notice = notice or (lambda sentence: None)
-    config = jobs[0][1]
-    device = parse_device(config.device)
-    ops.backend(device, OPERATIONS)  # refuses what cannot be had before anything is read
-    inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
-    if isinstance(config.calibration, (str, Path)):
-        inputs.append(Path(config.calibration).expanduser())
-    name = model.name if isinstance(model, Checkpoint) else str(model)
-    maybe_complete = []
-    for out, _ in jobs:
-        in_place = check_interrupted(out, resume)  # and only the journal is left to be removed
-        if resume and not can_resume(out) and (out / REPORT_NAME).is_file():
-            maybe_complete.append(out)
-        else:
-            check_destination(out, inputs, overwrite or in_place)
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
-    if source.unexpected:
-        first, number = source.unexpected[0], len(source.unexpected)
-        notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
-    tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
-    token_ids = calibration_windows(config, tokenizer, source.config, notice)
-    reports, dense = [], None
-    for out, wanted in jobs:
-        if len(jobs) > 1:
-            notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
-        run = Run(source, token_ids, wanted, notice, started, partial_folder(out))
-        if out in maybe_complete:
-            found = PruneReport.read(out)
-            if found.identity == identity_of(source, token_ids, run.plan) | {WEIGHTS: weights_of(source)}:
-                notice(f"{out} is complete already.")
-                reports.append(found)
-                continue
-            check_destination(out, inputs, overwrite)
-        report, dense = _prune_one(run, name, out, overwrite, resume, progress, command, dense)
-        reports.append(report)
-        started = time.perf_counter()
-    return reports
-
-
-def _prune_one(
-    run: Run, name: str, out: Path, overwrite: bool, resume: bool, progress: ProgressCallback | None, command: str | None,
-    dense: DensePass | None,
-) -> tuple[PruneReport, DensePass | None]:  # fmt: skip
-    """Prune and write one result; the dense pass, which the next one may use."""
-    config, source = run.config, run.source
-    assert isinstance(source, CheckpointModel)
-    checkpoint, dtype = source.checkpoint, DTYPES[config.dtype] if config.dtype else None
-    identity, environment = identity_of(source, run.token_ids, run.plan), environment_of(source.device)
-    writer = CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment)
-
-    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype or checkpoint.storage_dtype(name))
-
-    def store(index: int, layer: Layer) -> int:
-        tensors = run.format.complete(layer.tensors, source.spec)
-        prefix = source.layer_prefix(index)
-        writer.write_shard(index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
-        return sum(tensor.numel() for tensor in tensors.values())
-
-    with writer:
-        journal = writer.journal
-        if journal.done("finished"):
-            writer.finish()
-            return PruneReport.read(out), dense
-        if journal.steps:
-            run.go_on(journal)
-            for index in range(len(journal.done("prune"))):
-                writer.adopt_shard(index + 1)
-        elif resume:
-            run.notice("There is no interrupted run to go on with; this one starts at the beginning.")
-        check_space(out, round(sum(run.plan.disk.values())) - writer.total_size)
-        outcome = run.prune(store, progress, journal, dense)
-        with run.watch("write"):
-            # One by one, so that only one of the large matrices is in memory as it was read.
-            others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
-            writer.write_shard(source.num_layers + 1, others)
-            del others
-            write_config(run.format.config, writer.folder)
-            checkpoint.write_companions(writer.folder)
-        report = run.report(outcome, name, str(out), writer.num_parameters)
-        report.dense_pass_shared = dense is not None
-        report.identity = identity | {WEIGHTS: checksum_of([layer["weights"] for layer in outcome.dense.layers])}
-        write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
-        report.elapsed_s = run.watch.elapsed_s()
-        report.save(writer.folder)
-        writer.complete()
-        writer.finish()
-    return report, outcome.dense
+    return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))
 
 
 def prune_model(
@@ -249,7 +146,9 @@ def prune_model(
     if isinstance(given, torch.Tensor):
         config = dataclasses.replace(config, calibration=given)
     tokenizer = None if isinstance(given, torch.Tensor) else given
-    run = Run(source, calibration_windows(config, tokenizer, source.config, notice), config, notice, started)
+    token_ids = calibration_windows(config, tokenizer, source.config, notice)
+    memory.warm_up(source.device)
+    run = Run(source, token_ids, config, notice, started, memory.resident_gib() * GIB)
     training = model.training
     model.eval()
 
@@ -263,11 +162,3 @@ def prune_model(
     convert_in_place(model, run.format, source.spec)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return run.report(outcome, model.config.name_or_path or type(model).__name__, None, parameters)
-
-
-def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    if config.compute_dtype:
-        return DTYPES[config.compute_dtype]
-    if device.type == "cpu":
-        return torch.float32  # exact, and half precision is slow on many CPUs
-    return weight_dtype(checkpoint)

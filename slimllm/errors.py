@@ -11,3 +11,11 @@ class HopelessError(InputError):
 
 class OutputError(InputError):
     """The disk did not take what was written; what is there already is good."""
+
+
+class OtherRankError(InputError):
+    """Another rank of the run has met an error, and tells the user itself."""
+
+
+class LostRankError(InputError):
+    """Another rank of the run is gone; what is written already is good."""

@@ -64,13 +64,15 @@ def _by_channels(
             inputs.update(x.flatten(0, 1))
             channels.update(inner)
     del inner
+    with watch("statistics"):
+        stream.ranks.add_up(inputs, channels)
     with watch("channels"):
         output_covariance = channels.of_product(weight)
         importance = _importance(layer, inputs, output_covariance, channels.norms(), config)
-        kept = _select(importance, budget, config)
+        kept = stream.ranks.of_first(_select(importance, budget, config))
     trim()  # before what takes most
     with watch("recovery"):
-        refit = refit_kept(weight, channels, kept)
+        refit = refit_kept(weight, channels, kept, stream.ranks)
         layer.replace(slice_ffn(layer.tensors, spec, kept, refit.change))
         variance = output_covariance.diagonal()
     project, device_channels = layer.linear(spec.down_proj), kept.to(layer.device)
@@ -102,10 +104,12 @@ def _by_outputs(
             outputs.update(y)
             outputs_of.append(stream.store(y))
     del inner
+    with watch("statistics"):
+        stream.ranks.add_up(inputs, channels, outputs)
     with watch("channels"):
         output_covariance = outputs.covariance()
         importance = _importance(layer, inputs, output_covariance, channels.norms(), config)
-        kept = _select(importance, budget, config)
+        kept = stream.ranks.of_first(_select(importance, budget, config))
         device_channels = kept.to(layer.device)
     dense_output = {name: tensor for name, tensor in layer.tensors.items() if name.startswith(f"{spec.down_proj}.")}
     with watch("recovery"):
@@ -119,6 +123,7 @@ def _by_outputs(
             paired.update(stored.load(), y_hat)
             stored.save(y_hat)
     with watch("recovery"):
+        stream.ranks.add_up(paired)
         moments = OutputMoments(
             paired.mean_y, paired.mean_y_hat, output_covariance.diagonal(), paired.variance(), paired.covariance()
         )

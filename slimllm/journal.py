@@ -3,7 +3,7 @@
 A step counts when its line is in the journal, and the line is written when everything that it tells of is on the disk: the
 shards, then the state, each flushed. That happens in a thread beside the work. While it is busy, further steps wait for
 the next one whose state is written: a slow disk costs some layers again after a crash, and no time in a run without one.
-A line that was cut off at the end is as if it had never been written; any other damage is found by its checksum.
+A last line that was not written to its end is as if there were none; any other damage is found by its checksum.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from slimllm.errors import InputError, OutputError
+from slimllm.states import State
 
 Step = dict[str, Any]
 _NAME, _LOCK = "journal.jsonl", "lock"
@@ -77,12 +77,18 @@ class Journal:
         self._waiting += taken
         self.steps += taken
 
-    def record(self, stage: str, state: dict[str, torch.Tensor], **data: Any) -> None:
+    @property
+    def ready(self) -> bool:
+        """Whether the disk has taken the last state, so that another can be written."""
+        return self._busy is None or self._busy.done()
+
+    def record(self, stage: str, state: State | None, **data: Any) -> None:
         """A step is done. Takes the time of a copy of the state; the rest is done beside the work.
 
         Args:
             stage: The stage it belongs to.
-            state: What the run goes on with after this step; it may be overwritten when this returns.
+            state: What the run goes on with after this step, which may be overwritten when this returns; None: the step
+                waits for the next one that has a state.
             data: Plain JSON data about the step.
 
         Raises:
@@ -91,14 +97,14 @@ class Journal:
         step = {"stage": stage, **data}
         self._waiting.append(step)
         self.steps.append(step)
-        if self._busy is not None and not self._busy.done():
+        if state is None:
             return
         self._settle()
         name = f"state-{len(self.steps)}.safetensors"
         beside = self.folder / f"{name}.partial"
         try:
-            save_file({key: tensor.contiguous() for key, tensor in state.items()}, beside)
-        except Exception as error:  # safetensors raises its own type for a full disk
+            state.write(beside)
+        except OSError as error:
             raise OutputError(f"Writing to {self.folder} failed: {error}.") from error
         step["state"] = name
         work = self._waiting, [*self._unsynced, beside]
@@ -158,6 +164,15 @@ class Journal:
         os.close(self._lock)
 
 
+def begun_with(folder: Path) -> Step:
+    """The identity of the run that a folder has a journal of; empty if there is none that can be read."""
+    try:
+        lines = _read(folder)[0]
+    except InputError:
+        return {}
+    return dict(lines[0]["identity"]) if lines else {}
+
+
 def last_stage(folder: Path) -> str | None:
     """The stage of the last step of the run in a folder; None if there is no run that got so far as to be gone on with."""
     try:
@@ -188,22 +203,20 @@ def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[S
 
 
 def _read(folder: Path) -> tuple[list[Step], int]:
-    """The lines of a journal up to the last one that has a state, or is the end, and their length in bytes."""
+    """What a journal holds, the run's identity first, and the length in bytes of the lines that were written to the end."""
     path = folder / _NAME
-    content = path.read_bytes() if path.is_file() else b""
-    lines: list[Step] = []
-    length = kept = kept_length = 0
-    for line in content.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break  # it was being written
+    entries: list[Step] = []
+    length = 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
         crc, _, text = line[:-1].partition(b" ")
-        if crc != b"%08x" % zlib.crc32(text):
+        if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
+            if number == len(lines):
+                break  # it was being written; if it was not, the state that it tells of is the only one left
             raise damaged(path)
-        lines.append(json.loads(text))
+        entries += json.loads(text)
         length += len(line)
-        if len(lines) == 1 or "state" in lines[-1] or lines[-1]["stage"] == "finished":
-            kept, kept_length = len(lines), length
-    return lines[:kept], kept_length
+    return entries, length
 
 
 def damaged(path: Path) -> InputError:
@@ -231,9 +244,10 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _append(folder: Path, entries: list[Step]) -> None:
-    texts = [json.dumps(entry).encode() for entry in entries]
+    """Write a line, which is read as a whole or not at all."""
+    text = json.dumps(entries).encode()
     with (folder / _NAME).open("ab") as file:
-        file.write(b"".join(b"%08x %b\n" % (zlib.crc32(text), text) for text in texts))
+        file.write(b"%08x %b\n" % (zlib.crc32(text), text))
         file.flush()
         os.fsync(file.fileno())
     sync(folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,10 +17,12 @@ from slimllm.config import PruneConfig
 from slimllm.errors import HopelessError, InputError
 from slimllm.ffn import prune_ffn
 from slimllm.importance import layer_similarity
-from slimllm.journal import Journal, fingerprint
+from slimllm.journal import fingerprint
 from slimllm.layer import Layer, pass_sublayer, run_layer
 from slimllm.memory import peak_host_gib, trim
+from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
+from slimllm.record import Record
 from slimllm.skeleton import record_layer_inputs
 from slimllm.slicing import LayerSizes
 from slimllm.source import ModelSource
@@ -66,42 +69,46 @@ def prune_layers(
     on_allocation: Callable[[Allocation], None],
     store: Callable[[int, Layer], int],
     progress: ProgressCallback | None = None,
-    journal: Journal | None = None,
+    record: Record | None = None,
     dense: DensePass | None = None,
+    ranks: Ranks | None = None,
 ) -> Outcome:
     """Prune the decoder layers of a model, in order, each on the activations of the already pruned model before it.
 
     Args:
         source: The model.
-        token_ids: Calibration windows (samples, seq_len) int64.
+        token_ids: Calibration windows (samples, seq_len) int64, those of all ranks.
         config: The settings.
         placement: Where what is as large as all tokens lives.
         watch: Gathers seconds by stage.
         on_allocation: Told how much every layer will give, before the first one is touched.
         store: Takes every finished layer, in order, and says how many parameters it has.
         progress: Told about every layer that is done.
-        journal: Records every layer that is done; the loop goes on behind those that it holds.
+        record: Of every layer that is done; the loop goes on behind those that it holds.
         dense: The dense pass, if it has been made: it depends neither on the ratio nor on the other settings.
+        ranks: The processes that share the windows; None: this one alone.
     """
+    ranks = ranks or Ranks()
     sizes = source.sizes()
     shapes = [_shape(source, size, config) for size in sizes]
     allocate([1.0] * len(shapes), shapes, config)  # whether the model can give so much shows before the dense pass
     if dense is None:
-        dense = _dense_pass(source, _stream(source, token_ids, config, placement, watch), watch, progress, journal)
+        dense = _dense_pass(source, _stream(source, token_ids, config, placement, watch, ranks), watch, progress, record)
         trim()
-    elif journal:
-        done = journal.done("dense")
-        _compare_weights(done, [layer["weights"] for layer in dense.layers])
-        journal.adopt("dense", dense.layers[len(done) :], {**watch.so_far(), "dense_pass_s": dense.seconds})
+    elif record:
+        record.compare_weights(layer["weights"] for layer in dense.layers)
+        adopted = dense.layers[len(record.done("dense")) :]
+        record.adopt("dense", adopted, {**watch.so_far(), "dense_pass_s": dense.seconds})
     similarity = [layer["similarity"] for layer in dense.layers]
     allocation = allocate(similarity, shapes, config)
     on_allocation(allocation)
     outcome = Outcome(dense, allocation)
 
-    stream = _stream(source, token_ids, config, placement, watch)
-    if journal and journal.done("prune"):
-        outcome.layers = [step["report"] for step in journal.done("prune")]
-        dense = outcome.dense = replace(dense, final=_restore(stream, journal, "final_dense"))
+    stream = _stream(source, token_ids, config, placement, watch, ranks)
+    if record and record.done("prune"):
+        outcome.layers = [step["report"] for step in record.done("prune")]
+        final = record.restore(stream)
+        dense = outcome.dense = dense if final is None else replace(dense, final=final)
     first = len(outcome.layers)
     with source.layers(first, placement.read_ahead) as load:
         for index in range(first, source.num_layers):
@@ -109,9 +116,9 @@ def prune_layers(
             with watch("read"):
                 layer = load(index)
             report = _prune_layer(layer, stream, index, allocation.budgets[index], config, watch)
-            if not all(bool(batch.hidden.load().isfinite().all()) for batch in stream):
+            if not all(ranks.everyone(all(bool(batch.hidden.load().isfinite().all()) for batch in stream))):
                 raise _overflow(source, index, "pruned")
-            with watch("write"):
+            with watch("write"), ranks.together():
                 parameters_after = store(index, layer)
             del layer  # before the next one is read
             report |= {
@@ -122,11 +129,9 @@ def prune_layers(
                 "peak_host_gib": peak_host_gib(),
             }
             outcome.layers.append(report)
-            if journal:
+            if record:
                 with watch("journal"):
-                    state = {**_states(stream), "final_dense": dense.final}
-                    journal.record("prune", state, report=report, **watch.so_far())
-                    _release(stream)
+                    record.add("prune", stream, dense.final, report=report, **watch.so_far())
             if progress:
                 progress("prune", index, source.num_layers, report)
     with watch("perplexity"):
@@ -134,7 +139,9 @@ def prune_layers(
         final_pruned = _perplexity_states(stream)
         del stream
         trim()
-        outcome.loss_dense, outcome.loss_pruned = source.losses([dense.final, final_pruned], windows)
+        with ranks.together():
+            if ranks.first:
+                outcome.loss_dense, outcome.loss_pruned = source.losses([dense.final, final_pruned], windows)
         trim()
     return outcome
 
@@ -144,13 +151,14 @@ def _dense_pass(
     stream: Stream,
     watch: Stopwatch,
     progress: ProgressCallback | None,
-    journal: Journal | None,
+    record: Record | None,
 ) -> DensePass:
-    done = journal.done("dense") if journal else []
+    done = record.done("dense") if record else []
     layers = [{name: step[name] for name in ("similarity", "weights")} for step in done]
-    _compare_weights(done, (fingerprint(source.weights(index)) for index in range(len(done))))
-    if done and journal and not journal.done("prune"):
-        _restore(stream, journal)
+    if record and done:
+        record.compare_weights(fingerprint(source.weights(index)) for index in range(len(done)))
+        if not record.done("prune"):
+            record.restore(stream)
     with source.layers(len(done), stream.placement.read_ahead) as load:
         for index in range(len(done), source.num_layers):
             with watch("read"):
@@ -163,44 +171,20 @@ def _dense_pass(
                 with watch("statistics"):
                     total += layer_similarity(hidden_in, hidden_out)
                     batch.hidden.save(hidden_out)
+            stream.ranks.sum_(total)
             if not bool(total.isfinite()):
                 raise _overflow(source, index, "dense")
-            layers.append({"similarity": float(total) / stream.num_tokens, "weights": 0})
-            if journal:
+            layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": 0})
+            if record:
                 with watch("journal"):
-                    layers[-1]["weights"] = fingerprint(layer.tensors)
-                    journal.record("dense", _states(stream), **layers[-1], **watch.so_far())
-                    _release(stream)
+                    if stream.ranks.first:
+                        layers[-1]["weights"] = fingerprint(layer.tensors)
+                    record.add("dense", stream, **layers[-1], **watch.so_far())
             del layer  # before the next one is read
             if progress:
                 progress("dense", index, source.num_layers, None)
     seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared
     return DensePass(layers, _perplexity_states(stream), seconds or watch.seconds["dense pass"])
-
-
-def _compare_weights(done: list[dict[str, Any]], found: Iterable[int]) -> None:
-    for index, (step, checksum) in enumerate(zip(done, found)):
-        if step["weights"] != checksum:
-            raise InputError(
-                f"Layer {index} has other weights than when the run was begun; give the same model, or start over."
-            )
-
-
-def _states(stream: Stream) -> dict[str, torch.Tensor]:
-    return {f"hidden.{number}": batch.hidden.stored() for number, batch in enumerate(stream)}
-
-
-def _release(stream: Stream) -> None:
-    for batch in stream:
-        batch.hidden.release()
-
-
-def _restore(stream: Stream, journal: Journal, other: str | None = None) -> torch.Tensor:
-    """Put the residual stream back to where it was after the journal's last step; and another tensor of that state."""
-    with journal.state() as state:
-        for number, batch in enumerate(stream):
-            batch.hidden.save(state.get_tensor(f"hidden.{number}"))
-        return state.get_tensor(other).clone() if other else torch.empty(0)
 
 
 def _overflow(source: ModelSource, index: int, which: str) -> InputError:
@@ -235,14 +219,16 @@ def _prune_layer(
 
 
 def _stream(
-    source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, placement: Placement, watch: Stopwatch
+    source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, placement: Placement, watch: Stopwatch, ranks: Ranks
 ) -> Stream:
     """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
-    stream = Stream(placement)
+    samples, seq_len = token_ids.shape
+    stream = Stream(samples, batch_windows(samples, seq_len, config.batch_size), placement, ranks)
     with watch("read"):
         embed = source.embedder()
-        for windows in token_ids.split(batch_windows(len(token_ids), token_ids.shape[1], config.batch_size)):
-            hidden, kwargs = record_layer_inputs(source.model, source.spec, embed(windows))
+        for windows in stream.windows(ranks.rank):
+            own = token_ids[windows.start : windows.stop]
+            hidden, kwargs = record_layer_inputs(source.model, source.spec, embed(own))
             if stream.batches and hidden.shape == stream[0].hidden.shape:
                 kwargs = stream[0].kwargs  # they depend on the shape of a batch alone, and masks are large
             stream.batches.append(Batch(stream.store(hidden), kwargs))
@@ -250,9 +236,18 @@ def _stream(
 
 
 def _perplexity_states(stream: Stream) -> torch.Tensor:
-    """A copy of the hidden states of the first windows, (perplexity_windows, seq_len, D), in host memory."""
-    wanted = max(1, PERPLEXITY_TOKENS // stream[0].hidden.shape[1])
-    return torch.cat([batch.hidden.stored()[:wanted].cpu() for batch in stream.batches[:wanted]])[:wanted].clone()
+    """A copy of the hidden states of the first windows, (perplexity_windows, seq_len, D), in host memory, on every rank."""
+    wanted = min(stream.samples, max(1, PERPLEXITY_TOKENS // stream.shape[1]))
+    states = torch.zeros(wanted, *stream.shape[1:], dtype=stream[0].hidden.dtype)
+    for windows, batch in zip(stream.windows(stream.ranks.rank), stream):
+        if windows.start < wanted:
+            part = states[windows.start : windows.stop]
+            part.copy_(batch.hidden.stored()[: len(part)])
+    if stream.ranks.size > 1:
+        summed = states.float().to(stream[0].hidden.load().device)  # a sum with zeros, which is exact
+        stream.ranks.sum_(summed)
+        states = summed.to("cpu", states.dtype)
+    return states
 
 
 def perplexity_windows(token_ids: torch.Tensor) -> int:

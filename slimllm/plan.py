@@ -65,8 +65,9 @@ class Plan:
 
 
 def make_plan(
-    sizes: Sizes, config: PruneConfig, runtime: float, gpu_runtime: float = 0.0, folder: Path | None = None
-) -> Plan:
+    sizes: Sizes, config: PruneConfig, runtime: float, gpu_runtime: float = 0.0, folder: Path | None = None,
+    keep_inner_bytes: int | None = None,
+) -> Plan:  # fmt: skip
     """How to prune within the budgets of the settings, with as little lost time as possible.
 
     Args:
@@ -74,6 +75,7 @@ def make_plan(
         config: The settings; what they leave open is chosen.
         runtime: Bytes that Python and the libraries take on the host, `gpu_runtime` on a GPU.
         folder: Where files of hidden states are made, if they are.
+        keep_inner_bytes: What the run was begun with that is gone on with, for the same roundings; None: what fits.
 
     Raises:
         ValueError: (as InputError) it cannot be done within the budgets; says with which it can.
@@ -85,9 +87,13 @@ def make_plan(
     if config.gpu_memory is not None and not sizes.on_gpu:
         raise InputError("gpu_memory is a budget for a GPU, but the device is a CPU; leave it out, or give a device.")
     steps = [step for step in _STEPS if step.applies(sizes, config)]
+    start = Placement(folder=folder, read_ahead=sizes.on_gpu)
+    if keep_inner_bytes is not None:
+        start = dataclasses.replace(start, keep_inner_bytes=keep_inner_bytes)
+        steps = [step for step in steps if step.field != "keep_inner_bytes"]
 
     def planned(taken: list[_Step]) -> Plan:
-        changed, placement = config, Placement(folder=folder, read_ahead=sizes.on_gpu)
+        changed, placement = config, start
         for step in taken:
             changed, placement = step.take(changed, placement)
         every = list(phases(sizes, changed, placement))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from slimllm import ops
+from slimllm.parallel import Ranks
 from slimllm.statistics import GramStatistics
 
 # Ridge of `lstsq`, on columns scaled to unit size; and the part of a column's squared mean that counts as its size beside
@@ -104,7 +105,7 @@ class Refit:
     after: float
 
 
-def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor) -> Refit:
+def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor, ranks: Ranks | None = None) -> Refit:
     """`least_squares` of what the removed columns put out on the kept ones, from the Gram of all of them.
 
     With R the removed columns and S the kept ones, e = Σ_R W_r z_r:
@@ -115,8 +116,10 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
         weight: W of the output projection, (D, F).
         statistics: Of its inputs, F features.
         keep: Indices of the kept columns, on any device.
+        ranks: Processes with the same statistics, each of which does its share of the outputs; None: this one alone.
     """
-    mean = statistics.mean()
+    ranks = ranks or Ranks()
+    outputs, weight, mean = len(weight), ranks.rows(weight), statistics.mean()
     removed = torch.ones(len(mean), dtype=torch.bool, device=mean.device).index_fill_(0, keep.to(mean.device), False)
     kept = (~removed).nonzero()[:, 0]
     removed = removed.nonzero()[:, 0]
@@ -124,13 +127,18 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
     lost = ((removed_weight @ statistics.block(removed, removed)) * removed_weight).sum(1)
     across = statistics.block(kept, removed) @ removed_weight.T
     mean_lost = removed_weight @ mean[removed]
-    change, after = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost)
-    return Refit(change, max(0.0, float(lost.sum() + mean_lost.square().sum())), after)
+    change, missing = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost)
+    assert change.delta is not None
+    whole = OutputChange(ranks.join(change.intercept, outputs), delta=ranks.join(change.delta, outputs))
+    errors = torch.stack([lost.sum() + mean_lost.square().sum(), missing])
+    ranks.sum_(errors)
+    before, after = errors.clamp(min=0).tolist()
+    return Refit(whole, before, after)
 
 
 def least_squares(
     covariance: torch.Tensor, cross: torch.Tensor, lost: torch.Tensor, mean: torch.Tensor, mean_lost: torch.Tensor
-) -> tuple[OutputChange, float]:
+) -> tuple[OutputChange, torch.Tensor]:
     """The change of the kept columns' weights by which they best stand in for what was removed.
 
     With e = y - ŷ the output that pruning took away, a ridge regression of e on the kept inputs z,
@@ -148,7 +156,7 @@ def least_squares(
         mean_lost: E e, (D,) fp64.
 
     Returns:
-        The change, and Σ_k var(e_k - Δ_k z), what is then still missing.
+        The change, and Σ_k var(e_k - Δ_k z), what is then still missing, up to rounding.
     """
     variance = covariance.diagonal().clamp(min=0)
     inverse = torch.where(variance > 0, (variance + MEAN_PART * mean.square()).rsqrt(), 0.0)
@@ -158,4 +166,4 @@ def least_squares(
     delta = inverse[:, None] * scaled
     # As (correlation + λI) scaled = across, tr(Δ Cov(z) Δᵀ) is tr(scaledᵀ across) - λ‖scaled‖².
     missing = lost.sum() - (scaled * across).sum() - RIDGE * scaled.square().sum()
-    return OutputChange(mean_lost - delta.T @ mean, delta=delta.T), max(0.0, float(missing))
+    return OutputChange(mean_lost - delta.T @ mean, delta=delta.T), missing

@@ -22,9 +22,11 @@ from slimllm.families import layer_spec
 from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Layer
 from slimllm.native import OutputFormat, output_format
+from slimllm.parallel import Ranks
 from slimllm.pipeline import DensePass, Outcome, perplexity_windows, prune_layers
 from slimllm.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.progress import ProgressCallback, Stopwatch
+from slimllm.record import Record
 from slimllm.report import PruneReport, versions
 from slimllm.source import CheckpointModel, ModelSource
 
@@ -43,16 +45,19 @@ class Run:
         config: PruneConfig,
         notice: Notice,
         started: float,
+        runtime: float,
         folder: Path | None = None,
+        begun: dict[str, Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
         self.backend = ops.backend(source.device, OPERATIONS)
         self.format: OutputFormat
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
-        memory.warm_up(source.device)
         memory.reset_peak(source.device)
-        self.plan = plan_of(source, token_ids.shape, config, folder)
+        self.plan = plan_of(source, token_ids.shape, config, runtime, folder, begun, self.ranks.size)
         for choice in self.plan.choices:
             self.notice(f"To fit the budget, {choice}.")
         self.watch = Stopwatch(source.device)
@@ -66,17 +71,17 @@ class Run:
         self.watch.go_on(last["seconds"], last["elapsed_s"])
         done = len(journal.done("prune")) or len(journal.done("dense"))
         self.notice(f"Going on behind layer {done - 1} of the {'pruning' if journal.done('prune') else 'dense pass'}.")
-        now = environment_of(self.source.device)
+        now = environment_of(self.source.device, self.ranks.size)
         if changed := [f"{key} {journal.environment.get(key)}" for key in now if journal.environment.get(key) != now[key]]:
             self.notice(f"The run was begun with {', '.join(changed)}; the last digits of the result may depend on that.")
 
     def prune(
-        self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, journal: Journal | None = None,
+        self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, record: Record | None = None,
         dense: DensePass | None = None,
     ) -> Outcome:  # fmt: skip
         return prune_layers(
             self.source, self.token_ids, self.plan.config, self.plan.placement, self.watch, self._settle, store, progress,
-            journal, dense,
+            record, dense, self.ranks,
         )  # fmt: skip
 
     def _settle(self, allocation: Allocation) -> None:
@@ -144,15 +149,18 @@ class Run:
         )
 
 
-def plan_of(source: ModelSource, windows: tuple[int, ...], config: PruneConfig, folder: Path | None) -> Plan:
+def plan_of(
+    source: ModelSource, windows: tuple[int, ...], config: PruneConfig, runtime: float, folder: Path | None,
+    begun: dict[str, Any] | None, num_ranks: int,
+) -> Plan:  # fmt: skip
     """How to prune a model with calibration windows (samples, seq_len), within the budgets of the settings."""
     stored = source.checkpoint.dtype_in_memory() if isinstance(source, CheckpointModel) else source.dtype
     params = sum(torch.Size(shape).numel() for shape in source.shapes().values())
     dtypes = stored, source.dtype, DTYPES[config.dtype] if config.dtype else _config_dtype(source)
     sizes = sizes_of(
-        source.config, source.sizes(), source.head_dim, params, dtypes, (windows[0], windows[1]), source.device
+        source.config, source.sizes(), source.head_dim, params, dtypes, (windows[0], windows[1]), source.device, num_ranks
     )  # fmt: skip
-    return make_plan(sizes, config, memory.resident_gib() * GIB, GPU_RUNTIME, folder)
+    return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, (begun or {}).get("keep_inner_bytes"))
 
 
 def identity_of(source: CheckpointModel, token_ids: torch.Tensor, plan: Plan) -> dict[str, Any]:
@@ -187,13 +195,14 @@ def weights_of(source: CheckpointModel) -> int:
     return checksum_of([fingerprint(source.weights(index)) for index in range(source.num_layers)])
 
 
-def environment_of(device: torch.device) -> dict[str, Any]:
+def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
     """What the last digits of a result may depend on."""
     cuda = device.type == "cuda"
     return {
         **{name: version for name, version in versions().items() if name in ("torch", "transformers", "triton")},
         "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "ranks": num_ranks,
     }
 
 

@@ -1,18 +1,23 @@
-"""Where the hidden states of all tokens live between their uses: on the device, in host memory, or in a file."""
+"""Where the hidden states of all tokens live between their uses: on the device, in host memory, or in a file; as a file."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from slimllm.parallel import Ranks
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 PLACES = ("device", "host", "disk")  # from the fastest to the largest
 
 
@@ -42,15 +47,17 @@ class Stored:
     Args:
         tensor: What it holds at first, on the device; at `device` it is kept as it is.
         place: `device`, `host` or `disk`.
-        folder: Where the file of `disk` is made. It has no name any more when it is there, so nothing of it can be left.
+        folder: Where the file of `disk` is made, or the nearest one above that exists. It has no name any more when it is
+            there, so nothing of it can be left.
     """
 
     def __init__(self, tensor: torch.Tensor, place: str = "device", folder: Path | None = None) -> None:
-        self.shape, self._device = tensor.shape, tensor.device
+        self.shape, self.dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         self._mapped = False
         if place == "host":
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         elif place == "disk":
+            folder = folder and next(existing for existing in (folder, *folder.parents) if existing.is_dir())
             with tempfile.NamedTemporaryFile(dir=folder) as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # a full disk shows here, and not as a crash
                 mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
@@ -102,11 +109,18 @@ class Batch:
 
 
 class Stream:
-    """The residual stream of all calibration windows, in batches, in order."""
+    """The residual stream of this rank's calibration windows, in batches, in order.
 
-    def __init__(self, placement: Placement) -> None:
+    Args:
+        samples: Calibration windows of all ranks.
+        batch_size: Windows of a batch, the last one of a rank has the rest.
+        placement: Where it lives.
+        ranks: Of the run.
+    """
+
+    def __init__(self, samples: int, batch_size: int, placement: Placement, ranks: Ranks) -> None:
         self.batches: list[Batch] = []
-        self.placement = placement
+        self.samples, self.batch_size, self.placement, self.ranks = samples, batch_size, placement, ranks
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -119,8 +133,52 @@ class Stream:
 
     @property
     def num_tokens(self) -> int:
+        """Of this rank."""
         return sum(batch.num_tokens for batch in self.batches)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(samples, seq_len, D) of all ranks."""
+        return (self.samples, *self[0].hidden.shape[1:])
+
+    def windows(self, rank: int) -> list[range]:
+        """The windows of every batch of a rank."""
+        share = self.ranks.share(self.samples, rank)
+        return [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
+
+    def of_all_ranks(self) -> Iterator[tuple[int, range, Batch | None]]:
+        """All batches, by rank, and in order: the rank, the windows, and the batch where it is this rank's."""
+        for rank in range(self.ranks.size):
+            for number, windows in enumerate(self.windows(rank)):
+                yield rank, windows, self[number] if rank == self.ranks.rank else None
 
     def store(self, tensor: torch.Tensor) -> Stored:
         """Keep a tensor of a batch where those of all batches are kept."""
         return Stored(tensor, self.placement.states, self.placement.folder)
+
+
+@dataclass(frozen=True)
+class State:
+    """Tensors that are written piece by piece, so that they need not be in memory at once.
+
+    Attributes:
+        layout: The shape and dtype of each, by name.
+        pieces: Their contents in that order, one tensor behind the other, in pieces of any size on the CPU.
+    """
+
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    pieces: Iterable[torch.Tensor]
+
+    def write(self, path: Path) -> None:
+        """Write a safetensors file: the length of the header, the header, the bytes of all tensors."""
+        header, end = {}, 0
+        for name, (shape, dtype) in self.layout.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-(8 + len(text)) % 64)  # so that the numbers are aligned
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for piece in self.pieces:
+                content: Any = piece.contiguous().flatten().view(torch.uint8).numpy()
+                file.write(content)

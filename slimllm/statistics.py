@@ -61,14 +61,35 @@ class GramStatistics:
             return
         if self.count == 0:
             self.pivot, self._plain = other.pivot.to(self.gram.device, copy=True), other._plain
-        # u about our pivot is u about theirs plus the shift between the pivots.
-        device = self.gram.device
-        total, shift = other.total.to(device), other.pivot.to(device).double() - self.pivot.double()
-        cross = torch.outer(total, shift)
-        correction = cross + cross.T + other.count * torch.outer(shift, shift)
-        self.gram = (self.gram.double() + other.gram.to(device).double() + correction).float()
-        self.total += total + other.count * shift
+        total = other._total_about(self.pivot)
+        for start in range(0, self.features, _ROWS):
+            rows = slice(start, start + _ROWS)
+            self.gram[rows] = self.gram[rows].double().add_(other._gram_about(self.pivot, rows)).float()
+        self.total += total
         self.count += other.count
+
+    def move(self, pivot: torch.Tensor) -> None:
+        """Let the sums be about another pivot, (features,) fp32, in place, so that others about it can be added."""
+        total = self._total_about(pivot)
+        for start in range(0, self.features, _ROWS):
+            rows = slice(start, start + _ROWS)
+            self.gram[rows] = self._gram_about(pivot, rows).float()
+        self.total, self.pivot = total, pivot.to(self.pivot)
+        self._plain = self._plain and not bool(pivot.any())
+
+    def sums(self) -> list[torch.Tensor]:
+        """What adds up between statistics about the same pivot."""
+        return [self.gram, self.total]
+
+    def _total_about(self, pivot: torch.Tensor) -> torch.Tensor:
+        """Σ_t (x_t - pivot), on the pivot's device."""
+        return self.total.to(pivot.device) + self.count * (self.pivot.to(pivot).double() - pivot.double())
+
+    def _gram_about(self, pivot: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Some rows of the Gram about a pivot, fp64, on its device: u about it is u about ours plus the shift."""
+        total, shift = self.total.to(pivot.device), self.pivot.to(pivot).double() - pivot.double()
+        gram = self.gram[rows].to(pivot.device).double()
+        return gram.addr_(total[rows], shift).addr_(shift[rows], total + self.count * shift)
 
     def mean(self) -> torch.Tensor:
         """Mean over tokens: (features,) fp64."""
@@ -177,10 +198,25 @@ class ColumnStatistics:
         _check_other(self, other, self.features)
         if self.count == 0:
             self.pivot = other.pivot.to(self.total.device, copy=True)
-        total, shift = other.total.to(self.total.device), (other.pivot.to(self.pivot) - self.pivot).double()
-        self.squares += other.squares.to(self.squares.device) + 2 * shift * total + other.count * shift.square()
-        self.total += total + other.count * shift
+        total, squares = other._about(self.pivot)
+        self.squares += squares
+        self.total += total
         self.count += other.count
+
+    def move(self, pivot: torch.Tensor) -> None:
+        """Let the sums be about another pivot, (features,) fp32, in place, so that others about it can be added."""
+        self.total, self.squares = self._about(pivot)
+        self.pivot = pivot.to(self.pivot)
+
+    def sums(self) -> list[torch.Tensor]:
+        """What adds up between statistics about the same pivot."""
+        return [self.total, self.squares]
+
+    def _about(self, pivot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Σ_t (x_t - pivot) and Σ_t (x_t - pivot)², on the pivot's device."""
+        total, shift = self.total.to(pivot.device), self.pivot.to(pivot).double() - pivot.double()
+        squares = self.squares.to(pivot.device) + 2 * shift * total + self.count * shift.square()
+        return total + self.count * shift, squares
 
     def mean(self) -> torch.Tensor:
         """Mean over tokens: (features,) fp64."""
@@ -229,6 +265,10 @@ class PairedMoments:
         self.squares += other.squares.to(self.squares.device)
         self.products += other.products.to(self.products.device)
         self.count += other.count
+
+    def sums(self) -> list[torch.Tensor]:
+        """What adds up between moments about the same means."""
+        return [self.squares, self.products]
 
     def variance(self) -> torch.Tensor:
         """var(ŷ_k): (features,) fp64."""

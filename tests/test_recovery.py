@@ -125,7 +125,7 @@ def test_refit_is_least_squares_of_what_was_removed() -> None:
     )  # fmt: skip
     assert torch.allclose(refit.change.delta, wanted.delta, rtol=1e-4, atol=1e-6)
     assert torch.allclose(refit.change.intercept, wanted.intercept, rtol=1e-4, atol=1e-4)
-    assert refit.after == pytest.approx(missing, rel=1e-4)
+    assert refit.after == pytest.approx(float(missing), rel=1e-4)
     assert refit.before == pytest.approx(float(lost.square().mean(0).sum()), rel=1e-4)
     left = lost - kept @ refit.change.delta.T - refit.change.intercept
     assert float(left.square().mean(0).sum()) == pytest.approx(refit.after, rel=1e-3) and refit.after < refit.before

@@ -22,11 +22,11 @@ import torch
 from conftest import STORIES, config
 from safetensors.torch import load_file, save_file
 
-import slimllm.journal
 import slimllm.writer
 from slimllm import InputError, PruneConfig, prune
 from slimllm.errors import OutputError
 from slimllm.journal import Journal
+from slimllm.states import State
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -180,25 +180,35 @@ def test_a_line_that_was_being_written(token_ids: torch.Tensor, tmp_path: Path, 
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("module", [slimllm.writer, slimllm.journal])
+@pytest.mark.parametrize("where", ["shard", "state"])
 def test_killed_in_a_file(
-    token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes], module: Any
+    token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes], where: str
 ) -> None:
-    """safetensors writes to a temporary file of its own, which stays when the process is killed."""
+    """What was written of it stays in the unfinished folder, such as the temporary file that safetensors makes."""
     partial = tmp_path / ".out.partial"
 
-    def killed(tensors: dict[str, torch.Tensor], path: Path, **arguments: object) -> None:
-        if partial.is_dir() and any(partial.glob("state-*.safetensors")):
+    def killed_in_shard(tensors: dict[str, torch.Tensor], path: Path, **arguments: object) -> None:
+        if any(partial.glob("state-*.safetensors")):
             (path.parent / ".tmpQxNTKW").write_bytes(bytes(100))
             raise KeyboardInterrupt
         save_file(tensors, path, **arguments)
 
+    def killed_in_state(self: State, path: Path) -> None:
+        if any(partial.glob("state-*.safetensors")):
+            path.write_bytes(bytes(100))
+            raise KeyboardInterrupt
+        write_state(self, path)
+
+    write_state = State.write
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "save_file", killed)
+        if where == "shard":
+            patch.setattr(slimllm.writer, "save_file", killed_in_shard)
+        else:
+            patch.setattr(State, "write", killed_in_state)
         prune(STORIES, tmp_path / "out", config(token_ids), command="the command")
-    assert [path.name for path in tmp_path.rglob(".tmp*")]
-    later = interrupted(tmp_path / "out", config(token_ids))
-    assert not [path.name for path in later.rglob(".tmp*")]
+    assert [*partial.rglob(".tmp*"), *partial.glob("state-*.partial")]
+    interrupted(tmp_path / "out", config(token_ids), layer=3)
+    assert not [*partial.rglob(".tmp*"), *partial.glob("state-*.partial")]
     prune(STORIES, tmp_path / "out", config(token_ids), resume=True, command="the command")
     assert contents(tmp_path / "out") == expected
 
@@ -228,7 +238,7 @@ def test_runs_exclude_each_other(token_ids: torch.Tensor, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="Another run is writing"):
         prune(STORIES, tmp_path / "out", config(token_ids))
     assert sorted(path.name for path in partial.iterdir()) == ["journal.jsonl", "lock"]
-    journal.record("dense", {}, similarity=0.5, weights=0)
+    journal.record("dense", State({}, []), similarity=0.5, weights=0)
     with pytest.raises(InputError, match="Another run is writing"):  # and not: delete it
         prune(STORIES, tmp_path / "out", config(token_ids))
     journal.close()

@@ -1,0 +1,196 @@
+"""A model on disk, pruned at one ratio or several: checks, the run on all ranks, the files, which the first one writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimllm import memory, ops
+from slimllm.calibration import calibration_windows
+from slimllm.checkpoint import Checkpoint, open_checkpoint
+from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
+from slimllm.errors import InputError
+from slimllm.journal import begun_with
+from slimllm.layer import Layer
+from slimllm.modelcard import write_model_card
+from slimllm.native import write_config
+from slimllm.parallel import Ranks
+from slimllm.pipeline import DensePass
+from slimllm.progress import ProgressCallback
+from slimllm.record import Record
+from slimllm.report import REPORT_NAME, PruneReport
+from slimllm.run import (
+    OPERATIONS,
+    WEIGHTS,
+    Notice,
+    Run,
+    checksum_of,
+    environment_of,
+    identity_of,
+    weight_dtype,
+    weights_of,
+)  # fmt: skip
+from slimllm.source import CheckpointModel
+from slimllm.writer import CheckpointWriter, can_resume, check_destination, check_interrupted, check_space, partial_folder
+
+
+def prune_all(
+    model: str | Path | Checkpoint, jobs: list[tuple[Path, PruneConfig]], overwrite: bool, resume: bool,
+    progress: ProgressCallback | None, notice: Notice | None, command: str | None, ranks: Ranks,
+) -> list[PruneReport]:  # fmt: skip
+    """One result for each job, a folder and settings that differ in the ratio alone; see `slimllm.prune_ratios`."""
+    started = time.perf_counter()
+    if notice is None or not ranks.first:
+        notice = _say_nothing
+    config = jobs[0][1]
+    inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
+    if isinstance(config.calibration, (str, Path)):
+        inputs.append(Path(config.calibration).expanduser())
+    name = model.name if isinstance(model, Checkpoint) else str(model)
+    maybe_complete = []
+    with ranks.together():
+        device = parse_device(config.device)
+        ops.backend(device, OPERATIONS)  # refuses what cannot be had before anything is read
+        for out, _ in jobs if ranks.first else []:
+            in_place = check_interrupted(out, resume)  # and only the journal is left to be removed
+            if resume and not can_resume(out) and (out / REPORT_NAME).is_file():
+                maybe_complete.append(out)
+            else:
+                check_destination(out, inputs, overwrite or in_place)
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
+        if source.unexpected:
+            first, number = source.unexpected[0], len(source.unexpected)
+            notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
+        tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
+        token_ids = calibration_windows(config, tokenizer, source.config, notice)
+        if len(token_ids) < ranks.size:
+            raise InputError(
+                f"{len(token_ids)} calibration windows cannot be shared by {ranks.size} processes; give more samples, "
+                "or start fewer processes."
+            )
+    memory.warm_up(device)
+    runtime = max(ranks.everyone(memory.resident_gib() * GIB))
+    reports, dense = [], None
+    for out, wanted in jobs:
+        if len(jobs) > 1:
+            notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
+        begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
+        with ranks.together():
+            run = Run(source, token_ids, wanted, notice, started, runtime, partial_folder(out), begun, ranks)
+            complete = out in maybe_complete and _is_complete(run, out, inputs, overwrite)
+        if ranks.tell(complete):
+            notice(f"{out} is complete already.")
+            reports.append(_told(PruneReport.read(out) if ranks.first else None, ranks))
+            continue
+        report, dense = _prune_one(run, name, out, overwrite, resume, progress, command, dense)
+        reports.append(report)
+        started = time.perf_counter()
+    return reports
+
+
+def _is_complete(run: Run, out: Path, inputs: list[Path], overwrite: bool) -> bool:
+    """Whether the model in a folder is what this run would write; if not, the folder must be free to take."""
+    assert isinstance(run.source, CheckpointModel)
+    wanted = identity_of(run.source, run.token_ids, run.plan) | {WEIGHTS: weights_of(run.source)}
+    if PruneReport.read(out).identity == wanted:
+        return True
+    check_destination(out, inputs, overwrite)
+    return False
+
+
+def _prune_one(
+    run: Run, name: str, out: Path, overwrite: bool, resume: bool, progress: ProgressCallback | None, command: str | None,
+    dense: DensePass | None,
+) -> tuple[PruneReport, DensePass | None]:  # fmt: skip
+    """Prune and write one result; the dense pass, which the next one may use."""
+    config, source, ranks = run.config, run.source, run.ranks
+    assert isinstance(source, CheckpointModel)
+    checkpoint, dtype = source.checkpoint, DTYPES[config.dtype] if config.dtype else None
+    writer: CheckpointWriter | None = None
+
+    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype or checkpoint.storage_dtype(name))
+
+    def store(index: int, layer: Layer) -> int:
+        tensors = run.format.complete(layer.tensors, source.spec)
+        prefix = source.layer_prefix(index)
+        if writer:
+            writer.write_shard(index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
+        return sum(tensor.numel() for tensor in tensors.values())
+
+    with ranks.together():
+        identity = identity_of(source, run.token_ids, run.plan)
+    _compare(ranks.everyone(identity))
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                environment = environment_of(source.device, ranks.size)
+                writer = CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment)
+                stack.enter_context(writer)
+        record = Record(writer.journal if writer else None, ranks)
+        if record.done("finished"):
+            if writer:
+                writer.finish()
+            return _told(PruneReport.read(out) if writer else None, ranks), dense
+        with ranks.together():
+            if writer and record.steps:
+                run.go_on(writer.journal)
+                for index in range(len(record.done("prune"))):
+                    writer.adopt_shard(index + 1)
+            elif resume:
+                run.notice("There is no interrupted run to go on with; this one starts at the beginning.")
+            if writer:
+                check_space(out, round(sum(run.plan.disk.values())) - writer.total_size)
+        outcome = run.prune(store, progress, record, dense)
+        report = None
+        with ranks.together():
+            if writer:
+                with run.watch("write"):
+                    # One by one, so that only one of the large matrices is in memory as it was read.
+                    others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
+                    writer.write_shard(source.num_layers + 1, others)
+                    del others
+                    write_config(run.format.config, writer.folder)
+                    checkpoint.write_companions(writer.folder)
+                report = run.report(outcome, name, str(out), writer.num_parameters)
+                report.dense_pass_shared = dense is not None
+                report.identity = identity | {WEIGHTS: checksum_of([layer["weights"] for layer in outcome.dense.layers])}
+                write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
+                report.elapsed_s = run.watch.elapsed_s()
+                report.save(writer.folder)
+                writer.complete()
+                writer.finish()
+    return _told(report, ranks), outcome.dense
+
+
+def _told(report: PruneReport | None, ranks: Ranks) -> PruneReport:
+    """The first rank's report."""
+    fields = ranks.tell(report and dataclasses.asdict(report))
+    return report or PruneReport(**fields)
+
+
+def _compare(identities: list[dict[str, Any]]) -> None:
+    for rank, identity in enumerate(identities):
+        for key, value in identities[0].items():
+            if identity[key] != value:
+                raise InputError(
+                    f"Rank {rank} has another {key} ({identity[key]}) than rank 0 ({value}); give all the same."
+                )
+
+
+def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    if config.compute_dtype:
+        return DTYPES[config.compute_dtype]
+    if device.type == "cpu":
+        return torch.float32  # exact, and half precision is slow on many CPUs
+    return weight_dtype(checkpoint)
+
+
+def _say_nothing(sentence: str) -> None:
+    pass

@@ -1,0 +1,194 @@
+"""The ranks of one run: how many processes there are, and the few things they tell each other.
+
+Every rank has its share of the calibration windows and all of the layer at work. Sums over windows are added up over the
+ranks, the first one's choices hold for all, and rows of large solves are shared out. Messages are JSON, never pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import distributed
+
+from slimllm.errors import InputError, LostRankError, OtherRankError
+
+
+class Sums(Protocol):
+    """Statistics that add up: sums over tokens, and how many tokens they are of."""
+
+    count: int
+
+    def sums(self) -> list[torch.Tensor]: ...
+
+
+class Ranks:
+    """This process among those of the run.
+
+    All ranks call the same methods in the same order, but for `share` and `rows`, and those that say so.
+
+    Args:
+        group: The processes; None: this one alone.
+
+    Attributes:
+        rank: Which of them this one is, from 0.
+        size: How many there are.
+
+    Raises (all that communicate):
+        ValueError: (as LostRankError) another rank has ended or does not answer.
+    """
+
+    def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else distributed.get_rank(group)
+        self.size = 1 if group is None else distributed.get_world_size(group)
+        only_gpus = group is not None and distributed.get_backend(group) == "nccl"
+        self._wire = torch.device("cuda" if only_gpus else "cpu")  # where messages are when they are sent
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that chooses, writes and talks."""
+        return self.rank == 0
+
+    def share(self, total: int, rank: int | None = None) -> range:
+        """The part of `total` things that a rank (this one) has: contiguous, in order, and as even as can be."""
+        rank = self.rank if rank is None else rank
+        return range(total * rank // self.size, total * (rank + 1) // self.size)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's share of the rows of a tensor."""
+        share = self.share(len(tensor))
+        return tensor[share.start : share.stop]
+
+    def join(self, rows: torch.Tensor, total: int) -> torch.Tensor:
+        """The whole tensor, with `total` rows, of which every rank has made its share."""
+        if self.size == 1:
+            return rows
+        whole = rows.new_empty(total, *rows.shape[1:])
+        for rank in range(self.size):
+            share = self.share(total, rank)
+            part = whole[share.start : share.stop]
+            if rank == self.rank:
+                part.copy_(rows)
+            if len(share):
+                self._broadcast(part, rank)
+        return whole
+
+    def sum_(self, *tensors: torch.Tensor) -> None:
+        """Sum tensors over the ranks, in place; every rank has the same bits afterwards."""
+        if self.size > 1:
+            with self._talking():
+                for tensor in tensors:
+                    distributed.all_reduce(tensor, group=self._group)
+
+    def add_up(self, *statistics: Sums) -> None:
+        """Let statistics of this rank's tokens become those of all tokens."""
+        if self.size == 1:
+            return
+        for one in statistics:
+            if (move := getattr(one, "move", None)) is not None:
+                pivot: torch.Tensor = one.pivot.clone()  # type: ignore[attr-defined]
+                self._broadcast(pivot, 0)
+                move(pivot)
+            self.sum_(*one.sums())
+            one.count = sum(self.everyone(one.count))
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's tensor, of the same shape and dtype on all."""
+        if self.size == 1:
+            return tensor
+        sent = tensor.to(self._wire)
+        self._broadcast(sent, 0)
+        return sent.to(tensor.device)
+
+    def tell(self, value: Any) -> Any:
+        """What the first rank says; plain JSON data."""
+        return value if self.size == 1 else self._say(value, 0)
+
+    def everyone(self, value: Any) -> list[Any]:
+        """What every rank says, in their order; plain JSON data."""
+        return [value] if self.size == 1 else [self._say(value, rank) for rank in range(self.size)]
+
+    def send(self, rank: int, tensor: torch.Tensor) -> None:
+        """Send a tensor to a rank that receives it. No collective one."""
+        with self._talking():
+            distributed.send(tensor.to(self._wire).contiguous(), self._global(rank), group=self._group)
+
+    def receive(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor that another rank sends to this one, on the CPU. No collective one."""
+        tensor = torch.empty(shape, dtype=dtype, device=self._wire)
+        with self._talking():
+            distributed.recv(tensor, self._global(rank), group=self._group)
+        return tensor.cpu()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error of the input or the output that one rank meets in this block ends it on all of them.
+
+        Nothing may be said between the ranks in the block.
+
+        Raises:
+            ValueError: (as OtherRankError) another one has met it, and tells the user.
+        """
+        error: InputError | None = None
+        try:
+            yield
+        except InputError as met:
+            error = met
+        sentences = self.everyone(None if error is None else str(error))
+        speakers = [rank for rank, sentence in enumerate(sentences) if sentence is not None]
+        if speakers and speakers[0] != self.rank:
+            raise OtherRankError(f"Rank {speakers[0]}: {sentences[speakers[0]]}") from error
+        if error is not None:
+            raise error
+
+    def _say(self, value: Any, rank: int) -> Any:
+        content = json.dumps(value).encode() if rank == self.rank else b""
+        length = torch.tensor([len(content)], device=self._wire)
+        self._broadcast(length, rank)
+        letters = torch.empty(int(length), dtype=torch.uint8, device=self._wire)
+        if rank == self.rank:
+            letters.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        self._broadcast(letters, rank)
+        return value if rank == self.rank else json.loads(bytes(letters.cpu().numpy()))
+
+    def _broadcast(self, tensor: torch.Tensor, rank: int) -> None:
+        with self._talking():
+            distributed.broadcast(tensor, self._global(rank), group=self._group)
+
+    def _global(self, rank: int) -> int:
+        assert self._group is not None
+        return distributed.get_global_rank(self._group, rank)
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1][:200]
+            raise LostRankError(f"Another process of this run has ended or does not answer ({reason}).") from error
+
+
+@contextmanager
+def launched(device: str | None) -> Iterator[distributed.ProcessGroup | None]:
+    """The process group of the processes that torchrun has started; None when this one is alone.
+
+    Each gets a GPU of its own where there are enough of them; otherwise they talk over gloo, and share what there is.
+
+    Args:
+        device: The device that was asked for, if one was.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield None
+        return
+    local, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    own_gpu = device in (None, "cuda") and local_size <= torch.cuda.device_count()
+    if own_gpu:
+        torch.cuda.set_device(local)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()  # not behind an error: it would wait for the others

@@ -1,0 +1,124 @@
+"""What is done of a run: the first rank keeps it in the journal, and all know it. With it goes the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from slimllm.errors import InputError
+from slimllm.journal import Journal, Step
+from slimllm.parallel import Ranks
+from slimllm.states import State, Stream
+
+
+class Record:
+    """The steps that are done, on every rank.
+
+    Args:
+        journal: Where the first rank keeps them; None on the others.
+        ranks: Of the run.
+
+    Attributes:
+        steps: Oldest first, those from before an interruption included.
+    """
+
+    def __init__(self, journal: Journal | None, ranks: Ranks) -> None:
+        self._journal, self._ranks = journal, ranks
+        self.steps: list[Step] = ranks.tell(journal.steps if journal else None)
+
+    def done(self, stage: str) -> list[Step]:
+        """The steps of a stage, oldest first."""
+        return [step for step in self.steps if step["stage"] == stage]
+
+    def adopt(self, stage: str, steps: list[Step], data: Step) -> None:
+        """Steps that another run has done for this one, too."""
+        if self._journal:
+            self._journal.adopt(stage, steps, data)
+
+    def add(self, stage: str, stream: Stream, final: torch.Tensor | None = None, **data: Any) -> None:
+        """A step is done, and the residual stream is behind it.
+
+        Args:
+            stage: The stage it belongs to.
+            stream: Of all ranks; gathered by the first one where the disk is ready for it.
+            final: What else a resumed run needs, a tensor on the CPU, the same on every rank.
+            data: Plain JSON data about the step.
+
+        Raises:
+            ValueError: (as OutputError) the disk did not take this step or one before.
+        """
+        ready = self._ranks.tell(self._journal.ready if self._journal else None)
+        windows = gathered(stream) if ready else iter(())
+        with self._ranks.together():
+            try:
+                if self._journal:
+                    extra = {} if final is None else {"final": (tuple(final.shape), final.dtype)}
+                    layout = {"hidden": (stream.shape, stream[0].hidden.dtype), **extra}
+                    pieces = _and_then(windows, final)
+                    self._journal.record(stage, State(layout, pieces) if ready else None, **data)
+            finally:
+                for _ in windows:  # the others send theirs, whatever became of those before
+                    pass
+
+    def restore(self, stream: Stream) -> torch.Tensor | None:
+        """Put the residual stream back to where it was after the last step, and give `final`, on the first rank.
+
+        Raises:
+            ValueError: (as InputError) the state is missing or damaged.
+        """
+        state: Any = None
+        with self._ranks.together():
+            if self._journal:
+                state = self._journal.state()
+        hidden = state.get_slice("hidden") if state else None
+        for rank, windows, batch in stream.of_all_ranks():
+            if hidden is not None:
+                piece = hidden[windows.start : windows.stop]
+                if batch is None:
+                    self._ranks.send(rank, piece)
+                else:
+                    batch.hidden.save(piece)
+            elif batch is not None:
+                batch.hidden.save(self._ranks.receive(0, batch.hidden.shape, batch.hidden.dtype))
+        if state and "final" in state.keys():
+            return state.get_tensor("final").clone()
+        return None
+
+    def compare_weights(self, found: Iterable[int]) -> None:
+        """Whether the checksums of the first layers' weights are those that the dense pass has recorded.
+
+        Raises:
+            ValueError: (as InputError) a layer has others.
+        """
+        with self._ranks.together():
+            if self._journal is None:
+                return
+            for index, (step, checksum) in enumerate(zip(self.done("dense"), found)):
+                if step["weights"] != checksum:
+                    raise InputError(
+                        f"Layer {index} has other weights than when the run was begun; give the same model, or start over."
+                    )
+
+
+def gathered(stream: Stream) -> Iterator[torch.Tensor]:
+    """The residual stream of all ranks, batch by batch in their order, on the first one's CPU; the others send theirs.
+
+    It has to be gone through to the end on every rank.
+    """
+    for rank, windows, batch in stream.of_all_ranks():
+        if batch is None and stream.ranks.first:
+            first = stream[0].hidden
+            yield stream.ranks.receive(rank, (len(windows), *first.shape[1:]), first.dtype)
+        elif batch is not None and stream.ranks.first:
+            yield batch.hidden.stored().cpu()
+            batch.hidden.release()
+        elif batch is not None:
+            stream.ranks.send(0, batch.hidden.load())
+
+
+def _and_then(pieces: Iterable[torch.Tensor], last: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    yield from pieces
+    if last is not None:
+        yield last
