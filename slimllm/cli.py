@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from slimllm.errors import InputError
+from slimllm.errors import InputError, LostRankError, OtherRankError, OutputError
 from slimllm.interrupts import SIGNALS, SafeStop, leave
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+
+_REMOVED = "what was begun is removed"
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file or a hub id.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
@@ -92,11 +94,14 @@ def prune_command(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune a model and write the result as a Hugging Face folder."""
+    """Prune a model and write the result as a Hugging Face folder.
+
+    Under torchrun (torchrun --nproc-per-node 4 -m slimllm prune …) the processes share the calibration windows.
+    """
     from slimllm.config import PruneConfig
     from slimllm.display import PruneDisplay
     from slimllm.engine import prune, prune_ratios
-    from slimllm.errors import OutputError
+    from slimllm.parallel import Ranks, launched
     from slimllm.writer import can_resume
 
     config = PruneConfig(
@@ -105,35 +110,34 @@ def prune_command(
         keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype,
         device=device, host_memory=host_memory, gpu_memory=gpu_memory,
     )  # fmt: skip
-    command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
-    stop = SafeStop(lambda sentence: errors.print(sentence, style="bold red"))
-
-    def progress(stage: str, index: int, num_layers: int, layer: dict[str, Any] | None) -> None:
-        display.progress(stage, index, num_layers, layer)
-        stop.progress(stage, index, num_layers, layer)
-
     results = [out] if len(ratio) == 1 else [out / str(one) for one in ratio]
-    try:
-        with PruneDisplay(console, quiet) as display:
-            settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
-            if len(ratio) == 1:
-                reports = [prune(model, out, config, command=command, **settings)]
-            else:
-                reports = prune_ratios(model, out, config, ratio, command=command, **settings)
-    except SystemExit:
-        left = (
-            "the same command with --resume goes on from here"
-            if any(map(can_resume, results))
-            else "what was begun is removed"
-        )
-        errors.print(f"Interrupted; {left}.", style="bold red", highlight=False)
-        raise
-    except OutputError as error:
-        if any(map(can_resume, results)):
-            raise OutputError(f"{error} The same command with --resume goes on from here.") from error
-        raise
-    if not quiet:
-        for report in reports:
+    command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
+    with launched(device) as group:
+        ranks = Ranks(group)
+        tell = errors.print if ranks.first else _say_nothing
+        stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
+
+        def progress(stage: str, index: int, num_layers: int, layer: dict[str, Any] | None) -> None:
+            display.progress(stage, index, num_layers, layer)
+            stop.progress(stage, index, num_layers, layer)
+
+        try:
+            with PruneDisplay(console, quiet or not ranks.first) as display:
+                settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
+                settings |= {"command": command, "group": group}
+                if len(ratio) == 1:
+                    reports = [prune(model, out, config, **settings)]
+                else:
+                    reports = prune_ratios(model, out, config, ratio, **settings)
+        except SystemExit:
+            left = "the same command with --resume goes on from here"
+            tell(f"Interrupted; {left if any(map(can_resume, results)) else _REMOVED}.", style="bold red", highlight=False)
+            raise
+        except (OutputError, LostRankError) as error:
+            if any(map(can_resume, results)):
+                raise type(error)(f"{error} The same command with --resume goes on from here.") from error
+            raise
+        for report in reports if ranks.first and not quiet else []:
             display.summary(report)
 
 
@@ -248,8 +252,13 @@ def doctor_command() -> None:
 
 
 def _interrupted(number: int, frame: object) -> None:
-    errors.print("Interrupted; what was begun is removed.", style="bold red")
+    if os.environ.get("RANK", "0") == "0":
+        errors.print(f"Interrupted; {_REMOVED}.", style="bold red")
     leave(number)
+
+
+def _say_nothing(*words: object, **style: object) -> None:
+    """In place of printing, on all ranks but the first."""
 
 
 def main() -> None:
@@ -263,6 +272,8 @@ def main() -> None:
 
         logging.disable_progress_bar()
         app()
+    except OtherRankError:
+        sys.exit(2)
     except InputError as error:
         errors.print(f"Error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
         sys.exit(2)

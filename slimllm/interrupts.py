@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from slimllm.parallel import Ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -20,10 +22,11 @@ class SafeStop:
 
     Args:
         say: Told what will happen.
+        ranks: Of the run, which stop behind the same layer, whichever of them was signalled.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
+    def __init__(self, say: Callable[[str], None], ranks: Ranks) -> None:
+        self._say, self._ranks = say, ranks
         self._requested = 0
         self._at_work = False
         for number in SIGNALS:
@@ -37,6 +40,6 @@ class SafeStop:
 
     def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
         """A layer is done and recorded; a `ProgressCallback`."""
-        if self._requested:
-            leave(self._requested)
+        if requested := max(self._ranks.everyone(self._requested)):
+            leave(requested)
         self._at_work = stage == "dense" or index + 1 < num_layers
