@@ -111,6 +111,7 @@ def prune_model(
     *,
     progress: ProgressCallback | None = None,
     notice: Notice | None = None,
+    group: ProcessGroup | None = None,
 ) -> PruneReport:
     """Prune a model in memory, in place: its layers shrink and its class becomes that of the native format.
 
@@ -121,10 +122,11 @@ def prune_model(
         tokenizer_or_token_ids: What turns the calibration text into token ids, or the windows themselves, (samples,
             seq_len) int64.
         config: The settings; `dtype`, `compute_dtype`, `device` and budgets of memory do not apply: the model has its own.
+        progress, notice, group: As for `prune`; every process of a group has a copy of the model, which all prune alike.
 
     Raises:
         ValueError: (as InputError) something about the input is wrong; the model is then untouched, unless its hidden
-            states overflow its dtype after some layers have been pruned.
+            states overflow its dtype, or another process of the group is lost, after some layers have been pruned.
         TypeError: an argument has the wrong type.
     """
     started = time.perf_counter()
@@ -148,7 +150,8 @@ def prune_model(
     tokenizer = None if isinstance(given, torch.Tensor) else given
     token_ids = calibration_windows(config, tokenizer, source.config, notice)
     memory.warm_up(source.device)
-    run = Run(source, token_ids, config, notice, started, memory.resident_gib() * GIB)
+    ranks = Ranks(group)
+    run = Run(source, token_ids, config, notice, started, memory.resident_gib() * GIB, ranks=ranks)
     training = model.training
     model.eval()
 
