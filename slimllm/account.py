@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from slimllm.config import PruneConfig
 from slimllm.slicing import LayerSizes
 from slimllm.states import Placement
+from slimllm.statistics import TILE
 
 Parts = dict[str, float]
 _TOKENS_PER_BATCH = 1024
@@ -128,18 +129,37 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * sizes.units**2 * d * 8}
     yield at("heads", 1, heads)
     ffn_gram = {"Gram": (i if lstsq else d) ** 2 * 4}
-    yield at("FFN", streams, inner(i) | ffn_gram | {"batch": batch * (4 * i + 4 * d) * c})
+    away = lstsq and placement.gram == "host"
+    tiles = {"tiles of the Gram": (min(i, TILE) + batch) * i * 4} if away else {}
+    here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
+    yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
     # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or the matrices of
     # the function (6 in fp32), which is as much.
     space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4)
-    yield at("channels", streams, inner(i) | ffn_gram | {"feature space": space})
+    yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
     sliced = {"pruned layer": 3 * kept * d * s}
     if lstsq:
-        across = {"moments": 4.5 * 8 * kept * d + 8 * (i - kept) * d}
-        system = {"system": 2 * 8 * kept**2}  # and its factor
-        yield at("recovery", streams, inner(i) | ffn_gram | system | across)
-        yield at("slicing", streams, inner(i) | ffn_gram | {"solution": 2 * 8 * kept * d}, sliced)
+        across = {"moments": (4.5 * 8 * kept * d + 8 * (i - kept) * d) / sizes.ranks}  # of this rank's outputs
+        system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # and its factor
+        solution = ffn_gram | {"solution": 2 * 8 * kept * d}
+        yield at("recovery", streams, inner(i) | ({} if away else system), system if away else {})
+        yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
     else:
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else tokens * d * c
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})
+
+
+def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
+    """Bytes that a rank sends, and receives, for one layer over both passes, most of it for sums over all ranks.
+
+    A sum of n bytes over R ranks passes each link with 2·n·(R - 1)/R; hidden states go to the first rank for the journal,
+    whose disk may not be ready for those of every layer.
+    """
+    d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
+    lstsq = config.recovery == "lstsq"
+    grams = 4 * (a**2 + (i if lstsq else d) ** 2)
+    states = 2 * sizes.samples * sizes.seq_len * d * sizes.computed
+    solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
+    parts = {"Grams": 2 * grams * others, "hidden states": states * others, "solutions": solutions * others}
+    return {name: size for name, size in parts.items() if size}

@@ -153,6 +153,7 @@ def plan_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB.")] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="The same, of the GPU.")] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that share the windows, each on a machine like this one.")] = 1,
 ) -> None:
     """What a run would take, from config.json alone: memory by its parts, disk, time, and how it would fit a budget."""
     from slimllm.bench.forecast import forecast
@@ -163,7 +164,7 @@ def plan_command(
         ratio=ratio, recovery=recovery, samples=samples, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
         device=device, host_memory=host_memory, gpu_memory=gpu_memory,
     )  # fmt: skip
-    print_forecast(console, forecast(model, config))
+    print_forecast(console, forecast(model, config, ranks))
 
 
 @app.command("eval")

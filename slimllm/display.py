@@ -92,7 +92,8 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     plan = forecast.plan
     console.print(
         f"{forecast.model}: {forecast.num_layers} layers, {forecast.params / 1e9:.2f} billion parameters, "
-        f"computed in {forecast.compute_dtype} on {forecast.device}",
+        f"computed in {forecast.compute_dtype} on {forecast.device}"
+        + (f", shared by {forecast.ranks} ranks, of each of which this is" if forecast.ranks > 1 else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     table = Table(box=None, padding=(0, 2), show_header=False)
@@ -103,6 +104,9 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
             when = f"in the phase '{phase}': " if phase else ""
             account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)
             table.add_row(title, f"{sum(parts.values()) / GIB:.2f} GiB", f"{when}{account}")
+    if forecast.traffic:
+        account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in forecast.traffic.items())
+        table.add_row("network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer and rank: {account}")
     table.add_row("time", f"{_duration(forecast.seconds)}", "about, by counted operations and this machine's rates")
     where = {
         "device": "in memory" if forecast.device == "cpu" else "on the GPU",

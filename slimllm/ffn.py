@@ -55,7 +55,7 @@ def _by_channels(
     spec = layer.spec
     weight = layer.linear(spec.down_proj).weight
     inputs = ColumnStatistics(weight.shape[0], layer.device)
-    channels = GramStatistics(weight.shape[1], layer.device)
+    channels = GramStatistics(weight.shape[1], "cpu" if stream.placement.gram == "host" else layer.device)
     activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, stream, index)
     for number in range(len(stream)):
         with watch("forward"):
@@ -68,7 +68,7 @@ def _by_channels(
         stream.ranks.add_up(inputs, channels)
     with watch("channels"):
         output_covariance = channels.of_product(weight)
-        importance = _importance(layer, inputs, output_covariance, channels.norms(), config)
+        importance = _importance(layer, inputs, output_covariance, channels.norms().to(layer.device), config)
         kept = stream.ranks.of_first(_select(importance, budget, config))
     trim()  # before what takes most
     with watch("recovery"):

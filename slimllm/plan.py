@@ -54,6 +54,7 @@ class Plan:
         """What was chosen, for the report."""
         return {
             "states": self.placement.states,
+            "gram": self.placement.gram,
             "keep_inner_bytes": self.placement.keep_inner_bytes,
             "batch_size": self.config.batch_size,
             "feature_space": self.config.feature_space,
@@ -115,9 +116,13 @@ def make_plan(
 
     taken: list[_Step] = []
     for step in steps:
-        if fits(planned(taken)):
+        now, then = planned(taken), planned([*taken, step])
+        if fits(now):
             break
-        taken.append(step)
+        worse_host = now.peak_host > budgets["host_memory"] and then.peak_host > now.peak_host
+        worse_gpu = now.peak_gpu > budgets["gpu_memory"] and then.peak_gpu > now.peak_gpu
+        if not (worse_host or worse_gpu):
+            taken.append(step)
     plan = planned(taken)
     if not fits(plan):
         which = "host_memory" if plan.peak_host > budgets["host_memory"] else "gpu_memory"
@@ -144,7 +149,8 @@ class _Step:
     gpu_only: bool = False
 
     def applies(self, sizes: Sizes, config: PruneConfig) -> bool:
-        return getattr(config, self.field, None) is None and (sizes.on_gpu or not self.gpu_only)
+        needed = self.field != "gram" or config.recovery == "lstsq"
+        return needed and getattr(config, self.field, None) is None and (sizes.on_gpu or not self.gpu_only)
 
     def take(self, config: PruneConfig, placement: Placement) -> tuple[PruneConfig, Placement]:
         change: dict[str, Any] = {self.field: self.value}
@@ -158,6 +164,7 @@ _STEPS = [
     _Step("weights are not read ahead", "read_ahead", False, gpu_only=True),
     _Step("hidden states live in host memory", "states", "host", gpu_only=True),
     _Step("inner activations are made twice instead of kept", "keep_inner_bytes", 0),
+    _Step("the FFN's Gram and the regression on it are on the host", "gram", "host", gpu_only=True),
     _Step("hidden states live in files", "states", "disk"),
 ]
 

@@ -114,12 +114,13 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
 
     Args:
         weight: W of the output projection, (D, F).
-        statistics: Of its inputs, F features.
+        statistics: Of its inputs, F features; all is computed where they are.
         keep: Indices of the kept columns, on any device.
         ranks: Processes with the same statistics, each of which does its share of the outputs; None: this one alone.
     """
     ranks = ranks or Ranks()
-    outputs, weight, mean = len(weight), ranks.rows(weight), statistics.mean()
+    outputs, mean = len(weight), statistics.mean()
+    weight = ranks.rows(weight).to(mean.device)
     removed = torch.ones(len(mean), dtype=torch.bool, device=mean.device).index_fill_(0, keep.to(mean.device), False)
     kept = (~removed).nonzero()[:, 0]
     removed = removed.nonzero()[:, 0]

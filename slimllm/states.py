@@ -30,12 +30,14 @@ class Placement:
         keep_inner_bytes: How much the inputs of a sub-layer's output projection may take on the device, if they are to be
             kept until the pruned output is made of them; otherwise the layer makes them again.
         read_ahead: Whether the next layer's weights are read while the present one computes.
+        gram: Where the Gram of all FFN channels is, and the regression on them is solved: `device` or `host`.
         folder: For the files of `disk`.
     """
 
     states: str = "device"
     keep_inner_bytes: int = 256 * 2**20
     read_ahead: bool = False
+    gram: str = "device"
     folder: Path | None = None
 
 

@@ -8,6 +8,7 @@ from slimllm import ops
 from slimllm.ops.dispatch import full_precision
 
 _ROWS = 256  # of a matrix at a time, where a copy of it is made
+TILE = 2048  # rows of a Gram at a time, where it goes from one device to another
 
 
 class GramStatistics:
@@ -24,7 +25,7 @@ class GramStatistics:
 
     Args:
         features: Number of features F.
-        device: Where the accumulators live.
+        device: Where the accumulators live, which need not be where the tokens are.
 
     The Gram is accumulated in fp32, the sums in fp64. Results are fp64.
     """
@@ -49,10 +50,23 @@ class GramStatistics:
         if x.shape[0] == 0:
             return
         if self.count == 0:
-            self.pivot = _pivot(x)
+            self.pivot = _pivot(x).to(self.gram.device)
             self._plain = x.dtype != torch.float32 and not bool(self.pivot.any())
-        ops.gram_(self.gram, self.total, x, pivot=None if self._plain else self.pivot)
+        if x.device == self.gram.device:
+            ops.gram_(self.gram, self.total, x, pivot=None if self._plain else self.pivot)
+        else:
+            self._add_tiles(x)
         self.count += x.shape[0]
+
+    def _add_tiles(self, x: torch.Tensor) -> None:
+        """What `ops.gram_` does, where the activations are on another device: made there row by row, and added here."""
+        u = x.float() if self._plain else x.float() - self.pivot.to(x.device)
+        with full_precision(x.device):
+            for start in range(0, self.features, TILE):
+                stop = min(start + TILE, self.features)
+                self.gram[start:stop, :stop] += (u[:, start:stop].T @ u[:, :stop]).to(self.gram.device)
+                self.gram[:start, start:stop] = self.gram[start:stop, :start].T
+        self.total += u.sum(0, dtype=torch.float64).to(self.total.device)
 
     def merge(self, other: GramStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
@@ -117,12 +131,15 @@ class GramStatistics:
         return (self.count * (variance + self.mean().square())).sqrt()
 
     def of_product(self, weight: torch.Tensor) -> torch.Tensor:
-        """Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64, computed in fp32."""
+        """Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64 on its device, computed in fp32."""
         _check_count(self.count)
-        single, delta = weight.float(), self.total / self.count
+        single, delta = weight.float(), (self.total / self.count).to(weight.device)
         moved = torch.cat([rows.double() @ delta for rows in weight.split(_ROWS)])
-        with full_precision(self.gram.device):
-            raw = single @ self.gram @ single.T
+        at_once = self.features if weight.device == self.gram.device else TILE
+        raw = single.new_zeros(len(single), len(single))
+        with full_precision(weight.device):
+            for columns, rows in zip(single.split(at_once, 1), self.gram.split(at_once)):
+                raw.addmm_(columns, rows.to(weight.device) @ single.T)
         covariance = raw.double().div_(self.count).addr_(moved, moved, alpha=-1)
         return (covariance + covariance.T).div_(2)
 

@@ -34,6 +34,19 @@ def test_inner_activations_made_again(stories_path: Path, token_ids: torch.Tenso
     assert report.achieved_ratio == pytest.approx(0.3, rel=0.005)
 
 
+def test_gram_on_the_host(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    kept = {}
+    for gram in ("device", "host"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("slimllm.plan.Placement", lambda gram=gram, **rest: Placement(**{**rest, "gram": gram}))
+            config = PruneConfig(0.3, calibration=token_ids, device="cuda", compute_dtype="float32", recovery="lstsq")
+            report = slimllm.prune(stories_path, tmp_path / gram, config)
+        kept[gram] = [(layer["kept_channels"], layer["kept_heads"]) for layer in report.layers]
+        error = report.layers[-1]["ffn_error_after"]
+        assert error < report.layers[-1]["ffn_error_before"]
+    assert kept["device"] == kept["host"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])
 def test_model_in_memory(stories: Any, token_ids: torch.Tensor, dtype: torch.dtype, head_unit: str) -> None:

@@ -13,7 +13,7 @@ from conftest import STORIES, config
 from test_cli import call
 
 from slimllm import InputError, PruneConfig, prune, prune_model
-from slimllm.account import Sizes
+from slimllm.account import Sizes, traffic
 from slimllm.bench.forecast import forecast
 from slimllm.bench.run import Setting, measure
 from slimllm.config import GIB, parse_bytes
@@ -67,6 +67,29 @@ def test_only_what_is_needed_is_chosen() -> None:
     assert plan.choices == ["hidden states live in files"] and plan.peak_host < 9 * GIB
 
 
+def test_a_large_regression_moves_to_the_host() -> None:
+    """Where a GPU cannot hold the Gram of all channels, and only with the recovery that has one."""
+    sizes = dataclasses.replace(LLAMA_33B, on_gpu=True, computed=2)
+    plan = make_plan(sizes, PruneConfig(ratio=0.2, recovery="lstsq", gpu_memory="8GiB"), GIB / 2, GIB / 2)
+    assert plan.placement.gram == "host" and plan.peak_gpu < 8 * GIB
+    free = make_plan(sizes, PruneConfig(ratio=0.2, recovery="lstsq"), GIB / 2, GIB / 2)
+    assert free.placement.gram == "device" and plan.peak_host > free.peak_host + 17920**2 * 4
+    assert make_plan(sizes, PruneConfig(ratio=0.2, gpu_memory="8GiB"), GIB / 2, GIB / 2).placement.gram == "device"
+
+
+def test_what_ranks_share() -> None:
+    sizes = dataclasses.replace(LLAMA_33B, samples=256)
+    for recovery in ("affine", "lstsq"):
+        settings = PruneConfig(ratio=0.2, recovery=recovery, samples=256)
+        one, four = (make_plan(dataclasses.replace(sizes, ranks=ranks), settings, GIB / 2) for ranks in (1, 4))
+        assert one.peak_host > four.peak_host and one.disk == four.disk
+        moved = [traffic(dataclasses.replace(sizes, ranks=ranks), settings) for ranks in (1, 2, 1000)]
+        assert not any(moved[0].values()) and moved[1]["Grams"] * 1.998 == pytest.approx(moved[2]["Grams"])
+        grams = 4 * (6656**2 + (17920 if recovery == "lstsq" else 6656) ** 2)
+        assert moved[1]["Grams"] == grams  # a sum over two ranks: each sends it once
+    assert moved[1]["hidden states"] == 256 * 128 * 6656 * 4
+
+
 def test_explicit_settings_are_not_overruled() -> None:
     settings = PruneConfig(ratio=0.2, feature_space="eigh", batch_size=8, host_memory="16GiB")
     assert make_plan(LLAMA_33B, settings, GIB / 2).config == settings
@@ -88,7 +111,13 @@ def test_stored(place: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recovery", ["affine", "lstsq"])
 @pytest.mark.parametrize(
     "placement",
-    [{"read_ahead": True}, {"states": "host"}, {"states": "disk"}, {"states": "disk", "keep_inner_bytes": 0}],
+    [
+        {"read_ahead": True},
+        {"states": "host"},
+        {"gram": "host"},
+        {"states": "disk"},
+        {"states": "disk", "keep_inner_bytes": 0},
+    ],
 )
 def test_the_result_does_not_depend_on_where_things_live(
     token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recovery: str, placement: dict[str, object]

@@ -64,6 +64,23 @@ def test_a_first_batch_far_from_the_rest() -> None:
     assert (gathered(x, [10, 500]).covariance() - covariance(x)).abs().max() <= 1e-5 * covariance(x).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """What a Gram on another device than the tokens is made of, with tiles that do not divide it."""
+    monkeypatch.setattr("slimllm.statistics.TILE", 70)
+    x = (torch.randn(90, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 200) + 3).to(dtype)
+    whole, tiled = GramStatistics(200), GramStatistics(200)
+    whole.update(x[:40])
+    tiled.update(x[:40])  # chooses the pivot
+    whole.update(x[40:])
+    tiled._add_tiles(x[40:])
+    tiled.count = 90
+    assert torch.equal(tiled.gram, tiled.gram.T)
+    scale = whole.covariance().diagonal().sqrt()
+    assert float(((tiled.covariance() - whole.covariance()).abs() / (scale[:, None] * scale)).max()) < 1e-5
+    assert float(((tiled.mean() - whole.mean()).abs() / scale).max()) < 1e-6
+
+
 def test_merge_with_empty_and_into_empty() -> None:
     x = torch.randn(50, 4) + 100
     full, empty = gathered(x, []), GramStatistics(4)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
-from slimllm.account import sizes_of
+from slimllm.account import Parts, sizes_of, traffic
 from slimllm.bench.shapes import SHAPES
 from slimllm.bench.work import measure_rates, stage_work
 from slimllm.checkpoint import download, open_checkpoint, read_config
 from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
+from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.memory import resident_gib
 from slimllm.native import head_dim_of
@@ -26,7 +29,7 @@ _TIMES_FLOOR = 1.6
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan, the seconds it may take on this machine, and what it is of."""
+    """A plan, the seconds it may take on this machine, and what it is of; with several ranks, of each, and its traffic."""
 
     model: str
     num_layers: int
@@ -35,19 +38,24 @@ class Forecast:
     device: str
     plan: Plan
     seconds: float
+    ranks: int
+    traffic: Parts
 
 
-def forecast(model: str, config: PruneConfig) -> Forecast:
+def forecast(model: str, config: PruneConfig, ranks: int = 1) -> Forecast:
     """Plan a run from the model's configuration alone.
 
     Args:
         model: A folder with a config.json, a GGUF file, a hub id (its config.json is fetched), or the name of a shape.
         config: The settings; `samples` and `seq_len` count, whatever the text.
+        ranks: Processes that share the windows, each on a machine or a GPU like this one.
 
     Raises:
         ValueError: (as InputError) there is no such model, or it cannot be done within the budgets.
     """
     check_config(config)
+    if not 1 <= ranks <= config.samples:
+        raise InputError(f"ranks must be from 1 to the number of samples ({config.samples}), got {ranks}.")
     device = parse_device(config.device)
     model_config, stored, in_memory = _description(model)
     default = torch.float32 if device.type == "cpu" else stored
@@ -57,9 +65,10 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
     dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
-    sizes = sizes_of(model_config, layers, head_dim, params, dtypes, (config.samples, config.seq_len), device)
+    sizes = sizes_of(model_config, layers, head_dim, params, dtypes, (config.samples, config.seq_len), device, ranks)
     plan = make_plan(sizes, config, resident_gib() * GIB, GPU_RUNTIME)
-    work = stage_work(_report(layers, config, device), layers, model_config.hidden_size, head_dim, stored.itemsize)
+    own = dataclasses.replace(config, samples=math.ceil(config.samples / ranks))
+    work = stage_work(_report(layers, own, device), layers, model_config.hidden_size, head_dim, stored.itemsize)
     rates = measure_rates(device, computed)
     return Forecast(
         model=model,
@@ -69,6 +78,8 @@ def forecast(model: str, config: PruneConfig) -> Forecast:
         device=str(device),
         plan=plan,
         seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()),
+        ranks=ranks,
+        traffic=traffic(sizes, config) if ranks > 1 else {},
     )
 
 

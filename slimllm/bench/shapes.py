@@ -54,6 +54,7 @@ SHAPES = {
         Shape("llama-13b", 5120, 40, 40, 13824, 40),
         Shape("llama-33b", 6656, 52, 52, 17920, 60),
         Shape("llama-2-70b", 8192, 64, 8, 28672, 80),
+        Shape("llama-3.1-405b", 16384, 128, 8, 53248, 126, vocab_size=128256),
         Shape("tinyllama-1.1b", 2048, 32, 4, 5632, 22, head_dim=64),
         Shape("smollm2-360m", 960, 15, 5, 2560, 32, head_dim=64, vocab_size=49152, tied=True),
         Shape("smollm2-135m", 576, 9, 3, 1536, 30, head_dim=64, vocab_size=49152, tied=True),
