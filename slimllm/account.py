@@ -106,17 +106,19 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
     lstsq = config.recovery == "lstsq"
+    pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
     streams = 1 if lstsq else 2  # of what is as large as all tokens, in the FFN: beside the residual stream, its outputs
 
     def at(name: str, num_streams: int, device: Mapping[str, float], host: Mapping[str, float] | None = None) -> Phase:
         shared = not sizes.on_gpu and s == c  # the layer computes with the tensors that were read
         device = {"layer, computing": 0 if shared else sizes.layer_params * c, **device}
-        host = {"layer, as stored": sizes.layer_params * s * (2 if placement.read_ahead else 1), **(host or {})}
-        states = {"hidden states": num_streams * tokens * d * c}
+        stored = 2 * pinned if placement.read_ahead else sizes.layer_params * s
+        host = {"layer, as stored": stored, **(host or {})}
         if placement.states == "device":
-            device |= states
+            device |= {"hidden states": num_streams * tokens * d * c}
         elif placement.states == "host":
-            host |= states
+            of_batch = batch * d * c
+            host |= {"hidden states": num_streams * tokens / batch * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
         return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
 
     def inner(width: int) -> Parts:
@@ -148,6 +150,11 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else tokens * d * c
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})
+
+
+def _pinned(num_bytes: int) -> int:
+    """What torch takes for pinned memory: the next power of two."""
+    return 1 << max(0, num_bytes - 1).bit_length()
 
 
 def traffic(sizes: Sizes, config: PruneConfig) -> Parts:

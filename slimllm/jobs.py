@@ -146,7 +146,7 @@ def _prune_one(
             elif resume:
                 run.notice("There is no interrupted run to go on with; this one starts at the beginning.")
             if writer:
-                check_space(out, round(sum(run.plan.disk.values())) - writer.total_size)
+                check_space(out, round(sum(run.plan.disk.values())) - writer.bytes_there)
         outcome = run.prune(store, progress, record, dense)
         report = None
         with ranks.together():

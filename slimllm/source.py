@@ -74,7 +74,7 @@ class ModelSource(ABC):
         weights = self.weights(index)
         if self.device.type != "cuda":
             return weights
-        return {name: tensor.pin_memory() for name, tensor in weights.items()}
+        return {name: weights.pop(name).pin_memory() for name in list(weights)}
 
     @abstractmethod
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -130,11 +130,18 @@ class CheckpointWriter:
             self._partial.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self._partial, self._identity, self._environment)
             if not self.journal.steps:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir()
+                self._begin()
         except OSError as error:
             raise OutputError(f"The output folder {self.out} cannot be made: {error.strerror}.") from None
         return self
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.folder.mkdir()
+        except OSError:
+            self.journal.close()
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         resumable = not isinstance(error, HopelessError)
@@ -145,7 +152,7 @@ class CheckpointWriter:
         finally:
             self.journal.close()  # not before: another run may take the folder from here on
         if isinstance(error, OSError):
-            raise OutputError(f"Writing to {self.out.parent} failed: {error}.") from error
+            raise OutputError(f"The disk failed while {self.out} was being made: {error}.") from error
 
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
         """Write the shard `number` (from 1) with these tensors, under their full names."""
@@ -163,6 +170,11 @@ class CheckpointWriter:
         self.journal.include(path)
         for key, tensor in contiguous.items():
             self._count(key, path.name, tensor.numel(), tensor.element_size())
+
+    @property
+    def bytes_there(self) -> int:
+        """What the run has on the disk already."""
+        return self.total_size + sum(path.stat().st_size for path in self._partial.glob("state-*"))
 
     def adopt_shard(self, number: int) -> None:
         """Count a shard that is there from before the interruption.

@@ -23,7 +23,7 @@ from slimllm.bench.shapes import SHAPES
 from slimllm.bench.synthetic import FirstLayers, RandomCheckpoint
 from slimllm.bench.work import measure_rates, stage_work
 from slimllm.checkpoint import Checkpoint, open_checkpoint
-from slimllm.config import DTYPES, PruneConfig, parse_bytes
+from slimllm.config import DTYPES, PruneConfig, parse_bytes, parse_device
 from slimllm.engine import prune
 from slimllm.errors import InputError
 from slimllm.native import head_dim_of
@@ -135,11 +135,13 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(setting.seed)
         windows = (setting.samples, setting.seq_len)
         calibration = torch.randint(checkpoint.config.vocab_size, windows, generator=generator)
-    if setting.gpu_memory and torch.cuda.is_available():  # the budget is then the truth
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes("gpu_memory", setting.gpu_memory) / whole))
+    device = parse_device(setting.device)
+    if setting.gpu_memory and device.type == "cuda":  # the budget is then the truth
+        whole = torch.cuda.get_device_properties(device).total_memory
+        budget = parse_bytes("gpu_memory", setting.gpu_memory)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / whole), device)
     report = dataclasses.asdict(prune(checkpoint, folder / "out", _config(setting, calibration)))
-    device, dtype = torch.device(report["device"]), DTYPES[report["compute_dtype"]]
+    dtype = DTYPES[report["compute_dtype"]]
     sizes = CheckpointModel(checkpoint, device, dtype).sizes()
     gguf = checkpoint.path.is_file()
     read_bytes = checkpoint.path.stat().st_size / report["parameters"]["before"] if gguf else 2.0
