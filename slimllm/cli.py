@@ -104,16 +104,17 @@ def prune_command(
     from slimllm.parallel import Ranks, launched
     from slimllm.writer import can_resume
 
-    config = PruneConfig(
-        ratio=ratio[0], preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration, samples=samples,
-        seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers, alpha=alpha,
-        keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype,
-        device=device, host_memory=host_memory, gpu_memory=gpu_memory,
-    )  # fmt: skip
     results = [out] if len(ratio) == 1 else [out / str(one) for one in ratio]
     command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
     with launched(device) as group:
         ranks = Ranks(group)
+        with ranks.together():
+            config = PruneConfig(
+                ratio=ratio[0], preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration,
+                samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers,
+                alpha=alpha, keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype,
+                compute_dtype=compute_dtype, device=device, host_memory=host_memory, gpu_memory=gpu_memory,
+            )  # fmt: skip
         tell = errors.print if ranks.first else _say_nothing
         stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
 

@@ -22,7 +22,7 @@ from slimllm.native import convert_in_place
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback
 from slimllm.report import PruneReport
-from slimllm.run import Notice, Run
+from slimllm.run import Notice, Run, compare_identities, identity_in_memory, say_nothing
 from slimllm.source import InMemoryModel
 
 
@@ -46,7 +46,8 @@ def prune(
         config: The settings.
         overwrite: Replace a model that is in `out` already.
         resume: Go on with the run that was interrupted, if one was: the files become what they would have been.
-        progress: Told about every layer that is done, see `ProgressCallback`; an exception of its stops the run there.
+        progress: Told about every layer that is done, see `ProgressCallback`; an exception of its stops the run there (in
+            a group it is called, and has to raise, in every process).
         notice: Told, in sentences, what is worth knowing about the run.
         command: The command line, for the model card; None: the equivalent Python call.
         group: Processes of torch.distributed that prune together, all of which make this call; the first one writes. None:
@@ -130,28 +131,13 @@ def prune_model(
         TypeError: an argument has the wrong type.
     """
     started = time.perf_counter()
-    check_config(config)
-    notice = notice or (lambda sentence: None)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers model, got {type(model).__name__}; to prune a folder, use prune().")
-    for name in ("dtype", "compute_dtype", "device", "host_memory", "gpu_memory"):
-        if getattr(config, name) is not None:
-            raise InputError(f"{name} does not apply to a model in memory, which keeps its own; leave it out.")
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) > 1 or any(device.type == "meta" for device in devices) or getattr(model, "is_quantized", False):
-        raise InputError(
-            "The model must be unquantised and wholly on one device, "
-            f"got weights on {', '.join(sorted(map(str, devices)))}; prune its folder with prune() instead."
-        )
-    source = InMemoryModel(model)
-    given = tokenizer_or_token_ids
-    if isinstance(given, torch.Tensor):
-        config = dataclasses.replace(config, calibration=given)
-    tokenizer = None if isinstance(given, torch.Tensor) else given
-    token_ids = calibration_windows(config, tokenizer, source.config, notice)
-    memory.warm_up(source.device)
     ranks = Ranks(group)
-    run = Run(source, token_ids, config, notice, started, memory.resident_gib() * GIB, ranks=ranks)
+    if notice is None or not ranks.first:
+        notice = say_nothing
+    with ranks.together():
+        run = _prepare(model, tokenizer_or_token_ids, config, notice, started, ranks)
+    source = run.source
+    compare_identities(identity_in_memory(source, run.token_ids, run.plan.config), ranks)
     training = model.training
     model.eval()
 
@@ -165,3 +151,29 @@ def prune_model(
     convert_in_place(model, run.format, source.spec)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return run.report(outcome, model.config.name_or_path or type(model).__name__, None, parameters)
+
+
+def _prepare(
+    model: PreTrainedModel, given: PreTrainedTokenizerBase | torch.Tensor, config: PruneConfig, notice: Notice,
+    started: float, ranks: Ranks,
+) -> Run:  # fmt: skip
+    """All of `prune_model` that can refuse its arguments."""
+    check_config(config)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}; to prune a folder, use prune().")
+    for name in ("dtype", "compute_dtype", "device", "host_memory", "gpu_memory"):
+        if getattr(config, name) is not None:
+            raise InputError(f"{name} does not apply to a model in memory, which keeps its own; leave it out.")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices) or getattr(model, "is_quantized", False):
+        raise InputError(
+            "The model must be unquantised and wholly on one device, "
+            f"got weights on {', '.join(sorted(map(str, devices)))}; prune its folder with prune() instead."
+        )
+    source = InMemoryModel(model)
+    if isinstance(given, torch.Tensor):
+        config = dataclasses.replace(config, calibration=given)
+    tokenizer = None if isinstance(given, torch.Tensor) else given
+    token_ids = calibration_windows(config, tokenizer, source.config, notice)
+    memory.warm_up(source.device)
+    return Run(source, token_ids, config, notice, started, memory.resident_gib() * GIB, ranks=ranks)

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,8 +13,7 @@ from slimllm import memory, ops
 from slimllm.calibration import calibration_windows
 from slimllm.checkpoint import Checkpoint, open_checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
-from slimllm.errors import InputError
-from slimllm.journal import begun_with
+from slimllm.journal import begun_with, fingerprint
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
 from slimllm.native import write_config
@@ -30,10 +28,11 @@ from slimllm.run import (
     Notice,
     Run,
     checksum_of,
+    compare_identities,
     environment_of,
     identity_of,
+    say_nothing,
     weight_dtype,
-    weights_of,
 )  # fmt: skip
 from slimllm.source import CheckpointModel
 from slimllm.writer import CheckpointWriter, can_resume, check_destination, check_interrupted, check_space, partial_folder
@@ -46,7 +45,7 @@ def prune_all(
     """One result for each job, a folder and settings that differ in the ratio alone; see `slimllm.prune_ratios`."""
     started = time.perf_counter()
     if notice is None or not ranks.first:
-        notice = _say_nothing
+        notice = say_nothing
     config = jobs[0][1]
     inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
     if isinstance(config.calibration, (str, Path)):
@@ -69,45 +68,48 @@ def prune_all(
             notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
         token_ids = calibration_windows(config, tokenizer, source.config, notice)
-        if len(token_ids) < ranks.size:
-            raise InputError(
-                f"{len(token_ids)} calibration windows cannot be shared by {ranks.size} processes; give more samples, "
-                "or start fewer processes."
-            )
     memory.warm_up(device)
     runtime = max(ranks.everyone(memory.resident_gib() * GIB))
-    reports, dense = [], None
+    reports: list[PruneReport] = []
+    dense = None
     for out, wanted in jobs:
         if len(jobs) > 1:
             notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
         begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
         with ranks.together():
             run = Run(source, token_ids, wanted, notice, started, runtime, partial_folder(out), begun, ranks)
-            complete = out in maybe_complete and _is_complete(run, out, inputs, overwrite)
-        if ranks.tell(complete):
+        if ranks.tell(out in maybe_complete) and (report := _complete(run, out, inputs, overwrite)):
             notice(f"{out} is complete already.")
-            reports.append(_told(PruneReport.read(out) if ranks.first else None, ranks))
+            reports.append(report)
             continue
         report, dense = _prune_one(run, name, out, overwrite, resume, progress, command, dense)
+        assert report is not None  # it is written
         reports.append(report)
         started = time.perf_counter()
     return reports
 
 
-def _is_complete(run: Run, out: Path, inputs: list[Path], overwrite: bool) -> bool:
-    """Whether the model in a folder is what this run would write; if not, the folder must be free to take."""
-    assert isinstance(run.source, CheckpointModel)
-    wanted = identity_of(run.source, run.token_ids, run.plan) | {WEIGHTS: weights_of(run.source)}
-    if PruneReport.read(out).identity == wanted:
-        return True
-    check_destination(out, inputs, overwrite)
-    return False
+def _complete(run: Run, out: Path, inputs: list[Path], overwrite: bool) -> PruneReport | None:
+    """The report of the model in a folder, if it is what this run would write; if not, the folder must be free to take."""
+    source, ranks = run.source, run.ranks
+    assert isinstance(source, CheckpointModel)
+    with ranks.together():
+        checksums = [fingerprint(source.weights(index)) for index in ranks.share(source.num_layers)]
+    weights = checksum_of([checksum for share in ranks.everyone(checksums) for checksum in share])
+    report = None
+    with ranks.together():
+        if ranks.first:
+            report = PruneReport.read(out)
+            if report.identity != identity_of(source, run.token_ids, run.plan) | {WEIGHTS: weights}:
+                check_destination(out, inputs, overwrite)
+                report = None
+    return _told(report, ranks)
 
 
 def _prune_one(
     run: Run, name: str, out: Path, overwrite: bool, resume: bool, progress: ProgressCallback | None, command: str | None,
     dense: DensePass | None,
-) -> tuple[PruneReport, DensePass | None]:  # fmt: skip
+) -> tuple[PruneReport | None, DensePass | None]:  # fmt: skip
     """Prune and write one result; the dense pass, which the next one may use."""
     config, source, ranks = run.config, run.source, run.ranks
     assert isinstance(source, CheckpointModel)
@@ -126,7 +128,7 @@ def _prune_one(
 
     with ranks.together():
         identity = identity_of(source, run.token_ids, run.plan)
-    _compare(ranks.everyone(identity))
+    compare_identities(identity, ranks)
     with ExitStack() as stack:
         with ranks.together():
             if ranks.first:
@@ -134,10 +136,13 @@ def _prune_one(
                 writer = CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment)
                 stack.enter_context(writer)
         record = Record(writer.journal if writer else None, ranks)
+        report = None
         if record.done("finished"):
-            if writer:
-                writer.finish()
-            return _told(PruneReport.read(out) if writer else None, ranks), dense
+            with ranks.together():
+                if writer:
+                    writer.finish()
+                    report = PruneReport.read(out)
+            return _told(report, ranks), dense
         with ranks.together():
             if writer and record.steps:
                 run.go_on(writer.journal)
@@ -148,7 +153,6 @@ def _prune_one(
             if writer:
                 check_space(out, round(sum(run.plan.disk.values())) - writer.bytes_there)
         outcome = run.prune(store, progress, record, dense)
-        report = None
         with ranks.together():
             if writer:
                 with run.watch("write"):
@@ -169,19 +173,10 @@ def _prune_one(
     return _told(report, ranks), outcome.dense
 
 
-def _told(report: PruneReport | None, ranks: Ranks) -> PruneReport:
-    """The first rank's report."""
+def _told(report: PruneReport | None, ranks: Ranks) -> PruneReport | None:
+    """The first rank's report, if it has one."""
     fields = ranks.tell(report and dataclasses.asdict(report))
-    return report or PruneReport(**fields)
-
-
-def _compare(identities: list[dict[str, Any]]) -> None:
-    for rank, identity in enumerate(identities):
-        for key, value in identities[0].items():
-            if identity[key] != value:
-                raise InputError(
-                    f"Rank {rank} has another {key} ({identity[key]}) than rank 0 ({value}); give all the same."
-                )
+    return report or (PruneReport(**fields) if fields else None)
 
 
 def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -190,7 +185,3 @@ def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.de
     if device.type == "cpu":
         return torch.float32  # exact, and half precision is slow on many CPUs
     return weight_dtype(checkpoint)
-
-
-def _say_nothing(sentence: str) -> None:
-    pass

@@ -170,7 +170,7 @@ def begun_with(folder: Path) -> Step:
         lines = _read(folder)[0]
     except InputError:
         return {}
-    return dict(lines[0]["identity"]) if lines else {}
+    return dict(lines[0]["identity"]) if len(lines) > 1 else {}
 
 
 def last_stage(folder: Path) -> str | None:
@@ -186,7 +186,7 @@ def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[S
     """The journal that is there, if it is of this run, or a new one: the environment it was begun in, and its steps."""
     first = json.loads(json.dumps({"identity": identity, "environment": environment}))
     lines, length = _read(folder)
-    if not lines:
+    if len(lines) < 2:  # there is nothing to go on with
         (folder / _NAME).unlink(missing_ok=True)
         _append(folder, [first])
         return environment, []
@@ -214,7 +214,9 @@ def _read(folder: Path) -> tuple[list[Step], int]:
             if number == len(lines):
                 break  # it was being written; if it was not, the state that it tells of is the only one left
             raise damaged(path)
-        entries += json.loads(text)
+        if not isinstance(batch := json.loads(text), list):
+            raise damaged(path)
+        entries += batch
         length += len(line)
     return entries, length
 

@@ -94,7 +94,7 @@ class InnerActivations:
     def __init__(self, layer: Layer, projection: str, norm: str, stream: Stream, index: int) -> None:
         self._layer, self._projection, self._stream, self._index = layer, projection, stream, index
         self._norm = layer.module.get_submodule(norm)
-        num_bytes = stream.num_tokens * layer.linear(projection).weight.shape[1] * layer.dtype.itemsize
+        num_bytes = stream.most_tokens * layer.linear(projection).weight.shape[1] * layer.dtype.itemsize
         self._kept: dict[int, torch.Tensor] | None = {} if num_bytes <= stream.placement.keep_inner_bytes else None
 
     def first(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:

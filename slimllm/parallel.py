@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import distributed
 
-from slimllm.errors import InputError, LostRankError, OtherRankError
+from slimllm.errors import InputError, LostRankError, OtherRankError, OutputError
 
 
 class Sums(Protocol):
@@ -38,16 +38,19 @@ class Ranks:
         rank: Which of them this one is, from 0.
         size: How many there are.
 
-    Raises (all that communicate):
-        ValueError: (as LostRankError) another rank has ended or does not answer.
+    Raises:
+        ValueError: (as InputError) the group cannot send tensors that are on a CPU; (as LostRankError, of every method that
+            communicates) another rank has ended or does not answer.
     """
 
     def __init__(self, group: distributed.ProcessGroup | None = None) -> None:
         self._group = group
         self.rank = 0 if group is None else distributed.get_rank(group)
         self.size = 1 if group is None else distributed.get_world_size(group)
-        only_gpus = group is not None and distributed.get_backend(group) == "nccl"
-        self._wire = torch.device("cuda" if only_gpus else "cpu")  # where messages are when they are sent
+        if group is not None and distributed.get_backend(group) == "nccl":
+            raise InputError(
+                'The process group has no backend for the CPU; make it with init_process_group("cpu:gloo,cuda:nccl").'
+            )
 
     @property
     def first(self) -> bool:
@@ -101,7 +104,7 @@ class Ranks:
         """The first rank's tensor, of the same shape and dtype on all."""
         if self.size == 1:
             return tensor
-        sent = tensor.to(self._wire)
+        sent = tensor.cpu()
         self._broadcast(sent, 0)
         return sent.to(tensor.device)
 
@@ -116,29 +119,33 @@ class Ranks:
     def send(self, rank: int, tensor: torch.Tensor) -> None:
         """Send a tensor to a rank that receives it. No collective one."""
         with self._talking():
-            distributed.send(tensor.to(self._wire).contiguous(), self._global(rank), group=self._group)
+            distributed.send(tensor.cpu().contiguous(), self._global(rank), group=self._group)
 
     def receive(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A tensor that another rank sends to this one, on the CPU. No collective one."""
-        tensor = torch.empty(shape, dtype=dtype, device=self._wire)
+        tensor = torch.empty(shape, dtype=dtype)
         with self._talking():
             distributed.recv(tensor, self._global(rank), group=self._group)
-        return tensor.cpu()
+        return tensor
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """An error of the input or the output that one rank meets in this block ends it on all of them.
 
-        Nothing may be said between the ranks in the block.
+        A rank that leaves the block early must not be waited for in it: whatever is said there has to be said by all.
 
         Raises:
-            ValueError: (as OtherRankError) another one has met it, and tells the user.
+            ValueError: (as OtherRankError) another one has met it, and tells the user; (as OutputError) in place of an
+                OSError.
         """
         error: InputError | None = None
         try:
             yield
         except InputError as met:
             error = met
+        except OSError as met:
+            error = OutputError(f"Reading or writing failed: {met}.")
+            error.__cause__ = met
         sentences = self.everyone(None if error is None else str(error))
         speakers = [rank for rank, sentence in enumerate(sentences) if sentence is not None]
         if speakers and speakers[0] != self.rank:
@@ -148,13 +155,13 @@ class Ranks:
 
     def _say(self, value: Any, rank: int) -> Any:
         content = json.dumps(value).encode() if rank == self.rank else b""
-        length = torch.tensor([len(content)], device=self._wire)
+        length = torch.tensor([len(content)])
         self._broadcast(length, rank)
-        letters = torch.empty(int(length), dtype=torch.uint8, device=self._wire)
+        letters = torch.empty(int(length), dtype=torch.uint8)
         if rank == self.rank:
             letters.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         self._broadcast(letters, rank)
-        return value if rank == self.rank else json.loads(bytes(letters.cpu().numpy()))
+        return value if rank == self.rank else json.loads(bytes(letters.numpy()))
 
     def _broadcast(self, tensor: torch.Tensor, rank: int) -> None:
         with self._talking():
@@ -168,6 +175,8 @@ class Ranks:
     def _talking(self) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1][:200]
             raise LostRankError(f"Another process of this run has ended or does not answer ({reason}).") from error
@@ -177,18 +186,26 @@ class Ranks:
 def launched(device: str | None) -> Iterator[distributed.ProcessGroup | None]:
     """The process group of the processes that torchrun has started; None when this one is alone.
 
-    Each gets a GPU of its own where there are enough of them; otherwise they talk over gloo, and share what there is.
+    Each gets a GPU of its own, and they talk over NCCL, where there are enough on every machine; otherwise over gloo.
 
     Args:
         device: The device that was asked for, if one was.
+
+    Raises:
+        ValueError: (as InputError) some would have a GPU of their own, and others not.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    alone = not distributed.is_available() or not distributed.is_torchelastic_launched()
+    if alone or int(os.environ["WORLD_SIZE"]) == 1:
         yield None
         return
     local, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    own_gpu = device in (None, "cuda") and local_size <= torch.cuda.device_count()
-    if own_gpu:
+    distributed.init_process_group("gloo")
+    group = distributed.group.WORLD
+    own_gpu = Ranks(group).everyone(device in (None, "cuda") and local_size <= torch.cuda.device_count())
+    if any(own_gpu) and not all(own_gpu):
+        raise InputError(f"Only ranks {[rank for rank, own in enumerate(own_gpu) if own]} have a GPU; give --device cpu.")
+    if all(own_gpu):
         torch.cuda.set_device(local)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo")
-    yield distributed.group.WORLD
+        group = distributed.new_group(backend="cpu:gloo,cuda:nccl")
+    yield group
     distributed.destroy_process_group()  # not behind an error: it would wait for the others

@@ -96,7 +96,8 @@ def prune_layers(
         dense = _dense_pass(source, _stream(source, token_ids, config, placement, watch, ranks), watch, progress, record)
         trim()
     elif record:
-        record.compare_weights(layer["weights"] for layer in dense.layers)
+        weights = [layer["weights"] for layer in dense.layers]
+        record.compare_weights(weights.__getitem__)
         adopted = dense.layers[len(record.done("dense")) :]
         record.adopt("dense", adopted, {**watch.so_far(), "dense_pass_s": dense.seconds})
     similarity = [layer["similarity"] for layer in dense.layers]
@@ -113,11 +114,12 @@ def prune_layers(
     with source.layers(first, placement.read_ahead) as load:
         for index in range(first, source.num_layers):
             start = time.perf_counter()
-            with watch("read"):
+            with watch("read"), ranks.together():
                 layer = load(index)
             report = _prune_layer(layer, stream, index, allocation.budgets[index], config, watch)
-            if not all(ranks.everyone(all(bool(batch.hidden.load().isfinite().all()) for batch in stream))):
-                raise _overflow(source, index, "pruned")
+            with ranks.together():
+                if not all(bool(batch.hidden.load().isfinite().all()) for batch in stream):
+                    raise _overflow(source, index, "pruned")
             with watch("write"), ranks.together():
                 parameters_after = store(index, layer)
             del layer  # before the next one is read
@@ -142,6 +144,7 @@ def prune_layers(
         with ranks.together():
             if ranks.first:
                 outcome.loss_dense, outcome.loss_pruned = source.losses([dense.final, final_pruned], windows)
+        outcome.loss_dense, outcome.loss_pruned = ranks.tell([outcome.loss_dense, outcome.loss_pruned])
         trim()
     return outcome
 
@@ -153,15 +156,16 @@ def _dense_pass(
     progress: ProgressCallback | None,
     record: Record | None,
 ) -> DensePass:
+    ranks = stream.ranks
     done = record.done("dense") if record else []
     layers = [{name: step[name] for name in ("similarity", "weights")} for step in done]
     if record and done:
-        record.compare_weights(fingerprint(source.weights(index)) for index in range(len(done)))
+        record.compare_weights(lambda index: fingerprint(source.weights(index)))
         if not record.done("prune"):
             record.restore(stream)
     with source.layers(len(done), stream.placement.read_ahead) as load:
         for index in range(len(done), source.num_layers):
-            with watch("read"):
+            with watch("read"), ranks.together():
                 layer = load(index)
             total = torch.zeros((), dtype=torch.float64, device=source.device)
             for batch in stream:
@@ -171,20 +175,30 @@ def _dense_pass(
                 with watch("statistics"):
                     total += layer_similarity(hidden_in, hidden_out)
                     batch.hidden.save(hidden_out)
-            stream.ranks.sum_(total)
-            if not bool(total.isfinite()):
-                raise _overflow(source, index, "dense")
+            ranks.sum_(total)
+            with ranks.together():
+                if not bool(total.isfinite()):
+                    raise _overflow(source, index, "dense")
             layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": 0})
             if record:
                 with watch("journal"):
-                    if stream.ranks.first:
-                        layers[-1]["weights"] = fingerprint(layer.tensors)
+                    layers[-1]["weights"] = _common(fingerprint(layer.tensors), index, ranks)
                     record.add("dense", stream, **layers[-1], **watch.so_far())
             del layer  # before the next one is read
             if progress:
                 progress("dense", index, source.num_layers, None)
     seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared
     return DensePass(layers, _perplexity_states(stream), seconds or watch.seconds["dense pass"])
+
+
+def _common(checksum: int, index: int, ranks: Ranks) -> int:
+    """The checksum of a layer's weights, which has to be that of all ranks."""
+    checksums = ranks.everyone(checksum)
+    with ranks.together():
+        for rank, other in enumerate(checksums):
+            if other != checksums[0]:
+                raise InputError(f"Rank {rank} has other weights in layer {index} than rank 0; give all the same model.")
+    return checksum
 
 
 def _overflow(source: ModelSource, index: int, which: str) -> InputError:
@@ -224,7 +238,7 @@ def _stream(
     """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
     samples, seq_len = token_ids.shape
     stream = Stream(samples, batch_windows(samples, seq_len, config.batch_size), placement, ranks)
-    with watch("read"):
+    with watch("read"), ranks.together():
         embed = source.embedder()
         for windows in stream.windows(ranks.rank):
             own = token_ids[windows.start : windows.stop]
@@ -244,9 +258,9 @@ def _perplexity_states(stream: Stream) -> torch.Tensor:
             part = states[windows.start : windows.stop]
             part.copy_(batch.hidden.stored()[: len(part)])
     if stream.ranks.size > 1:
-        summed = states.float().to(stream[0].hidden.load().device)  # a sum with zeros, which is exact
+        summed = states.float()  # with zeros, which is exact
         stream.ranks.sum_(summed)
-        states = summed.to("cpu", states.dtype)
+        states = summed.to(states.dtype)
     return states
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from slimllm.errors import InputError
 from slimllm.states import Placement
 
 # What is freed but stays with the allocator, and what is too small to be a part: some, and a fraction.
-_SLACK_BYTES, _SLACK = GIB / 10, 0.03
+_SLACK_BYTES, _SLACK = GIB / 10, 0.05
+ROUNDINGS = ("keep_inner_bytes", "gram")  # of a placement: what the last digits of a result depend on
 GPU_RUNTIME = GIB / 2  # the CUDA context, and what libraries set aside
 
 
@@ -67,7 +69,7 @@ class Plan:
 
 def make_plan(
     sizes: Sizes, config: PruneConfig, runtime: float, gpu_runtime: float = 0.0, folder: Path | None = None,
-    keep_inner_bytes: int | None = None,
+    begun: Mapping[str, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """How to prune within the budgets of the settings, with as little lost time as possible.
 
@@ -76,7 +78,7 @@ def make_plan(
         config: The settings; what they leave open is chosen.
         runtime: Bytes that Python and the libraries take on the host, `gpu_runtime` on a GPU.
         folder: Where files of hidden states are made, if they are.
-        keep_inner_bytes: What the run was begun with that is gone on with, for the same roundings; None: what fits.
+        begun: Of `ROUNDINGS`, what the run was begun with that is gone on with; None: what fits.
 
     Raises:
         ValueError: (as InputError) it cannot be done within the budgets; says with which it can.
@@ -89,9 +91,9 @@ def make_plan(
         raise InputError("gpu_memory is a budget for a GPU, but the device is a CPU; leave it out, or give a device.")
     steps = [step for step in _STEPS if step.applies(sizes, config)]
     start = Placement(folder=folder, read_ahead=sizes.on_gpu)
-    if keep_inner_bytes is not None:
-        start = dataclasses.replace(start, keep_inner_bytes=keep_inner_bytes)
-        steps = [step for step in steps if step.field != "keep_inner_bytes"]
+    if begun:
+        start = dataclasses.replace(start, **{name: begun[name] for name in ROUNDINGS})
+        steps = [step for step in steps if step.field not in ROUNDINGS]
 
     def planned(taken: list[_Step]) -> Plan:
         changed, placement = config, start

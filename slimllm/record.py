@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Record:
         ranks: Of the run.
 
     Attributes:
-        steps: Oldest first, those from before an interruption included.
+        steps: What was done before an interruption, oldest first.
     """
 
     def __init__(self, journal: Journal | None, ranks: Ranks) -> None:
@@ -29,7 +29,7 @@ class Record:
         self.steps: list[Step] = ranks.tell(journal.steps if journal else None)
 
     def done(self, stage: str) -> list[Step]:
-        """The steps of a stage, oldest first."""
+        """Those steps of a stage."""
         return [step for step in self.steps if step["stage"] == stage]
 
     def adopt(self, stage: str, steps: list[Step], data: Step) -> None:
@@ -43,7 +43,7 @@ class Record:
         Args:
             stage: The stage it belongs to.
             stream: Of all ranks; gathered by the first one where the disk is ready for it.
-            final: What else a resumed run needs, a tensor on the CPU, the same on every rank.
+            final: What else a resumed run needs, a tensor on the CPU; the first rank's is kept.
             data: Plain JSON data about the step.
 
         Raises:
@@ -51,7 +51,7 @@ class Record:
         """
         ready = self._ranks.tell(self._journal.ready if self._journal else None)
         windows = gathered(stream) if ready else iter(())
-        with self._ranks.together():
+        with self._ranks.together():  # they talk in it, and all of them until the last window
             try:
                 if self._journal:
                     extra = {} if final is None else {"final": (tuple(final.shape), final.dtype)}
@@ -86,17 +86,19 @@ class Record:
             return state.get_tensor("final").clone()
         return None
 
-    def compare_weights(self, found: Iterable[int]) -> None:
-        """Whether the checksums of the first layers' weights are those that the dense pass has recorded.
+    def compare_weights(self, checksum: Callable[[int], int]) -> None:
+        """Whether the first layers' weights are those of which the dense pass has recorded the checksums.
+
+        Args:
+            checksum: Of a layer, by its index; every rank looks at its share of them.
 
         Raises:
             ValueError: (as InputError) a layer has others.
         """
+        done = self.done("dense")
         with self._ranks.together():
-            if self._journal is None:
-                return
-            for index, (step, checksum) in enumerate(zip(self.done("dense"), found)):
-                if step["weights"] != checksum:
+            for index in self._ranks.share(len(done)):
+                if done[index]["weights"] != checksum(index):
                     raise InputError(
                         f"Layer {index} has other weights than when the run was begun; give the same model, or start over."
                     )
@@ -115,7 +117,8 @@ def gathered(stream: Stream) -> Iterator[torch.Tensor]:
             yield batch.hidden.stored().cpu()
             batch.hidden.release()
         elif batch is not None:
-            stream.ranks.send(0, batch.hidden.load())
+            stream.ranks.send(0, batch.hidden.stored())
+            batch.hidden.release()
 
 
 def _and_then(pieces: Iterable[torch.Tensor], last: torch.Tensor | None) -> Iterator[torch.Tensor]:

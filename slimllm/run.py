@@ -18,13 +18,14 @@ from slimllm.allocation import Allocation
 from slimllm.calibration import calibration_name
 from slimllm.checkpoint import Checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig
+from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Layer
 from slimllm.native import OutputFormat, output_format
 from slimllm.parallel import Ranks
 from slimllm.pipeline import DensePass, Outcome, perplexity_windows, prune_layers
-from slimllm.plan import GPU_RUNTIME, Plan, make_plan
+from slimllm.plan import GPU_RUNTIME, ROUNDINGS, Plan, make_plan
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
 from slimllm.report import PruneReport, versions
@@ -51,6 +52,11 @@ class Run:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
+        if len(token_ids) < self.ranks.size:
+            raise InputError(
+                f"{len(token_ids)} calibration windows cannot be shared by {self.ranks.size} processes; give more samples, "
+                "or start fewer processes."
+            )
         self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
         self.backend = ops.backend(source.device, OPERATIONS)
         self.format: OutputFormat
@@ -160,28 +166,35 @@ def plan_of(
     sizes = sizes_of(
         source.config, source.sizes(), source.head_dim, params, dtypes, (windows[0], windows[1]), source.device, num_ranks
     )  # fmt: skip
-    return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, (begun or {}).get("keep_inner_bytes"))
+    return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, begun)
 
 
 def identity_of(source: CheckpointModel, token_ids: torch.Tensor, plan: Plan) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other; weights are compared layer by layer."""
-    settings = plan.config.to_dict()
+    others = [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
+    return {
+        **identity_in_memory(source, token_ids, plan.config),
+        **{name: getattr(plan.placement, name) for name in ROUNDINGS},
+        "embeddings, by checksum": zlib.crc32(str(others).encode()),
+    }
+
+
+def identity_in_memory(source: ModelSource, token_ids: torch.Tensor, config: PruneConfig) -> dict[str, Any]:
+    """That without the weights."""
+    settings = config.to_dict()
     for name in ("calibration", "device", "host_memory", "gpu_memory"):
         del settings[name]
-    settings["keep_inner_bytes"] = plan.placement.keep_inner_bytes
-    settings["batch_size"] = batch_windows(len(token_ids), token_ids.shape[1], plan.config.batch_size)
+    settings["batch_size"] = batch_windows(len(token_ids), token_ids.shape[1], config.batch_size)
     model = source.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
         model.pop(name, None)
     description = json.dumps([model, source.shapes()], sort_keys=True, default=str)
-    others = [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
     return {
         "slimllm": versions()["slimllm"],
         **settings,
         "compute_dtype": str(source.dtype).removeprefix("torch."),
-        "calibration text, by checksum": fingerprint({"": token_ids}),
+        "calibration text, by checksum": fingerprint({"": token_ids.cpu()}),
         "model, by checksum": zlib.crc32(description.encode()),
-        "embeddings, by checksum": zlib.crc32(str(others).encode()),
     }
 
 
@@ -190,9 +203,20 @@ def checksum_of(checksums: list[int]) -> int:
     return zlib.crc32(str(checksums).encode())
 
 
-def weights_of(source: CheckpointModel) -> int:
-    """`checksum_of` the layers; reads them all."""
-    return checksum_of([fingerprint(source.weights(index)) for index in range(source.num_layers)])
+def compare_identities(identity: dict[str, Any], ranks: Ranks) -> None:
+    """Whether all ranks have the same run before them.
+
+    Raises:
+        ValueError: (as InputError) one has another.
+    """
+    identities = ranks.everyone(identity)
+    with ranks.together():
+        for rank, other in enumerate(identities):
+            for key, value in identities[0].items():
+                if other[key] != value:
+                    raise InputError(
+                        f"Rank {rank} has another {key} ({other[key]}) than rank 0 ({value}); give all the same."
+                    )
 
 
 def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
@@ -204,6 +228,10 @@ def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks": num_ranks,
     }
+
+
+def say_nothing(sentence: str) -> None:
+    """In place of a notice that nobody asked for."""
 
 
 def _exp(loss: float) -> float:

@@ -49,8 +49,8 @@ class Stored:
     Args:
         tensor: What it holds at first, on the device; at `device` it is kept as it is.
         place: `device`, `host` or `disk`.
-        folder: Where the file of `disk` is made, or the nearest one above that exists. It has no name any more when it is
-            there, so nothing of it can be left.
+        folder: Where the file of `disk` is made; if it does not exist, in its parent, or in the system's temporary folder.
+            It has no name any more when it is there, so nothing of it can be left.
     """
 
     def __init__(self, tensor: torch.Tensor, place: str = "device", folder: Path | None = None) -> None:
@@ -59,7 +59,7 @@ class Stored:
         if place == "host":
             self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         elif place == "disk":
-            folder = folder and next(existing for existing in (folder, *folder.parents) if existing.is_dir())
+            folder = folder and next((existing for existing in (folder, folder.parent) if existing.is_dir()), None)
             with tempfile.NamedTemporaryFile(dir=folder) as file:
                 os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # a full disk shows here, and not as a crash
                 mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
@@ -134,9 +134,9 @@ class Stream:
         return self.batches[number]
 
     @property
-    def num_tokens(self) -> int:
-        """Of this rank."""
-        return sum(batch.num_tokens for batch in self.batches)
+    def most_tokens(self) -> int:
+        """Of the rank that has most."""
+        return math.ceil(self.samples / self.ranks.size) * self.shape[1]
 
     @property
     def shape(self) -> tuple[int, ...]:

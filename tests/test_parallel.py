@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,12 +21,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import STORIES, random_llama
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_resume import contents
 from torch import distributed
 
 import slimllm.plan
 from slimllm import InputError, PruneConfig, prune, prune_model, prune_ratios
+from slimllm.errors import OutputError
 from slimllm.parallel import Ranks
 from slimllm.states import Placement
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
@@ -92,6 +94,13 @@ def test_shares() -> None:
             shares = [ranks.share(total, rank) for rank in range(size)]
             assert [index for share in shares for index in share] == list(range(total))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_errors_of_the_disk_are_sentences() -> None:
+    with pytest.raises(OutputError, match=r"Reading or writing failed: .*No space left"), Ranks().together():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(KeyError), Ranks().together():
+        raise KeyError("not ours")
 
 
 def _tokens(dtype: torch.dtype) -> torch.Tensor:
@@ -195,12 +204,13 @@ def test_as_one_process(tmp_path: Path, size: int, settings: dict[str, Any]) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "world"]
 
 
-def _prune_in_memory(group: Any, out: str) -> Any:
+def _prune_in_memory(group: Any, out: str, windows: int = 5, different: bool = False) -> Any:
+    rank = Ranks(group).rank
     model = random_llama()
-    ids = torch.randint(128, (5, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(128, (windows, 16), generator=torch.Generator().manual_seed(rank if different else 0))
     report = prune_model(model, ids, PruneConfig(ratio=0.3), group=group)
-    torch.save(model.state_dict(), f"{out}-{Ranks(group).rank}")
-    return _kept(report.layers)
+    torch.save(model.state_dict(), f"{out}-{rank}")
+    return [_kept(report.layers), {key: round(value, 2) for key, value in report.calibration.items() if "perp" in key}]
 
 
 def test_a_model_in_memory(tmp_path: Path) -> None:
@@ -211,6 +221,13 @@ def test_a_model_in_memory(tmp_path: Path) -> None:
     for name, tensor in one.items():
         assert torch.allclose(tensor, first[name], rtol=1e-3, atol=1e-3 * float(tensor.abs().max())), name
         assert torch.equal(first[name], second[name]), name
+
+
+def test_a_model_in_memory_is_the_same_for_all(tmp_path: Path) -> None:
+    few = World(_prune_in_memory, 2, tmp_path / "few", str(tmp_path / "model"), 1).results(30)
+    assert few[0]["error"].startswith("InputError: 1 calibration windows cannot be shared by 2") and few[1]["error"]
+    other = World(_prune_in_memory, 2, tmp_path / "other", str(tmp_path / "model"), 5, True).results(30)
+    assert other[0]["error"].startswith("InputError: Rank 1 has another calibration text") and other[1]["error"]
 
 
 def _prune_twice(group: Any, out: str) -> Any:
@@ -265,10 +282,11 @@ def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
 
 
 def test_a_rank_that_hangs(tmp_path: Path) -> None:
-    world = World(_prune_with, 2, tmp_path / "world", str(tmp_path / "out"), None, {"slowly": True}, seconds=3)
+    world = World(_prune_with, 2, tmp_path / "world", str(tmp_path / "out"), None, {"slowly": True}, seconds=5)
     journal = tmp_path / ".out.partial" / "journal.jsonl"
     while not journal.exists() or len(journal.read_bytes().splitlines()) < 2:
         time.sleep(0.01)
+        assert world.processes[0].is_alive()
     os.kill(world.processes[1].pid or 0, signal.SIGSTOP)
     world.processes[0].join(30)
     assert world.processes[0].exitcode is not None
@@ -278,11 +296,22 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
 
 def _prune_differently(group: Any, out: str, what: str) -> Any:
     rank = Ranks(group).rank
-    settings = dict(SETTINGS)
+    settings, gone = dict(SETTINGS), None
     if what == "seed":
         settings["seed"] = rank
     elif what == "model" and rank:
         return prune(out + "-nothing", out, PruneConfig(**settings), group=group).out
+    elif what in ("weights", "unreadable") and rank:
+        other = Path(out).parent / "world" / "other"
+        shutil.copytree(STORIES, other)
+        path = other / "model.safetensors"
+        if what == "weights":
+            tensors = load_file(path)
+            tensors["model.layers.3.mlp.up_proj.weight"][0, 0] += 0.5
+            save_file(tensors, path, metadata={"format": "pt"})
+        else:
+            gone = lambda *step: path.unlink(missing_ok=True)  # noqa: E731
+        return prune(other, out, PruneConfig(**settings), group=group, progress=gone).out
     elif what == "samples":
         settings["samples"] = 1
     elif what == "shard" and rank == 0:
@@ -293,7 +322,9 @@ def _prune_differently(group: Any, out: str, what: str) -> Any:
 @pytest.mark.parametrize(
     ("what", "first", "second"),
     [
-        ("seed", "InputError: Rank 1 has another seed (1) than rank 0 (0)", "InputError: Rank 1 has another seed"),
+        ("seed", "InputError: Rank 1 has another seed (1) than rank 0 (0)", "OtherRankError: Rank 0: Rank 1 has another s"),
+        ("weights", "InputError: Rank 1 has other weights in layer 3", "OtherRankError: Rank 0: Rank 1 has other weights"),
+        ("unreadable", "OtherRankError: Rank 1: Shard", "InputError: Shard"),
         ("model", "OtherRankError: Rank 1: There is no", "InputError: There is no"),
         ("samples", "InputError: 1 calibration windows cannot be shared by 2 processes", "OtherRankError: Rank 0: 1 calib"),
         ("shard", "OutputError: Writing", "OtherRankError: Rank 0: Writing"),
@@ -306,7 +337,8 @@ def test_an_error_of_one_is_one_of_all(tmp_path: Path, what: str, first: str, se
         (tmp_path / "out" / "mine").touch()
     found = World(_prune_differently, 2, tmp_path / "world", str(tmp_path / "out"), what).results()
     assert found[0]["error"].startswith(first) and found[1]["error"].startswith(second), found
-    left = {"out": ["out", "world"], "shard": [".out.partial", "world"]}.get(what, ["world"])
+    begun = what in ("weights", "unreadable", "shard")
+    left = {"out": ["out", "world"]}.get(what, [".out.partial", "world"] if begun else ["world"])
     assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 

@@ -139,7 +139,7 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
     if setting.gpu_memory and device.type == "cuda":  # the budget is then the truth
         whole = torch.cuda.get_device_properties(device).total_memory
         budget = parse_bytes("gpu_memory", setting.gpu_memory)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / whole), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / whole), device.index)
     report = dataclasses.asdict(prune(checkpoint, folder / "out", _config(setting, calibration)))
     dtype = DTYPES[report["compute_dtype"]]
     sizes = CheckpointModel(checkpoint, device, dtype).sizes()
