@@ -151,7 +151,9 @@ def plan_command(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="dtype of the written weights.")] = None,
     compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, or cuda: here or on another machine. Default: a GPU if there is one.")
+    ] = None,
     host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB.")] = None,
     gpu_memory: Annotated[str | None, typer.Option(help="The same, of the GPU.")] = None,
     ranks: Annotated[int, typer.Option(help="Processes that share the windows, each on a machine like this one.")] = 1,
@@ -163,9 +165,9 @@ def plan_command(
 
     config = PruneConfig(
         ratio=ratio, recovery=recovery, samples=samples, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
-        device=device, host_memory=host_memory, gpu_memory=gpu_memory,
+        device=None if device == "cuda" else device, host_memory=host_memory, gpu_memory=gpu_memory,
     )  # fmt: skip
-    print_forecast(console, forecast(model, config, ranks))
+    print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))
 
 
 @app.command("eval")

@@ -107,7 +107,10 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     if forecast.traffic:
         account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in forecast.traffic.items())
         table.add_row("network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer and rank: {account}")
-    table.add_row("time", f"{_duration(forecast.seconds)}", "about, by counted operations and this machine's rates")
+    if forecast.seconds is None:
+        table.add_row("time", "", "not known: this machine has no GPU")
+    else:
+        table.add_row("time", _duration(forecast.seconds), "about, by counted operations and this machine's rates")
     where = {
         "device": "in memory" if forecast.device == "cpu" else "on the GPU",
         "host": "in host memory",

@@ -88,7 +88,7 @@ def make_plan(
         "gpu_memory": parse_bytes("gpu_memory", config.gpu_memory) if sizes.on_gpu else math.inf,
     }
     if config.gpu_memory is not None and not sizes.on_gpu:
-        raise InputError("gpu_memory is a budget for a GPU, but the device is a CPU; leave it out, or give a device.")
+        raise InputError("gpu_memory is a budget for a GPU, but the device is a CPU; leave it out, or give --device cuda.")
     steps = [step for step in _STEPS if step.applies(sizes, config)]
     start = Placement(folder=folder, read_ahead=sizes.on_gpu)
     if begun:

@@ -161,7 +161,7 @@ def test_forecast_needs_the_configuration_alone(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((STORIES / "config.json").read_text())
     found = forecast(str(tmp_path), PruneConfig(ratio=0.3))
     report = prune(STORIES, tmp_path / "out", PruneConfig(ratio=0.3))
-    assert found.num_layers == 5 and found.params == report.parameters["before"] and found.seconds > 0
+    assert found.num_layers == 5 and found.params == report.parameters["before"] and found.seconds
     ours = {name: size / GIB for name, size in found.plan.host.items() if name != "runtime"}
     theirs = {name: size for name, size in report.memory_gib.items() if name != "runtime"}
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -173,6 +173,12 @@ def test_plan_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     assert code == 0 and "60 layers, 32.53 billion parameters" in out and "hidden states live in files" in out
     code, _, err = call(capsys, "plan", "llama-33b", "--host-memory", "1GiB")
     assert code == 2 and "at least (in the phase" in " ".join(err.split())
+    code, out, _ = call(capsys, "plan", "llama-33b", "--device", "cuda", "--gpu-memory", "8GiB", "--recovery", "lstsq")
+    assert code == 0 and "GPU memory" in out and "the regression on it are on the host" in out
+    code, out, _ = call(capsys, "plan", "llama-33b", "--ranks", "4")
+    assert code == 0 and "shared by 4 ranks" in out and "a layer and rank: Grams" in out
+    code, _, err = call(capsys, "plan", "llama-33b", "--ranks", "40")
+    assert code == 2 and "ranks must be from 1 to the number of samples" in " ".join(err.split())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     code, _, err = call(capsys, "plan", tmp_path)
     assert code == 2 and "not supported" in err

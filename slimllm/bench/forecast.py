@@ -37,18 +37,19 @@ class Forecast:
     compute_dtype: str
     device: str
     plan: Plan
-    seconds: float
+    seconds: float | None
     ranks: int
     traffic: Parts
 
 
-def forecast(model: str, config: PruneConfig, ranks: int = 1) -> Forecast:
+def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = False) -> Forecast:
     """Plan a run from the model's configuration alone.
 
     Args:
         model: A folder with a config.json, a GGUF file, a hub id (its config.json is fetched), or the name of a shape.
         config: The settings; `samples` and `seq_len` count, whatever the text.
         ranks: Processes that share the windows, each on a machine or a GPU like this one.
+        for_gpu: Plan for a GPU, whether this machine has one or not; its time is not known then.
 
     Raises:
         ValueError: (as InputError) there is no such model, or it cannot be done within the budgets.
@@ -56,7 +57,8 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1) -> Forecast:
     check_config(config)
     if not 1 <= ranks <= config.samples:
         raise InputError(f"ranks must be from 1 to the number of samples ({config.samples}), got {ranks}.")
-    device = parse_device(config.device)
+    device = torch.device("cuda") if for_gpu else parse_device(config.device)
+    there = device.type == "cpu" or torch.cuda.is_available()
     model_config, stored, in_memory = _description(model)
     default = torch.float32 if device.type == "cpu" else stored
     computed = DTYPES[config.compute_dtype] if config.compute_dtype else default
@@ -69,7 +71,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1) -> Forecast:
     plan = make_plan(sizes, config, resident_gib() * GIB, GPU_RUNTIME)
     own = dataclasses.replace(config, samples=math.ceil(config.samples / ranks))
     work = stage_work(_report(layers, own, device), layers, model_config.hidden_size, head_dim, stored.itemsize)
-    rates = measure_rates(device, computed)
+    rates = measure_rates(device, computed) if there else None
     return Forecast(
         model=model,
         num_layers=len(layers),
@@ -77,7 +79,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1) -> Forecast:
         compute_dtype=str(computed).removeprefix("torch."),
         device=str(device),
         plan=plan,
-        seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()),
+        seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()) if rates else None,
         ranks=ranks,
         traffic=traffic(sizes, config) if ranks > 1 else {},
     )
