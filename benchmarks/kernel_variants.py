@@ -143,19 +143,22 @@ def _cosine() -> list[Variant]:
 
 def _columns() -> list[Variant]:
     found = []
-    for dtype, launch, layout in product(DTYPES, ("sums", "sums pivot", "products"), ("", "unaligned", "transposed")):
+    for dtype, launch, layout in product(
+        DTYPES, ("sums", "sums pivot", "sums pivot weight", "products", "products weight"), ("", "unaligned", "transposed")
+    ):
         types = {"x": f"*{dtype}", "partial": "*fp32", **_integers("num_tokens", "features", "split_tokens")}
         constants: dict[str, Any] = {"BLOCK_N": columns.BLOCK_N, "BLOCK_F": columns.BLOCK_F}
         for name in ("x", "y"):
-            there = name == "x" or launch == "products"
+            there = name == "x" or launch.startswith("products")
             unit, other = ("n", "f") if layout == "transposed" else ("f", "n")
             if there:
                 types, constants = types | _integers(f"stride_{name}{other}"), constants | {f"stride_{name}{unit}": 1}
             else:
                 types |= _integers(f"stride_{name}{unit}", f"stride_{name}{other}")
-        types |= {"y": f"*{dtype}"} if launch == "products" else {}
-        constants |= {} if launch == "products" else {"y": None}
-        for name, wanted in (("pivot_x", launch != "sums"), ("pivot_y", launch == "products")):
+        types |= {"y": f"*{dtype}"} if launch.startswith("products") else {}
+        constants |= {} if launch.startswith("products") else {"y": None}
+        pivots = ("pivot_x", launch != "sums"), ("pivot_y", launch.startswith("products"))
+        for name, wanted in (*pivots, ("weight", "weight" in launch)):
             types |= {name: "*fp32"} if wanted else {}
             constants |= {} if wanted else {name: None}
         strides = tuple(argument for argument in types if argument.startswith("stride"))

@@ -1,4 +1,4 @@
-"""Sums over the tokens of a batch, feature by feature: Σ u and Σ u² of one stream, or Σ v² and Σ u·v of two.
+"""Sums over the tokens of a batch, feature by feature: Σ w u and Σ w u² of one stream, or Σ w v² and Σ w u v of two.
 
 Source: the norms of channels and the moments of the affine recovery in SlimLLM (arXiv 2505.22689). u and v are fp32
 differences from a pivot. Limited by memory: every element is read once, 2 bytes each in half precision, for 4 operations.
@@ -17,16 +17,19 @@ BLOCK_N, BLOCK_F = 16, 128
 NUM_WARPS = 4
 
 
-def column_sums_reference(x: torch.Tensor, pivot: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ u and Σ u² in fp64."""
+def column_sums_reference(
+    x: torch.Tensor, pivot: torch.Tensor | None = None, weight: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ w u and Σ w u² in fp64."""
     u = x.double() if pivot is None else x.double() - pivot.double()
-    return u.sum(0), u.square().sum(0)
+    weighted = u if weight is None else u * weight.double()[:, None]
+    return weighted.sum(0), (weighted * u).sum(0)
 
 
 @triton.jit
 def columns_kernel(
-    x, pivot_x, y, pivot_y, partial, num_tokens, features, split_tokens, stride_xn, stride_xf, stride_yn, stride_yf,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
+    x, pivot_x, y, pivot_y, weight, partial, num_tokens, features, split_tokens, stride_xn, stride_xf, stride_yn,
+    stride_yf, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     """Two sums of BLOCK_F features over one part of the tokens; of x alone where y is None."""
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -47,14 +50,20 @@ def columns_kernel(
         rows, across = tokens[:, None].to(tl.int64), cols[None, :].to(tl.int64)
         u = tl.load(x + rows * stride_xn + across * stride_xf, mask=inside, other=0.0).to(tl.float32)
         u = tl.where(inside, u - center_x[None, :], 0.0)
+        weighted = u
+        if weight is not None:
+            weighted = u * tl.load(weight + tokens, mask=tokens < end, other=0.0)[:, None]
         if y is None:
-            first += u
-            second += u * u
+            first += weighted
+            second += weighted * u
         else:
             v = tl.load(y + rows * stride_yn + across * stride_yf, mask=inside, other=0.0).to(tl.float32)
             v = tl.where(inside, v - center_y[None, :], 0.0)
-            first += v * v
-            second += u * v
+            second += weighted * v
+            if weight is not None:
+                first += v * v * tl.load(weight + tokens, mask=tokens < end, other=0.0)[:, None]
+            else:
+                first += v * v
     here = partial + tl.program_id(1).to(tl.int64) * 2 * features + cols
     tl.store(here, tl.sum(first, axis=0), mask=known)
     tl.store(here + features, tl.sum(second, axis=0), mask=known)
@@ -62,9 +71,9 @@ def columns_kernel(
 
 def column_sums(
     x: torch.Tensor, pivot_x: torch.Tensor | None, y: torch.Tensor | None, pivot_y: torch.Tensor | None,
-    splits: int | None = None,
+    weight: torch.Tensor | None = None, splits: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """(2, features) fp64: Σ u and Σ u², or of two streams Σ v² and Σ u·v; `slimllm.ops` checks the arguments.
+    """(2, features) fp64: Σ w u and Σ w u², or of two streams Σ w v² and Σ w u v; `slimllm.ops` checks the arguments.
 
     Args:
         splits: Parts of the tokens that are summed apart; None: as many as fill the GPU.
@@ -80,7 +89,7 @@ def column_sums(
     strides = (0, 0) if y is None else y.stride()
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         columns_kernel[(blocks, splits)](
-            x, pivot_x, y, pivot_y, partial, num_tokens, features, split_tokens, *x.stride(), *strides,
+            x, pivot_x, y, pivot_y, weight, partial, num_tokens, features, split_tokens, *x.stride(), *strides,
             BLOCK_N=BLOCK_N, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
         )  # fmt: skip
     return partial.sum(0, dtype=torch.float64)

@@ -9,6 +9,7 @@ import torch
 from slimllm import ops
 from slimllm.allocation import LayerBudget
 from slimllm.config import PruneConfig
+from slimllm.importance import token_weights
 from slimllm.layer import InnerActivations, Layer
 from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputChange, head_moments, mean_output, refit_kept, relative
@@ -29,12 +30,14 @@ def prune_attention(
     spec, sizes = layer.spec, layer.sizes()
     statistics = GramStatistics(sizes.num_heads * layer.head_dim, layer.device)
     activations = InnerActivations(layer, spec.o_proj, spec.attention_norm, stream, index)
-    for number in range(len(stream)):
+    dense = layer.linear(spec.o_proj)
+    for number, batch in enumerate(stream):
         with watch("forward"):
             _, inner = activations.first(number)
         with watch("statistics"):
-            statistics.update(inner)
-    del inner
+            weights = token_weights(batch.hidden.load(), dense(inner)) if config.token_weights == "norm" else None
+            statistics.update(inner, weights)
+    del inner, dense
     with watch("statistics"):
         stream.ranks.add_up(statistics)
 

@@ -57,6 +57,9 @@ def prune_command(
     preset: Annotated[str, typer.Option(help="default, or paper: the published settings.")] = "default",
     head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
     recovery: Annotated[str, typer.Option(help="affine (the paper's), lstsq (all kept weights), or none.")] = "affine",
+    token_weights: Annotated[
+        str, typer.Option(help="norm: a token counts by what the next norm divides it by. none: all alike, as published.")
+    ] = "none",
     calibration: Annotated[
         str | None,
         typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split]]. Default: bundled text."),
@@ -110,10 +113,11 @@ def prune_command(
         ranks = Ranks(group)
         with ranks.together():
             config = PruneConfig(
-                ratio=ratio[0], preset=preset, head_unit=head_unit, recovery=recovery, calibration=calibration,
-                samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers,
-                alpha=alpha, keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype,
-                compute_dtype=compute_dtype, device=device, host_memory=host_memory, gpu_memory=gpu_memory,
+                ratio=ratio[0], preset=preset, head_unit=head_unit, recovery=recovery, token_weights=token_weights,
+                calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
+                pruned_layers=pruned_layers, alpha=alpha, keep_lowest=keep_lowest, round_to=round_to,
+                feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype, device=device,
+                host_memory=host_memory, gpu_memory=gpu_memory,
             )  # fmt: skip
         tell = errors.print if ranks.first else _say_nothing
         stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)

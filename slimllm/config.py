@@ -16,6 +16,7 @@ from slimllm.errors import InputError
 PRESETS = ("default", "paper")
 HEAD_UNITS = ("kv-group", "query")
 RECOVERIES = ("affine", "lstsq", "none")
+TOKEN_WEIGHTS = ("none", "norm")
 FEATURE_SPACES = ("eigh", "function")
 GIB = 2**30
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
@@ -36,6 +37,9 @@ class PruneConfig:
             number of query heads out of every group of a layer. Both are the single head when the group size is 1.
         recovery: `affine`: the paper's regression of every output dimension on its pruned self. `lstsq`: all kept
             weights of the output projections by ridge regression, closer to the dense model. `none`: no recovery.
+        token_weights: `norm`: in all statistics a token counts with 1 / mean square of the residual stream behind the
+            sub-layer, which the next norm divides it by: errors are then those that the rest of the model sees, and the
+            few enormous tokens that large models have do not own every sum. `none`: all count alike, as published.
         calibration: A text file (.txt), a file of JSON lines with a "text" field (.jsonl), the name of a hub dataset
             as `name`, `name:config` or `name:config:split` (a folder of data files is one, too), or token ids (samples,
             seq_len) int64, which then are the windows: `samples`, `seq_len` and `seed` do not apply. None: the bundled
@@ -67,6 +71,7 @@ class PruneConfig:
     preset: str = "default"
     head_unit: str = "kv-group"
     recovery: str = "affine"
+    token_weights: str = "none"
     calibration: str | Path | torch.Tensor | None = field(default=None, repr=False)
     samples: int = 32
     seq_len: int = 128
@@ -92,6 +97,7 @@ class PruneConfig:
         check_choice("preset", self.preset, PRESETS)
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
         check_choice("recovery", self.recovery, RECOVERIES)
+        check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         for name, choices in (
             ("feature_space", FEATURE_SPACES), ("dtype", tuple(DTYPES)), ("compute_dtype", tuple(DTYPES))
         ):  # fmt: skip

@@ -11,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.functional import linear
 
 from slimllm import ops
 from slimllm.allocation import LayerBudget
 from slimllm.config import PruneConfig
-from slimllm.importance import input_importance
+from slimllm.importance import input_importance, token_weights
 from slimllm.layer import InnerActivations, Layer
 from slimllm.memory import trim
 from slimllm.progress import Stopwatch
@@ -53,7 +53,8 @@ def _by_channels(
 ) -> _Found:
     """From the Gram of the channels: selection, and the regression of what is removed on all that is kept."""
     spec = layer.spec
-    weight = layer.linear(spec.down_proj).weight
+    weight, bias = layer.linear(spec.down_proj).weight, layer.linear(spec.down_proj).bias
+    weighted = config.token_weights == "norm"
     inputs = ColumnStatistics(weight.shape[0], layer.device)
     channels = GramStatistics(weight.shape[1], "cpu" if stream.placement.gram == "host" else layer.device)
     activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, stream, index)
@@ -61,8 +62,9 @@ def _by_channels(
         with watch("forward"):
             x, inner = activations.first(number)
         with watch("statistics"):
-            inputs.update(x.flatten(0, 1))
-            channels.update(inner)
+            weights = _weights(stream, number, linear(inner, weight), bias) if weighted else None
+            inputs.update(x.flatten(0, 1), weights)
+            channels.update(inner, weights)
     del inner
     with watch("statistics"):
         stream.ranks.add_up(inputs, channels)
@@ -87,21 +89,23 @@ def _by_outputs(
 ) -> _Found:
     """From the Gram of the output: selection, and the paper's regression of the output on what is left of it."""
     spec = layer.spec
-    weight = layer.linear(spec.down_proj).weight
+    weight, bias = layer.linear(spec.down_proj).weight, layer.linear(spec.down_proj).bias
     hidden_size, num_channels = weight.shape
     inputs = ColumnStatistics(hidden_size, layer.device)
     channels = ColumnStatistics(num_channels, layer.device)
     outputs = GramStatistics(hidden_size, layer.device)
     activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, stream, index)
     outputs_of: list[Stored] = []  # y of every batch, and later ŷ
+    weights_of: list[torch.Tensor | None] = []
     for number in range(len(stream)):
         with watch("forward"):
             x, inner = activations.first(number)
-            y = nn.functional.linear(inner, weight)
+            y = linear(inner, weight)
         with watch("statistics"):
-            inputs.update(x.flatten(0, 1))
-            channels.update(inner)
-            outputs.update(y)
+            weights_of.append(_weights(stream, number, y, bias) if config.token_weights == "norm" else None)
+            inputs.update(x.flatten(0, 1), weights_of[-1])
+            channels.update(inner, weights_of[-1])
+            outputs.update(y, weights_of[-1])
             outputs_of.append(stream.store(y))
     del inner
     with watch("statistics"):
@@ -118,9 +122,9 @@ def _by_outputs(
         paired = PairedMoments(outputs.mean(), mean_output(kept_weight, channels.mean()[device_channels])[0])
     for number, stored in enumerate(outputs_of):
         with watch("forward"):
-            y_hat = nn.functional.linear(activations.again(number, device_channels), kept_weight)
+            y_hat = linear(activations.again(number, device_channels), kept_weight)
         with watch("statistics"):
-            paired.update(stored.load(), y_hat)
+            paired.update(stored.load(), y_hat, weights_of[number])
             stored.save(y_hat)
     with watch("recovery"):
         stream.ranks.add_up(paired)
@@ -140,6 +144,11 @@ def _by_outputs(
             output = stored.load() * factor
             batch.add(output if bias is None else output.add_(bias))
     return kept, importance, before, after
+
+
+def _weights(stream: Stream, number: int, output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The weights of a batch's tokens, from the FFN's output without its bias."""
+    return token_weights(stream[number].hidden.load(), output if bias is None else output + bias)
 
 
 def _importance(

@@ -9,6 +9,8 @@ import torch
 
 from slimllm import ops
 
+_EPSILON = 1e-6  # as in the norms: a token that is zero everywhere has a weight, too
+
 
 def input_importance(weight: torch.Tensor, input_norms: torch.Tensor) -> torch.Tensor:
     """I_gate(c) or I_up(c) = ‖W[c,:] ∘ n‖₂ with n_j = ‖x[:,j]‖₂.
@@ -22,6 +24,20 @@ def input_importance(weight: torch.Tensor, input_norms: torch.Tensor) -> torch.T
     """
     squares = weight.float().square() @ input_norms.square().float()
     return squares.double().sqrt()
+
+
+def token_weights(hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """1 / mean square of the residual stream behind a sub-layer, by which the next RMSNorm divides a token's errors.
+
+    Args:
+        hidden: The residual stream before it, (..., D).
+        output: What it adds, (num_tokens, D).
+
+    Returns:
+        (num_tokens,) fp32.
+    """
+    behind = hidden.flatten(0, -2).float() + output
+    return 1 / (behind.square().mean(-1) + _EPSILON)
 
 
 def layer_similarity(hidden_in: torch.Tensor, hidden_out: torch.Tensor) -> torch.Tensor:

@@ -19,9 +19,10 @@ from slimllm.errors import InputError, LostRankError, OtherRankError, OutputErro
 
 
 class Sums(Protocol):
-    """Statistics that add up: sums over tokens, and how many tokens they are of."""
+    """Statistics that add up: sums over tokens, how many tokens they are of, and the sum of their weights."""
 
     count: int
+    mass: float
 
     def sums(self) -> list[torch.Tensor]: ...
 
@@ -98,7 +99,8 @@ class Ranks:
                 self._broadcast(pivot, 0)
                 move(pivot)
             self.sum_(*one.sums())
-            one.count = sum(self.everyone(one.count))
+            of_ranks = self.everyone([one.count, one.mass])
+            one.count, one.mass = sum(count for count, _ in of_ranks), sum(mass for _, mass in of_ranks)
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first rank's tensor, of the same shape and dtype on all."""

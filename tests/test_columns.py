@@ -68,6 +68,32 @@ def test_products(backend: str, layout: str, dtype: torch.dtype) -> None:
     assert_close(products / scale, (u * v).sum(0) / scale, (plain_u * plain_v).sum(0) / scale, FLOOR[torch.float32])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["plain", "strided"])
+def test_weights(backend: str, layout: str, dtype: torch.dtype) -> None:
+    """A weight for each token; weights of 1 change nothing, a token of weight 0 may be anything finite."""
+    x, x_hat = stream(150, 131, dtype, layout), stream(150, 131, dtype, "plain").flip(0)
+    x[3] = 60000.0
+    weight = torch.rand(150, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    weight[3] = 0.0
+    pivot = torch.linspace(-100, 100, 131, device=DEVICE)
+    total, squares, second, products = torch.zeros(4, 131, dtype=torch.float64, device=DEVICE)
+    ops.column_sums_(total, squares, x, pivot=pivot, weight=weight)
+    ops.column_products_(second, products, x, x_hat, pivot_y=pivot, pivot_y_hat=pivot.flip(0), weight=weight)
+    wanted_total, wanted_squares = columns.column_sums_reference(x, pivot, weight)
+    u, v, w = x.double() - pivot.double(), x_hat.double() - pivot.flip(0).double(), weight.double()
+    scale = w @ u.abs()
+    floor = 4 * FLOOR[torch.float32]
+    assert float(((total - wanted_total) / scale).abs().max()) < floor
+    assert float(((squares - wanted_squares) / wanted_squares).abs().max()) < floor
+    assert float(((second - w @ v.square()) / (w @ v.square())).abs().max()) < floor
+    assert float(((products - w @ (u * v)) / (w @ (u * v).abs())).abs().max()) < floor
+    ones, sums = torch.ones(150, device=DEVICE), torch.zeros(4, 131, dtype=torch.float64, device=DEVICE)
+    ops.column_sums_(sums[0], sums[1], x_hat, pivot=pivot, weight=ones)
+    ops.column_sums_(sums[2], sums[3], x_hat, pivot=pivot)
+    assert torch.allclose(sums[:2], sums[2:], rtol=1e-4)
+
+
 def test_split_over_tokens() -> None:
     x = stream(1000, 130, torch.float32, "plain")
     for splits in (1, 2, 7):
@@ -96,8 +122,9 @@ def test_registration_and_errors() -> None:
     x, pivot = torch.randn(20, 6), torch.randn(6)
     total, squares = torch.zeros(6), torch.zeros(6)
     for operation, arguments in (
-        (torch.ops.slimllm.column_sums_, (total, squares, x, pivot)),
-        (torch.ops.slimllm.column_products_, (total, squares, x, x, pivot, pivot)),
+        (torch.ops.slimllm.column_sums_, (total, squares, x, pivot, None)),
+        (torch.ops.slimllm.column_sums_, (total, squares, x, pivot, x[:, 0].contiguous())),
+        (torch.ops.slimllm.column_products_, (total, squares, x, x, pivot, pivot, None)),
     ):
         assert set(torch.library.opcheck(operation.default, arguments).values()) == {"SUCCESS"}
     with pytest.raises(ValueError, match=r"total must have shape \(features,\) .* got \(6,\) and \(20, 5\)"):
@@ -108,6 +135,8 @@ def test_registration_and_errors() -> None:
         ops.column_sums_(total, torch.zeros(1).expand(6), x)
     with pytest.raises(ValueError, match=r"pivot must have shape \(6,\), got \(1,\)"):
         ops.column_sums_(total, squares, x, pivot=pivot[:1])
+    with pytest.raises(ValueError, match=r"weight must have shape \(.*\), got \(1,\)"):
+        ops.column_sums_(total, squares, x, weight=torch.ones(1, device=DEVICE))
     with pytest.raises(ValueError, match="total and squares must be two tensors"):
         ops.column_sums_(total, total, x)
     with pytest.raises(TypeError, match=r"pivot_y must be a torch\.Tensor, got NoneType"):

@@ -164,10 +164,16 @@ def test_recovery_helps(stories: Any, token_ids: torch.Tensor) -> None:
     assert losses["lstsq"] < losses["affine"] < losses["none"]
 
 
-def test_least_squares_has_the_error_that_it_reports(stories: Any, token_ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("recovery", ["lstsq", "affine"])
+@pytest.mark.parametrize("token_weights", ["none", "norm"])
+def test_recovery_has_the_error_that_it_reports(
+    stories: Any, token_ids: torch.Tensor, recovery: str, token_weights: str
+) -> None:
     """The first pruned layer's outputs, dense and pruned, measured on the model itself."""
     pruned = copy.deepcopy(stories)
-    report = slimllm.prune_model(pruned, token_ids, PruneConfig(ratio=0.3, recovery="lstsq", pruned_layers=5))
+    settings = PruneConfig(ratio=0.3, recovery=recovery, pruned_layers=5, token_weights=token_weights)
+    report = slimllm.prune_model(pruned, token_ids, settings)
+    hidden = stories.model.embed_tokens(token_ids).detach()
     for name, part in (("self_attn", "attention"), ("mlp", "ffn")):
         outputs: dict[str, torch.Tensor] = {}
         for key, model in (("dense", stories), ("pruned", pruned)):
@@ -182,8 +188,14 @@ def test_least_squares_has_the_error_that_it_reports(stories: Any, token_ids: to
             pruned(token_ids)
             stories(token_ids) if part == "attention" else stories.model.layers[0].mlp(inputs[0])
         dense, left = (outputs[key].flatten(0, 1).double() for key in ("dense", "pruned"))
-        error = (dense - left).square().mean(0).sum() / dense.var(0, correction=0).sum()
+        weight = torch.ones(len(dense), dtype=torch.float64)
+        if token_weights == "norm":
+            weight = 1 / (hidden.flatten(0, 1).double() + dense).square().mean(1)
+        weight = (weight / weight.sum())[:, None]
+        variance = (weight * (dense - (weight * dense).sum(0)).square()).sum()
+        error = (weight * (dense - left).square()).sum() / variance
         assert report.layers[0][f"{part}_error_after"] == pytest.approx(float(error), rel=1e-3)
+        hidden = hidden + outputs["pruned"]
 
 
 def test_report_says_what_happened(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:

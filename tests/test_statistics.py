@@ -67,14 +67,14 @@ def test_a_first_batch_far_from_the_rest() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """What a Gram on another device than the tokens is made of, with tiles that do not divide it."""
-    monkeypatch.setattr("slimllm.statistics.TILE", 70)
+    monkeypatch.setattr("slimllm.statistics.gram.TILE", 70)
     x = (torch.randn(90, 200, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 200) + 3).to(dtype)
     whole, tiled = GramStatistics(200), GramStatistics(200)
     whole.update(x[:40])
     tiled.update(x[:40])  # chooses the pivot
     whole.update(x[40:])
     tiled._add_tiles(x[40:])
-    tiled.count = 90
+    tiled.count, tiled.mass = 90, 90.0
     assert torch.equal(tiled.gram, tiled.gram.T)
     scale = whole.covariance().diagonal().sqrt()
     assert float(((tiled.covariance() - whole.covariance()).abs() / (scale[:, None] * scale)).max()) < 1e-5
@@ -103,6 +103,63 @@ def test_half_precision_inputs_are_taken_as_they_are(dtype: torch.dtype) -> None
 def test_non_contiguous() -> None:
     x = torch.randn(16, 300).T[::2]
     assert_close(gathered(x, []).covariance(), covariance(x), plain=covariance(x), floor=FLOOR[torch.float32] * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("huge", [False, True])
+def test_weights(dtype: torch.dtype, huge: bool) -> None:
+    """Against fp64, in batches, merged, and about another pivot; a token may be enormous whose weight is tiny."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 24, generator=generator) * torch.logspace(-1, 1, 24) + 20
+    weight = torch.rand(400, generator=generator) + 0.1
+    if huge:
+        x[::100, :3] *= 3000
+        weight[::100] = 1e-9
+    x = x.to(dtype)
+    precise, w = x.double(), weight.double()
+    mean = w @ precise / w.sum()
+    u = precise - mean
+    wanted = (u.T * w) @ u / w.sum()
+    scale = wanted.diagonal().sqrt()
+    whole, halves, columns = GramStatistics(24), [GramStatistics(24), GramStatistics(24)], ColumnStatistics(24)
+    for number, (some, own) in enumerate(zip(x.split(70), weight.split(70))):
+        whole.update(some, own)
+        columns.update(some, own)
+        halves[number % 2].update(some, own)
+    halves[0].merge(halves[1])
+    other = GramStatistics(24)
+    other.merge(whole)
+    other.move(torch.full((24,), 19.0))
+    floor = 1e-5 if dtype == torch.float32 else 2e-2  # 16 bits of (x - pivot) and of w (x - pivot)
+    for found in (whole, halves[0], other):
+        assert found.count == 400 and found.mass == pytest.approx(float(w.sum()))
+        assert float(((found.covariance() - wanted) / (scale[:, None] * scale)).abs().max()) < (1e-3 if huge else floor)
+        assert torch.allclose(found.mean(), mean, rtol=1e-5)
+        assert torch.allclose(found.norms(), (w @ precise.square()).sqrt(), rtol=1e-5)
+    assert torch.allclose(columns.mean(), mean, rtol=1e-5)
+    assert torch.allclose(columns.variance(), wanted.diagonal(), rtol=1e-3 if huge else 1e-4)
+    pairs = PairedMoments(columns.mean(), 2 * columns.mean())
+    pairs.update(x, (2 * x.float()).to(dtype), weight)
+    assert torch.allclose(pairs.covariance(), 2 * wanted.diagonal(), rtol=1e-3)
+    assert torch.allclose(pairs.variance(), 4 * wanted.diagonal(), rtol=1e-3)
+
+
+def test_weights_are_as_good_as_repetition() -> None:
+    x = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)) + 3
+    times = torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(1))
+    weighted, repeated = GramStatistics(9), GramStatistics(9)
+    weighted.update(x, times.float())
+    repeated.update(x.repeat_interleave(times, 0))
+    assert weighted.mass == repeated.count == repeated.mass
+    assert torch.allclose(weighted.covariance(), repeated.covariance(), rtol=1e-5, atol=1e-6)
+    nothing = GramStatistics(9)
+    nothing.update(x, torch.zeros(50))
+    with pytest.raises(ValueError, match="or none of a weight above 0"):
+        nothing.covariance()
+    with pytest.raises(ValueError, match=r"weight must have shape \(50,\), one for each token"):
+        nothing.update(x, torch.ones(49))
+    with pytest.raises(TypeError, match="weight must be a floating tensor"):
+        nothing.update(x, torch.ones(50, dtype=torch.int64))
 
 
 def test_errors() -> None:

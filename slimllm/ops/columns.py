@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_not_overlapping, check_tensors
@@ -9,16 +11,20 @@ from slimllm.ops.dispatch import choose
 from slimllm.ops.library import operator
 
 
-def column_sums_(total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, *, pivot: torch.Tensor | None = None) -> None:
-    """total += Σ_t u_t and squares += Σ_t u_t² with u_t = x_t - pivot, in place, from one read of x.
+def column_sums_(
+    total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, *, pivot: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """total += Σ_t w_t u_t and squares += Σ_t w_t u_t² with u_t = x_t - pivot, in place, from one read of x.
 
-    With no pivot, the root of `squares` is ‖X[:, j]‖₂, what Wanda's metric needs.
+    With neither pivot nor weight, the root of `squares` is ‖X[:, j]‖₂, what Wanda's metric needs.
 
     Args:
         total, squares: (features,) fp32 or fp64.
         x: (num_tokens, features), bf16, fp16 or fp32, any strides.
         pivot: (features,) fp32, subtracted from every token: about a pivot near the mean, the variance
             squares/N - (total/N)² keeps its digits where the mean is far larger than the spread.
+        weight: w, (num_tokens,) fp32, not negative; None: 1.
 
     Raises:
         ValueError: shapes or devices do not fit together.
@@ -26,15 +32,16 @@ def column_sums_(total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, *,
     """
     check_tensors(total=total, squares=squares, x=x)
     _check_sums({"total": total, "squares": squares}, x)
-    _check_pivot("pivot", pivot, x)
-    _column_sums_(total.detach(), squares.detach(), x.detach(), None if pivot is None else pivot.detach())
+    _check_vectors(x, pivot=pivot, weight=weight)
+    pivot, weight = (None if vector is None else vector.detach() for vector in (pivot, weight))
+    _column_sums_(total.detach(), squares.detach(), x.detach(), pivot, weight)
 
 
 def column_products_(
     squares: torch.Tensor, products: torch.Tensor, y: torch.Tensor, y_hat: torch.Tensor, *,
-    pivot_y: torch.Tensor, pivot_y_hat: torch.Tensor,
+    pivot_y: torch.Tensor, pivot_y_hat: torch.Tensor, weight: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
-    """squares += Σ_t v_t² and products += Σ_t u_t v_t with u = y - pivot_y and v = ŷ - pivot_ŷ, in place, from one read.
+    """squares += Σ_t w_t v_t² and products += Σ_t w_t u_t v_t, u = y - pivot_y, v = ŷ - pivot_ŷ, in place, from one read.
 
     About the means they are N·var(ŷ) and N·cov(y, ŷ), what `affine_fit` takes.
 
@@ -42,6 +49,7 @@ def column_products_(
         squares, products: (features,) fp32 or fp64.
         y, y_hat: (num_tokens, features), bf16, fp16 or fp32, any strides.
         pivot_y, pivot_y_hat: (features,) fp32.
+        weight: w, (num_tokens,) fp32, not negative; None: 1.
 
     Raises:
         ValueError: shapes or devices do not fit together.
@@ -52,11 +60,11 @@ def column_products_(
     if y_hat.shape != y.shape:
         raise ValueError(f"y and y_hat must have one shape, got {tuple(y.shape)} and {tuple(y_hat.shape)}.")
     check_dtype("y_hat", y_hat, ACTIVATIONS)
-    _check_pivot("pivot_y", pivot_y, y)
-    _check_pivot("pivot_y_hat", pivot_y_hat, y)
+    _check_vectors(y, pivot_y=pivot_y, pivot_y_hat=pivot_y_hat, weight=weight)
     _column_products_(
-        squares.detach(), products.detach(), y.detach(), y_hat.detach(), pivot_y.detach(), pivot_y_hat.detach()
-    )
+        squares.detach(), products.detach(), y.detach(), y_hat.detach(), pivot_y.detach(), pivot_y_hat.detach(),
+        None if weight is None else weight.detach(),
+    )  # fmt: skip
 
 
 def _check_sums(sums: dict[str, torch.Tensor], x: torch.Tensor) -> None:
@@ -74,31 +82,47 @@ def _check_sums(sums: dict[str, torch.Tensor], x: torch.Tensor) -> None:
     check_dtype("the activations", x, ACTIVATIONS)
 
 
-def _check_pivot(name: str, pivot: torch.Tensor | None, x: torch.Tensor) -> None:
-    if pivot is not None:
-        check_tensors(**{"x": x, name: pivot})
-        check_dtype(name, pivot, (torch.float32,))
-        if pivot.shape != x.shape[1:]:
-            raise ValueError(f"{name} must have shape ({x.shape[1]},), got {tuple(pivot.shape)}.")
+def _check_vectors(x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
+    """Pivots, one number for each feature, and the weights, one for each token."""
+    for name, vector in vectors.items():
+        if vector is not None:
+            size = x.shape[0] if name == "weight" else x.shape[1]
+            check_tensors(**{"x": x, name: vector})
+            check_dtype(name, vector, (torch.float32,))
+            if vector.shape != (size,):
+                raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}.")
 
 
 @operator(
-    "column_sums_(Tensor(a!) total, Tensor(b!) squares, Tensor x, Tensor? pivot) -> ()", shape=lambda *arguments: None
+    "column_sums_(Tensor(a!) total, Tensor(b!) squares, Tensor x, Tensor? pivot, Tensor? weight) -> ()",
+    shape=lambda *arguments: None,
 )
-def _column_sums_(total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, pivot: torch.Tensor | None) -> None:
+def _column_sums_(
+    total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, pivot: torch.Tensor | None, weight: torch.Tensor | None
+) -> None:
     if x.numel() == 0:
         return
     if choose("column_sums_", x.device).backend == "triton":
         from slimllm.kernels.columns import column_sums as kernel
 
-        first, second = kernel(x, None if pivot is None else pivot.contiguous(), None, None)
+        pivot, weight = (None if vector is None else vector.contiguous() for vector in (pivot, weight))
+        first, second = kernel(x, pivot, None, None, weight)
         total += first
         squares += second
         return
-    for some in x.split(_tokens_at_once(x)):
+    at_once = _tokens_at_once(x)
+    for some, own in zip(x.split(at_once), _parts(weight, at_once, x)):
         u = some.float() if pivot is None else some.float() - pivot
-        total += u.sum(0)
-        squares += u.square().sum(0)
+        if own is None:
+            total += u.sum(0)
+            squares += u.square().sum(0)
+        else:
+            total += own @ u
+            squares += own @ u.square()
+
+
+def _parts(weight: torch.Tensor | None, at_once: int, x: torch.Tensor) -> Iterable[torch.Tensor | None]:
+    return [None] * -(-len(x) // at_once) if weight is None else weight.split(at_once)
 
 
 def _tokens_at_once(x: torch.Tensor) -> int:
@@ -108,24 +132,28 @@ def _tokens_at_once(x: torch.Tensor) -> int:
 
 @operator(
     "column_products_(Tensor(a!) squares, Tensor(b!) products, Tensor y, Tensor y_hat, Tensor pivot_y, "
-    "Tensor pivot_y_hat) -> ()",
+    "Tensor pivot_y_hat, Tensor? weight) -> ()",
     shape=lambda *arguments: None,
 )
 def _column_products_(
     squares: torch.Tensor, products: torch.Tensor, y: torch.Tensor, y_hat: torch.Tensor,
-    pivot_y: torch.Tensor, pivot_y_hat: torch.Tensor,
+    pivot_y: torch.Tensor, pivot_y_hat: torch.Tensor, weight: torch.Tensor | None,
 ) -> None:  # fmt: skip
     if y.numel() == 0:
         return
     if choose("column_products_", y.device).backend == "triton":
         from slimllm.kernels.columns import column_sums as kernel
 
-        first, second = kernel(y, pivot_y.contiguous(), y_hat, pivot_y_hat.contiguous())
+        weight = None if weight is None else weight.contiguous()
+        first, second = kernel(y, pivot_y.contiguous(), y_hat, pivot_y_hat.contiguous(), weight)
         squares += first
         products += second
         return
     at_once = _tokens_at_once(y)
-    for some, some_hat in zip(y.split(at_once), y_hat.split(at_once)):
+    for some, some_hat, own in zip(y.split(at_once), y_hat.split(at_once), _parts(weight, at_once, y)):
         u, v = some.float() - pivot_y, some_hat.float() - pivot_y_hat
+        if own is not None:
+            root = own.sqrt()[:, None]
+            u, v = u.mul_(root), v.mul_(root)
         products += u.mul_(v).sum(0, dtype=torch.float64)
         squares += v.square_().sum(0, dtype=torch.float64)

@@ -1,0 +1,6 @@
+"""Streaming statistics of activations: constant memory, any split into batches, safe when the mean dwarfs the spread."""
+
+from slimllm.statistics.columns import ColumnStatistics, PairedMoments
+from slimllm.statistics.gram import TILE, GramStatistics
+
+__all__ = ["TILE", "ColumnStatistics", "GramStatistics", "PairedMoments"]

@@ -1,0 +1,48 @@
+"""What all accumulators ask of the batches they are given."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_batch(x: torch.Tensor, features: int, name: str = "x") -> torch.Tensor:
+    """The batch without its autograd graph, in fp32 where it is in no half precision."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {x.dtype if isinstance(x, torch.Tensor) else type(x)}.")
+    if x.ndim != 2 or x.shape[1] != features:
+        raise ValueError(f"{name} must have shape (num_tokens, {features}), got {tuple(x.shape)}.")
+    return x.detach() if x.dtype in (torch.bfloat16, torch.float16) else x.detach().float()
+
+
+def check_other(ours: object, other: object, features: int) -> None:
+    """Whether other statistics can be added to ours."""
+    if type(other) is not type(ours):
+        raise TypeError(f"only another {type(ours).__name__} can be merged, got {type(other).__name__}.")
+    if other.features != features:  # type: ignore[attr-defined]
+        raise ValueError(f"cannot merge statistics of {other.features} features into {features}.")  # type: ignore[attr-defined]
+
+
+def check_weight(weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """The weights of a batch's tokens, fp32."""
+    if weight is None:
+        return None
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        raise TypeError(
+            f"weight must be a floating tensor, got {weight.dtype if isinstance(weight, torch.Tensor) else type(weight)}."
+        )
+    if weight.shape != x.shape[:1]:
+        raise ValueError(f"weight must have shape ({len(x)},), one for each token, got {tuple(weight.shape)}.")
+    return weight.detach().to(x.device, torch.float32)
+
+
+def check_mass(mass: float) -> None:
+    """Whether there is anything to divide by."""
+    if mass <= 0:
+        raise ValueError("no tokens have been added yet, or none of a weight above 0; call update() first.")
+
+
+def weighted_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Over the tokens of a batch, (features,) fp32; a batch without any weight counts as one without weights."""
+    if weight is None or not float(weight.sum()) > 0:
+        return x.mean(0, dtype=torch.float32)
+    return (weight / weight.sum()) @ x.float()

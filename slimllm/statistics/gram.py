@@ -1,0 +1,170 @@
+"""The streaming Gram of activations: constant memory, any split into batches, safe when the mean dwarfs the spread."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm import ops
+from slimllm.ops.dispatch import full_precision
+from slimllm.statistics.checks import check_batch, check_mass, check_other, check_weight, weighted_mean
+
+_ROWS = 256  # of a matrix at a time, where a copy of it is made
+TILE = 2048  # rows of a Gram at a time, where it goes from one device to another
+
+
+class GramStatistics:
+    """Count, mean and (co)variance of a stream of token batches (num_tokens, features), weighted or not.
+
+    The Gram is accumulated about a pivot p, the mean of the first batch, which should be a typical one: with u_t = x_t - p,
+
+        gram = Σ_t w_t u_t u_tᵀ,  total = Σ_t w_t u_t,  Cov(x) = gram/m - δδᵀ,  δ = total/m,  mean = p + δ,
+
+    with m = Σ_t w_t, the number of tokens where they have no weights.
+
+    δ is then of the order of the spread and not of the mean, so the subtraction loses nothing even when
+    |mean| = 10⁴ σ, where the raw Gram in fp32 has lost every digit of the variance. A pivot makes products of
+    half-precision activations three times as costly, so there only features of |mean| > 4 σ get one: the raw Gram of
+    the others has 17 σ² at most on its diagonal, and loses a digit.
+
+    Args:
+        features: Number of features F.
+        device: Where the accumulators live, which need not be where the tokens are.
+
+    The Gram is accumulated in fp32, the sums in fp64. Results are fp64.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        if features < 1:
+            raise ValueError(f"features must be at least 1, got {features}.")
+        self.features = features
+        self.count = 0
+        self.mass = 0.0
+        self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
+        self.gram = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.total = torch.zeros(features, dtype=torch.float64, device=device)
+        self._plain = True  # the pivot is zero everywhere
+
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            x: (num_tokens, features), any floating dtype; num_tokens may be 0.
+            weight: w, (num_tokens,), not negative; None: 1.
+        """
+        x = check_batch(x, self.features)
+        weight = check_weight(weight, x)
+        if x.shape[0] == 0:
+            return
+        if self.count == 0:
+            self.pivot = _pivot(x, weight).to(self.gram.device)
+            self._plain = x.dtype != torch.float32 and not bool(self.pivot.any())
+        if x.device == self.gram.device:
+            ops.gram_(self.gram, self.total, x, pivot=None if self._plain else self.pivot, weight=weight)
+        else:
+            self._add_tiles(x, weight)
+        self.count += x.shape[0]
+        self.mass += x.shape[0] if weight is None else float(weight.sum(dtype=torch.float64))
+
+    def _add_tiles(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """What `ops.gram_` does, where the activations are on another device: made there row by row, and added here."""
+        u = x.float() if self._plain else x.float() - self.pivot.to(x.device)
+        weighted = u if weight is None else u * weight[:, None]
+        with full_precision(x.device):
+            for start in range(0, self.features, TILE):
+                stop = min(start + TILE, self.features)
+                self.gram[start:stop, :stop] += (u[:, start:stop].T @ weighted[:, :stop]).to(self.gram.device)
+                self.gram[:start, start:stop] = self.gram[start:stop, :start].T
+        self.total += weighted.sum(0, dtype=torch.float64).to(self.total.device)
+
+    def merge(self, other: GramStatistics) -> None:
+        """Add the statistics of another part of the stream, in place; the pivots may differ."""
+        check_other(self, other, self.features)
+        if other.count == 0:
+            return
+        if self.count == 0:
+            self.pivot, self._plain = other.pivot.to(self.gram.device, copy=True), other._plain
+        total = other._total_about(self.pivot)
+        for start in range(0, self.features, _ROWS):
+            rows = slice(start, start + _ROWS)
+            self.gram[rows] = self.gram[rows].double().add_(other._gram_about(self.pivot, rows)).float()
+        self.total += total
+        self.count += other.count
+        self.mass += other.mass
+
+    def move(self, pivot: torch.Tensor) -> None:
+        """Let the sums be about another pivot, (features,) fp32, in place, so that others about it can be added."""
+        total = self._total_about(pivot)
+        for start in range(0, self.features, _ROWS):
+            rows = slice(start, start + _ROWS)
+            self.gram[rows] = self._gram_about(pivot, rows).float()
+        self.total, self.pivot = total, pivot.to(self.pivot)
+        self._plain = self._plain and not bool(pivot.any())
+
+    def sums(self) -> list[torch.Tensor]:
+        """What adds up between statistics about the same pivot."""
+        return [self.gram, self.total]
+
+    def _total_about(self, pivot: torch.Tensor) -> torch.Tensor:
+        """Σ_t w_t (x_t - pivot), on the pivot's device."""
+        return self.total.to(pivot.device) + self.mass * (self.pivot.to(pivot).double() - pivot.double())
+
+    def _gram_about(self, pivot: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Some rows of the Gram about a pivot, fp64, on its device: u about it is u about ours plus the shift."""
+        total, shift = self.total.to(pivot.device), self.pivot.to(pivot).double() - pivot.double()
+        gram = self.gram[rows].to(pivot.device).double()
+        return gram.addr_(total[rows], shift).addr_(shift[rows], total + self.mass * shift)
+
+    def mean(self) -> torch.Tensor:
+        """Mean over tokens: (features,) fp64."""
+        check_mass(self.mass)
+        return self.pivot.double() + self.total / self.mass
+
+    def covariance(self) -> torch.Tensor:
+        """Population covariance: (features, features) fp64, symmetric to the last bit."""
+        check_mass(self.mass)
+        delta = self.total / self.mass
+        covariance = torch.empty_like(self.gram, dtype=torch.float64)
+        for start in range(0, self.features, _ROWS):  # no second matrix of its size
+            stop = min(start + _ROWS, self.features)
+            rows = self.gram[start:stop, :stop].double().add_(self.gram[:stop, start:stop].T).div_(2 * self.mass)
+            rows.sub_(delta[start:stop, None] * delta[:stop])
+            covariance[start:stop, :stop] = rows
+            covariance[:stop, start:stop] = rows.T
+        return covariance
+
+    def norms(self) -> torch.Tensor:
+        """(Σ_t w_t x_tj²)^½, without weights ‖X[:,j]‖₂: (features,) fp64."""
+        check_mass(self.mass)
+        delta = self.total / self.mass
+        variance = (self.gram.diagonal().double() / self.mass - delta.square()).clamp_(min=0)
+        return (self.mass * (variance + self.mean().square())).sqrt()
+
+    def of_product(self, weight: torch.Tensor) -> torch.Tensor:
+        """Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64 on its device, computed in fp32."""
+        check_mass(self.mass)
+        single, delta = weight.float(), (self.total / self.mass).to(weight.device)
+        moved = torch.cat([rows.double() @ delta for rows in weight.split(_ROWS)])
+        at_once = self.features if weight.device == self.gram.device else TILE
+        raw = single.new_zeros(len(single), len(single))
+        with full_precision(weight.device):
+            for columns, rows in zip(single.split(at_once, 1), self.gram.split(at_once)):
+                raw.addmm_(columns, rows.to(weight.device) @ single.T)
+        covariance = raw.double().div_(self.mass).addr_(moved, moved, alpha=-1)
+        return (covariance + covariance.T).div_(2)
+
+    def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Some rows and columns of the covariance, by index: (len(rows), len(columns)) fp64, without the whole of it."""
+        check_mass(self.mass)
+        delta = self.total / self.mass
+        block = self.gram[rows[:, None], columns].double().div_(self.mass)
+        return block.addr_(delta[rows], delta[columns], alpha=-1)
+
+
+def _pivot(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """The pivot of a stream, (features,) fp32, from its first batch."""
+    if x.dtype == torch.float32:
+        return weighted_mean(x, weight)
+    single = x.float()
+    mean = weighted_mean(single, weight)
+    deviation = weighted_mean(single.sub_(mean).square_(), weight).sqrt()
+    return torch.where(mean.abs() > 4 * deviation, mean.to(x.dtype).float(), 0.0)
