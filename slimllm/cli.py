@@ -15,6 +15,7 @@ from rich.console import Console
 
 from slimllm.errors import InputError, LostRankError, OtherRankError, OutputError
 from slimllm.interrupts import SIGNALS, SafeStop, leave
+from slimllm.parallel import Ranks, end, launched
 
 app = typer.Typer(
     add_completion=False,
@@ -104,7 +105,6 @@ def prune_command(
     from slimllm.config import PruneConfig
     from slimllm.display import PruneDisplay
     from slimllm.engine import prune, prune_ratios
-    from slimllm.parallel import Ranks, launched
     from slimllm.writer import can_resume
 
     results = [out] if len(ratio) == 1 else [out / str(one) for one in ratio]
@@ -280,8 +280,11 @@ def main() -> None:
 
         logging.disable_progress_bar()
         app()
+    except SystemExit as leaving:
+        code = leaving.code
     except OtherRankError:
-        sys.exit(2)
+        code = 2
     except InputError as error:
         errors.print(f"Error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
-        sys.exit(2)
+        code = 2
+    end(code)
