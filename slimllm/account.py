@@ -158,7 +158,7 @@ def _pinned(num_bytes: int) -> int:
 
 
 def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
-    """Bytes that a rank sends, and receives, for one layer over both passes, most of it for sums over all ranks.
+    """Bytes that go through the busiest rank, the first one, for a layer over both passes.
 
     A sum of n bytes over R ranks passes each link with 2·n·(R - 1)/R; hidden states go to the first rank for the journal,
     whose disk may not be ready for those of every layer.

@@ -106,7 +106,9 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
             table.add_row(title, f"{sum(parts.values()) / GIB:.2f} GiB", f"{when}{account}")
     if forecast.traffic:
         account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in forecast.traffic.items())
-        table.add_row("network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer and rank: {account}")
+        table.add_row(
+            "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer, through the busiest rank: {account}"
+        )
     if forecast.seconds is None:
         table.add_row("time", "", "not known: this machine has no GPU")
     else:

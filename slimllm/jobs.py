@@ -18,7 +18,7 @@ from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
 from slimllm.native import write_config
 from slimllm.parallel import Ranks
-from slimllm.pipeline import DensePass
+from slimllm.pipeline import DensePass, check_ratio
 from slimllm.progress import ProgressCallback
 from slimllm.record import Record
 from slimllm.report import REPORT_NAME, PruneReport
@@ -66,6 +66,8 @@ def prune_all(
         if source.unexpected:
             first, number = source.unexpected[0], len(source.unexpected)
             notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
+        for _, wanted in jobs:
+            check_ratio(source, wanted)
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
         token_ids = calibration_windows(config, tokenizer, source.config, notice)
     memory.warm_up(device)

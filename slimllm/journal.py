@@ -46,7 +46,7 @@ class Journal:
         self.folder = folder
         self._lock = lock(folder)
         self._waiting: list[Step] = []  # steps without a line
-        self._unsynced: list[Path] = []
+        self._unsynced: list[Path] = []  # files that the next line tells of, with their checksums
         self._busy: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "slimllm-journal")
         try:
@@ -114,6 +114,8 @@ class Journal:
     def _write(self, steps: list[Step], files: list[Path], state: Path) -> None:
         for file in {*files, *(file.parent for file in files)}:
             sync(file)
+        *shards, _ = files
+        steps[-1]["files"] = {file.name: _crc(file) for file in shards}
         steps[-1]["state_crc"] = _crc(files[-1])
         os.replace(files[-1], state)
         sync(self.folder)
@@ -145,6 +147,16 @@ class Journal:
         except (OSError, SafetensorError):
             pass
         raise damaged(path)
+
+    def check_file(self, path: Path) -> None:
+        """Whether a file that a step tells of is what was written.
+
+        Raises:
+            ValueError: (as InputError) it is missing or damaged.
+        """
+        checksums = [step["files"][path.name] for step in self.steps if path.name in step.get("files", {})]
+        if not path.is_file() or not checksums or _crc(path) != checksums[-1]:
+            raise damaged(path)
 
     def finish(self) -> None:
         """The result is complete and on the disk; all that is left is to move it to its place."""
@@ -186,6 +198,8 @@ def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[S
     """The journal that is there, if it is of this run, or a new one: the environment it was begun in, and its steps."""
     first = json.loads(json.dumps({"identity": identity, "environment": environment}))
     lines, length = _read(folder)
+    if not lines and any(path.name not in (_NAME, _LOCK) for path in folder.iterdir()):
+        raise damaged(folder / _NAME)
     if len(lines) < 2:  # there is nothing to go on with
         (folder / _NAME).unlink(missing_ok=True)
         _append(folder, [first])

@@ -181,8 +181,9 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1][:200]
-            raise LostRankError(f"Another process of this run has ended or does not answer ({reason}).") from error
+            raise LostRankError(
+                f"Another process of this run has ended or does not answer, as rank {self.rank} finds."
+            ) from error
 
 
 @contextmanager

@@ -91,7 +91,6 @@ def prune_layers(
     ranks = ranks or Ranks()
     sizes = source.sizes()
     shapes = [_shape(source, size, config) for size in sizes]
-    allocate([1.0] * len(shapes), shapes, config)  # whether the model can give so much shows before the dense pass
     if dense is None:
         dense = _dense_pass(source, _stream(source, token_ids, config, placement, watch, ranks), watch, progress, record)
         trim()
@@ -147,6 +146,15 @@ def prune_layers(
         outcome.loss_dense, outcome.loss_pruned = ranks.tell([outcome.loss_dense, outcome.loss_pruned])
         trim()
     return outcome
+
+
+def check_ratio(source: ModelSource, config: PruneConfig) -> None:
+    """Whether a model can give so much, which can be seen before the dense pass.
+
+    Raises:
+        ValueError: (as InputError) it cannot.
+    """
+    allocate([1.0] * source.num_layers, [_shape(source, size, config) for size in source.sizes()], config)
 
 
 def _dense_pass(

@@ -132,7 +132,7 @@ def make_plan(
         least = math.ceil(peak / GIB * 100) / 100
         raise InputError(
             f"{which} is {getattr(config, which)}, but this run takes {least:.2f} GiB at least (in the phase {phase!r}); "
-            f"give {least:.2f}GiB or more, or fewer samples."
+            f"give {least:.2f}GiB or more."
         )
     for step in taken[:-1]:  # the last ones may have made the first ones needless
         without = [other for other in taken if other is not step]
@@ -180,7 +180,7 @@ def _disk(sizes: Sizes, placement: Placement) -> Parts:
     """The result, which may be as large as the model, two states of the journal, and the files of hidden states."""
     states = sizes.samples * sizes.seq_len * sizes.hidden_size * sizes.computed
     return {
-        "result": sizes.params * sizes.written,
+        "result, at most": sizes.params * sizes.written,
         "journal": 2 * states,
         "files of hidden states": 2 * states if placement.states == "disk" else 0,
     }

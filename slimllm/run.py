@@ -24,7 +24,7 @@ from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Layer
 from slimllm.native import OutputFormat, output_format
 from slimllm.parallel import Ranks
-from slimllm.pipeline import DensePass, Outcome, perplexity_windows, prune_layers
+from slimllm.pipeline import DensePass, Outcome, check_ratio, perplexity_windows, prune_layers
 from slimllm.plan import GPU_RUNTIME, ROUNDINGS, Plan, make_plan
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
@@ -57,6 +57,7 @@ class Run:
                 f"{len(token_ids)} calibration windows cannot be shared by {self.ranks.size} processes; give more samples, "
                 "or start fewer processes."
             )
+        check_ratio(source, config)
         self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
         self.backend = ops.backend(source.device, OPERATIONS)
         self.format: OutputFormat

@@ -183,6 +183,7 @@ class CheckpointWriter:
             ValueError: (as InputError) it is missing or damaged.
         """
         path = self.folder / self._shard_name(number)
+        self.journal.check_file(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():

@@ -176,7 +176,7 @@ def test_plan_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     code, out, _ = call(capsys, "plan", "llama-33b", "--device", "cuda", "--gpu-memory", "8GiB", "--recovery", "lstsq")
     assert code == 0 and "GPU memory" in out and "the regression on it are on the host" in out
     code, out, _ = call(capsys, "plan", "llama-33b", "--ranks", "4")
-    assert code == 0 and "shared by 4 ranks" in out and "a layer and rank: Grams" in out
+    assert code == 0 and "shared by 4 ranks" in out and "through the busiest rank: Grams" in out
     code, _, err = call(capsys, "plan", "llama-33b", "--ranks", "40")
     assert code == 2 and "ranks must be from 1 to the number of samples" in " ".join(err.split())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))

@@ -106,6 +106,12 @@ def test_wrong_ratios(token_ids: torch.Tensor, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists() and not (tmp_path / "one" / "0.2").exists()
 
 
+def test_all_ratios_are_looked_at_first(token_ids: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"0.999 is more than this model can give"):
+        prune_ratios(STORIES, tmp_path / "out", config(token_ids), [0.2, 0.999])
+    assert not list(tmp_path.iterdir())
+
+
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--samples", "8", "--seq-len", "64", "--ratio", "0.2", "--ratio", "0.4"]
     code, out, _ = call(capsys, "prune", STORIES, "--out", tmp_path / "out", *settings)

@@ -157,7 +157,7 @@ def test_damage_is_refused(token_ids: torch.Tensor, tmp_path: Path, stage: str) 
     state = next(partial.glob("state-*.safetensors"))
     damages: list[tuple[Path, int | None]] = [(partial / "journal.jsonl", 300), (state, -100), (state, None)]
     if stage == "prune":
-        damages += [(partial / "model" / "model-00002-of-00006.safetensors", place) for place in (5, None)]
+        damages += [(partial / "model" / "model-00002-of-00006.safetensors", place) for place in (5, -5, None)]
     for path, place in damages:
         good = path.read_bytes()
         if place is None:
@@ -170,6 +170,15 @@ def test_damage_is_refused(token_ids: torch.Tensor, tmp_path: Path, stage: str) 
             prune(STORIES, tmp_path / "out", config(token_ids), resume=True)
         path.write_bytes(good)
     prune(STORIES, tmp_path / "out", config(token_ids), resume=True)
+
+
+def test_what_is_not_ours_is_left(token_ids: torch.Tensor, tmp_path: Path) -> None:
+    partial = interrupted(tmp_path / "out", config(token_ids))
+    (partial / "journal.jsonl").write_bytes(b"")
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"journal\.jsonl is missing or damaged"):
+            prune(STORIES, tmp_path / "out", config(token_ids), resume=resume)
+        assert list(partial.glob("state-*")) and list(partial.glob("model/*"))
 
 
 def test_a_line_that_was_being_written(token_ids: torch.Tensor, tmp_path: Path, expected: dict[str, bytes]) -> None:
@@ -304,7 +313,7 @@ def test_killed_until_it_is_done(tmp_path: Path, whole: tuple[dict[str, bytes], 
     expected, _ = whole
     draw = random.Random(0)
     journal = tmp_path / ".out.partial" / "journal.jsonl"
-    for attempt in range(20):  # noqa: B007
+    for attempt in range(60):  # noqa: B007
         process, before = start(tmp_path / "out", resume=True), journal.stat().st_size if journal.exists() else 0
         while process.is_alive() and (not journal.exists() or journal.stat().st_size <= before):
             time.sleep(0.001)

@@ -25,6 +25,7 @@ from slimllm.slicing import LayerSizes, sizes_by_layer
 
 # Between the counted operations at the machine's rates and a run lie norms, activations and copies (benchmarks/NOTES.md).
 _TIMES_FLOOR = 1.6
+_LOADED_LATER = GIB / 10  # by a run, before it makes its own plan: libraries' buffers, the tokenizer
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
     dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
     sizes = sizes_of(model_config, layers, head_dim, params, dtypes, (config.samples, config.seq_len), device, ranks)
-    plan = make_plan(sizes, config, resident_gib() * GIB, GPU_RUNTIME)
+    plan = make_plan(sizes, config, resident_gib() * GIB + _LOADED_LATER, GPU_RUNTIME)
     own = dataclasses.replace(config, samples=math.ceil(config.samples / ranks))
     work = stage_work(_report(layers, own, device), layers, model_config.hidden_size, head_dim, stored.itemsize)
     rates = measure_rates(device, computed) if there else None
