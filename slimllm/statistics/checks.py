@@ -5,6 +5,25 @@ from __future__ import annotations
 import torch
 
 
+class Accumulator:
+    """Of how many features the statistics are, how many tokens they have seen, and the sum of their weights (`mass`)."""
+
+    def __init__(self, features: int) -> None:
+        if features < 1:
+            raise ValueError(f"features must be at least 1, got {features}.")
+        self.features = features
+        self.count = 0
+        self.mass = 0.0
+
+    def _count(self, num_tokens: int, weight: torch.Tensor | None) -> None:
+        self.count += num_tokens
+        self.mass += num_tokens if weight is None else float(weight.sum(dtype=torch.float64))
+
+    def _count_other(self, other: Accumulator) -> None:
+        self.count += other.count
+        self.mass += other.mass
+
+
 def check_batch(x: torch.Tensor, features: int, name: str = "x") -> torch.Tensor:
     """The batch without its autograd graph, in fp32 where it is in no half precision."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from slimllm import ops
-from slimllm.statistics.checks import check_batch, check_mass, check_other, check_weight, weighted_mean
+from slimllm.statistics.checks import Accumulator, check_batch, check_mass, check_other, check_weight, weighted_mean
 
 
-class ColumnStatistics:
+class ColumnStatistics(Accumulator):
     """Mean, variance and Euclidean norm over tokens of every feature of a stream, weighted or not, in O(F) memory.
 
     As in `GramStatistics` sums are about a pivot p, the mean of the first batch, so that the variance keeps its digits
@@ -20,11 +20,7 @@ class ColumnStatistics:
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}.")
-        self.features = features
-        self.count = 0
-        self.mass = 0.0
+        super().__init__(features)
         self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
         self.squares = torch.zeros(features, dtype=torch.float64, device=device)
@@ -38,8 +34,7 @@ class ColumnStatistics:
         if self.count == 0:
             self.pivot = weighted_mean(x, weight)
         ops.column_sums_(self.total, self.squares, x, pivot=self.pivot, weight=weight)
-        self.count += x.shape[0]
-        self.mass += x.shape[0] if weight is None else float(weight.sum(dtype=torch.float64))
+        self._count(len(x), weight)
 
     def merge(self, other: ColumnStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
@@ -49,8 +44,7 @@ class ColumnStatistics:
         total, squares = other._about(self.pivot)
         self.squares += squares
         self.total += total
-        self.count += other.count
-        self.mass += other.mass
+        self._count_other(other)
 
     def move(self, pivot: torch.Tensor) -> None:
         """Let the sums be about another pivot, (features,) fp32, in place, so that others about it can be added."""
@@ -82,7 +76,7 @@ class ColumnStatistics:
         return (self.mass * (self.variance() + self.mean().square())).sqrt()
 
 
-class PairedMoments:
+class PairedMoments(Accumulator):
     """Variance of ŷ and covariance of y with ŷ, dimension by dimension, about means known beforehand.
 
     Args:
@@ -97,9 +91,7 @@ class PairedMoments:
                 f"mean_y and mean_y_hat must be (features,), got {tuple(mean_y.shape)} and {tuple(mean_y_hat.shape)}."
             )
         self._center_y, self._center_y_hat = mean_y.float(), mean_y_hat.float()
-        self.features = len(mean_y)
-        self.count = 0
-        self.mass = 0.0
+        super().__init__(len(mean_y))
         self.squares = torch.zeros_like(mean_y)
         self.products = torch.zeros_like(mean_y)
 
@@ -109,16 +101,14 @@ class PairedMoments:
         weight = check_weight(weight, y)
         centers = {"pivot_y": self._center_y, "pivot_y_hat": self._center_y_hat}
         ops.column_products_(self.squares, self.products, y, y_hat, **centers, weight=weight)
-        self.count += y.shape[0]
-        self.mass += y.shape[0] if weight is None else float(weight.sum(dtype=torch.float64))
+        self._count(len(y), weight)
 
     def merge(self, other: PairedMoments) -> None:
         """Add the moments of another part of the stream, about the same means, in place."""
         check_other(self, other, self.features)
         self.squares += other.squares.to(self.squares.device)
         self.products += other.products.to(self.products.device)
-        self.count += other.count
-        self.mass += other.mass
+        self._count_other(other)
 
     def sums(self) -> list[torch.Tensor]:
         """What adds up between moments about the same means."""

@@ -6,13 +6,13 @@ import torch
 
 from slimllm import ops
 from slimllm.ops.dispatch import full_precision
-from slimllm.statistics.checks import check_batch, check_mass, check_other, check_weight, weighted_mean
+from slimllm.statistics.checks import Accumulator, check_batch, check_mass, check_other, check_weight, weighted_mean
 
 _ROWS = 256  # of a matrix at a time, where a copy of it is made
 TILE = 2048  # rows of a Gram at a time, where it goes from one device to another
 
 
-class GramStatistics:
+class GramStatistics(Accumulator):
     """Count, mean and (co)variance of a stream of token batches (num_tokens, features), weighted or not.
 
     The Gram is accumulated about a pivot p, the mean of the first batch, which should be a typical one: with u_t = x_t - p,
@@ -34,11 +34,7 @@ class GramStatistics:
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        if features < 1:
-            raise ValueError(f"features must be at least 1, got {features}.")
-        self.features = features
-        self.count = 0
-        self.mass = 0.0
+        super().__init__(features)
         self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
         self.gram = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
@@ -62,8 +58,7 @@ class GramStatistics:
             ops.gram_(self.gram, self.total, x, pivot=None if self._plain else self.pivot, weight=weight)
         else:
             self._add_tiles(x, weight)
-        self.count += x.shape[0]
-        self.mass += x.shape[0] if weight is None else float(weight.sum(dtype=torch.float64))
+        self._count(len(x), weight)
 
     def _add_tiles(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """What `ops.gram_` does, where the activations are on another device: made there row by row, and added here."""
@@ -88,8 +83,7 @@ class GramStatistics:
             rows = slice(start, start + _ROWS)
             self.gram[rows] = self.gram[rows].double().add_(other._gram_about(self.pivot, rows)).float()
         self.total += total
-        self.count += other.count
-        self.mass += other.mass
+        self._count_other(other)
 
     def move(self, pivot: torch.Tensor) -> None:
         """Let the sums be about another pivot, (features,) fp32, in place, so that others about it can be added."""
