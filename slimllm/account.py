@@ -105,9 +105,11 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     kept = math.ceil((1 - config.ratio / 2) * i)  # in the layer that is pruned least, about
     tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
-    lstsq = config.recovery == "lstsq"
+    lstsq, by_channels = config.recovery == "lstsq", config.by_channels
     pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
-    streams = 1 if lstsq else 2  # of what is as large as all tokens, in the FFN: beside the residual stream, its outputs
+    streams = (
+        1 if by_channels else 2
+    )  # of what is as large as all tokens, in the FFN: beside the residual stream, its outputs
 
     def at(name: str, num_streams: int, device: Mapping[str, float], host: Mapping[str, float] | None = None) -> Phase:
         shared = not sizes.on_gpu and s == c  # the layer computes with the tensors that were read
@@ -121,17 +123,27 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             host |= {"hidden states": num_streams * tokens / batch * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
         return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
 
+    elimination = {"elimination": 2 * 4 * i**2 + 2 * 4 * i * d}  # an inverse and the next one, and the weights
+
     def inner(width: int) -> Parts:
         num_bytes = tokens * width * c
         return {"inner activations": num_bytes if num_bytes <= placement.keep_inner_bytes else 0}
 
     yield at("read", 1, {}, {"mapped file": d * i * s})
     yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c})
+    auto = config.allocation == "auto"
+    if auto:
+        grams, on_host = {"Gram": a**2 * 4}, placement.gram == "host"
+        grams |= {} if on_host else {"Gram": (a**2 + i**2) * 4}
+        of_host = {"Gram": i**2 * 4} if on_host else {}
+        yield at("measuring", 1, grams | {"batch": batch * (4 * i + 4 * d) * c}, of_host)
+        both = ({}, of_host | elimination) if on_host else (elimination, {})
+        yield at("allocation", 1, grams | both[0], both[1])
     yield at("attention", 1, inner(a) | {"batch": batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c, "Gram": a**2 * 4})
     heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * sizes.units**2 * d * 8}
     yield at("heads", 1, heads)
-    ffn_gram = {"Gram": (i if lstsq else d) ** 2 * 4}
-    away = lstsq and placement.gram == "host"
+    ffn_gram = {"Gram": (i if by_channels else d) ** 2 * 4}
+    away = by_channels and placement.gram == "host"
     tiles = {"tiles of the Gram": (min(i, TILE) + batch) * i * 4} if away else {}
     here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
     yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
@@ -139,6 +151,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     # the function (6 in fp32), which is as much.
     space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4)
     yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
+    if config.criterion == "obs":
+        yield at(
+            "obs", streams, inner(i) | ({} if away else ffn_gram | elimination), ffn_gram | elimination if away else {}
+        )
     sliced = {"pruned layer": 3 * kept * d * s}
     if lstsq:
         across = {"moments": (4.5 * 8 * kept * d + 8 * (i - kept) * d) / sizes.ranks}  # of this rank's outputs
@@ -165,7 +181,7 @@ def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
     """
     d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
     lstsq = config.recovery == "lstsq"
-    grams = 4 * (a**2 + (i if lstsq else d) ** 2)
+    grams = 4 * (a**2 + (i if config.by_channels else d) ** 2) + (4 * (a**2 + i**2) if config.allocation == "auto" else 0)
     states = 2 * sizes.samples * sizes.seq_len * d * sizes.computed
     solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
     parts = {"Grams": 2 * grams * others, "hidden states": states * others, "solutions": solutions * others}

@@ -1,48 +1,17 @@
-"""How much every layer gives: the paper's softmax over layer importances, to an exact number of parameters."""
+"""How much every layer gives, to an exact number of parameters: the paper's softmax over layer importances, or measured."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from slimllm.budget import LayerBudget, LayerShape, most_removable, removed_params
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
+from slimllm.spending import Curves, spend
 
 # Published settings for LLaMA-7B, 32 layers: at each ratio, r, n / 32 and alpha.
 PAPER_SETTINGS = {0.2: (0.25, 26 / 32, 10.0), 0.5: (0.55, 30 / 32, 7.0)}
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of one decoder layer, in the units in which it is pruned.
-
-    `units` are KV groups (`kv-group`) or query heads per group (`query`), of `unit_params` parameters each;
-    `channels` are FFN channels of `channel_params` each; `params` is the layer's whole number of parameters.
-    `attention_bias_params` and `ffn_bias_params` are what recovery would add to each sub-layer as a bias; `grouped` says
-    that query heads share KV heads.
-    """
-
-    units: int
-    unit_params: int
-    channels: int
-    channel_params: int
-    params: int
-    attention_bias_params: int
-    ffn_bias_params: int
-    grouped: bool
-
-
-@dataclass(frozen=True)
-class LayerBudget:
-    """What one layer gives: its ratio r_ℓ, and how many units and channels are removed. `pruned` if any."""
-
-    ratio: float
-    units: int
-    channels: int
-
-    @property
-    def pruned(self) -> bool:
-        return self.units > 0 or self.channels > 0
 
 
 @dataclass(frozen=True)
@@ -77,27 +46,32 @@ def paper_settings(ratio: float) -> tuple[float, float, float]:
     return r * ratio / nearest, n_fraction, alpha
 
 
-def allocate(similarity: list[float], shapes: list[LayerShape], config: PruneConfig) -> Allocation:
-    """Spread the ratio over the layers: r_ℓ = r · n · softmax(alpha · c)_ℓ over the n layers of highest c.
+@dataclass(frozen=True)
+class Target:
+    """How many parameters go, in widths of which step, from how many layers at which alpha; and notes on it."""
 
-    The layers' ratios are clamped to what a layer can give, and the rest is spread over the others. Heads take their
-    rounded share; channels make up what the heads leave over, and what the rounding of widths leaves over goes on to
-    the next layer, so that the total is met to half a rounding step.
+    params: int
+    round_to: int
+    pruned_layers: int
+    alpha: float
+    notes: list[str]
 
-    Args:
-        similarity: c_ℓ, the mean cosine between input and output of every layer.
-        shapes: The layers' sizes.
-        config: Settings; `pruned_layers`, `alpha` and `round_to` override the defaults.
+
+def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
+    """What the settings ask of a model.
 
     Raises:
-        ValueError: (as InputError) the ratio is more than the model can give.
+        ValueError: (as InputError) it is more than the model can give.
     """
     num_layers = len(shapes)
-    r, n_fraction, paper_alpha = paper_settings(config.ratio)
-    n = config.pruned_layers if config.pruned_layers is not None else max(1, round(n_fraction * num_layers))
+    if config.allocation == "layer-importance":
+        r, n_fraction, paper_alpha = paper_settings(config.ratio)
+        n = config.pruned_layers if config.pruned_layers is not None else max(1, round(n_fraction * num_layers))
+        alpha = config.alpha if config.alpha is not None else paper_alpha
+    else:
+        r, n, alpha = config.ratio, num_layers, 0.0
     if n > num_layers:
         raise InputError(f"pruned_layers is {n}, but the model has {num_layers} layers; give at most that.")
-    alpha = config.alpha if config.alpha is not None else paper_alpha
     total = sum(shape.params for shape in shapes)
     notes = []
     if config.preset == "paper":
@@ -116,48 +90,68 @@ def allocate(similarity: list[float], shapes: list[LayerShape], config: PruneCon
     narrowest = min(shape.channels for shape in shapes)
     if round_to > narrowest:
         raise InputError(f"round_to is {round_to}, but the FFN is only {narrowest} channels wide; give less.")
-    most = [_most_removable(shape, round_to) for shape in shapes]
-    if sum(most) < target:
+    most = sum(most_removable(shape, round_to) for shape in shapes)
+    if most < target:
         raise InputError(
             f"A ratio of {target_ratio:.4g} is more than this model can give while every layer keeps one head unit and "
-            f"{round_to} channels; the most is {sum(most) / total:.3f}."
+            f"{round_to} channels; the most is {most / total:.3f}."
         )
-    chosen = sorted(range(num_layers), key=lambda i: (-similarity[i], i))
-    asked = n
-    while sum(most[i] for i in chosen[:n]) < target:
-        n += 1
-    if n > asked:
-        notes.append(f"{asked} layers cannot give so much, so {n} are pruned")
-    budgets = _softmax_budgets(similarity, shapes, most, chosen[:n], alpha, target)
-    # The paper has no grouped queries: there, and in the default mode, channels make up what whole groups leave over.
-    as_published = config.preset == "paper" and not any(shape.grouped for shape in shapes)
-    rounded = _published_counts(budgets, shapes) if as_published else _round_budgets(budgets, shapes, target, round_to)
-    removed = sum(_removed_params(budget, shape) for budget, shape in zip(rounded, shapes))
+    return Target(target, round_to, n, alpha, notes)
+
+
+def allocate(
+    similarity: list[float], shapes: list[LayerShape], config: PruneConfig, curves: list[Curves] | None = None
+) -> Allocation:
+    """Spread the ratio over the layers, by `config.allocation`.
+
+    `layer-importance`: r_ℓ = r · n · softmax(alpha · c)_ℓ over the n layers of highest c. `uniform`: the same for all.
+    The layers' ratios are clamped to what a layer can give, and the rest is spread over the others. Heads take their
+    rounded share; channels make up what the heads leave over, and what the rounding of widths leaves over goes on to
+    the next layer, so that the total is met to half a rounding step. With curves (`auto`, `flap`) the whole is spent
+    where it costs least, see `slimllm.spending`.
+
+    Args:
+        similarity: c_ℓ, the mean cosine between input and output of every layer.
+        shapes: The layers' sizes.
+        config: Settings; `pruned_layers`, `alpha` and `round_to` override the defaults.
+        curves: What every layer loses, for the allocations that are measured.
+
+    Raises:
+        ValueError: (as InputError) the ratio is more than the model can give.
+    """
+    wanted = find_target(shapes, config)
+    target, round_to, n, notes = wanted.params, wanted.round_to, wanted.pruned_layers, wanted.notes
+    if curves is not None:
+        rounded = []
+        for (units, channels), shape in zip(spend(curves, shapes, target, round_to), shapes):
+            removed = removed_params(LayerBudget(0.0, units, channels), shape)
+            rounded.append(LayerBudget(removed / shape.params, units, channels))
+        n = sum(budget.pruned for budget in rounded)
+    else:
+        most = [most_removable(shape, round_to) for shape in shapes]
+        chosen = sorted(range(len(shapes)), key=lambda i: (-similarity[i], i))
+        while sum(most[i] for i in chosen[:n]) < target:
+            n += 1
+        if n > wanted.pruned_layers:
+            notes.append(f"{wanted.pruned_layers} layers cannot give so much, so {n} are pruned")
+        budgets = _softmax_budgets(similarity, shapes, most, chosen[:n], wanted.alpha, target)
+        # The paper has no grouped queries: there, and in the default mode, channels make up what whole groups leave over.
+        as_published = config.preset == "paper" and not any(shape.grouped for shape in shapes)
+        rounded = _published_counts(budgets, shapes) if as_published else _round_budgets(budgets, shapes, target, round_to)
+    total, removed = sum(shape.params for shape in shapes), sum(map(removed_params, rounded, shapes))
     coarse = abs(removed - target) > 0.005 * target
     if coarse:
         notes.append(
             f"{removed / total:.4%} of the layers' parameters are removed instead of {target / total:.4%}: whole heads and "
             f"widths in steps of {round_to} come no nearer"
         )
-    return Allocation(rounded, target, n, alpha, round_to, notes, coarse)
-
-
-def _removed_params(budget: LayerBudget, shape: LayerShape) -> int:
-    """Parameters that a layer gives, less the biases that recovery adds."""
-    attention = budget.units * shape.unit_params - shape.attention_bias_params * (budget.units > 0)
-    return attention + budget.channels * shape.channel_params - shape.ffn_bias_params * (budget.channels > 0)
+    return Allocation(rounded, target, n, wanted.alpha, round_to, notes, coarse)
 
 
 def _default_rounding(target: int, shapes: list[LayerShape]) -> int:
     """The largest power of two up to 64 whose half step, the error that remains, is within 0.5 % of the target."""
     channel_params = max(shape.channel_params for shape in shapes)
     return next((step for step in (64, 32, 16, 8, 4, 2) if step * channel_params / 2 <= 0.005 * target), 1)
-
-
-def _most_removable(shape: LayerShape, round_to: int) -> int:
-    channels = max(shape.channels - round_to, 0)
-    attention = (shape.units - 1) * shape.unit_params - shape.attention_bias_params * (shape.units > 1)
-    return attention + channels * shape.channel_params - shape.ffn_bias_params * (channels > 0)
 
 
 def _softmax_budgets(

@@ -1,4 +1,4 @@
-"""Pruning of attention: whole heads by the Pearson similarity of the output, and recovery."""
+"""Pruning of attention: whole heads, by the Pearson similarity of the output or another criterion, and recovery."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any
 import torch
 
 from slimllm import ops
-from slimllm.allocation import LayerBudget
+from slimllm.budget import LayerBudget
 from slimllm.config import PruneConfig
+from slimllm.criteria import fluctuation, random, squares, wanda
+from slimllm.elimination import Surgeon, eliminate_heads, unit_costs
 from slimllm.importance import token_weights
 from slimllm.layer import InnerActivations, Layer
 from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputChange, head_moments, mean_output, refit_kept, relative
-from slimllm.selection import head_columns
+from slimllm.selection import complement, head_columns, select_units
 from slimllm.slicing import slice_attention
 from slimllm.states import Stream
-from slimllm.statistics import GramStatistics
+from slimllm.statistics import ColumnStatistics, GramStatistics
 
 
 def prune_attention(
@@ -46,26 +48,36 @@ def prune_attention(
         by_group = sizes.by_group(config.head_unit)
         units = sizes.num_kv_heads if by_group else sizes.num_heads
         covariance = ops.head_covariance(weight, statistics.covariance(), units)
-        if by_group:
-            kept_units = stream.ranks.of_first(ops.pearson_greedy(covariance, budget.units)).cpu()
-            kv_heads = kept_units
-            heads = head_columns(kept_units, sizes.group_size)
+        if config.criterion == "slimllm":
+            importance = ops.head_importance(covariance)
+            removed, group = (budget.units, 1) if by_group else (budget.units * sizes.num_kv_heads, sizes.group_size)
+            kept_units = ops.pearson_greedy(covariance, removed, group)
         else:
-            removed = budget.units * sizes.num_kv_heads
-            kept_units = stream.ranks.of_first(ops.pearson_greedy(covariance, removed, sizes.group_size)).cpu()
-            heads, kv_heads = kept_units, torch.arange(sizes.num_kv_heads)
+            groups = 1 if by_group else sizes.num_kv_heads
+            if config.criterion == "obs":
+                surgeon = Surgeon(weight, statistics)
+                importance = unit_costs(surgeon, units)
+                kept_units = complement(eliminate_heads(surgeon, units, budget.units, groups).order, units)
+            else:
+                importance = unit_scores(layer, statistics, units, config, index)
+                kept_units = select_units(importance, budget.units, groups)
+        kept_units = stream.ranks.of_first(kept_units).cpu()
+        heads = head_columns(kept_units, sizes.group_size) if by_group else kept_units
+        kv_heads = kept_units if by_group else torch.arange(sizes.num_kv_heads)
         columns = head_columns(heads, layer.head_dim)
 
     with watch("recovery"):
         moments = head_moments(covariance, mean_output(weight, statistics.mean(), units), kept_units)
-        before = after = moments.relative_error(torch.ones_like(moments.mean_y), torch.zeros_like(moments.mean_y))
-        change = None
-        if config.recovery == "affine":
-            slope, intercept = moments.affine_fit()
-            change, after = OutputChange(intercept, slope), moments.relative_error(slope, intercept)
-        elif config.recovery == "lstsq":
+        before = moments.relative_error(*moments.fit("none"))
+        change: OutputChange | None = None
+        if config.recovery == "lstsq":
             refit = refit_kept(weight, statistics, columns, stream.ranks)
             change, after = refit.change, relative(refit.after, moments.variance_y)
+        else:
+            slope, intercept = moments.fit(config.recovery)
+            if config.recovery != "none":
+                change = OutputChange(intercept, slope)
+            after = moments.relative_error(slope, intercept)
         layer.replace(slice_attention(layer.tensors, spec, columns, head_columns(kv_heads, layer.head_dim), change))
 
     project = layer.linear(spec.o_proj)
@@ -76,7 +88,34 @@ def prune_attention(
     return {
         "kept_heads": heads.tolist(),
         "kept_kv_heads": kv_heads.tolist(),
-        "head_importance": ops.head_importance(covariance).tolist(),
+        "head_importance": importance.tolist(),
         "attention_error_before": before,
         "attention_error_after": after,
     }
+
+
+def unit_scores(
+    layer: Layer, statistics: GramStatistics | ColumnStatistics, units: int, config: PruneConfig, index: int
+) -> torch.Tensor:
+    """Importance of every unit of attention by the criteria that look at columns one by one, (units,) fp64.
+
+    Args:
+        layer: The layer, number `index`.
+        statistics: Of the inputs of o_proj.
+        units: How many units there are: KV groups or single heads.
+        config: The settings.
+    """
+    weight = layer.linear(layer.spec.o_proj).weight
+    if config.criterion == "random":
+        return random(units, config.seed, index, 0)
+    if config.criterion == "wanda-sp":
+        scores = wanda(weight, statistics.norms())
+    elif config.criterion == "flap":
+        scores = fluctuation(weight, statistics.variance())
+    else:
+        scores = squares(weight.T) + squares(layer.linear(layer.spec.q_proj).weight)
+    scores = scores.view(units, -1).sum(1)
+    if config.criterion == "magnitude" and units == layer.sizes().num_kv_heads:
+        for projection in (layer.spec.k_proj, layer.spec.v_proj):
+            scores += squares(layer.linear(projection).weight).view(units, -1).sum(1)
+    return scores

@@ -13,9 +13,17 @@ import torch
 
 from slimllm.errors import InputError
 
-PRESETS = ("default", "paper")
+# What a preset makes of the settings that are not given.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {"criterion": "slimllm", "allocation": "layer-importance", "recovery": "affine", "token_weights": "none"},
+    "paper": {"criterion": "slimllm", "allocation": "layer-importance", "recovery": "affine", "token_weights": "none"},
+    "best": {"criterion": "obs", "allocation": "auto", "recovery": "lstsq", "token_weights": "norm"},
+}
 HEAD_UNITS = ("kv-group", "query")
-RECOVERIES = ("affine", "lstsq", "none")
+CRITERIA = ("slimllm", "obs", "wanda-sp", "flap", "magnitude", "random")
+ALLOCATIONS = ("layer-importance", "uniform", "auto", "flap")
+MEASURED = ("auto", "flap")  # the allocations that need more of the dense pass than how similar it leaves its input
+RECOVERIES = ("affine", "lstsq", "bias", "none")
 TOKEN_WEIGHTS = ("none", "norm")
 FEATURE_SPACES = ("eigh", "function")
 GIB = 2**30
@@ -33,10 +41,19 @@ class PruneConfig:
             published r, n and alpha (the target is then r * n / num_layers, which the report states), round(r_l * H)
             heads and round(r_l * I) channels of a layer, and the published implementation's rule that always keeps
             the lowest 1 % of channels. With grouped queries, which the paper has not, channels make up for whole groups.
+            `best`: the most accurate known, `obs` with `auto`, `lstsq` and `norm`. A preset is what is taken for the next
+            four settings where they are None.
+        criterion: What goes first. `slimllm`: the paper's. `obs`: structured optimal brain surgeon, what adds least output
+            error once the rest has been fitted anew. `wanda-sp`, `flap`: those papers' scores. `magnitude`: the smallest
+            weights. `random`: by `seed`.
+        allocation: What every layer gives. `layer-importance`: the paper's softmax. `uniform`: the same share. `auto`: the
+            whole budget where `obs` measures the least error for a parameter, as the dense model's stream sees it. `flap`:
+            one threshold for that paper's scores, standardised in every sub-layer.
         head_unit: What is removed from attention. `kv-group`: a KV head with all its query heads. `query`: the same
             number of query heads out of every group of a layer. Both are the single head when the group size is 1.
         recovery: `affine`: the paper's regression of every output dimension on its pruned self. `lstsq`: all kept
-            weights of the output projections by ridge regression, closer to the dense model. `none`: no recovery.
+            weights of the output projections by ridge regression, closer to the dense model. `bias`: the mean of what goes,
+            as in FLAP. `none`: no recovery.
         token_weights: `norm`: in all statistics a token counts with 1 / mean square of the residual stream behind the
             sub-layer, which the next norm divides it by: errors are then those that the rest of the model sees, and the
             few enormous tokens that large models have do not own every sum. `none`: all count alike, as published.
@@ -69,9 +86,11 @@ class PruneConfig:
 
     ratio: float
     preset: str = "default"
+    criterion: str | None = None
+    allocation: str | None = None
+    recovery: str | None = None
+    token_weights: str | None = None
     head_unit: str = "kv-group"
-    recovery: str = "affine"
-    token_weights: str = "none"
     calibration: str | Path | torch.Tensor | None = field(default=None, repr=False)
     samples: int = 32
     seq_len: int = 128
@@ -94,7 +113,12 @@ class PruneConfig:
             raise InputError(
                 f"ratio is the fraction of the layers' parameters to remove and must lie between 0 and 1, got {self.ratio}."
             )
-        check_choice("preset", self.preset, PRESETS)
+        check_choice("preset", self.preset, tuple(PRESETS))
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        check_choice("criterion", self.criterion, CRITERIA)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
         check_choice("recovery", self.recovery, RECOVERIES)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
@@ -110,6 +134,14 @@ class PruneConfig:
         for name in ("batch_size", "pruned_layers", "round_to"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), int, 1)
+        if self.allocation != "layer-importance":
+            if self.preset == "paper":
+                raise InputError(f"allocation {self.allocation} is not the paper's; leave it out, or take another preset.")
+            for name in ("pruned_layers", "alpha"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} belongs to the allocation layer-importance, not to {self.allocation}.")
+        if self.keep_lowest is not None and self.criterion != "slimllm":
+            raise InputError(f"keep_lowest belongs to the criterion slimllm, not to {self.criterion}; leave it out.")
         if self.alpha is not None:
             _check_number("alpha", self.alpha, (int, float), 0)
         if self.keep_lowest is not None:
@@ -125,6 +157,11 @@ class PruneConfig:
             parse_device(self.device)
         for name in ("host_memory", "gpu_memory"):
             parse_bytes(name, getattr(self, name))
+
+    @property
+    def by_channels(self) -> bool:
+        """Whether the FFN's selection or recovery needs the Gram of all channels; the others need that of the output."""
+        return self.criterion == "obs" or self.recovery == "lstsq"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types; token ids appear as their shape."""

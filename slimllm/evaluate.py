@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimllm.calibration import windows_of
+from slimllm.calibration import bundled_text, read_texts, tokenize, windows_of
 from slimllm.checkpoint import Checkpoint, download, first_line, open_checkpoint
 from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
@@ -71,6 +71,15 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
         model.load_state_dict({name: tensor}, strict=False, assign=True)
     model.tie_weights()
     return model.requires_grad_(False)
+
+
+def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, text: str | None, wanted: int) -> torch.Tensor:
+    """A text to measure on as token ids, (num_tokens,) int64: a file or a dataset, or None for the bundled one.
+
+    `wanted` bounds how much of a dataset is read.
+    """
+    documents = [bundled_text("evaluation")] if text is None else read_texts(text, wanted)
+    return tokenize(tokenizer, documents)
 
 
 @torch.no_grad()

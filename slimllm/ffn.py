@@ -1,9 +1,9 @@
-"""Pruning of the FFN: whole channels by their importance in the feature space of the output, and recovery.
+"""Pruning of the FFN: whole channels, by their importance in the feature space of the output or another criterion.
 
-What the criterion and the recovery need is streamed in one of two ways. The paper's recovery needs only the (D, D) Gram of
-the output y, the norms of the channels and, once the kept channels are known, the moments of (y, ŷ): N·D² multiply-adds.
-The regression on all kept channels needs the (I, I) Gram of the channels, N·I², of which all else then follows: neither y
-nor ŷ is made.
+What the criterion and the recovery need is streamed in one of two ways. The paper's need only the (D, D) Gram of the output
+y, the norms of the channels and, once the kept channels are known, the moments of (y, ŷ): N·D² multiply-adds. The
+regression on all kept channels, and the criterion `obs`, need the (I, I) Gram of the channels, N·I², of which all else then
+follows: neither y nor ŷ is made.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import torch
 from torch.nn.functional import linear
 
 from slimllm import ops
-from slimllm.allocation import LayerBudget
+from slimllm.budget import LayerBudget
 from slimllm.config import PruneConfig
+from slimllm.criteria import fluctuation, random, squares, wanda
+from slimllm.elimination import Surgeon, channel_costs, eliminate_channels
 from slimllm.importance import input_importance, token_weights
 from slimllm.layer import InnerActivations, Layer
 from slimllm.memory import trim
 from slimllm.progress import Stopwatch
-from slimllm.recovery import OutputChange, OutputMoments, mean_output, refit_kept, relative
-from slimllm.selection import select_channels
+from slimllm.recovery import OutputChange, OutputMoments, channel_moments, mean_output, refit_kept, relative
+from slimllm.selection import complement, select_channels
 from slimllm.slicing import slice_ffn, slice_output
 from slimllm.states import Stored, Stream
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
@@ -35,7 +37,7 @@ def prune_ffn(
     Returns:
         The FFN's part of the layer's report.
     """
-    by = _by_channels if config.recovery == "lstsq" else _by_outputs
+    by = _by_channels if config.by_channels else _by_outputs
     kept, importance, before, after = by(layer, stream, index, budget, config, watch)
     return {
         "kept_channels": kept.tolist(),
@@ -70,18 +72,34 @@ def _by_channels(
         stream.ranks.add_up(inputs, channels)
     with watch("channels"):
         output_covariance = channels.of_product(weight)
-        importance = _importance(layer, inputs, output_covariance, channels.norms().to(layer.device), config)
-        kept = stream.ranks.of_first(_select(importance, budget, config))
+        if config.criterion == "obs":
+            surgeon = Surgeon(weight, channels)
+            importance = channel_costs(surgeon)
+            kept = complement(eliminate_channels(surgeon, budget.channels).order, len(importance))
+            del surgeon
+        else:
+            importance = _importance(layer, inputs, output_covariance, channels, config, index)
+            kept = _select(importance, budget, config)
+        kept = stream.ranks.of_first(kept)
     trim()  # before what takes most
     with watch("recovery"):
-        refit = refit_kept(weight, channels, kept, stream.ranks)
-        layer.replace(slice_ffn(layer.tensors, spec, kept, refit.change))
-        variance = output_covariance.diagonal()
+        change: OutputChange | None = None
+        if config.recovery == "lstsq":
+            refit = refit_kept(weight, channels, kept, stream.ranks)
+            variance, change = output_covariance.diagonal(), refit.change
+            before, after = relative(refit.before, variance), relative(refit.after, variance)
+        else:
+            moments = channel_moments(weight, channels, kept, output_covariance)
+            slope, intercept = moments.fit(config.recovery)
+            if config.recovery != "none":
+                change = OutputChange(intercept, slope)
+            before, after = moments.relative_error(*moments.fit("none")), moments.relative_error(slope, intercept)
+        layer.replace(slice_ffn(layer.tensors, spec, kept, change))
     project, device_channels = layer.linear(spec.down_proj), kept.to(layer.device)
     for number, batch in enumerate(stream):
         with watch("forward"):
             batch.add(project(activations.again(number, device_channels)))
-    return kept, importance, relative(refit.before, variance), relative(refit.after, variance)
+    return kept, importance, before, after
 
 
 def _by_outputs(
@@ -112,7 +130,7 @@ def _by_outputs(
         stream.ranks.add_up(inputs, channels, outputs)
     with watch("channels"):
         output_covariance = outputs.covariance()
-        importance = _importance(layer, inputs, output_covariance, channels.norms(), config)
+        importance = _importance(layer, inputs, output_covariance, channels, config, index)
         kept = stream.ranks.of_first(_select(importance, budget, config))
         device_channels = kept.to(layer.device)
     dense_output = {name: tensor for name, tensor in layer.tensors.items() if name.startswith(f"{spec.down_proj}.")}
@@ -131,11 +149,9 @@ def _by_outputs(
         moments = OutputMoments(
             paired.mean_y, paired.mean_y_hat, output_covariance.diagonal(), paired.variance(), paired.covariance()
         )
-        slope, intercept = torch.ones_like(moments.mean_y), torch.zeros_like(moments.mean_y)
-        before = after = moments.relative_error(slope, intercept)
-        if config.recovery == "affine":
-            slope, intercept = moments.affine_fit()
-            after = moments.relative_error(slope, intercept)
+        slope, intercept = moments.fit(config.recovery)
+        before, after = moments.relative_error(*moments.fit("none")), moments.relative_error(slope, intercept)
+        if config.recovery != "none":
             changed = slice_output(dense_output, spec.down_proj, kept, OutputChange(intercept, slope))
             layer.replace({**layer.tensors, **changed})
     bias, factor = layer.linear(spec.down_proj).bias, slope.float()  # in half precision it would be off by as much for all
@@ -152,18 +168,38 @@ def _weights(stream: Stream, number: int, output: torch.Tensor, bias: torch.Tens
 
 
 def _importance(
-    layer: Layer, inputs: ColumnStatistics, output_covariance: torch.Tensor, norms: torch.Tensor, config: PruneConfig
-) -> torch.Tensor:
-    """I_gate + I_up + I_down, (I,) fp64."""
+    layer: Layer, inputs: ColumnStatistics, output_covariance: torch.Tensor, channels: GramStatistics | ColumnStatistics,
+    config: PruneConfig, index: int,
+) -> torch.Tensor:  # fmt: skip
+    """Of every channel, (I,) fp64: the paper's I_gate + I_up + I_down, or by another criterion."""
+    if config.criterion != "slimllm":
+        return channel_scores(layer, channels, config, index)
     spec, input_norms = layer.spec, inputs.norms()
     weight = layer.linear(spec.down_proj).weight
+    norms = channels.norms().to(layer.device)
     importance = ops.feature_space_importance(weight, output_covariance, norms, config.feature_space)
     for projection in (spec.gate_proj, spec.up_proj):
         importance += input_importance(layer.linear(projection).weight, input_norms)
     return importance
 
 
+def channel_scores(
+    layer: Layer, channels: GramStatistics | ColumnStatistics, config: PruneConfig, index: int
+) -> torch.Tensor:
+    """Importance of every channel by the criteria that look at them one by one, (I,) fp64; see `unit_scores`."""
+    spec = layer.spec
+    weight = layer.linear(spec.down_proj).weight
+    if config.criterion == "random":
+        return random(weight.shape[1], config.seed, index, 1)
+    if config.criterion == "wanda-sp":
+        return wanda(weight, channels.norms().to(weight.device))
+    if config.criterion == "flap":
+        return fluctuation(weight, channels.variance().to(weight.device))
+    both = squares(layer.linear(spec.gate_proj).weight) + squares(layer.linear(spec.up_proj).weight)
+    return squares(weight.T) + both
+
+
 def _select(importance: torch.Tensor, budget: LayerBudget, config: PruneConfig) -> torch.Tensor:
-    published = 0.01 if config.preset == "paper" else 0.0
+    published = 0.01 if config.preset == "paper" and config.criterion == "slimllm" else 0.0
     keep_lowest = published if config.keep_lowest is None else config.keep_lowest
     return select_channels(importance, budget.channels, round(keep_lowest * len(importance)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from slimllm import memory, ops
 from slimllm.calibration import calibration_windows
 from slimllm.checkpoint import Checkpoint, open_checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
+from slimllm.dense import DensePass
 from slimllm.journal import begun_with, fingerprint
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
 from slimllm.native import write_config
 from slimllm.parallel import Ranks
-from slimllm.pipeline import DensePass, check_ratio
+from slimllm.pipeline import check_ratio
 from slimllm.progress import ProgressCallback
 from slimllm.record import Record
 from slimllm.report import REPORT_NAME, PruneReport
@@ -41,8 +43,12 @@ from slimllm.writer import CheckpointWriter, can_resume, check_destination, chec
 def prune_all(
     model: str | Path | Checkpoint, jobs: list[tuple[Path, PruneConfig]], overwrite: bool, resume: bool,
     progress: ProgressCallback | None, notice: Notice | None, command: str | None, ranks: Ranks,
+    on_report: Callable[[PruneReport, Path], None] | None = None,
 ) -> list[PruneReport]:  # fmt: skip
-    """One result for each job, a folder and settings that differ in the ratio alone; see `slimllm.prune_ratios`."""
+    """One result for each job, a folder and settings with the same calibration and devices; see `slimllm.prune_ratios`.
+
+    `on_report` is told about each result as soon as it is there.
+    """
     started = time.perf_counter()
     if notice is None or not ranks.first:
         notice = say_nothing
@@ -75,6 +81,8 @@ def prune_all(
     reports: list[PruneReport] = []
     dense = None
     for out, wanted in jobs:
+        if dense and not dense.serves(wanted):
+            dense = None
         if len(jobs) > 1:
             notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
         begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
@@ -87,6 +95,8 @@ def prune_all(
         report, dense = _prune_one(run, name, out, overwrite, resume, progress, command, dense)
         assert report is not None  # it is written
         reports.append(report)
+        if on_report:
+            on_report(report, out)
         started = time.perf_counter()
     return reports
 

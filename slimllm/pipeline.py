@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -11,14 +10,13 @@ from typing import Any
 import torch
 
 from slimllm.account import batch_windows
-from slimllm.allocation import Allocation, LayerBudget, LayerShape, allocate
+from slimllm.allocation import Allocation, allocate, find_target
 from slimllm.attention import prune_attention
-from slimllm.config import PruneConfig
-from slimllm.errors import HopelessError, InputError
+from slimllm.budget import LayerBudget, LayerShape
+from slimllm.config import MEASURED, PruneConfig
+from slimllm.dense import DensePass, overflow, perplexity_states, perplexity_windows, run_dense_pass
 from slimllm.ffn import prune_ffn
-from slimllm.importance import layer_similarity
-from slimllm.journal import fingerprint
-from slimllm.layer import Layer, pass_sublayer, run_layer
+from slimllm.layer import Layer, pass_sublayer
 from slimllm.memory import peak_host_gib, trim
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
@@ -26,26 +24,8 @@ from slimllm.record import Record
 from slimllm.skeleton import record_layer_inputs
 from slimllm.slicing import LayerSizes
 from slimllm.source import ModelSource
+from slimllm.spending import Curves
 from slimllm.states import Batch, Placement, Stream
-
-# So many calibration tokens give the perplexity before and after; the output head is too costly to run on all.
-PERPLEXITY_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class DensePass:
-    """What one pass through the dense model gives, for any number of prunings on the same windows.
-
-    Attributes:
-        layers: For each layer its `similarity` c, the mean cosine over tokens of its input with its output, and the
-            checksum of its `weights`.
-        final: The last hidden states of the first windows, (perplexity_windows, seq_len, D).
-        seconds: Of computing.
-    """
-
-    layers: list[dict[str, Any]]
-    final: torch.Tensor
-    seconds: float
 
 
 @dataclass
@@ -92,7 +72,8 @@ def prune_layers(
     sizes = source.sizes()
     shapes = [_shape(source, size, config) for size in sizes]
     if dense is None:
-        dense = _dense_pass(source, _stream(source, token_ids, config, placement, watch, ranks), watch, progress, record)
+        stream = _stream(source, token_ids, config, placement, watch, ranks)
+        dense = run_dense_pass(source, stream, shapes, config, watch, progress, record)
         trim()
     elif record:
         weights = [layer["weights"] for layer in dense.layers]
@@ -100,7 +81,8 @@ def prune_layers(
         adopted = dense.layers[len(record.done("dense")) :]
         record.adopt("dense", adopted, {**watch.so_far(), "dense_pass_s": dense.seconds})
     similarity = [layer["similarity"] for layer in dense.layers]
-    allocation = allocate(similarity, shapes, config)
+    curves = [Curves(**layer["curves"]) for layer in dense.layers] if config.allocation in MEASURED else None
+    allocation = allocate(similarity, shapes, config, curves)
     on_allocation(allocation)
     outcome = Outcome(dense, allocation)
 
@@ -118,7 +100,7 @@ def prune_layers(
             report = _prune_layer(layer, stream, index, allocation.budgets[index], config, watch)
             with ranks.together():
                 if not all(bool(batch.hidden.load().isfinite().all()) for batch in stream):
-                    raise _overflow(source, index, "pruned")
+                    raise overflow(source, index, "pruned")
             with watch("write"), ranks.together():
                 parameters_after = store(index, layer)
             del layer  # before the next one is read
@@ -137,7 +119,7 @@ def prune_layers(
                 progress("prune", index, source.num_layers, report)
     with watch("perplexity"):
         windows = token_ids[: perplexity_windows(token_ids)]
-        final_pruned = _perplexity_states(stream)
+        final_pruned = perplexity_states(stream)
         del stream
         trim()
         with ranks.together():
@@ -154,66 +136,7 @@ def check_ratio(source: ModelSource, config: PruneConfig) -> None:
     Raises:
         ValueError: (as InputError) it cannot.
     """
-    allocate([1.0] * source.num_layers, [_shape(source, size, config) for size in source.sizes()], config)
-
-
-def _dense_pass(
-    source: ModelSource,
-    stream: Stream,
-    watch: Stopwatch,
-    progress: ProgressCallback | None,
-    record: Record | None,
-) -> DensePass:
-    ranks = stream.ranks
-    done = record.done("dense") if record else []
-    layers = [{name: step[name] for name in ("similarity", "weights")} for step in done]
-    if record and done:
-        record.compare_weights(lambda index: fingerprint(source.weights(index)))
-        if not record.done("prune"):
-            record.restore(stream)
-    with source.layers(len(done), stream.placement.read_ahead) as load:
-        for index in range(len(done), source.num_layers):
-            with watch("read"), ranks.together():
-                layer = load(index)
-            total = torch.zeros((), dtype=torch.float64, device=source.device)
-            for batch in stream:
-                hidden_in = batch.hidden.load()
-                with watch("dense pass"):
-                    hidden_out = run_layer(layer, hidden_in, batch.kwargs[index])
-                with watch("statistics"):
-                    total += layer_similarity(hidden_in, hidden_out)
-                    batch.hidden.save(hidden_out)
-            ranks.sum_(total)
-            with ranks.together():
-                if not bool(total.isfinite()):
-                    raise _overflow(source, index, "dense")
-            layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": 0})
-            if record:
-                with watch("journal"):
-                    layers[-1]["weights"] = _common(fingerprint(layer.tensors), index, ranks)
-                    record.add("dense", stream, **layers[-1], **watch.so_far())
-            del layer  # before the next one is read
-            if progress:
-                progress("dense", index, source.num_layers, None)
-    seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared
-    return DensePass(layers, _perplexity_states(stream), seconds or watch.seconds["dense pass"])
-
-
-def _common(checksum: int, index: int, ranks: Ranks) -> int:
-    """The checksum of a layer's weights, which has to be that of all ranks."""
-    checksums = ranks.everyone(checksum)
-    with ranks.together():
-        for rank, other in enumerate(checksums):
-            if other != checksums[0]:
-                raise InputError(f"Rank {rank} has other weights in layer {index} than rank 0; give all the same model.")
-    return checksum
-
-
-def _overflow(source: ModelSource, index: int, which: str) -> InputError:
-    return HopelessError(
-        f"The hidden states behind layer {index} of the {which} model are not finite when computed in "
-        f"{str(source.dtype).removeprefix('torch.')}; compute in float32."
-    )
+    find_target([_shape(source, size, config) for size in source.sizes()], config)
 
 
 def _prune_layer(
@@ -255,26 +178,6 @@ def _stream(
                 kwargs = stream[0].kwargs  # they depend on the shape of a batch alone, and masks are large
             stream.batches.append(Batch(stream.store(hidden), kwargs))
     return stream
-
-
-def _perplexity_states(stream: Stream) -> torch.Tensor:
-    """A copy of the hidden states of the first windows, (perplexity_windows, seq_len, D), in host memory, on every rank."""
-    wanted = min(stream.samples, max(1, PERPLEXITY_TOKENS // stream.shape[1]))
-    states = torch.zeros(wanted, *stream.shape[1:], dtype=stream[0].hidden.dtype)
-    for windows, batch in zip(stream.windows(stream.ranks.rank), stream):
-        if windows.start < wanted:
-            part = states[windows.start : windows.stop]
-            part.copy_(batch.hidden.stored()[: len(part)])
-    if stream.ranks.size > 1:
-        summed = states.float()  # with zeros, which is exact
-        stream.ranks.sum_(summed)
-        states = summed.to(states.dtype)
-    return states
-
-
-def perplexity_windows(token_ids: torch.Tensor) -> int:
-    """How many calibration windows the reported calibration perplexity is of."""
-    return min(len(token_ids), max(1, PERPLEXITY_TOKENS // token_ids.shape[1]))
 
 
 def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:

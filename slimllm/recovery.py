@@ -1,7 +1,7 @@
 """Regression of a sub-layer's dense output on what is left of it, as a change of the output projection.
 
 `affine` is the paper's (SlimLLM, section "linear regression"): one slope and intercept for every output. `lstsq` fits all
-weights of the kept columns anew.
+weights of the kept columns anew. `bias` is FLAP's: the intercept alone.
 """
 
 from __future__ import annotations
@@ -49,6 +49,13 @@ class OutputMoments:
     def affine_fit(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Slope and intercept of the regression of y on ŷ, see `slimllm.ops.affine_fit`."""
         return ops.affine_fit(self.mean_y, self.mean_y_hat, self.variance_y_hat, self.covariance)
+
+    def fit(self, recovery: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slope and intercept of a recovery that is not `lstsq`."""
+        if recovery == "affine":
+            return self.affine_fit()
+        slope = torch.ones_like(self.mean_y)
+        return slope, self.mean_y - self.mean_y_hat if recovery == "bias" else torch.zeros_like(slope)
 
     def relative_error(self, slope: torch.Tensor, intercept: torch.Tensor) -> float:
         """Σ_k E(y_k - a_k ŷ_k - b_k)² / Σ_k var(y_k): 0 is perfect, 1 is as good as the mean."""
@@ -121,9 +128,7 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
     ranks = ranks or Ranks()
     outputs, mean = len(weight), statistics.mean()
     weight = ranks.rows(weight).to(mean.device)
-    removed = torch.ones(len(mean), dtype=torch.bool, device=mean.device).index_fill_(0, keep.to(mean.device), False)
-    kept = (~removed).nonzero()[:, 0]
-    removed = removed.nonzero()[:, 0]
+    kept, removed = _kept_and_removed(keep, mean)
     removed_weight = weight[:, removed].double()
     lost = ((removed_weight @ statistics.block(removed, removed)) * removed_weight).sum(1)
     across = statistics.block(kept, removed) @ removed_weight.T
@@ -135,6 +140,41 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
     ranks.sum_(errors)
     before, after = errors.clamp(min=0).tolist()
     return Refit(whole, before, after)
+
+
+def channel_moments(
+    weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor, output_covariance: torch.Tensor
+) -> OutputMoments:
+    """Moments of the output before and after pruning, from the Gram of all columns.
+
+    Args:
+        weight: W of the output projection, (D, F).
+        statistics: Of its inputs, F features.
+        keep: Indices of the kept columns, on any device.
+        output_covariance: Cov(y), (D, D).
+    """
+    mean = statistics.mean()
+    kept, removed = _kept_and_removed(keep, mean)
+    weight = weight.to(mean.device)
+    kept_weight, removed_weight = weight[:, kept].double(), weight[:, removed].double()
+    of_kept = ((kept_weight @ statistics.block(kept, kept)) * kept_weight).sum(1)
+    with_removed = ((kept_weight @ statistics.block(kept, removed)) * removed_weight).sum(1)
+    moments = (kept_weight @ mean[kept] + removed_weight @ mean[removed], kept_weight @ mean[kept])
+    mean_y, mean_y_hat, of_kept, covariance = (
+        part.to(output_covariance.device) for part in (*moments, of_kept, of_kept + with_removed)
+    )
+    return OutputMoments(mean_y, mean_y_hat, output_covariance.diagonal(), of_kept, covariance)
+
+
+def _kept_and_removed(keep: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    removed = torch.ones(len(mean), dtype=torch.bool, device=mean.device).index_fill_(0, keep.to(mean.device), False)
+    return (~removed).nonzero()[:, 0], removed.nonzero()[:, 0]
+
+
+def column_scale(variance: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """The size d of every column for the ridge: d² = var z + 0.01 (E z)², and 0 where it is constant. (F,) fp64."""
+    variance = variance.clamp(min=0)
+    return torch.where(variance > 0, (variance + MEAN_PART * mean.square()).sqrt(), 0.0)
 
 
 def least_squares(
@@ -159,8 +199,8 @@ def least_squares(
     Returns:
         The change, and Σ_k var(e_k - Δ_k z), what is then still missing, up to rounding.
     """
-    variance = covariance.diagonal().clamp(min=0)
-    inverse = torch.where(variance > 0, (variance + MEAN_PART * mean.square()).rsqrt(), 0.0)
+    scale = column_scale(covariance.diagonal(), mean)
+    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
     correlation = covariance.mul_(inverse[:, None]).mul_(inverse)
     across = inverse[:, None] * cross
     scaled = ops.lstsq(correlation[None], across[None], RIDGE, absolute=True)[0]

@@ -18,13 +18,14 @@ from slimllm.allocation import Allocation
 from slimllm.calibration import calibration_name
 from slimllm.checkpoint import Checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig
+from slimllm.dense import DensePass, perplexity_windows
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Layer
 from slimllm.native import OutputFormat, output_format
 from slimllm.parallel import Ranks
-from slimllm.pipeline import DensePass, Outcome, check_ratio, perplexity_windows, prune_layers
+from slimllm.pipeline import Outcome, check_ratio, prune_layers
 from slimllm.plan import GPU_RUNTIME, ROUNDINGS, Plan, make_plan
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record

@@ -25,6 +25,29 @@ def select_channels(importance: torch.Tensor, num_pruned: int, keep_lowest: int 
     return torch.cat([order[:keep_lowest], order[keep_lowest + num_pruned :]]).sort().values.cpu()
 
 
+def select_units(importance: torch.Tensor, num_pruned: int, num_groups: int = 1) -> torch.Tensor:
+    """Units of attention to keep: of every group of neighbouring ones the least important go.
+
+    Args:
+        importance: (units,).
+        num_pruned: How many of each group.
+        num_groups: Groups; 1 lets any unit go.
+
+    Returns:
+        Sorted int64 indices of the kept units, on the CPU.
+    """
+    by_group = importance.view(num_groups, -1)
+    if not 0 <= num_pruned < by_group.shape[1]:
+        raise ValueError(f"cannot prune {num_pruned} of {by_group.shape[1]} units.")
+    kept = by_group.argsort(dim=1, stable=True)[:, num_pruned:].cpu()
+    return (kept + torch.arange(num_groups)[:, None] * by_group.shape[1]).flatten().sort().values
+
+
+def complement(removed: torch.Tensor, number: int) -> torch.Tensor:
+    """The sorted int64 indices below `number` that are not removed, on the CPU."""
+    return torch.ones(number, dtype=torch.bool).index_fill_(0, removed.cpu(), False).nonzero()[:, 0]
+
+
 def head_columns(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Column (or row) indices of the given heads: (len(heads) · head_dim,) int64."""
     return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()

@@ -192,7 +192,14 @@ def assert_close(folder: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"recovery": "lstsq", "head_unit": "query"}, {"preset": "paper", "recovery": "none"}]
+    "settings",
+    [
+        {},
+        {"recovery": "lstsq", "head_unit": "query"},
+        {"preset": "paper", "recovery": "none"},
+        {"preset": "best"},
+        {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
+    ],
 )
 @pytest.mark.parametrize("size", [2, 3])
 def test_as_one_process(tmp_path: Path, size: int, settings: dict[str, Any]) -> None:

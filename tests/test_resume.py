@@ -81,11 +81,16 @@ def test_goes_on_where_it_was(
     assert len(report.layers) == 5 and report.stages_s["dense pass"] == report.dense_pass_s > 0
 
 
-@pytest.mark.parametrize("recovery", ["lstsq", "none"])
-def test_every_recovery_and_batches_of_different_sizes(token_ids: torch.Tensor, tmp_path: Path, recovery: str) -> None:
-    settings = config(token_ids, recovery=recovery, batch_size=7, head_unit="query", dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("choice", "stage"), [({"recovery": "lstsq"}, "prune"), ({"recovery": "none"}, "prune"), ({"preset": "best"}, "dense"),
+                          ({"preset": "best"}, "prune"), ({"allocation": "flap", "recovery": "bias"}, "dense")]
+)  # fmt: skip
+def test_every_method_and_batches_of_different_sizes(
+    token_ids: torch.Tensor, tmp_path: Path, choice: dict[str, Any], stage: str
+) -> None:
+    settings = config(token_ids, batch_size=7, head_unit="query", dtype="bfloat16", **choice)
     prune(STORIES, tmp_path / "whole", settings, command="the command")
-    interrupted(tmp_path / "out", settings)
+    interrupted(tmp_path / "out", settings, stage)
     prune(STORIES, tmp_path / "out", settings, resume=True, command="the command")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -21,7 +21,7 @@ def run_bench(
     *,
     layers: list[Any],
     ratio: list[float],
-    recovery: list[str],
+    recovery: list[Any],
     samples: list[int],
     rounds: int,
     workdir: Path | None,
@@ -57,7 +57,8 @@ def run_bench(
     rows: list[list[dict[str, Any]]] = [[] for _ in settings]
     for number in range(rounds):  # in turn, so that a busy machine meets all alike
         for position, setting in enumerate(settings):
-            about = f"{setting.model}, {setting.ratio:g}, {setting.recovery}, {setting.samples} × {setting.seq_len}"
+            method = setting.recovery or setting.preset
+            about = f"{setting.model}, {setting.ratio:g}, {method}, {setting.samples} × {setting.seq_len}"
             with console.status(f"{about}, round {number + 1} of {rounds}"):
                 row = measure(setting, workdir)
             append_rows(out, [row])

@@ -105,7 +105,7 @@ def _report(layers: list[LayerSizes], config: PruneConfig, device: torch.device)
     kept = 1 - config.ratio
     return {
         "calibration": {"tokens": config.samples * config.seq_len, "seq_len": config.seq_len},
-        "config": {"recovery": config.recovery},
+        "config": config.to_dict(),
         "device": str(device),
         "layers": [
             {

@@ -51,7 +51,7 @@ class Setting:
     layers: int | None = None
     ratio: float = 0.2
     preset: str = "default"
-    recovery: str = "affine"
+    recovery: str | None = None
     samples: int = 32
     seq_len: int = 128
     device: str | None = None
@@ -152,6 +152,7 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
     return {
         "model": checkpoint.path.stem if gguf else checkpoint.name,
         **{name: value for name, value in dataclasses.asdict(setting).items() if name not in ("model", "device")},
+        "recovery": report["config"]["recovery"],
         "weights": ("safetensors" if setting.on_disk else "generated") if setting.model in SHAPES else _kind(checkpoint),
         "num_layers": len(report["layers"]),
         "load": load, "threads": torch.get_num_threads(),
@@ -222,7 +223,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _commit() -> str:
-    """The commit that was measured, in a checkout; changes to the results themselves do not make it dirty."""
+    """The commit that was measured, in a checkout; changes to the results and to documents do not make it dirty."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
@@ -234,6 +235,7 @@ def _commit() -> str:
         "--",
         ".",
         ":!benchmarks/results",
+        ":!*.md",
         ":!benchmarks/*.png",
     ]
     try:

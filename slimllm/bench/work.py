@@ -62,11 +62,11 @@ def stage_work(
         read_bytes: What a parameter takes where it is read from.
     """
     tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
-    recovery: str = report["config"]["recovery"]
+    config: dict[str, Any] = report["config"]
     on_gpu = str(report["device"]).startswith("cuda")
     by_stage: dict[str, Work] = defaultdict(Work)
     for size, layer in zip(sizes, report["layers"]):
-        found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, recovery, on_gpu)
+        found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, config, on_gpu)
         found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
         for stage, work in found.items():
             by_stage[stage] += work
@@ -74,8 +74,8 @@ def stage_work(
 
 
 def _layer_work(
-    size: LayerSizes, layer: dict[str, Any], tokens: int, seq_len: int, hidden_size: int, head_dim: int, recovery: str,
-    on_gpu: bool,
+    size: LayerSizes, layer: dict[str, Any], tokens: int, seq_len: int, hidden_size: int, head_dim: int,
+    config: dict[str, Any], on_gpu: bool,
 ) -> dict[str, Work]:  # fmt: skip
     width, kv_width, channels = size.num_heads * head_dim, size.num_kv_heads * head_dim, size.intermediate_size
     kept_width, kept_channels = layer["num_heads"] * head_dim, layer["intermediate_size"]
@@ -84,29 +84,40 @@ def _layer_work(
     into_ffn = 4 * tokens * hidden_size * channels
     out = 2 * tokens * hidden_size
     forward = into_attention + into_ffn + out * (kept_width + kept_channels)
-    statistics, heads, selection, recover = Work(), Work(), Work(), Work()
+    statistics, heads, selection, recover, allocation = Work(), Work(), Work(), Work(), Work()
+    lstsq, obs = config["recovery"] == "lstsq", config.get("criterion") == "obs"
+    if config.get("allocation") == "auto":
+        statistics += Work(tokens * (width**2 + channels**2))
+        allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
     if attention_pruned:
         units = size.num_kv_heads
         statistics += Work(tokens * width**2)
         contributions = hidden_size * width**2 * (1 + 1 / units)
         heads += Work(single=contributions) if on_gpu else Work(precise=contributions)
-        if recovery == "lstsq":
+        if obs:
+            heads += _elimination(width, kept_width, hidden_size)
+        if lstsq:
             recover += _regression(width, kept_width, hidden_size)
     if ffn_pruned:
-        # Eigenvectors of a symmetric matrix: reduction to three diagonals, and back; on a GPU the matrix function.
-        axes = Work(single=26 * hidden_size**3) if on_gpu else Work(precise=(4 / 3 + 2) * hidden_size**3)
-        selection += axes + Work(single=2 * hidden_size**2 * channels)
-        if recovery == "lstsq":
+        if config.get("criterion", "slimllm") == "slimllm":
+            # Eigenvectors of a symmetric matrix: reduction to three diagonals, and back; on a GPU the matrix function.
+            axes = Work(single=26 * hidden_size**3) if on_gpu else Work(precise=(4 / 3 + 2) * hidden_size**3)
+            selection += axes + Work(single=2 * hidden_size**2 * channels)
+        if obs or lstsq:
             statistics += Work(tokens * channels**2)
             selection += Work(single=hidden_size * channels * (2 * channels + hidden_size))
+        if obs:
+            selection += _elimination(channels, kept_channels, hidden_size)
+        if lstsq:
             recover += _regression(channels, kept_channels, hidden_size)
-        else:
+        if not (obs or lstsq):
             statistics += Work(tokens * hidden_size**2)
             forward += out * channels  # y, beside ŷ
     return {
         "dense pass": Work(into_attention + into_ffn + out * (width + channels)),
         "forward": Work(forward),
         "statistics": statistics,
+        **({"allocation": allocation} if config.get("allocation") == "auto" else {}),
         "heads": heads,
         "channels": selection,
         "recovery": recover,
@@ -118,6 +129,12 @@ def _regression(features: int, kept: int, hidden_size: int) -> Work:
     """Of the removed features' output on the kept ones: the cross moments, the factor, and two triangular solves."""
     removed = features - kept
     return Work(precise=2 * removed * hidden_size * (kept + removed) + kept**3 / 3 + 2 * kept**2 * hidden_size)
+
+
+def _elimination(features: int, kept: int, hidden_size: int) -> Work:
+    """An inverse, and the updates of it and of the weights by all features that go."""
+    updates = 2 / 3 * (features**3 - kept**3) + hidden_size * (features**2 - kept**2)
+    return Work(single=features**3 + updates)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -126,12 +126,14 @@ class GramStatistics(Accumulator):
             covariance[:stop, start:stop] = rows.T
         return covariance
 
+    def variance(self) -> torch.Tensor:
+        """Population variance: (features,) fp64."""
+        check_mass(self.mass)
+        return (self.gram.diagonal().double() / self.mass - (self.total / self.mass).square()).clamp_(min=0)
+
     def norms(self) -> torch.Tensor:
         """(Σ_t w_t x_tj²)^½, without weights ‖X[:,j]‖₂: (features,) fp64."""
-        check_mass(self.mass)
-        delta = self.total / self.mass
-        variance = (self.gram.diagonal().double() / self.mass - delta.square()).clamp_(min=0)
-        return (self.mass * (variance + self.mean().square())).sqrt()
+        return (self.mass * (self.variance() + self.mean().square())).sqrt()
 
     def of_product(self, weight: torch.Tensor) -> torch.Tensor:
         """Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64 on its device, computed in fp32."""

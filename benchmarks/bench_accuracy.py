@@ -1,0 +1,118 @@
+"""Held-out perplexity of every method side by side, at the same number of parameters and from the same calibration text.
+
+    python benchmarks/bench_accuracy.py --wikitext wiki.valid.raw [MODEL]    (default: the demo's model)
+    … --mha                    its copy with repeated K/V heads, the same function without grouped queries
+    … --method best slimllm --ratio 0.2 0.5 --seed 0 1 2 --samples 32 128 512 --calibration bundled
+
+Of the bundled text one part calibrates and another is measured on; of WikiText-2's validation text the first half and the
+second. Every pruned model is measured on both, in windows of 128 and of 512 tokens, about 6,000 tokens of each. Rows go to
+benchmarks/results/accuracy.jsonl; what is there already for this commit is not measured again. `make tables` shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, append_results
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import slimllm
+from slimllm.calibration import bundled_text, draw_windows, tokenize
+from slimllm.compare import METHODS
+from slimllm.demo import find_demo_model
+
+WINDOWS = {128: 48, 512: 12}
+# What single parts of the best method do.
+PARTS: dict[str, dict[str, Any]] = {
+    "best, no token weights": {"preset": "best", "token_weights": "none"},
+    "best, the paper's allocation": {"preset": "best", "allocation": "layer-importance"},
+    "best, the paper's criterion": {"preset": "best", "criterion": "slimllm"},
+    "best, the paper's recovery": {"preset": "best", "recovery": "affine"},
+}
+KEYS = ("model", "mha", "method", "ratio", "calibration", "samples", "seed")
+
+
+def as_mha(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function without grouped queries: every KV head repeated for each of its query heads."""
+    config, state = model.config, model.state_dict()
+    group = config.num_attention_heads // config.num_key_value_heads
+    for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
+        heads = state[name].view(config.num_key_value_heads, config.head_dim, -1)
+        state[name] = heads.repeat_interleave(group, 0).reshape(-1, state[name].shape[1])
+    made = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "num_key_value_heads": config.num_attention_heads}))
+    made.load_state_dict(state)
+    return made.eval()
+
+
+def measured(model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Perplexity by text and window."""
+    return {
+        f"{name} {seq_len}": slimllm.perplexity(model, tokens, seq_len=seq_len, max_windows=number)
+        for name, tokens in texts.items() for seq_len, number in WINDOWS.items()
+    }  # fmt: skip
+
+
+def there_already() -> set[tuple[Any, ...]]:
+    """The settings that were measured at this commit."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=True)
+    path = RESULTS / "accuracy.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return {tuple(row[key] for key in KEYS) for row in rows if row["commit"] == done.stdout.strip()}
+
+
+def main() -> None:
+    """Prune, measure, append the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default=find_demo_model())
+    parser.add_argument("--wikitext", type=Path, required=True)
+    parser.add_argument("--mha", action="store_true")
+    parser.add_argument("--method", nargs="+", default=[*METHODS, *PARTS], choices=[*METHODS, *PARTS])
+    parser.add_argument("--ratio", nargs="+", type=float, default=[0.2, 0.35, 0.5])
+    parser.add_argument("--calibration", nargs="+", default=["bundled", "wikitext"], choices=["bundled", "wikitext"])
+    parser.add_argument("--samples", nargs="+", type=int, default=[32])
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    arguments = parser.parse_args()
+    if arguments.model is None:
+        parser.error("the demo's model is not there; run make demo, or give a model.")
+    dense, tokenizer = slimllm.load(arguments.model)
+    dense = as_mha(dense) if arguments.mha else dense
+    wikitext = tokenize(tokenizer, [arguments.wikitext.read_text(encoding="utf-8")])
+    half = len(wikitext) // 2
+    held_out = {"bundled": tokenize(tokenizer, [bundled_text("evaluation")]), "wikitext": wikitext[half:]}
+    calibrating = {"bundled": tokenize(tokenizer, [bundled_text("calibration")]), "wikitext": wikitext[:half]}
+    console, done = Console(), there_already()
+    before = measured(dense, held_out)
+    console.print("dense", before, highlight=False)
+    name = getattr(Path(arguments.model), "stem", arguments.model)
+    for seed in arguments.seed:
+        for samples in arguments.samples:
+            for text in arguments.calibration:
+                windows = draw_windows(calibrating[text], samples=samples, seq_len=128, seed=seed)
+                for ratio in arguments.ratio:
+                    for method in arguments.method:
+                        row = dict(zip(KEYS, (name, arguments.mha, method, ratio, text, samples, seed)))
+                        if tuple(row.values()) in done:
+                            continue
+                        model = copy.deepcopy(dense)
+                        config = slimllm.PruneConfig(ratio=ratio, seed=seed, **(METHODS | PARTS)[method])
+                        report = slimllm.prune_model(model, windows, config)
+                        row |= {
+                            "perplexity": measured(model, held_out), "perplexity_dense": before, "seq_len": 128,
+                            "elapsed_s": report.elapsed_s, "dense_pass_s": report.dense_pass_s,
+                            "achieved_ratio": report.achieved_ratio, "parameters": report.parameters["layers_after"],
+                        }  # fmt: skip
+                        append_results("accuracy", [row])
+                        values = " ".join(f"{value:.1f}" for value in row["perplexity"].values())
+                        about = f"{method}, {ratio:g}, {text}, {samples} windows, seed {seed}"
+                        console.print(f"{about}: {values}, {report.elapsed_s:.0f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

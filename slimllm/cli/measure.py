@@ -1,0 +1,124 @@
+"""The commands that measure and show: compare, eval, demo, bench, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimllm.cli.options import Model, Preset, Quiet, app, console
+
+
+@app.command("compare")
+def compare_command(
+    model: Model,
+    ratio: Annotated[list[float] | None, typer.Option(help="Several give a table of each. Default: 0.2 and 0.5.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="best, slimllm, flap, wanda-sp, …; may be given again. Default: all.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl or a dataset. Default: bundled.")
+    ] = None,
+    eval_len: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 128,
+    max_windows: Annotated[int | None, typer.Option(help="So many windows of it. Default: 64.")] = 64,
+    calibration: Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
+    head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
+    compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A new file for the lines, as JSONL.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model by several methods at the same ratios, and print the perplexity of each; no model is kept."""
+    from slimllm.compare_display import run_compare
+    from slimllm.config import PruneConfig
+
+    config = PruneConfig(
+        ratio=0.5, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
+        compute_dtype=compute_dtype, device=device,
+    )  # fmt: skip
+    run_compare(console, model, ratio or [0.2, 0.5], config, method, text, eval_len, max_windows, out, quiet)
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    text: Annotated[str | None, typer.Option(help="FILE.txt, FILE.jsonl or a dataset. Default: bundled text.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window: 128 as in the paper, 2048 as is common now.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
+    max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the beginning.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+) -> None:
+    """Perplexity of a model, pruned or not, over non-overlapping windows of a text."""
+    from slimllm.evaluate import evaluation_tokens, load, perplexity
+
+    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if text is None:
+        console.print("Evaluating on the bundled text (the last fifth of War and Peace, Book One).", style="dim")
+    tokens = evaluation_tokens(tokenizer, text, (max_windows or 2048) * seq_len)
+    windows = min(len(tokens) // seq_len, max_windows or len(tokens))
+    value = perplexity(loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
+    console.print(f"perplexity {value:.4f}   ({windows} windows of {seq_len} tokens)", highlight=False)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("slimllm-demo"),
+    ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")] = 0.2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+) -> None:
+    """Prune a small real model and show what it was and what it is."""
+    from slimllm.demo import run_demo
+
+    run_demo(out, ratio, overwrite, console)
+
+
+@app.command("bench")
+def bench_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders, GGUF files, hub ids, or names of shapes (random weights): llama-7b, llama-33b, …"),
+    ] = None,
+    layers: Annotated[list[int] | None, typer.Option(help="Only so many layers. Default: all.")] = None,
+    ratio: Annotated[list[float] | None, typer.Option(help="Fraction of the layers' parameters. Default: 0.2.")] = None,
+    recovery: Annotated[list[str] | None, typer.Option(help="affine, lstsq, bias or none. Default: the preset's.")] = None,
+    samples: Annotated[list[int] | None, typer.Option(help="Calibration windows. Default: 32.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    preset: Preset = "default",
+    rounds: Annotated[int, typer.Option(help="Runs of each setting; the table shows medians.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
+    on_disk: Annotated[bool, typer.Option("--on-disk", help="Write random weights to disk first, and read them.")] = False,
+    workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
+    out: Annotated[Path, typer.Option(help="File of results; rows are appended.")] = Path("slimllm-bench.jsonl"),
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw all of --out into this .png or .svg; models may be left out.")
+    ] = None,
+) -> None:
+    """Measure pruning throughput: seconds by stage, memory, and the distance to the floor of the counted work.
+
+    Options that may be given more than once (--samples 8 --samples 32) are measured in all combinations.
+    """
+    from slimllm.bench.display import run_bench
+
+    run_bench(
+        console, models or [], layers=layers or [None], ratio=ratio or [0.2], recovery=recovery or [None],
+        samples=samples or [32], seq_len=seq_len, preset=preset, rounds=rounds, device=device, compute_dtype=compute_dtype,
+        on_disk=on_disk, workdir=workdir, out=out, plot=plot,
+    )  # fmt: skip
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Show what this machine has, and which backend each operation uses on it and why."""
+    from slimllm.display import show_diagnosis
+    from slimllm.doctor import diagnose, settings
+
+    show_diagnosis(console, diagnose(), settings())

@@ -1,0 +1,40 @@
+"""What the commands share: the application, the two consoles, and options that several have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+errors = Console(stderr=True)
+
+REMOVED = "what was begun is removed"
+
+Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file or a hub id.")]
+Preset = Annotated[str, typer.Option(help="default; paper: the published settings; best: the most accurate.")]
+Criterion = Annotated[
+    str | None,
+    typer.Option(help="slimllm (default), obs (what is missed least), wanda-sp, flap, magnitude or random."),
+]
+AllocationName = Annotated[
+    str | None,
+    typer.Option(
+        "--allocation", help="layer-importance (default, the paper's), uniform, auto (by measured error), or flap."
+    ),
+]
+Recovery = Annotated[
+    str | None, typer.Option(help="affine (default, the paper's), lstsq (all kept weights), bias, or none.")
+]
+TokenWeights = Annotated[
+    str | None,
+    typer.Option(help="norm: a token counts by what the next norm divides it by. none (default): all alike."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]

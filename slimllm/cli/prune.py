@@ -1,0 +1,162 @@
+"""`slimllm prune` and `slimllm plan`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slimllm.cli.options import (
+    REMOVED,
+    AllocationName,
+    Criterion,
+    Model,
+    Preset,
+    Quiet,
+    Recovery,
+    TokenWeights,
+    app,
+    console,
+    errors,
+)
+from slimllm.errors import LostRankError, OutputError
+from slimllm.interrupts import SafeStop
+from slimllm.parallel import Ranks, launched
+
+
+@app.command("prune")
+def prune_command(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    ratio: Annotated[
+        list[float],
+        typer.Option(help="Fraction of the decoder layers' parameters to remove. Several: OUT/0.2, OUT/0.35, … in one go."),
+    ],
+    preset: Preset = "default",
+    criterion: Criterion = None,
+    allocation: AllocationName = None,
+    recovery: Recovery = None,
+    token_weights: TokenWeights = None,
+    head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split]]. Default: bundled text."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass. Default: about 1024 tokens.")] = None,
+    pruned_layers: Annotated[
+        int | None, typer.Option(help="n, layers to prune. Default: 81 % of them (ratio 0.2) to 94 % (0.5).")
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Temperature of the allocation. Default: 10 (ratio 0.2) to 7 (0.5).")
+    ] = None,
+    keep_lowest: Annotated[
+        float | None, typer.Option(help="Fraction of the least important channels kept. Default: 0, paper: 0.01.")
+    ] = None,
+    round_to: Annotated[
+        int | None, typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
+    ] = None,
+    feature_space: Annotated[
+        str | None, typer.Option(help="eigh, or function: no eigenvectors. Default: the faster on the device.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")] = None,
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB: the run is done so that it fits.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="The same, of the GPU.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run for this folder that was interrupted, if one was.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune a model and write the result as a Hugging Face folder.
+
+    Under torchrun (torchrun --nproc-per-node 4 -m slimllm prune …) the processes share the calibration windows.
+    """
+    from slimllm.config import PruneConfig
+    from slimllm.display import PruneDisplay
+    from slimllm.engine import prune, prune_ratios
+    from slimllm.writer import can_resume
+
+    results = [out] if len(ratio) == 1 else [out / str(one) for one in ratio]
+    command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
+    with launched(device) as group:
+        ranks = Ranks(group)
+        with ranks.together():
+            config = PruneConfig(
+                ratio=ratio[0], preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,
+                token_weights=token_weights, head_unit=head_unit, calibration=calibration, samples=samples,
+                seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers, alpha=alpha,
+                keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype,
+                compute_dtype=compute_dtype, device=device, host_memory=host_memory, gpu_memory=gpu_memory,
+            )  # fmt: skip
+        tell = errors.print if ranks.first else _say_nothing
+        stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
+
+        def progress(stage: str, index: int, num_layers: int, layer: dict[str, Any] | None) -> None:
+            display.progress(stage, index, num_layers, layer)
+            stop.progress(stage, index, num_layers, layer)
+
+        try:
+            with PruneDisplay(console, quiet or not ranks.first) as display:
+                settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
+                settings |= {"command": command, "group": group}
+                if len(ratio) == 1:
+                    reports = [prune(model, out, config, **settings)]
+                else:
+                    reports = prune_ratios(model, out, config, ratio, **settings)
+        except SystemExit:
+            left = "the same command with --resume goes on from here"
+            tell(f"Interrupted; {left if any(map(can_resume, results)) else REMOVED}.", style="bold red", highlight=False)
+            raise
+        except (OutputError, LostRankError) as error:
+            if any(map(can_resume, results)):
+                raise type(error)(f"{error} The same command with --resume goes on from here.") from error
+            raise
+        for report in reports if ranks.first and not quiet else []:
+            display.summary(report)
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF file, a hub id, or the name of a shape: llama-33b, …")],
+    ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")] = 0.2,
+    preset: Preset = "default",
+    criterion: Criterion = None,
+    allocation: AllocationName = None,
+    recovery: Recovery = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="dtype of the written weights.")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, or cuda: here or on another machine. Default: a GPU if there is one.")
+    ] = None,
+    host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="The same, of the GPU.")] = None,
+    ranks: Annotated[int, typer.Option(help="Processes that share the windows, each on a machine like this one.")] = 1,
+) -> None:
+    """What a run would take, from config.json alone: memory by its parts, disk, time, and how it would fit a budget."""
+    from slimllm.bench.forecast import forecast
+    from slimllm.config import PruneConfig
+    from slimllm.display import print_forecast
+
+    config = PruneConfig(
+        ratio=ratio, preset=preset, criterion=criterion, allocation=allocation, recovery=recovery, samples=samples,
+        seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype, device=None if device == "cuda" else device,
+        host_memory=host_memory, gpu_memory=gpu_memory,
+    )  # fmt: skip
+    print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))
+
+
+def _say_nothing(*words: object, **style: object) -> None:
+    """In place of printing, on all ranks but the first."""

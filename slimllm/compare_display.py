@@ -1,0 +1,66 @@
+"""What `slimllm compare` shows: a line for each method as it comes, then the table. Called by the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from slimllm.checkpoint import open_checkpoint
+from slimllm.compare import METHODS, Compared, compare
+from slimllm.config import PruneConfig
+from slimllm.display import PruneDisplay
+from slimllm.errors import InputError
+from slimllm.evaluate import evaluation_tokens
+
+
+def run_compare(
+    console: Console, model: str, ratios: list[float], config: PruneConfig, methods: list[str] | None, text: str | None,
+    eval_len: int, max_windows: int | None, out: Path | None, quiet: bool,
+) -> None:  # fmt: skip
+    """Compare, print the table, and write the lines to `out`; arguments as on the command line.
+
+    Raises:
+        ValueError: (as InputError) as `compare`, or `out` exists or its folder does not.
+    """
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        raise InputError(f"{out} must be a new file in a folder that exists; give another name.")
+    tokens = evaluation_tokens(open_checkpoint(model).tokenizer(), text, (max_windows or 2048) * eval_len)
+    with PruneDisplay(console, quiet) as display:
+
+        def on_line(line: Compared) -> None:
+            display.notice(f"{line.method} at {line.ratio:g}: perplexity {line.perplexity:.2f}")
+            if out is not None:
+                with out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(dataclasses.asdict(line)) + "\n")
+
+        lines = compare(
+            model, ratios, config, tokens, methods=methods or tuple(METHODS), seq_len=eval_len, max_windows=max_windows,
+            progress=display.progress, on_line=on_line,
+        )  # fmt: skip
+    console.print(compare_table(lines))
+
+
+def compare_table(lines: list[Compared]) -> Table:
+    """A line for each method, best first at each ratio, below the dense model."""
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for title in ("ratio", "method", "perplexity", "log increase", "parameters", "seconds", "x dense pass"):
+        table.add_column(title, justify="left" if title == "method" else "right")
+    for line in sorted(lines, key=lambda line: (line.ratio, line.perplexity)):
+        seconds = line.seconds + (line.dense_pass_s if line.shared else 0.0)  # as if it were alone
+        cells = [
+            f"{line.ratio:g}",
+            line.method,
+            f"{line.perplexity:.2f}",
+            f"{line.log_increase:.3f}",
+            f"{line.parameters:,}",
+        ]
+        if line.method == "dense":
+            cells[0] = cells[3] = ""
+        else:
+            cells += [f"{seconds:.1f}", f"{seconds / line.dense_pass_s:.1f}"]
+        table.add_row(*cells)
+    return table

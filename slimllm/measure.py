@@ -1,0 +1,115 @@
+"""The dense pass of the allocations that are measured: what every layer would lose, at every number of units and channels.
+
+`auto`: J of `slimllm.elimination` over how much is gone, from the dense model's activations, divided by the mean square of
+the residual stream behind the sub-layer. With token weights `norm` that division is made token by token, as the next norm
+does.
+
+`flap`: FLAP's scores (arXiv 2312.11983), standardised over the columns of each sub-layer and averaged over a head's; a
+curve is their sum over what goes, times its parameters, so that a budget is spent at one threshold for all.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm.budget import LayerShape
+from slimllm.config import PruneConfig
+from slimllm.criteria import fluctuation
+from slimllm.elimination import Surgeon, eliminate_channels, eliminate_heads
+from slimllm.importance import layer_similarity, token_weights
+from slimllm.layer import Layer, inner_activations
+from slimllm.memory import trim
+from slimllm.progress import Stopwatch
+from slimllm.spending import Curves, sampled
+from slimllm.states import Stream
+from slimllm.statistics import ColumnStatistics, GramStatistics
+
+
+def measure_layer(
+    layer: Layer, stream: Stream, index: int, shape: LayerShape, config: PruneConfig, watch: Stopwatch
+) -> tuple[torch.Tensor, Curves]:
+    """Let the residual stream pass a dense layer; its similarity, summed over all tokens, and its curves.
+
+    The curves are empty where the stream is not finite any more.
+    """
+    spec, device = layer.spec, layer.device
+    projections = (layer.linear(spec.o_proj), layer.linear(spec.down_proj))
+    norms = (layer.module.get_submodule(spec.attention_norm), layer.module.get_submodule(spec.ffn_norm))
+    kind = GramStatistics if config.allocation == "auto" else ColumnStatistics
+    gram_device = "cpu" if stream.placement.gram == "host" else device
+    statistics = [kind(projections[0].in_features, device), kind(projections[1].in_features, gram_device)]
+    similarity = torch.zeros((), dtype=torch.float64, device=device)
+    squares = torch.zeros(2, dtype=torch.float64, device=device)  # Σ_t of the stream's mean square behind each sub-layer
+    for batch in stream:
+        hidden_in = hidden = batch.hidden.load()
+        for part, (name, project, norm) in enumerate(zip((spec.o_proj, spec.down_proj), projections, norms)):
+            with watch("dense pass"):
+                kwargs = batch.kwargs[index] if part == 0 else None
+                inner = inner_activations(layer, name, norm(hidden), kwargs)
+                output = project(inner)
+            with watch("statistics"):
+                weights = token_weights(hidden, output)
+                squares[part] += weights.reciprocal().sum(dtype=torch.float64)
+                statistics[part].update(inner, weights if config.token_weights == "norm" else None)
+            with watch("dense pass"):
+                hidden = hidden + output.view_as(hidden)
+        with watch("statistics"):
+            similarity += layer_similarity(hidden_in, hidden)
+            batch.hidden.save(hidden)
+    del hidden_in, hidden, inner, output
+    with watch("statistics"):
+        stream.ranks.add_up(*statistics)
+        stream.ranks.sum_(squares, similarity)
+    if not bool(similarity.isfinite()):
+        return similarity, Curves([], [])
+    with watch("allocation"):
+        if config.allocation == "auto":
+            costs = _by_elimination(layer, statistics, squares, config)
+        else:
+            costs = _by_fluctuation(layer, statistics, shape, config)
+        costs = [stream.ranks.of_first(part) for part in costs]
+    trim()
+    return similarity, Curves(*map(sampled, costs))
+
+
+def _by_elimination(
+    layer: Layer, statistics: list[GramStatistics | ColumnStatistics], squares: torch.Tensor, config: PruneConfig
+) -> list[torch.Tensor]:
+    """What every round of units, and every channel, adds to J, in the order in which they go."""
+    sizes, costs = layer.sizes(), []
+    by_group = sizes.by_group(config.head_unit)
+    for part, name in enumerate((layer.spec.o_proj, layer.spec.down_proj)):
+        one = statistics[part]
+        assert isinstance(one, GramStatistics)
+        surgeon = Surgeon(layer.linear(name).weight, one)
+        if part == 1:
+            found = eliminate_channels(surgeon, sizes.intermediate_size).costs
+        elif by_group:
+            found = eliminate_heads(surgeon, sizes.num_kv_heads, sizes.num_kv_heads).costs
+        else:
+            found = eliminate_heads(surgeon, sizes.num_heads, sizes.group_size, sizes.num_kv_heads).costs
+            found = found.view(sizes.group_size, sizes.num_kv_heads).sum(1)
+        # J is a mean over tokens, weighted or not, of a square summed over the outputs.
+        weight = one.mass if config.token_weights == "norm" else one.count**2 / float(squares[part])
+        costs.append(found * (weight / one.count / len(layer.linear(name).weight)))
+        del surgeon
+        trim()
+    return costs
+
+
+def _by_fluctuation(
+    layer: Layer, statistics: list[GramStatistics | ColumnStatistics], shape: LayerShape, config: PruneConfig
+) -> list[torch.Tensor]:
+    """Scores, in the order in which units and channels go, times parameters."""
+    sizes, costs = layer.sizes(), []
+    for part, name in enumerate((layer.spec.o_proj, layer.spec.down_proj)):
+        score = fluctuation(layer.linear(name).weight, statistics[part].variance().to(layer.device)).cpu()
+        score = (score - score.mean()) / score.std()
+        if part == 1:
+            costs.append(score.sort().values * shape.channel_params)
+            continue
+        groups = 1 if sizes.by_group(config.head_unit) else sizes.num_kv_heads
+        units = sizes.num_kv_heads if groups == 1 else sizes.num_heads
+        by_unit = score.view(units, -1).mean(1).view(groups, -1).sort(1).values.mean(0)
+        costs.append(by_unit * shape.unit_params)
+    return costs

@@ -1,0 +1,110 @@
+"""An exact budget spent over the whole model: every step is taken where a parameter costs least.
+
+What a sub-layer loses is a curve over how much of it goes. Its lower convex hull is what can be had for every budget, so
+steps in the order of the hull's slopes are the best choice for the sum of all curves at every total that they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from slimllm.budget import LayerShape
+
+# Points of a curve over the channels, evenly from none of them to all.
+POINTS = 257
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a layer loses, at evenly spaced numbers of removed units and of removed channels, from none to all of them."""
+
+    attention: list[float]
+    ffn: list[float]
+
+
+@dataclass(order=True)
+class _Step:
+    slope: float
+    layer: int
+    part: str  # attention before ffn
+    removed: int
+    params: int = field(compare=False)
+
+
+def sampled(costs: torch.Tensor) -> list[float]:
+    """A curve from what each of all channels adds, in the order in which they go, (I,)."""
+    curve = torch.cat([costs.new_zeros(1), costs.cumsum(0)])
+    at = torch.linspace(0, len(costs), min(POINTS, len(curve)), dtype=torch.float64).round().long()
+    values: list[float] = curve.double()[at.to(curve.device)].tolist()
+    return values
+
+
+def spend(curves: list[Curves], shapes: list[LayerShape], target: int, round_to: int) -> list[tuple[int, int]]:
+    """How many units and channels every layer gives, so that parameters nearest to the target go.
+
+    Args:
+        curves: Of every layer.
+        shapes: Their sizes.
+        target: Parameters to remove, biases of the recovery made up for.
+        round_to: Widths are multiples of this, and every layer keeps so many channels, and one unit.
+    """
+    of_layers = (_steps(i, curve, shape, round_to) for i, (curve, shape) in enumerate(zip(curves, shapes)))
+    steps = sorted(step for of_layer in of_layers for step in of_layer)
+    taken = [{"attention": 0, "ffn": 0} for _ in shapes]
+    too_large: set[tuple[int, str]] = set()
+    left = target
+    for step in steps:
+        if (step.layer, step.part) in too_large:
+            continue
+        if step.params > left:
+            if step.part == "ffn" and step.params - left < left:
+                taken[step.layer]["ffn"] = step.removed
+                left -= step.params
+            if step.part == "ffn":
+                break
+            too_large.add((step.layer, step.part))
+            continue
+        taken[step.layer][step.part] = step.removed
+        left -= step.params
+    return [(one["attention"], one["ffn"]) for one in taken]
+
+
+def _steps(layer: int, curve: Curves, shape: LayerShape, round_to: int) -> Iterable[_Step]:
+    units = range(shape.units)
+    widths = range((shape.channels - 1) // round_to * round_to, 0, -round_to)
+    channels = [0, *(shape.channels - width for width in widths)]
+    for part, values, counts, total, params, bias in (
+        ("attention", curve.attention, units, shape.units, shape.unit_params, shape.attention_bias_params),
+        ("ffn", curve.ffn, channels, shape.channels, shape.channel_params, shape.ffn_bias_params),
+    ):
+        costs, slope = hull(values, [count / total for count in counts]), -float("inf")
+        for number in range(1, len(counts)):
+            size = (counts[number] - counts[number - 1]) * params
+            slope = max(slope, (costs[number] - costs[number - 1]) / size)  # rounding must not change their order
+            yield _Step(slope, layer, part, counts[number], size - (bias if number == 1 else 0))
+
+
+def hull(values: list[float], at: list[float]) -> list[float]:
+    """The lower convex hull of a curve over [0, 1], given at even distances, at the points asked for (ascending)."""
+    last = len(values) - 1
+    corners: list[int] = []
+    for i in range(last + 1):
+        while len(corners) > 1 and _above(values, corners[-2], corners[-1], i):
+            corners.pop()
+        corners.append(i)
+    result, corner = [], 0
+    for x in at:
+        position = x * last
+        while corner + 2 < len(corners) and corners[corner + 1] < position:
+            corner += 1
+        first, second = corners[corner], corners[corner + 1]
+        result.append(values[first] + (values[second] - values[first]) * (position - first) / (second - first))
+    return result
+
+
+def _above(values: list[float], first: int, middle: int, last: int) -> bool:
+    """Whether the middle point lies on or above the line through the other two."""
+    return (values[middle] - values[first]) * (last - first) >= (values[last] - values[first]) * (middle - first)

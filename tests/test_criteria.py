@@ -1,0 +1,178 @@
+"""The criteria beside SlimLLM's, in a whole run, against their formulas on the raw activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import as_mha
+from transformers import PreTrainedModel
+
+from slimllm import InputError, PruneConfig, prune_model
+from slimllm.config import ALLOCATIONS, CRITERIA, RECOVERIES
+
+RATIO = 0.3
+
+
+def inputs_of(model: PreTrainedModel, name: str, token_ids: torch.Tensor) -> torch.Tensor:
+    """What enters a module of the first layer, (num_tokens, features) fp64."""
+    seen: list[torch.Tensor] = []
+    hook = model.model.layers[0].get_submodule(name).register_forward_pre_hook(lambda module, x: seen.append(x[0]))
+    with torch.no_grad():
+        model(token_ids)
+    hook.remove()
+    return seen[0].flatten(0, 1).double()
+
+
+def wanda(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return (weight.abs() * x.norm(dim=0)).mean(0)
+
+
+def flap(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x.var(0, unbiased=False) * weight.square().sum(0)
+
+
+@pytest.mark.parametrize(("criterion", "score"), [("wanda-sp", wanda), ("flap", flap)])
+@pytest.mark.parametrize("recovery", ["none", "lstsq"])
+@pytest.mark.parametrize("head_unit", ["kv-group", "query"])
+def test_scores_of_columns(
+    stories: PreTrainedModel, token_ids: torch.Tensor, criterion: str, score: Callable[..., torch.Tensor], recovery: str,
+    head_unit: str,
+) -> None:  # fmt: skip
+    """Both of the ways in which statistics are streamed; the first layer's inputs are those of the dense model."""
+    layer = stories.model.layers[0]
+    of_heads = score(layer.self_attn.o_proj.weight.double(), inputs_of(stories, "self_attn.o_proj", token_ids))
+    settings = {"criterion": criterion, "allocation": "uniform", "recovery": recovery, "head_unit": head_unit}
+    report = prune_model(stories, token_ids, PruneConfig(ratio=RATIO, round_to=1, **settings)).layers[0]
+    by_head = of_heads.view(8, -1).sum(1)
+    if head_unit == "kv-group":
+        by_unit = by_head.view(4, 2).sum(1)
+        kept = by_unit.argsort()[4 - report["num_kv_heads"] :].sort().values
+        assert report["kept_kv_heads"] == kept.tolist() and len(kept) < 4
+    else:
+        by_unit = by_head
+        kept = [2 * group + int(pair.argmax()) for group, pair in enumerate(by_head.view(4, 2))]
+        assert report["kept_heads"] in (kept, list(range(8)))
+    if "head_importance" in report:
+        assert report["head_importance"] == pytest.approx((by_unit).tolist(), rel=1e-4)
+    assert len(report["channel_importance"]) == 172
+    order = torch.tensor(report["channel_importance"]).argsort()
+    assert report["kept_channels"] == order[172 - report["intermediate_size"] :].sort().values.tolist()
+
+
+@pytest.mark.parametrize("criterion", ["wanda-sp", "flap"])
+def test_scores_of_channels(stories: PreTrainedModel, token_ids: torch.Tensor, criterion: str) -> None:
+    """With attention left whole, what enters down_proj of the first layer is that of the dense model."""
+    layer = stories.model.layers[0]
+    score = {"wanda-sp": wanda, "flap": flap}[criterion]
+    wanted = score(layer.mlp.down_proj.weight.double(), inputs_of(stories, "mlp.down_proj", token_ids))
+    settings: dict[str, Any] = {"criterion": criterion, "allocation": "uniform", "recovery": "none"}
+    report = prune_model(stories, token_ids, PruneConfig(ratio=0.05, round_to=1, **settings)).layers[0]
+    assert report["num_heads"] == 8 and report["intermediate_size"] < 172
+    assert report["channel_importance"] == pytest.approx(wanted.tolist(), rel=1e-4)
+
+
+def test_magnitude(stories: PreTrainedModel, token_ids: torch.Tensor) -> None:
+    layer = stories.model.layers[0]
+    ffn = [layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight.T]
+    channels = sum(weight.double().square().sum(1) for weight in ffn)
+    attention = layer.self_attn
+    queries = [attention.q_proj.weight, attention.o_proj.weight.T]
+    heads = sum(weight.double().square().sum(1).view(4, -1).sum(1) for weight in queries)
+    heads = heads + sum(w.weight.double().square().sum(1).view(4, -1).sum(1) for w in (attention.k_proj, attention.v_proj))
+    config = PruneConfig(ratio=RATIO, criterion="magnitude", allocation="uniform", recovery="none", round_to=1)
+    report = prune_model(stories, token_ids, config).layers[0]
+    assert report["channel_importance"] == pytest.approx(channels.tolist(), rel=1e-5)
+    assert report["head_importance"] == pytest.approx(heads.tolist(), rel=1e-5)
+
+
+def test_random_is_by_seed(stories_path: Any, token_ids: torch.Tensor) -> None:
+    from slimllm import load
+
+    def kept(seed: int) -> list[list[int]]:
+        config = PruneConfig(ratio=RATIO, criterion="random", allocation="uniform", recovery="none", seed=seed)
+        return [layer["kept_channels"] for layer in prune_model(load(stories_path)[0], token_ids, config).layers]
+
+    first = kept(0)
+    assert first == kept(0) != kept(1)
+    assert len({tuple(channels) for channels in first}) == len(first)  # every layer draws its own
+
+
+@torch.no_grad()
+def test_bias_stands_for_the_mean_of_what_goes(stories: PreTrainedModel, token_ids: torch.Tensor) -> None:
+    x = inputs_of(stories, "self_attn.o_proj", token_ids)
+    weight = stories.model.layers[0].self_attn.o_proj.weight.double().clone()
+    config = PruneConfig(ratio=RATIO, criterion="flap", allocation="uniform", recovery="bias")
+    report = prune_model(stories, token_ids, config).layers[0]
+    head_dim = weight.shape[1] // 8
+    columns = [head * head_dim + i for head in report["kept_heads"] for i in range(head_dim)]
+    gone = [column for column in range(weight.shape[1]) if column not in columns]
+    projection = stories.model.layers[0].self_attn.o_proj
+    torch.testing.assert_close(projection.weight, weight[:, columns].float(), rtol=0, atol=0)
+    wanted = (weight[:, gone] @ x[:, gone].mean(0)).float()
+    torch.testing.assert_close(projection.bias, wanted, rtol=1e-4, atol=1e-6 * float(weight.abs().max()))
+    assert report["attention_error_after"] < report["attention_error_before"]
+
+
+@pytest.mark.parametrize("recovery", RECOVERIES)
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_everything_goes_with_everything(
+    stories: PreTrainedModel, token_ids: torch.Tensor, criterion: str, allocation: str, recovery: str
+) -> None:
+    config = PruneConfig(ratio=RATIO, criterion=criterion, allocation=allocation, recovery=recovery)
+    report = prune_model(stories, token_ids[:4], config)
+    assert report.achieved_ratio == pytest.approx(RATIO, rel=0.01)
+    for layer in report.layers:
+        for part in ("attention", "ffn"):
+            if f"{part}_error_after" in layer:
+                # Least squares with a ridge may not gain on its own text, but it does not lose either.
+                assert layer[f"{part}_error_after"] <= layer[f"{part}_error_before"] * (1 + 1e-6)
+
+
+def test_best_is_better(stories: PreTrainedModel, token_ids: torch.Tensor) -> None:
+    """On text that calibrates nothing: less than half of what the paper's method loses at 20 %, two thirds at 50 %."""
+    import copy
+    import math
+
+    from slimllm import perplexity
+    from slimllm.calibration import bundled_text, tokenize
+    from slimllm.checkpoint import open_checkpoint
+
+    dense = as_mha(stories)
+    tokens = tokenize(open_checkpoint(stories.config.name_or_path).tokenizer(), [bundled_text("evaluation")[:30_000]])
+    before = math.log(perplexity(dense, tokens))
+    lost = {}
+    for ratio in (0.2, 0.5):
+        for preset in ("default", "best"):
+            model = copy.deepcopy(dense)
+            prune_model(model, token_ids, PruneConfig(ratio=ratio, preset=preset, round_to=1))
+            lost[ratio, preset] = math.log(perplexity(model, tokens)) - before
+    assert lost[0.2, "best"] < 0.6 * lost[0.2, "default"]
+    assert lost[0.5, "best"] < 0.8 * lost[0.5, "default"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"criterion": "taylor"}, "criterion must be one of slimllm, obs"),
+        ({"allocation": "greedy"}, "allocation must be one of layer-importance, uniform"),
+        ({"preset": "paper", "allocation": "auto"}, "is not the paper's"),
+        ({"preset": "best", "alpha": 3.0}, "alpha belongs to the allocation layer-importance"),
+        ({"allocation": "uniform", "pruned_layers": 3}, "pruned_layers belongs to"),
+        ({"criterion": "obs", "keep_lowest": 0.1}, "keep_lowest belongs to the criterion slimllm"),
+    ],
+)
+def test_settings_that_do_not_go_together(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        PruneConfig(ratio=0.2, **settings)
+
+
+def test_a_preset_is_what_is_not_given() -> None:
+    best = PruneConfig(ratio=0.2, preset="best")
+    assert (best.criterion, best.allocation, best.recovery, best.token_weights) == ("obs", "auto", "lstsq", "norm")
+    mixed = PruneConfig(ratio=0.2, preset="best", recovery="affine")
+    assert (mixed.criterion, mixed.recovery) == ("obs", "affine")
+    assert PruneConfig(ratio=0.2).to_dict()["criterion"] == "slimllm"
