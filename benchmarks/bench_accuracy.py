@@ -5,7 +5,8 @@
     … --method best slimllm --ratio 0.2 0.5 --seed 0 1 2 --samples 32 128 512 --calibration bundled
 
 Of the bundled text one part calibrates and another is measured on; of WikiText-2's validation text the first half and the
-second. Every pruned model is measured on both, in windows of 128 and of 512 tokens, about 6,000 tokens of each. Rows go to
+second. Every pruned model is measured on both, in windows of 128 and of 512 tokens: of each text the same 6,144 tokens, from
+twelve places spread over all of it. Rows go to
 benchmarks/results/accuracy.jsonl; what is there already for this commit is not measured again. `make tables` shows them.
 """
 
@@ -24,11 +25,11 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import slimllm
-from slimllm.calibration import bundled_text, draw_windows, tokenize
+from slimllm.calibration import bundled_text, draw_windows, tokenize, windows_of
 from slimllm.compare import METHODS
 from slimllm.demo import find_demo_model
 
-WINDOWS = {128: 48, 512: 12}
+PLACES, LENGTHS = 12, (128, 512)
 # What single parts of the best method do.
 PARTS: dict[str, dict[str, Any]] = {
     "best, no token weights": {"preset": "best", "token_weights": "none"},
@@ -54,9 +55,15 @@ def as_mha(model: PreTrainedModel) -> PreTrainedModel:
 def measured(model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict[str, float]:
     """Perplexity by text and window."""
     return {
-        f"{name} {seq_len}": slimllm.perplexity(model, tokens, seq_len=seq_len, max_windows=number)
-        for name, tokens in texts.items() for seq_len, number in WINDOWS.items()
+        f"{name} {seq_len}": slimllm.perplexity(model, tokens, seq_len=seq_len)
+        for name, tokens in texts.items() for seq_len in LENGTHS
     }  # fmt: skip
+
+
+def places(tokens: torch.Tensor) -> torch.Tensor:
+    """Windows of the greater length, spread evenly over a text."""
+    windows = windows_of(tokens, max(LENGTHS))
+    return windows[torch.linspace(0, len(windows) - 1, PLACES).long()].flatten()
 
 
 def there_already() -> set[tuple[Any, ...]]:
@@ -85,7 +92,7 @@ def main() -> None:
     dense = as_mha(dense) if arguments.mha else dense
     wikitext = tokenize(tokenizer, [arguments.wikitext.read_text(encoding="utf-8")])
     half = len(wikitext) // 2
-    held_out = {"bundled": tokenize(tokenizer, [bundled_text("evaluation")]), "wikitext": wikitext[half:]}
+    held_out = {"bundled": places(tokenize(tokenizer, [bundled_text("evaluation")])), "wikitext": places(wikitext[half:])}
     calibrating = {"bundled": tokenize(tokenizer, [bundled_text("calibration")]), "wikitext": wikitext[:half]}
     console, done = Console(), there_already()
     before = measured(dense, held_out)

@@ -32,6 +32,7 @@ from slimllm.run import Notice
 METHODS: dict[str, dict[str, Any]] = {
     "best": {"preset": "best"},
     "flap": {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
+    "flap, uniform": {"criterion": "flap", "allocation": "uniform", "recovery": "bias"},
     "slimllm": {"preset": "default"},
     "slimllm + lstsq": {"recovery": "lstsq"},
     "obs + lstsq": {"criterion": "obs", "recovery": "lstsq"},
