@@ -5,9 +5,9 @@
     … --method best slimllm --ratio 0.2 0.5 --seed 0 1 2 --samples 32 128 512 --calibration bundled
 
 Of the bundled text one part calibrates and another is measured on; of WikiText-2's validation text the first half and the
-second. Every pruned model is measured on both, in windows of 128 and of 512 tokens: of each text the same 6,144 tokens, from
-twelve places spread over all of it. Rows go to
-benchmarks/results/accuracy.jsonl; what is there already for this commit is not measured again. `make tables` shows them.
+second. Every pruned model is measured on both, in windows of 128 and of 512 tokens: of each text the same 6,144, from 12
+places spread over all of it. Rows go to benchmarks/results/accuracy.jsonl; what is there already for this commit is not
+measured again. `make tables` shows them.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -20,6 +21,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PAGES = [RESULTS.parent.parent / name for name in ("README.md", "benchmarks/NOTES.md")]
 Rows = list[dict[str, Any]]
+# Of the accuracy table: texts that calibrate nothing, and tokens in a window.
+TEXTS = ("bundled 128", "bundled 512", "wikitext 128", "wikitext 512")
 
 
 def newest(name: str, keys: tuple[str, ...], wanted: Callable[[dict[str, Any]], bool]) -> list[Rows]:
@@ -132,6 +135,37 @@ def recovery_table() -> str:
     )  # fmt: skip
 
 
+def accuracy_table() -> str:
+    """How much every method loses on held-out text, the least first at each ratio and calibration text."""
+    keys = ("model", "mha", "method", "ratio", "calibration", "samples")
+    settings = newest("accuracy", keys, lambda row: row["samples"] == 32)
+
+    def increases(rows: Rows, text: str) -> list[float]:
+        return [math.log(row["perplexity"][text] / row["perplexity_dense"][text]) for row in rows]
+
+    def mean(rows: Rows) -> float:
+        return statistics.mean(value for text in TEXTS for value in increases(rows, text))
+
+    def line(rows: Rows, papers: float | None) -> list[str]:
+        first = rows[0]
+        cells = []
+        for text in TEXTS:
+            values = increases(rows, text)
+            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        kind = ", MHA" if first["mha"] else ""
+        share = "" if papers is None else f"{mean(rows) / papers:.2f}"
+        return [f"{first['ratio']:.0%}{kind}", first["calibration"], first["method"], *cells, share, str(len(rows))]
+
+    def place(rows: Rows) -> tuple[Any, ...]:
+        return rows[0]["model"], rows[0]["mha"], rows[0]["ratio"], rows[0]["calibration"]
+
+    settings.sort(key=lambda rows: (*place(rows), mean(rows)))
+    papers = {place(rows): mean(rows) for rows in settings if rows[0]["method"] == "slimllm"}
+    header = ["ratio", "calibrated on", "method", *TEXTS, "/ slimllm", "seeds"]
+    return table(header, [line(rows, papers.get(place(rows))) for rows in settings])
+
+
 def large_table() -> str:
     """Some layers of models that are larger than the machine's memory."""
     settings = newest("large", ("model", "layers", "recovery", "host_memory"), lambda row: row["device"] == "cpu")
@@ -155,7 +189,7 @@ def large_table() -> str:
 
 
 TABLES = {"prune": prune_table, "stages": stages_table, "naive": naive_table, "recovery": recovery_table,
-          "large": large_table}  # fmt: skip
+          "large": large_table, "accuracy": accuracy_table}  # fmt: skip
 
 
 def fill(page: str) -> str:

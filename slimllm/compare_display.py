@@ -32,7 +32,8 @@ def run_compare(
     with PruneDisplay(console, quiet) as display:
 
         def on_line(line: Compared) -> None:
-            display.notice(f"{line.method} at {line.ratio:g}: perplexity {line.perplexity:.2f}")
+            where = f" at {line.ratio:g}" if line.ratio else ""
+            display.notice(f"{line.method}{where}: perplexity {line.perplexity:.2f}")
             if out is not None:
                 with out.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(dataclasses.asdict(line)) + "\n")

@@ -36,10 +36,10 @@ def test_amounts_of_memory() -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("samples", [8, 4096])
-@pytest.mark.parametrize("recovery", ["affine", "lstsq"])
-def test_a_budget_is_kept_or_the_least_one_named(on_gpu: bool, samples: int, recovery: str) -> None:
+@pytest.mark.parametrize("choice", [{"recovery": "affine"}, {"recovery": "lstsq"}, {"preset": "best"}])
+def test_a_budget_is_kept_or_the_least_one_named(on_gpu: bool, samples: int, choice: dict[str, str]) -> None:
     sizes = dataclasses.replace(LLAMA_33B, samples=samples, on_gpu=on_gpu, computed=2 if on_gpu else 4)
-    settings = PruneConfig(ratio=0.2, recovery=recovery)
+    settings = PruneConfig(ratio=0.2, **choice)
     free = make_plan(sizes, settings, GIB / 2, GIB / 2)
     assert not free.choices and free.placement == Placement(read_ahead=on_gpu)
     which, peak = ("gpu_memory", "peak_gpu") if on_gpu else ("host_memory", "peak_host")
@@ -108,7 +108,7 @@ def test_stored(place: str, tmp_path: Path) -> None:
     assert torch.equal(stored.load(), second + 1)
 
 
-@pytest.mark.parametrize("recovery", ["affine", "lstsq"])
+@pytest.mark.parametrize("choice", [{"recovery": "affine"}, {"recovery": "lstsq"}, {"preset": "best"}])
 @pytest.mark.parametrize(
     "placement",
     [
@@ -120,9 +120,13 @@ def test_stored(place: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_result_does_not_depend_on_where_things_live(
-    token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recovery: str, placement: dict[str, object]
+    token_ids: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: dict[str, str],
+    placement: dict[str, object],
 ) -> None:
-    settings = config(token_ids, recovery=recovery, batch_size=7)
+    settings = config(token_ids, batch_size=7, **choice)
     prune(STORIES, tmp_path / "free", settings)
 
     def placed(**rest: Any) -> Placement:
