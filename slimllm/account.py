@@ -107,9 +107,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
     lstsq, by_channels = config.recovery == "lstsq", config.by_channels
     pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
-    streams = (
-        1 if by_channels else 2
-    )  # of what is as large as all tokens, in the FFN: beside the residual stream, its outputs
+    # Of what is as large as all tokens, in the FFN: the residual stream, and the outputs where they are needed.
+    streams = 1 if by_channels else 2
 
     def at(name: str, num_streams: int, device: Mapping[str, float], host: Mapping[str, float] | None = None) -> Phase:
         shared = not sizes.on_gpu and s == c  # the layer computes with the tensors that were read
@@ -123,7 +122,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             host |= {"hidden states": num_streams * tokens / batch * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
         return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
 
-    elimination = {"elimination": 2 * 4 * i**2 + 2 * 4 * i * d}  # an inverse and the next one, and the weights
+    # A factor, its inverse and, on a GPU, what the inverse is made of; and the weights.
+    elimination = {"elimination": (3 if sizes.on_gpu else 2) * 4 * i**2 + 2 * 4 * i * d}
+    copies = 2 if config.token_weights == "norm" else 1
+    tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * i * 4}
 
     def inner(width: int) -> Parts:
         num_bytes = tokens * width * c
@@ -131,30 +133,31 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
 
     yield at("read", 1, {}, {"mapped file": d * i * s})
     yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c})
-    auto = config.allocation == "auto"
-    if auto:
-        grams, on_host = {"Gram": a**2 * 4}, placement.gram == "host"
-        grams |= {} if on_host else {"Gram": (a**2 + i**2) * 4}
-        of_host = {"Gram": i**2 * 4} if on_host else {}
-        yield at("measuring", 1, grams | {"batch": batch * (4 * i + 4 * d) * c}, of_host)
-        both = ({}, of_host | elimination) if on_host else (elimination, {})
-        yield at("allocation", 1, grams | both[0], both[1])
+    if config.allocation == "auto":
+        both, one = {"Gram": (a**2 + i**2) * 4}, {"Gram": a**2 * 4}
+        of_batch = {"batch": batch * (4 * i + 4 * d) * c}
+        if placement.gram == "host":
+            yield at("measuring", 1, one | of_batch | tiles, {"Gram of channels": i**2 * 4})
+            yield at("allocation", 1, one, {"Gram of channels": i**2 * 4} | elimination)
+        else:
+            yield at("measuring", 1, both | of_batch)
+            yield at("allocation", 1, both | elimination)
     yield at("attention", 1, inner(a) | {"batch": batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c, "Gram": a**2 * 4})
     heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * sizes.units**2 * d * 8}
+    if config.criterion == "obs":
+        heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # the squares where the covariance was
     yield at("heads", 1, heads)
     ffn_gram = {"Gram": (i if by_channels else d) ** 2 * 4}
     away = by_channels and placement.gram == "host"
-    tiles = {"tiles of the Gram": (min(i, TILE) + batch) * i * 4} if away else {}
     here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
     yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
     # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or the matrices of
     # the function (6 in fp32), which is as much.
-    space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4)
+    space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if config.criterion == "slimllm" else d**2 * 8
     yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
     if config.criterion == "obs":
-        yield at(
-            "obs", streams, inner(i) | ({} if away else ffn_gram | elimination), ffn_gram | elimination if away else {}
-        )
+        needed, covariance = ffn_gram | elimination, {"covariance": d**2 * 8}
+        yield at("obs", streams, inner(i) | covariance | ({} if away else needed), needed if away else {})
     sliced = {"pruned layer": 3 * kept * d * s}
     if lstsq:
         across = {"moments": (4.5 * 8 * kept * d + 8 * (i - kept) * d) / sizes.ranks}  # of this rank's outputs
@@ -163,6 +166,9 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         yield at("recovery", streams, inner(i) | ({} if away else system), system if away else {})
         yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
     else:
+        if by_channels:
+            moments = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
+            yield at("recovery", streams, inner(i) | ({} if away else moments), moments if away else {})
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else tokens * d * c
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})

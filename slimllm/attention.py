@@ -55,9 +55,13 @@ def prune_attention(
         else:
             groups = 1 if by_group else sizes.num_kv_heads
             if config.criterion == "obs":
-                surgeon = Surgeon(weight, statistics)
-                importance = unit_costs(surgeon, units)
-                kept_units = complement(eliminate_heads(surgeon, units, budget.units, groups).order, units)
+                importance, kept_units = torch.zeros(units), torch.zeros(units - budget.units * groups, dtype=torch.int64)
+                with stream.ranks.together():
+                    if stream.ranks.first:
+                        surgeon = Surgeon(weight, statistics)
+                        importance = unit_costs(surgeon, units)
+                        kept_units = complement(eliminate_heads(surgeon, units, budget.units, groups).order, units)
+                        del surgeon
             else:
                 importance = unit_scores(layer, statistics, units, config, index)
                 kept_units = select_units(importance, budget.units, groups)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from slimllm.checkpoint import open_checkpoint
-from slimllm.config import PruneConfig
+from slimllm.config import MEASURED, PruneConfig
 from slimllm.errors import InputError
 from slimllm.evaluate import load, perplexity
 from slimllm.jobs import prune_all
@@ -53,7 +53,8 @@ class Compared:
         perplexity: On the text.
         log_increase: Of its logarithm over the dense model's.
         parameters: Of the whole model.
-        seconds: Of pruning, and `dense_pass_s` of one dense pass; `shared` says that the latter is not among them.
+        seconds: Of pruning, as if it were alone: with the dense pass, which it may have taken from another one (`shared`).
+        dense_pass_s: Of computing in one dense pass.
     """
 
     method: str
@@ -75,6 +76,7 @@ def compare(
     methods: Sequence[str] = tuple(METHODS),
     seq_len: int = 128,
     max_windows: int | None = None,
+    workdir: Path | None = None,
     progress: ProgressCallback | None = None,
     notice: Notice | None = None,
     on_line: Callable[[Compared], None] | None = None,
@@ -90,6 +92,7 @@ def compare(
         methods: Names in `METHODS`.
         seq_len: Tokens per window of the text.
         max_windows: So many windows from its beginning; None: all.
+        workdir: Where the model at work is written, and deleted again; None: the system's temporary folder.
         progress, notice: As for `prune`.
         on_line: Told every line as soon as it is there.
 
@@ -125,7 +128,7 @@ def compare(
             on_line(line)
 
     dense = measure(model)
-    with tempfile.TemporaryDirectory(prefix="slimllm-compare-") as folder:
+    with tempfile.TemporaryDirectory(prefix="slimllm-compare-", dir=workdir) as folder:
         jobs = [(Path(folder) / f"{name} {ratio}", one) for (name, ratio), one in configs.items()]
         names = dict(zip((out for out, _ in jobs), configs))
 
@@ -135,9 +138,13 @@ def compare(
             shutil.rmtree(out)  # the next one may be as large
             if not lines:
                 add(Compared("dense", 0.0, dense, 0.0, report.parameters["before"], 0.0, report.dense_pass_s, False))
+            seconds = report.elapsed_s
+            if report.dense_pass_shared:
+                measured = report.config["allocation"] in MEASURED
+                seconds += report.dense_stage_s if measured else report.dense_pass_s
             add(Compared(
-                name, ratio, value, math.log(value / dense), report.parameters["after"], report.elapsed_s,
-                report.dense_pass_s, report.dense_pass_shared,
+                name, ratio, value, math.log(value / dense), report.parameters["after"], seconds, report.dense_pass_s,
+                report.dense_pass_shared,
             ))  # fmt: skip
 
         prune_all(checkpoint, jobs, False, False, progress, notice, None, Ranks(), on_report)

@@ -19,7 +19,7 @@ from slimllm.evaluate import evaluation_tokens
 
 def run_compare(
     console: Console, model: str, ratios: list[float], config: PruneConfig, methods: list[str] | None, text: str | None,
-    eval_len: int, max_windows: int | None, out: Path | None, quiet: bool,
+    eval_len: int, max_windows: int | None, workdir: Path | None, out: Path | None, quiet: bool,
 ) -> None:  # fmt: skip
     """Compare, print the table, and write the lines to `out`; arguments as on the command line.
 
@@ -40,7 +40,7 @@ def run_compare(
 
         lines = compare(
             model, ratios, config, tokens, methods=methods or tuple(METHODS), seq_len=eval_len, max_windows=max_windows,
-            progress=display.progress, on_line=on_line,
+            workdir=workdir, progress=display.progress, on_line=on_line,
         )  # fmt: skip
     console.print(compare_table(lines))
 
@@ -51,7 +51,6 @@ def compare_table(lines: list[Compared]) -> Table:
     for title in ("ratio", "method", "perplexity", "log increase", "parameters", "seconds", "x dense pass"):
         table.add_column(title, justify="left" if title == "method" else "right")
     for line in sorted(lines, key=lambda line: (line.ratio, line.perplexity)):
-        seconds = line.seconds + (line.dense_pass_s if line.shared else 0.0)  # as if it were alone
         cells = [
             f"{line.ratio:g}",
             line.method,
@@ -62,6 +61,6 @@ def compare_table(lines: list[Compared]) -> Table:
         if line.method == "dense":
             cells[0] = cells[3] = ""
         else:
-            cells += [f"{seconds:.1f}", f"{seconds / line.dense_pass_s:.1f}"]
+            cells += [f"{line.seconds:.1f}", f"{line.seconds / line.dense_pass_s:.1f}"]
         table.add_row(*cells)
     return table

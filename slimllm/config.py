@@ -63,7 +63,7 @@ class PruneConfig:
             public-domain text.
         samples: Number of calibration windows.
         seq_len: Tokens per window.
-        seed: Seed of the draw of the windows, the only random thing in a run.
+        seed: Seed of the draw of the windows, and of the criterion `random`; nothing else in a run is random.
         batch_size: Windows that go through a layer together; None chooses about 1024 tokens.
         pruned_layers: n, how many layers are pruned (those of highest importance c); None: by the ratio, as published.
         alpha: Temperature of the softmax over layer importances; None: by the ratio, as published. 0 is uniform.
@@ -140,6 +140,10 @@ class PruneConfig:
             for name in ("pruned_layers", "alpha"):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name} belongs to the allocation layer-importance, not to {self.allocation}.")
+        if self.criterion == "obs" and self.recovery == "none":
+            raise InputError(
+                "criterion obs chooses what the rest can stand in for; give a recovery: lstsq, affine or bias."
+            )
         if self.keep_lowest is not None and self.criterion != "slimllm":
             raise InputError(f"keep_lowest belongs to the criterion slimllm, not to {self.criterion}; leave it out.")
         if self.alpha is not None:
@@ -162,6 +166,11 @@ class PruneConfig:
     def by_channels(self) -> bool:
         """Whether the FFN's selection or recovery needs the Gram of all channels; the others need that of the output."""
         return self.criterion == "obs" or self.recovery == "lstsq"
+
+    @property
+    def gram_of_channels(self) -> bool:
+        """Whether there is a Gram of all channels at any time."""
+        return self.by_channels or self.allocation == "auto"
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types; token ids appear as their shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
 from slimllm.source import ModelSource
-from slimllm.states import Stream
+from slimllm.states import Placement, Stream
 
 # So many calibration tokens give the perplexity before and after; the output head is too costly to run on all.
 PERPLEXITY_TOKENS = 256
@@ -35,24 +36,26 @@ class DensePass:
             checksum of its `weights`, and, for an allocation that is measured, its `curves`.
         final: The last hidden states of the first windows, (perplexity_windows, seq_len, D).
         seconds: Of computing.
-        measured: The settings that the curves depend on; None: there are none.
+        stage_seconds: Of all of the pass, reading and measuring too.
+        measured: What the curves depend on; None: there are none.
     """
 
     layers: list[dict[str, Any]]
     final: torch.Tensor
     seconds: float
+    stage_seconds: float = 0.0
     measured: tuple[str | None, ...] | None = None
 
-    def serves(self, config: PruneConfig) -> bool:
+    def serves(self, config: PruneConfig, placement: Placement) -> bool:
         """Whether it has all that a pruning on the same windows needs of it."""
-        wanted = _measured(config)
+        wanted = _measured(config, placement)
         return wanted is None or wanted == self.measured
 
 
-def _measured(config: PruneConfig) -> tuple[str | None, ...] | None:
+def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ...] | None:
     if config.allocation not in MEASURED:
         return None
-    return config.allocation, config.token_weights, config.head_unit
+    return config.allocation, config.token_weights, config.head_unit, placement.gram
 
 
 def run_dense_pass(
@@ -70,6 +73,7 @@ def run_dense_pass(
         progress: Told about every layer that is done.
         record: Of every layer that is done; the pass goes on behind those that it holds.
     """
+    started = time.perf_counter()
     ranks = stream.ranks
     measured = config.allocation in MEASURED
     done = record.done("dense") if record else []
@@ -101,7 +105,13 @@ def run_dense_pass(
             if progress:
                 progress("dense", index, source.num_layers, None)
     seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared
-    return DensePass(layers, perplexity_states(stream), seconds or watch.seconds["dense pass"], _measured(config))
+    return DensePass(
+        layers,
+        perplexity_states(stream),
+        seconds or watch.seconds["dense pass"],
+        stage_seconds=time.perf_counter() - started,
+        measured=_measured(config, stream.placement),
+    )
 
 
 def _pass_layer(layer: Layer, stream: Stream, index: int, watch: Stopwatch) -> torch.Tensor:

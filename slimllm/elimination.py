@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from slimllm.errors import InputError
 from slimllm.ops.dispatch import full_precision
 from slimllm.recovery import column_scale
 from slimllm.statistics import GramStatistics
@@ -27,6 +28,8 @@ from slimllm.statistics import GramStatistics
 ELIMINATION_RIDGE = 0.01
 # Channels go in so many blocks, each chosen one by one among twice as many candidates: a block costs one large product.
 BLOCKS = 64
+_SHIFTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.0)  # of the mean diagonal, one after the other where it takes one
+_LEAST = 1e-7  # of the largest A_cc: what is less is rounding
 _ROWS = 256  # of a matrix at a time, where a copy of it is made
 
 
@@ -61,15 +64,16 @@ class Surgeon:
             system[rows] = statistics.block(rows, everything).mul_(inverse_scale[rows, None]).mul_(inverse_scale).float()
         system.diagonal().add_(ELIMINATION_RIDGE)
         with full_precision(system.device):
-            factor = torch.linalg.cholesky(system)
+            factor = _factor(system)
             del system
             self.inverse = torch.cholesky_inverse(factor)
+        del factor
         self.weight = (weight.to(scale.device).float() * scale.float()).T.contiguous()
 
     def remove(self, gone: torch.Tensor) -> None:
         """Fit what is left anew without some columns, whose rows and columns in A and V become 0, up to rounding."""
         with full_precision(self.inverse.device):
-            factor = torch.linalg.cholesky(self.inverse[gone[:, None], gone])
+            factor = _factor(self.inverse[gone[:, None], gone])
             across = torch.linalg.solve_triangular(factor, self.inverse[gone], upper=False)
             weight = torch.linalg.solve_triangular(factor, self.weight[gone], upper=False)
             self.weight.addmm_(across.T, weight, alpha=-1)
@@ -81,9 +85,22 @@ class Surgeon:
         self.inverse = self.inverse.index_select(0, left).index_select(1, left)
 
 
+def _factor(matrices: torch.Tensor) -> torch.Tensor:
+    """Cholesky factors of positive definite matrices; where rounding made them indefinite they are changed, in place."""
+    scale = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    for shift in _SHIFTS:
+        factor, failed = torch.linalg.cholesky_ex(matrices)
+        if not bool(failed.any()):
+            return factor
+        del factor
+        matrices.diagonal(dim1=-2, dim2=-1).add_(shift * scale)
+    raise InputError("The activations are not finite or too ill-conditioned for the criterion obs; take another one.")
+
+
 def channel_costs(surgeon: Surgeon) -> torch.Tensor:
     """What each channel would cost: ‖V_c‖² / A_cc, (F,) fp32."""
-    return surgeon.weight.square().sum(1) / surgeon.inverse.diagonal()
+    pivots = surgeon.inverse.diagonal()
+    return surgeon.weight.square().sum(1) / pivots.clamp(min=_LEAST * float(pivots.max()))
 
 
 def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
@@ -121,16 +138,16 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
 def _one_by_one(inverse: torch.Tensor, products: torch.Tensor, num: int) -> tuple[torch.Tensor, list[float]]:
     """The greedy choice among some channels, from their parts of A and of V Vᵀ: positions, and costs."""
     a, k = inverse.double().cpu().numpy(), products.double().cpu().numpy()
-    score, gone = np.empty(len(a)), np.zeros(len(a), dtype=bool)
+    gone, least = np.zeros(len(a), dtype=bool), _LEAST * a.diagonal().max()
     chosen, costs = [], []
     for _ in range(num):
-        score.fill(np.inf)
-        np.divide(k.diagonal(), a.diagonal(), out=score, where=~gone)
+        pivots = np.maximum(a.diagonal(), least)
+        score = np.where(gone, np.inf, k.diagonal() / pivots)
         c = int(score.argmin())
         chosen.append(c)
         costs.append(max(0.0, float(score[c])))
         gone[c] = True
-        part, row = a[c] / a[c, c], k[c].copy()
+        part, row = a[c] / pivots[c], k[c].copy()
         shifted = row - part * (row[c] / 2)
         k -= part[:, None] * shifted + shifted[:, None] * part
         a -= part[:, None] * a[c]
@@ -170,6 +187,6 @@ def unit_costs(surgeon: Surgeon, number: int) -> torch.Tensor:
     width = len(surgeon.inverse) // number
     blocks = surgeon.inverse.view(number, width, number, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     with full_precision(blocks.device):
-        factor = torch.linalg.cholesky(blocks.contiguous())
+        factor = _factor(blocks.contiguous())
         solved = torch.linalg.solve_triangular(factor, surgeon.weight.view(number, width, -1), upper=False)
     return solved.square().sum((1, 2))

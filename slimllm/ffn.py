@@ -73,10 +73,14 @@ def _by_channels(
     with watch("channels"):
         output_covariance = channels.of_product(weight)
         if config.criterion == "obs":
-            surgeon = Surgeon(weight, channels)
-            importance = channel_costs(surgeon)
-            kept = complement(eliminate_channels(surgeon, budget.channels).order, len(importance))
-            del surgeon
+            importance = torch.zeros(weight.shape[1])
+            kept = torch.zeros(len(importance) - budget.channels, dtype=torch.int64)
+            with stream.ranks.together():
+                if stream.ranks.first:
+                    surgeon = Surgeon(weight, channels)
+                    importance = channel_costs(surgeon)
+                    kept = complement(eliminate_channels(surgeon, budget.channels).order, len(importance))
+                    del surgeon
         else:
             importance = _importance(layer, inputs, output_covariance, channels, config, index)
             kept = _select(importance, budget, config)

@@ -81,13 +81,13 @@ def prune_all(
     reports: list[PruneReport] = []
     dense = None
     for out, wanted in jobs:
-        if dense and not dense.serves(wanted):
-            dense = None
         if len(jobs) > 1:
-            notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
+            notice(f"Ratio {wanted.ratio}:")
         begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
         with ranks.together():
             run = Run(source, token_ids, wanted, notice, started, runtime, partial_folder(out), begun, ranks)
+        if dense and not dense.serves(run.plan.config, run.plan.placement):
+            dense = None
         if ranks.tell(out in maybe_complete) and (report := _complete(run, out, inputs, overwrite)):
             notice(f"{out} is complete already.")
             reports.append(report)
@@ -176,6 +176,7 @@ def _prune_one(
                     checkpoint.write_companions(writer.folder)
                 report = run.report(outcome, name, str(out), writer.num_parameters)
                 report.dense_pass_shared = dense is not None
+                report.dense_stage_s = outcome.dense.stage_seconds
                 report.identity = identity | {WEIGHTS: checksum_of([layer["weights"] for layer in outcome.dense.layers])}
                 write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
                 report.elapsed_s = run.watch.elapsed_s()

@@ -36,7 +36,7 @@ def measure_layer(
     projections = (layer.linear(spec.o_proj), layer.linear(spec.down_proj))
     norms = (layer.module.get_submodule(spec.attention_norm), layer.module.get_submodule(spec.ffn_norm))
     kind = GramStatistics if config.allocation == "auto" else ColumnStatistics
-    gram_device = "cpu" if stream.placement.gram == "host" else device
+    gram_device = "cpu" if kind is GramStatistics and stream.placement.gram == "host" else device
     statistics = [kind(projections[0].in_features, device), kind(projections[1].in_features, gram_device)]
     similarity = torch.zeros((), dtype=torch.float64, device=device)
     squares = torch.zeros(2, dtype=torch.float64, device=device)  # Σ_t of the stream's mean square behind each sub-layer
@@ -63,10 +63,13 @@ def measure_layer(
     if not bool(similarity.isfinite()):
         return similarity, Curves([], [])
     with watch("allocation"):
-        if config.allocation == "auto":
-            costs = _by_elimination(layer, statistics, squares, config)
-        else:
-            costs = _by_fluctuation(layer, statistics, shape, config)
+        with stream.ranks.together():  # the first rank measures
+            if not stream.ranks.first:
+                costs = [torch.zeros(number, dtype=torch.float64) for number in (shape.units, shape.channels)]
+            elif config.allocation == "auto":
+                costs = _by_elimination(layer, statistics, squares, config)
+            else:
+                costs = _by_fluctuation(layer, statistics, shape, config)
         costs = [stream.ranks.of_first(part) for part in costs]
     trim()
     return similarity, Curves(*map(sampled, costs))
@@ -104,7 +107,8 @@ def _by_fluctuation(
     sizes, costs = layer.sizes(), []
     for part, name in enumerate((layer.spec.o_proj, layer.spec.down_proj)):
         score = fluctuation(layer.linear(name).weight, statistics[part].variance().to(layer.device)).cpu()
-        score = (score - score.mean()) / score.std()
+        deviation = float(score.std(correction=0))
+        score = (score - score.mean()) / deviation if deviation > 0 else torch.zeros_like(score)
         if part == 1:
             costs.append(score.sort().values * shape.channel_params)
             continue

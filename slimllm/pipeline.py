@@ -65,7 +65,7 @@ def prune_layers(
         store: Takes every finished layer, in order, and says how many parameters it has.
         progress: Told about every layer that is done.
         record: Of every layer that is done; the loop goes on behind those that it holds.
-        dense: The dense pass, if it has been made: it depends neither on the ratio nor on the other settings.
+        dense: The dense pass, if it has been made: one that `serves` the settings.
         ranks: The processes that share the windows; None: this one alone.
     """
     ranks = ranks or Ranks()

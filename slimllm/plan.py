@@ -151,7 +151,7 @@ class _Step:
     gpu_only: bool = False
 
     def applies(self, sizes: Sizes, config: PruneConfig) -> bool:
-        needed = self.field != "gram" or config.by_channels or config.allocation == "auto"
+        needed = self.field != "gram" or config.gram_of_channels
         return needed and getattr(config, self.field, None) is None and (sizes.on_gpu or not self.gpu_only)
 
     def take(self, config: PruneConfig, placement: Placement) -> tuple[PruneConfig, Placement]:

@@ -38,6 +38,7 @@ class PruneReport:
         memory_gib, gpu_memory_gib: The account of the two peaks, part by part, made before the run.
         identity: What another run must have in common with this one to be the same.
         dense_pass_shared: Whether another run's dense pass was used, whose seconds are not among `elapsed_s`.
+        dense_stage_s: Seconds of all of the dense pass, reading and measuring too (of its last part, if it was resumed).
         plan: Where things lived, the settings chosen to fit the budgets, and the account of the disk.
         backend, device, compute_dtype, format: What ran, and the architecture written.
         versions: Of python, torch, triton (where it is installed), transformers, slimllm.
@@ -73,6 +74,7 @@ class PruneReport:
     resumed_steps: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
     dense_pass_shared: bool = False
+    dense_stage_s: float = 0.0
     gpu_memory_gib: dict[str, float] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
 

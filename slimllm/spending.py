@@ -6,6 +6,8 @@ steps in the order of the hull's slopes are the best choice for the sum of all c
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -30,15 +32,18 @@ class _Step:
     slope: float
     layer: int
     part: str  # attention before ffn
-    removed: int
+    number: int  # of the sub-layer's steps
+    count: int = field(compare=False)  # of units or channels
     params: int = field(compare=False)
 
 
 def sampled(costs: torch.Tensor) -> list[float]:
     """A curve from what each of all channels adds, in the order in which they go, (I,)."""
     curve = torch.cat([costs.new_zeros(1), costs.cumsum(0)])
-    at = torch.linspace(0, len(costs), min(POINTS, len(curve)), dtype=torch.float64).round().long()
-    values: list[float] = curve.double()[at.to(curve.device)].tolist()
+    at = torch.linspace(0, len(costs), min(POINTS, len(curve)), dtype=torch.float64)
+    before = at.floor().long().clamp(max=len(costs) - 1)
+    curve = curve.double().cpu()
+    values: list[float] = torch.lerp(curve[before], curve[before + 1], at - before).tolist()
     return values
 
 
@@ -53,23 +58,42 @@ def spend(curves: list[Curves], shapes: list[LayerShape], target: int, round_to:
     """
     of_layers = (_steps(i, curve, shape, round_to) for i, (curve, shape) in enumerate(zip(curves, shapes)))
     steps = sorted(step for of_layer in of_layers for step in of_layer)
-    taken = [{"attention": 0, "ffn": 0} for _ in shapes]
-    too_large: set[tuple[int, str]] = set()
+    taken: list[_Step] = []
+    skipped: dict[tuple[int, str], _Step] = {}  # units that are more than what is left, and all behind them
     left = target
     for step in steps:
-        if (step.layer, step.part) in too_large:
+        if (step.layer, step.part) in skipped:
             continue
-        if step.params > left:
-            if step.part == "ffn" and step.params - left < left:
-                taken[step.layer]["ffn"] = step.removed
-                left -= step.params
-            if step.part == "ffn":
-                break
-            too_large.add((step.layer, step.part))
-            continue
-        taken[step.layer][step.part] = step.removed
-        left -= step.params
-    return [(one["attention"], one["ffn"]) for one in taken]
+        if step.params <= left:
+            taken.append(step)
+            left -= step.params
+        elif step.part == "attention":
+            skipped[step.layer, step.part] = step
+        else:
+            if step.params - left < left:
+                taken.append(step)
+            break
+    else:
+        _take_another_unit(taken, list(skipped.values()), left)
+    given: Counter[tuple[int, str]] = Counter()
+    for step in taken:
+        given[step.layer, step.part] += step.count
+    return [(given[layer, "attention"], given[layer, "ffn"]) for layer in range(len(shapes))]
+
+
+def _take_another_unit(taken: list[_Step], skipped: list[_Step], left: int) -> None:
+    """Where only units are left, each more than is wanted: one more, for which the dearest channels come back."""
+    channels = [step for step in taken if step.part == "ffn"]
+    if not skipped or (channels and left <= min(step.params for step in channels) / 2):
+        return
+    unit = min(skipped)
+    after, back = left - unit.params, 0
+    while back < len(channels) and abs(after + channels[-1 - back].params) < abs(after):
+        after += channels[-1 - back].params
+        back += 1
+    if abs(after) < left:
+        units = [step for step in taken if step.part == "attention"]
+        taken[:] = [*units, unit, *channels[: len(channels) - back]]
 
 
 def _steps(layer: int, curve: Curves, shape: LayerShape, round_to: int) -> Iterable[_Step]:
@@ -80,11 +104,14 @@ def _steps(layer: int, curve: Curves, shape: LayerShape, round_to: int) -> Itera
         ("attention", curve.attention, units, shape.units, shape.unit_params, shape.attention_bias_params),
         ("ffn", curve.ffn, channels, shape.channels, shape.channel_params, shape.ffn_bias_params),
     ):
-        costs, slope = hull(values, [count / total for count in counts]), -float("inf")
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"the curve of layer {layer}'s {part} has values that are not finite.")
+        costs, slope = hull(values, [count / total for count in counts]), -math.inf
         for number in range(1, len(counts)):
             size = (counts[number] - counts[number - 1]) * params
             slope = max(slope, (costs[number] - costs[number - 1]) / size)  # rounding must not change their order
-            yield _Step(slope, layer, part, counts[number], size - (bias if number == 1 else 0))
+            count = counts[number] - counts[number - 1]
+            yield _Step(slope, layer, part, number, count, size - (bias if number == 1 else 0))
 
 
 def hull(values: list[float], at: list[float]) -> list[float]:

@@ -30,7 +30,7 @@ class Placement:
         keep_inner_bytes: How much the inputs of a sub-layer's output projection may take on the device, if they are to be
             kept until the pruned output is made of them; otherwise the layer makes them again.
         read_ahead: Whether the next layer's weights are read while the present one computes.
-        gram: Where the Gram of all FFN channels is, and the regression on them is solved: `device` or `host`.
+        gram: Where the Gram of all FFN channels is, and what follows from it is solved: `device` or `host`.
         folder: For the files of `disk`.
     """
 

@@ -54,9 +54,8 @@ def test_scores_of_columns(
     else:
         by_unit = by_head
         kept = [2 * group + int(pair.argmax()) for group, pair in enumerate(by_head.view(4, 2))]
-        assert report["kept_heads"] in (kept, list(range(8)))
-    if "head_importance" in report:
-        assert report["head_importance"] == pytest.approx((by_unit).tolist(), rel=1e-4)
+        assert report["kept_heads"] == kept
+    assert report["head_importance"] == pytest.approx(by_unit.tolist(), rel=1e-4)
     assert len(report["channel_importance"]) == 172
     order = torch.tensor(report["channel_importance"]).argsort()
     assert report["kept_channels"] == order[172 - report["intermediate_size"] :].sort().values.tolist()
@@ -122,6 +121,10 @@ def test_bias_stands_for_the_mean_of_what_goes(stories: PreTrainedModel, token_i
 def test_everything_goes_with_everything(
     stories: PreTrainedModel, token_ids: torch.Tensor, criterion: str, allocation: str, recovery: str
 ) -> None:
+    if (criterion, recovery) == ("obs", "none"):
+        with pytest.raises(InputError, match="criterion obs chooses what the rest can stand in for"):
+            PruneConfig(ratio=RATIO, criterion=criterion, allocation=allocation, recovery=recovery)
+        return
     config = PruneConfig(ratio=RATIO, criterion=criterion, allocation=allocation, recovery=recovery)
     report = prune_model(stories, token_ids[:4], config)
     assert report.achieved_ratio == pytest.approx(RATIO, rel=0.01)
@@ -133,7 +136,7 @@ def test_everything_goes_with_everything(
 
 
 def test_best_is_better(stories: PreTrainedModel, token_ids: torch.Tensor) -> None:
-    """On text that calibrates nothing: less than half of what the paper's method loses at 20 %, two thirds at 50 %."""
+    """On text that calibrates nothing: less than 0.6 of what the paper's method loses at 20 %, 0.8 at 50 %."""
     import copy
     import math
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from slimllm import elimination
+from slimllm import InputError, elimination
 from slimllm.elimination import ELIMINATION_RIDGE, Surgeon, channel_costs, eliminate_channels, eliminate_heads, unit_costs
 from slimllm.recovery import column_scale
 from slimllm.statistics import GramStatistics
@@ -135,6 +135,25 @@ def test_nothing_goes() -> None:
     x, weight = activations("plain")
     surgeon = Surgeon(weight, statistics_of(x))
     assert len(eliminate_channels(surgeon, 0).order) == 0 and len(eliminate_heads(surgeon, 6, 0).order) == 0
+
+
+def test_what_rounding_has_made_indefinite() -> None:
+    """A factor is found all the same, of nearly the same matrix; of none at all it is said."""
+    vectors = torch.linalg.qr(torch.randn(60, 60)).Q
+    matrix = (vectors * torch.cat([torch.full((1,), -1e-5), torch.ones(59)])) @ vectors.T
+    factor = elimination._factor(matrix.clone()[None])[0]
+    torch.testing.assert_close(factor @ factor.T, matrix, rtol=0, atol=1e-4)
+    with pytest.raises(InputError, match="ill-conditioned"):
+        elimination._factor(torch.full((1, 3, 3), torch.nan))
+
+
+def test_many_columns_that_are_nearly_one() -> None:
+    """One direction owns nearly all of 512 columns, far more of them than tokens: nothing fails, nothing is negative."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 1) + 1e-3 * torch.randn(40, 512)
+    surgeon = Surgeon(torch.randn(16, 512), statistics_of(x))
+    found = eliminate_channels(surgeon, 512)
+    assert sorted(found.order.tolist()) == list(range(512)) and found.costs.isfinite().all() and (found.costs >= 0).all()
 
 
 @torch.no_grad()

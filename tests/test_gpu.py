@@ -34,12 +34,19 @@ def test_inner_activations_made_again(stories_path: Path, token_ids: torch.Tenso
     assert report.achieved_ratio == pytest.approx(0.3, rel=0.005)
 
 
-def test_gram_on_the_host(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"recovery": "lstsq"}, {"preset": "best"}, {"criterion": "obs", "recovery": "affine"},
+        {"criterion": "flap", "allocation": "flap", "recovery": "lstsq"},
+    ],
+)  # fmt: skip
+def test_gram_on_the_host(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, choice: dict[str, str]) -> None:
     kept = {}
     for gram in ("device", "host"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("slimllm.plan.Placement", lambda gram=gram, **rest: Placement(**{**rest, "gram": gram}))
-            config = PruneConfig(0.3, calibration=token_ids, device="cuda", compute_dtype="float32", recovery="lstsq")
+            config = PruneConfig(0.3, calibration=token_ids, device="cuda", compute_dtype="float32", **choice)
             report = slimllm.prune(stories_path, tmp_path / gram, config)
         kept[gram] = [(layer["kept_channels"], layer["kept_heads"]) for layer in report.layers]
         error = report.layers[-1]["ffn_error_after"]

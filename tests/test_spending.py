@@ -40,9 +40,7 @@ def test_the_budget_is_met(of_layers: list[tuple[list[float], list[float]]], rat
     curves = [Curves(curve(heads), curve(channels)) for heads, channels in of_layers]
     found = spend(curves, shapes, target, round_to)
     removed = sum(removed_params(LayerBudget(0, *one), shape) for one, shape in zip(found, shapes))
-    # To half a step of channels, unless only units are left to take.
-    channels_left = any(channels < 96 - round_to for _, channels in found)
-    assert abs(removed - target) <= (round_to * 30 / 2 + 40 if channels_left else 1000)
+    assert abs(removed - target) <= round_to * 30 / 2 + 40  # half a step of channels, and a bias
     for units, channels in found:
         assert 0 <= units < 8 and 0 <= channels < 96 and (channels == 0 or (96 - channels) % round_to == 0)
 
@@ -75,6 +73,20 @@ def test_samples_of_a_curve() -> None:
     assert len(values) == 257 and values[0] == 0 and values[-1] == float(costs.sum())
     assert values[128] == float(costs[:500].sum())
     assert sampled(torch.tensor([1.0, 2.0])) == [0.0, 1.0, 3.0]
+
+
+def test_a_unit_more_and_channels_back() -> None:
+    """Where all channels are gone, and each unit is more than is left."""
+    curves = [Curves(curve([1.0] * 8), [0.0] * 97)] * 2
+    target = 2 * most_removable(SHAPE, 8) - 13 * 1000 - 150  # half a unit beside all channels
+    found = spend(curves, [SHAPE, SHAPE], target, 8)
+    removed = sum(removed_params(LayerBudget(0, *one), SHAPE) for one in found)
+    assert abs(removed - target) <= 8 * 30 / 2 + 40 and sum(units for units, _ in found) == 1
+
+
+def test_a_curve_that_is_no_number() -> None:
+    with pytest.raises(ValueError, match="curve of layer 1's ffn has values that are not finite"):
+        spend([Curves(curve([1.0] * 8), [0.0] * 97), Curves(curve([1.0] * 8), [float("nan")] * 97)], [SHAPE] * 2, 999, 8)
 
 
 def test_what_costs_nothing_goes_first() -> None:

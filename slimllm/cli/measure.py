@@ -21,7 +21,7 @@ def compare_command(
         str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl or a dataset. Default: bundled.")
     ] = None,
     eval_len: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 128,
-    max_windows: Annotated[int | None, typer.Option(help="So many windows of it. Default: 64.")] = 64,
+    max_windows: Annotated[int, typer.Option(help="So many windows of it; 0: all.")] = 64,
     calibration: Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
@@ -29,6 +29,7 @@ def compare_command(
     head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
     compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Where the model at work is written, and deleted again.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new file for the lines, as JSONL.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -40,7 +41,9 @@ def compare_command(
         ratio=0.5, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
         compute_dtype=compute_dtype, device=device,
     )  # fmt: skip
-    run_compare(console, model, ratio or [0.2, 0.5], config, method, text, eval_len, max_windows, out, quiet)
+    run_compare(
+        console, model, ratio or [0.2, 0.5], config, method, text, eval_len, max_windows or None, workdir, out, quiet
+    )
 
 
 @app.command("eval")
