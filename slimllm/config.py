@@ -41,8 +41,8 @@ class PruneConfig:
             published r, n and alpha (the target is then r * n / num_layers, which the report states), round(r_l * H)
             heads and round(r_l * I) channels of a layer, and the published implementation's rule that always keeps
             the lowest 1 % of channels. With grouped queries, which the paper has not, channels make up for whole groups.
-            `best`: the most accurate known, `obs` with `auto`, `lstsq` and `norm`. A preset is what is taken for the next
-            four settings where they are None.
+            `best`: the most accurate known at high ratios, `obs` with `auto`, `lstsq` and `norm`. A preset is what is
+            taken for the next four settings where they are None.
         criterion: What goes first. `slimllm`: the paper's. `obs`: structured optimal brain surgeon, what adds least output
             error once the rest has been fitted anew. `wanda-sp`, `flap`: those papers' scores. `magnitude`: the smallest
             weights. `random`: by `seed`.

@@ -19,7 +19,7 @@ errors = Console(stderr=True)
 REMOVED = "what was begun is removed"
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file or a hub id.")]
-Preset = Annotated[str, typer.Option(help="default; paper: the published settings; best: the most accurate.")]
+Preset = Annotated[str, typer.Option(help="default; paper: the published settings; best: most accurate at high ratios.")]
 Criterion = Annotated[
     str | None,
     typer.Option(help="slimllm (default), obs (what is missed least), wanda-sp, flap, magnitude or random."),
