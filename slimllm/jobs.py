@@ -81,13 +81,13 @@ def prune_all(
     reports: list[PruneReport] = []
     dense = None
     for out, wanted in jobs:
-        if len(jobs) > 1:
-            notice(f"Ratio {wanted.ratio}:")
         begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
         with ranks.together():
             run = Run(source, token_ids, wanted, notice, started, runtime, partial_folder(out), begun, ranks)
         if dense and not dense.serves(run.plan.config, run.plan.placement):
             dense = None
+        if len(jobs) > 1:
+            notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
         if ranks.tell(out in maybe_complete) and (report := _complete(run, out, inputs, overwrite)):
             notice(f"{out} is complete already.")
             reports.append(report)
