@@ -47,9 +47,9 @@ def run_compare(
 
 def compare_table(lines: list[Compared]) -> Table:
     """A line for each method, best first at each ratio, below the dense model."""
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for title in ("ratio", "method", "perplexity", "log increase", "parameters", "seconds", "x dense pass"):
-        table.add_column(title, justify="left" if title == "method" else "right")
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for title in ("ratio", "method", "perplexity", "log incr.", "parameters", "s", "x dense"):
+        table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for line in sorted(lines, key=lambda line: (line.ratio, line.perplexity)):
         cells = [
             f"{line.ratio:g}",
