@@ -22,9 +22,10 @@ from typing import Any
 import torch
 from common import RESULTS, append_results
 from rich.console import Console
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import slimllm
+from slimllm.bench.synthetic import as_mha
 from slimllm.calibration import bundled_text, draw_windows, tokenize, windows_of
 from slimllm.compare import METHODS
 from slimllm.demo import find_demo_model
@@ -38,18 +39,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "best, the paper's recovery": {"preset": "best", "recovery": "affine"},
 }
 KEYS = ("model", "mha", "method", "ratio", "calibration", "samples", "seed")
-
-
-def as_mha(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function without grouped queries: every KV head repeated for each of its query heads."""
-    config, state = model.config, model.state_dict()
-    group = config.num_attention_heads // config.num_key_value_heads
-    for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
-        heads = state[name].view(config.num_key_value_heads, config.head_dim, -1)
-        state[name] = heads.repeat_interleave(group, 0).reshape(-1, state[name].shape[1])
-    made = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "num_key_value_heads": config.num_attention_heads}))
-    made.load_state_dict(state)
-    return made.eval()
 
 
 def measured(model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict[str, float]:

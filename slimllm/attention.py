@@ -9,8 +9,8 @@ import torch
 from slimllm import ops
 from slimllm.budget import LayerBudget
 from slimllm.config import PruneConfig
-from slimllm.criteria import fluctuation, random, squares, wanda
-from slimllm.elimination import Surgeon, eliminate_heads, unit_costs
+from slimllm.criteria import fluctuation, random_scores, squares, wanda
+from slimllm.elimination import Surgeon, eliminate_heads
 from slimllm.importance import token_weights
 from slimllm.layer import InnerActivations, Layer
 from slimllm.progress import Stopwatch
@@ -46,25 +46,20 @@ def prune_attention(
     with watch("heads"):
         weight = layer.linear(spec.o_proj).weight
         by_group = sizes.by_group(config.head_unit)
-        units = sizes.num_kv_heads if by_group else sizes.num_heads
+        units, groups = sizes.units(config.head_unit)
         covariance = ops.head_covariance(weight, statistics.covariance(), units)
         if config.criterion == "slimllm":
             importance = ops.head_importance(covariance)
-            removed, group = (budget.units, 1) if by_group else (budget.units * sizes.num_kv_heads, sizes.group_size)
-            kept_units = ops.pearson_greedy(covariance, removed, group)
+            kept_units = ops.pearson_greedy(covariance, budget.units * groups, 1 if by_group else sizes.group_size)
+        elif config.criterion == "obs":
+            found = stream.ranks.made_by_first(
+                lambda: eliminate_heads(Surgeon(weight, statistics), units, budget.units, groups).to_lists()
+            )
+            importance = torch.tensor(found["alone"])
+            kept_units = complement(torch.tensor(found["order"], dtype=torch.int64), units)
         else:
-            groups = 1 if by_group else sizes.num_kv_heads
-            if config.criterion == "obs":
-                importance, kept_units = torch.zeros(units), torch.zeros(units - budget.units * groups, dtype=torch.int64)
-                with stream.ranks.together():
-                    if stream.ranks.first:
-                        surgeon = Surgeon(weight, statistics)
-                        importance = unit_costs(surgeon, units)
-                        kept_units = complement(eliminate_heads(surgeon, units, budget.units, groups).order, units)
-                        del surgeon
-            else:
-                importance = unit_scores(layer, statistics, units, config, index)
-                kept_units = select_units(importance, budget.units, groups)
+            importance = unit_scores(layer, statistics, units, config, index)
+            kept_units = select_units(importance, budget.units, groups)
         kept_units = stream.ranks.of_first(kept_units).cpu()
         heads = head_columns(kept_units, sizes.group_size) if by_group else kept_units
         kv_heads = kept_units if by_group else torch.arange(sizes.num_kv_heads)
@@ -111,7 +106,7 @@ def unit_scores(
     """
     weight = layer.linear(layer.spec.o_proj).weight
     if config.criterion == "random":
-        return random(units, config.seed, index, 0)
+        return random_scores(units, config.seed, index, 0)
     if config.criterion == "wanda-sp":
         scores = wanda(weight, statistics.norms())
     elif config.criterion == "flap":

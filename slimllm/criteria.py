@@ -33,7 +33,7 @@ def squares(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows.double().square().sum(1) for rows in weight.split(_ROWS)])
 
 
-def random(number: int, seed: int, layer: int, part: int) -> torch.Tensor:
+def random_scores(number: int, seed: int, layer: int, part: int) -> torch.Tensor:
     """A seeded uniform draw, (number,) fp64 on the CPU, of its own for every part of every layer."""
     generator = torch.Generator().manual_seed((1_000_003 * seed + 2 * layer + part) % 2**63)
     return torch.rand(number, generator=generator, dtype=torch.float64)

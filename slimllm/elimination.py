@@ -15,6 +15,7 @@ never falls as more goes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +36,18 @@ _ROWS = 256  # of a matrix at a time, where a copy of it is made
 
 @dataclass(frozen=True)
 class Elimination:
-    """What goes, first to last (num,) int64, and what each adds to J (num,) fp64, on the CPU."""
+    """What goes, first to last (num,) int64, what each adds to J (num,) fp64, and what each would add alone (all,) fp32.
+
+    All on the CPU.
+    """
 
     order: torch.Tensor
     costs: torch.Tensor
+    alone: torch.Tensor
+
+    def to_lists(self) -> dict[str, list[Any]]:
+        """The same as plain lists."""
+        return {"order": self.order.tolist(), "costs": self.costs.tolist(), "alone": self.alone.tolist()}
 
 
 class Surgeon:
@@ -109,7 +118,7 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
     Work: A and V, a block at a time, of what was left when they were made smaller last, which is when half of that is gone:
     4/7 I³ + 2/3 I²·D multiply-adds for all I channels.
     """
-    names = torch.arange(len(surgeon.inverse), device=surgeon.inverse.device)
+    names, alone = torch.arange(len(surgeon.inverse), device=surgeon.inverse.device), channel_costs(surgeon).cpu()
     there = torch.ones_like(names, dtype=torch.bool)
     block = max(1, len(names) // BLOCKS)
     order: list[torch.Tensor] = []
@@ -132,7 +141,8 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
         order.append(names[gone])
         surgeon.remove(gone)
         there[gone] = False
-    return Elimination(torch.cat(order).cpu() if order else names[:0].cpu(), torch.tensor(costs, dtype=torch.float64))
+    gone_names = torch.cat(order) if order else names[:0]
+    return Elimination(gone_names.cpu(), torch.tensor(costs, dtype=torch.float64), alone)
 
 
 def _one_by_one(inverse: torch.Tensor, products: torch.Tensor, num: int) -> tuple[torch.Tensor, list[float]]:
@@ -164,7 +174,7 @@ def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int 
         num_groups: Groups of neighbouring units; 1 lets any unit go.
     """
     width = len(surgeon.inverse) // num_units
-    units, order, costs = torch.arange(num_units), [], []
+    units, order, costs, alone = torch.arange(num_units), [], [], unit_costs(surgeon, num_units).cpu()
     group_of = torch.arange(num_units) // (num_units // num_groups)
     for _ in range(num):
         for group in range(num_groups):
@@ -179,7 +189,7 @@ def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int 
             surgeon.keep(columns[~gone])
             left = torch.arange(len(units)) != least
             units, group_of = units[left], group_of[left]
-    return Elimination(torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64))
+    return Elimination(torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64), alone)
 
 
 def unit_costs(surgeon: Surgeon, number: int) -> torch.Tensor:

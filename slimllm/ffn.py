@@ -1,9 +1,9 @@
 """Pruning of the FFN: whole channels, by their importance in the feature space of the output or another criterion.
 
 What the criterion and the recovery need is streamed in one of two ways. The paper's need only the (D, D) Gram of the output
-y, the norms of the channels and, once the kept channels are known, the moments of (y, ŷ): N·D² multiply-adds. The
-regression on all kept channels, and the criterion `obs`, need the (I, I) Gram of the channels, N·I², of which all else then
-follows: neither y nor ŷ is made.
+y (other criteria not even that, but its variances), the norms of the channels and, once the kept channels are known, the
+moments of (y, ŷ): N·D² multiply-adds. The regression on all kept channels, and the criterion `obs`, need the (I, I) Gram of
+the channels, N·I², of which all else then follows: neither y nor ŷ is made.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.nn.functional import linear
 from slimllm import ops
 from slimllm.budget import LayerBudget
 from slimllm.config import PruneConfig
-from slimllm.criteria import fluctuation, random, squares, wanda
-from slimllm.elimination import Surgeon, channel_costs, eliminate_channels
+from slimllm.criteria import fluctuation, random_scores, squares, wanda
+from slimllm.elimination import Surgeon, eliminate_channels
 from slimllm.importance import input_importance, token_weights
 from slimllm.layer import InnerActivations, Layer
 from slimllm.memory import trim
@@ -73,14 +73,11 @@ def _by_channels(
     with watch("channels"):
         output_covariance = channels.of_product(weight)
         if config.criterion == "obs":
-            importance = torch.zeros(weight.shape[1])
-            kept = torch.zeros(len(importance) - budget.channels, dtype=torch.int64)
-            with stream.ranks.together():
-                if stream.ranks.first:
-                    surgeon = Surgeon(weight, channels)
-                    importance = channel_costs(surgeon)
-                    kept = complement(eliminate_channels(surgeon, budget.channels).order, len(importance))
-                    del surgeon
+            found = stream.ranks.made_by_first(
+                lambda: eliminate_channels(Surgeon(weight, channels), budget.channels).to_lists()
+            )
+            importance = torch.tensor(found["alone"])
+            kept = complement(torch.tensor(found["order"], dtype=torch.int64), len(importance))
         else:
             importance = _importance(layer, inputs, output_covariance, channels, config, index)
             kept = _select(importance, budget, config)
@@ -115,7 +112,8 @@ def _by_outputs(
     hidden_size, num_channels = weight.shape
     inputs = ColumnStatistics(hidden_size, layer.device)
     channels = ColumnStatistics(num_channels, layer.device)
-    outputs = GramStatistics(hidden_size, layer.device)
+    outputs: GramStatistics | ColumnStatistics
+    outputs = (GramStatistics if config.criterion == "slimllm" else ColumnStatistics)(hidden_size, layer.device)
     activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, stream, index)
     outputs_of: list[Stored] = []  # y of every batch, and later ŷ
     weights_of: list[torch.Tensor | None] = []
@@ -133,7 +131,8 @@ def _by_outputs(
     with watch("statistics"):
         stream.ranks.add_up(inputs, channels, outputs)
     with watch("channels"):
-        output_covariance = outputs.covariance()
+        output_covariance = outputs.covariance() if isinstance(outputs, GramStatistics) else None
+        variance = outputs.variance() if output_covariance is None else output_covariance.diagonal()
         importance = _importance(layer, inputs, output_covariance, channels, config, index)
         kept = stream.ranks.of_first(_select(importance, budget, config))
         device_channels = kept.to(layer.device)
@@ -150,9 +149,7 @@ def _by_outputs(
             stored.save(y_hat)
     with watch("recovery"):
         stream.ranks.add_up(paired)
-        moments = OutputMoments(
-            paired.mean_y, paired.mean_y_hat, output_covariance.diagonal(), paired.variance(), paired.covariance()
-        )
+        moments = OutputMoments(paired.mean_y, paired.mean_y_hat, variance, paired.variance(), paired.covariance())
         slope, intercept = moments.fit(config.recovery)
         before, after = moments.relative_error(*moments.fit("none")), moments.relative_error(slope, intercept)
         if config.recovery != "none":
@@ -172,11 +169,11 @@ def _weights(stream: Stream, number: int, output: torch.Tensor, bias: torch.Tens
 
 
 def _importance(
-    layer: Layer, inputs: ColumnStatistics, output_covariance: torch.Tensor, channels: GramStatistics | ColumnStatistics,
-    config: PruneConfig, index: int,
+    layer: Layer, inputs: ColumnStatistics, output_covariance: torch.Tensor | None,
+    channels: GramStatistics | ColumnStatistics, config: PruneConfig, index: int,
 ) -> torch.Tensor:  # fmt: skip
     """Of every channel, (I,) fp64: the paper's I_gate + I_up + I_down, or by another criterion."""
-    if config.criterion != "slimllm":
+    if config.criterion != "slimllm" or output_covariance is None:
         return channel_scores(layer, channels, config, index)
     spec, input_norms = layer.spec, inputs.norms()
     weight = layer.linear(spec.down_proj).weight
@@ -194,7 +191,7 @@ def channel_scores(
     spec = layer.spec
     weight = layer.linear(spec.down_proj).weight
     if config.criterion == "random":
-        return random(weight.shape[1], config.seed, index, 1)
+        return random_scores(weight.shape[1], config.seed, index, 1)
     if config.criterion == "wanda-sp":
         return wanda(weight, channels.norms().to(weight.device))
     if config.criterion == "flap":

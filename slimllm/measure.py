@@ -63,16 +63,15 @@ def measure_layer(
     if not bool(similarity.isfinite()):
         return similarity, Curves([], [])
     with watch("allocation"):
-        with stream.ranks.together():  # the first rank measures
-            if not stream.ranks.first:
-                costs = [torch.zeros(number, dtype=torch.float64) for number in (shape.units, shape.channels)]
-            elif config.allocation == "auto":
-                costs = _by_elimination(layer, statistics, squares, config)
-            else:
-                costs = _by_fluctuation(layer, statistics, shape, config)
-        costs = [stream.ranks.of_first(part) for part in costs]
+
+        def measured() -> list[list[float]]:
+            if config.allocation == "auto":
+                return [sampled(costs) for costs in _by_elimination(layer, statistics, squares, config)]
+            return [sampled(costs) for costs in _by_fluctuation(layer, statistics, shape, config)]
+
+        curves = Curves(*stream.ranks.made_by_first(measured))
     trim()
-    return similarity, Curves(*map(sampled, costs))
+    return similarity, curves
 
 
 def _by_elimination(
@@ -80,18 +79,15 @@ def _by_elimination(
 ) -> list[torch.Tensor]:
     """What every round of units, and every channel, adds to J, in the order in which they go."""
     sizes, costs = layer.sizes(), []
-    by_group = sizes.by_group(config.head_unit)
+    units, groups = sizes.units(config.head_unit)
     for part, name in enumerate((layer.spec.o_proj, layer.spec.down_proj)):
         one = statistics[part]
         assert isinstance(one, GramStatistics)
         surgeon = Surgeon(layer.linear(name).weight, one)
         if part == 1:
             found = eliminate_channels(surgeon, sizes.intermediate_size).costs
-        elif by_group:
-            found = eliminate_heads(surgeon, sizes.num_kv_heads, sizes.num_kv_heads).costs
         else:
-            found = eliminate_heads(surgeon, sizes.num_heads, sizes.group_size, sizes.num_kv_heads).costs
-            found = found.view(sizes.group_size, sizes.num_kv_heads).sum(1)
+            found = eliminate_heads(surgeon, units, units // groups, groups).costs.view(-1, groups).sum(1)
         # J is a mean over tokens, weighted or not, of a square summed over the outputs.
         weight = one.mass if config.token_weights == "norm" else one.count**2 / float(squares[part])
         costs.append(found * (weight / one.count / len(layer.linear(name).weight)))
@@ -104,7 +100,7 @@ def _by_fluctuation(
     layer: Layer, statistics: list[GramStatistics | ColumnStatistics], shape: LayerShape, config: PruneConfig
 ) -> list[torch.Tensor]:
     """Scores, in the order in which units and channels go, times parameters."""
-    sizes, costs = layer.sizes(), []
+    (units, groups), costs = layer.sizes().units(config.head_unit), []
     for part, name in enumerate((layer.spec.o_proj, layer.spec.down_proj)):
         score = fluctuation(layer.linear(name).weight, statistics[part].variance().to(layer.device)).cpu()
         deviation = float(score.std(correction=0))
@@ -112,8 +108,6 @@ def _by_fluctuation(
         if part == 1:
             costs.append(score.sort().values * shape.channel_params)
             continue
-        groups = 1 if sizes.by_group(config.head_unit) else sizes.num_kv_heads
-        units = sizes.num_kv_heads if groups == 1 else sizes.num_heads
         by_unit = score.view(units, -1).mean(1).view(groups, -1).sort(1).values.mean(0)
         costs.append(by_unit * shape.unit_params)
     return costs

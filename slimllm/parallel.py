@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
@@ -114,6 +114,14 @@ class Ranks:
     def tell(self, value: Any) -> Any:
         """What the first rank says; plain JSON data."""
         return value if self.size == 1 else self._say(value, 0)
+
+    def made_by_first(self, make: Callable[[], Any]) -> Any:
+        """What the first rank makes, plain JSON data, while the others wait: work that is not worth sharing out."""
+        made = None
+        with self.together():
+            if self.first:
+                made = make()
+        return self.tell(made)
 
     def everyone(self, value: Any) -> list[Any]:
         """What every rank says, in their order; plain JSON data."""

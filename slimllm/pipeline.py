@@ -186,14 +186,12 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
     gate_bias = int(bool(getattr(source.config, "mlp_bias", False)))
     query_params = source.head_dim * (2 * hidden_size + qkv_bias)  # rows of q_proj and columns of o_proj
     kv_params = 2 * source.head_dim * (hidden_size + qkv_bias)
-    if size.by_group(config.head_unit):
-        units, unit_params = size.num_kv_heads, size.group_size * query_params + kv_params
-    else:
-        units, unit_params = size.group_size, size.num_kv_heads * query_params
+    units, groups = size.units(config.head_unit)
+    by_group = size.by_group(config.head_unit)
     new_bias = hidden_size if config.recovery != "none" else 0
     return LayerShape(
-        units=units,
-        unit_params=unit_params,
+        units=units // groups,
+        unit_params=size.group_size * query_params + kv_params if by_group else groups * query_params,
         channels=size.intermediate_size,
         channel_params=3 * hidden_size + 2 * gate_bias,
         params=size.params,

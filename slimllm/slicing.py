@@ -35,6 +35,10 @@ class LayerSizes:
         """Whether heads go in whole KV groups; without grouped queries a group is a head, whatever was asked for."""
         return head_unit == "kv-group" or self.group_size == 1
 
+    def units(self, head_unit: str) -> tuple[int, int]:
+        """What heads are pruned in: how many units, and of how many groups as many of each go (1: any may)."""
+        return (self.num_kv_heads, 1) if self.by_group(head_unit) else (self.num_heads, self.num_kv_heads)
+
     def without(self, units: int, channels: int, head_unit: str, new_bias: bool) -> LayerSizes:
         """After giving up so many units and channels; `params` is left to be counted when the tensors are there."""
         by_group = self.by_group(head_unit)

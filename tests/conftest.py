@@ -65,20 +65,6 @@ def token_ids(stories_path: Path) -> torch.Tensor:
     return draw_windows(tokens, samples=16, seq_len=64, seed=0)
 
 
-def as_mha(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The same function without grouped queries: every KV head repeated for each of its query heads."""
-    config = LlamaConfig(**{**model.config.to_dict(), "num_key_value_heads": model.config.num_attention_heads})
-    copy = LlamaForCausalLM(config).eval()
-    state = model.state_dict()
-    group = model.config.num_attention_heads // model.config.num_key_value_heads
-    for name, tensor in state.items():
-        if "k_proj" in name or "v_proj" in name:
-            heads = tensor.view(model.config.num_key_value_heads, model.config.head_dim, -1)
-            state[name] = heads.repeat_interleave(group, 0).reshape(-1, tensor.shape[1])
-    copy.load_state_dict(state)
-    return copy
-
-
 def random_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """A seeded random LLaMA whose activations are hard on statistics: large means, dead and dominating channels."""
     settings: dict[str, object] = {

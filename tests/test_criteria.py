@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_mha
 from transformers import PreTrainedModel
 
 from slimllm import InputError, PruneConfig, prune_model
+from slimllm.bench.synthetic import as_mha
 from slimllm.config import ALLOCATIONS, CRITERIA, RECOVERIES
 
 RATIO = 0.3

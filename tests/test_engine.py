@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import as_mha, config, logits, random_llama
+from conftest import config, logits, random_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slimllm
 from slimllm import InputError, PruneConfig, PruneReport
+from slimllm.bench.synthetic import as_mha
 from slimllm.states import Placement
 
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import as_mha, random_llama
+from conftest import random_llama
 from tolerances import assert_close
 
 import slimllm
 from slimllm.allocation import LayerBudget
+from slimllm.bench.synthetic import as_mha
 from slimllm.config import PruneConfig
 from slimllm.pipeline import prune_layers
 from slimllm.progress import Stopwatch

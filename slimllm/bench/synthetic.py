@@ -1,4 +1,4 @@
-"""Checkpoints to measure with: seeded random weights of a shape, made when they are read, and a model's first layers."""
+"""Models to measure with: seeded random weights of a shape, a model's first layers, or its copy without grouped queries."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimllm.bench.shapes import Shape
 from slimllm.checkpoint import Checkpoint
@@ -136,3 +136,15 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
         elif isinstance(entries, list):
             setattr(config, name, entries[:num_layers])
     return config
+
+
+def as_mha(model: PreTrainedModel) -> LlamaForCausalLM:
+    """A LLaMA that computes the same without grouped queries: every KV head repeated for each of its query heads."""
+    config, state = model.config, model.state_dict()
+    group = config.num_attention_heads // config.num_key_value_heads
+    for name in [name for name in state if "k_proj" in name or "v_proj" in name]:
+        heads = state[name].view(config.num_key_value_heads, config.head_dim, -1)
+        state[name] = heads.repeat_interleave(group, 0).reshape(-1, *state[name].shape[1:])
+    made = LlamaForCausalLM(LlamaConfig(**{**config.to_dict(), "num_key_value_heads": config.num_attention_heads}))
+    made.load_state_dict(state)
+    return made.eval()

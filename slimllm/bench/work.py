@@ -111,7 +111,7 @@ def _layer_work(
         if lstsq:
             recover += _regression(channels, kept_channels, hidden_size)
         if not (obs or lstsq):
-            statistics += Work(tokens * hidden_size**2)
+            statistics += Work(tokens * hidden_size**2 if config.get("criterion", "slimllm") == "slimllm" else 0.0)
             forward += out * channels  # y, beside ŷ
     return {
         "dense pass": Work(into_attention + into_ffn + out * (width + channels)),
