@@ -106,9 +106,11 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
     lstsq, by_channels = config.recovery == "lstsq", config.by_channels
+    # Beside the pruned model's stream that of the dense one, by how much it is ahead with the inputs in the Gram.
+    own, ahead = (2, d) if config.dense_target else (1, 0)
     pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
     # Of what is as large as all tokens, in the FFN: the residual stream, and the outputs where they are needed.
-    streams = 1 if by_channels else 2
+    streams = own if by_channels else 2
 
     def at(name: str, num_streams: int, device: Mapping[str, float], host: Mapping[str, float] | None = None) -> Phase:
         shared = not sizes.on_gpu and s == c  # the layer computes with the tensors that were read
@@ -125,7 +127,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     # A factor, its inverse and, on a GPU, what the inverse is made of; and the weights.
     elimination = {"elimination": (3 if sizes.on_gpu else 2) * 4 * i**2 + 2 * 4 * i * d}
     copies = 2 if config.token_weights == "norm" else 1
-    tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * i * 4}
+    tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * (i + ahead) * 4}
 
     def inner(width: int) -> Parts:
         num_bytes = tokens * width * c
@@ -142,15 +144,16 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         else:
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
-    yield at("attention", 1, inner(a) | {"batch": batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c, "Gram": a**2 * 4})
-    heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * sizes.units**2 * d * 8}
+    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d + 2 * ahead) * c
+    yield at("attention", own, inner(a) | {"batch": of_attention, "Gram": (a + ahead) ** 2 * 4})
+    heads = inner(a) | {"Gram": (a + ahead) ** 2 * 4 + a**2 * 8, "heads' covariances": 2 * sizes.units**2 * d * 8}
     if config.criterion == "obs":
         heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # the squares where the covariance was
-    yield at("heads", 1, heads)
-    ffn_gram = {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if config.criterion == "slimllm" else 0}
+    yield at("heads", own, heads)
+    ffn_gram = {"Gram": (i + ahead) ** 2 * 4} if by_channels else {"Gram": d**2 * 4 if config.criterion == "slimllm" else 0}
     away = by_channels and placement.gram == "host"
     here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
-    yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
+    yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d + (i + 2 * d if ahead else 0)) * c}, there)
     # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or the matrices of
     # the function (6 in fp32), which is as much.
     space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if config.criterion == "slimllm" else d**2 * 8
@@ -160,17 +163,18 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         yield at("obs", streams, inner(i) | covariance | ({} if away else needed), needed if away else {})
     sliced = {"pruned layer": 3 * kept * d * s}
     if lstsq:
-        across = {"moments": (4.5 * 8 * kept * d + 8 * (i - kept) * d) / sizes.ranks}  # of this rank's outputs
+        moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d + (8 * i * d if ahead else 0)
+        across = {"moments": moments / sizes.ranks}  # of this rank's outputs
         system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # and its factor
         solution = ffn_gram | {"solution": 2 * 8 * kept * d}
         yield at("recovery", streams, inner(i) | ({} if away else system), system if away else {})
         yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
     else:
         if by_channels:
-            moments = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
-            yield at("recovery", streams, inner(i) | ({} if away else moments), moments if away else {})
+            needed = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
+            yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
-    embedded = 0 if placement.states == "disk" or sizes.on_gpu else tokens * d * c
+    embedded = 0 if placement.states == "disk" or sizes.on_gpu else own * tokens * d * c
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})
 
 
@@ -187,8 +191,10 @@ def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
     """
     d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
     lstsq = config.recovery == "lstsq"
-    grams = 4 * (a**2 + (i if config.by_channels else d) ** 2) + (4 * (a**2 + i**2) if config.allocation == "auto" else 0)
-    states = 2 * sizes.samples * sizes.seq_len * d * sizes.computed
+    own, ahead = (2, d) if config.dense_target else (1, 0)
+    grams = 4 * ((a + ahead) ** 2 + (i + ahead if config.by_channels else d) ** 2)
+    grams += 4 * (a**2 + i**2) if config.allocation == "auto" else 0
+    states = (1 + own) * sizes.samples * sizes.seq_len * d * sizes.computed
     solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
     parts = {"Grams": 2 * grams * others, "hidden states": states * others, "solutions": solutions * others}
     return {name: size for name, size in parts.items() if size}

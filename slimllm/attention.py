@@ -12,7 +12,7 @@ from slimllm.config import PruneConfig
 from slimllm.criteria import fluctuation, random_scores, squares, wanda
 from slimllm.elimination import Surgeon, eliminate_heads
 from slimllm.importance import token_weights
-from slimllm.layer import InnerActivations, Layer
+from slimllm.layer import InnerActivations, Layer, dense_ahead
 from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputChange, head_moments, mean_output, refit_kept, relative
 from slimllm.selection import complement, head_columns, select_units
@@ -30,18 +30,23 @@ def prune_attention(
         The attention's part of the layer's report.
     """
     spec, sizes = layer.spec, layer.sizes()
-    statistics = GramStatistics(sizes.num_heads * layer.head_dim, layer.device)
-    activations = InnerActivations(layer, spec.o_proj, spec.attention_norm, stream, index)
     dense = layer.linear(spec.o_proj)
+    joint = GramStatistics(dense.in_features + (dense.out_features if config.dense_target else 0), layer.device)
+    activations = InnerActivations(layer, spec.o_proj, spec.attention_norm, stream, index)
+    weighted = config.token_weights == "norm"
     for number, batch in enumerate(stream):
         with watch("forward"):
             _, inner = activations.first(number)
+            output = dense(inner) if weighted or config.dense_target else None
+            if output is not None and config.dense_target:
+                inner = torch.cat([inner, dense_ahead(layer, spec.o_proj, batch, index, output)], 1)
         with watch("statistics"):
-            weights = token_weights(batch.hidden.load(), dense(inner)) if config.token_weights == "norm" else None
-            statistics.update(inner, weights)
-    del inner, dense
+            weights = token_weights(batch.hidden.load(), output) if output is not None and weighted else None
+            joint.update(inner, weights)
+    del inner, dense, output
     with watch("statistics"):
-        stream.ranks.add_up(statistics)
+        stream.ranks.add_up(joint)
+        statistics = joint.leading(sizes.num_heads * layer.head_dim)
 
     with watch("heads"):
         weight = layer.linear(spec.o_proj).weight
@@ -70,7 +75,7 @@ def prune_attention(
         before = moments.relative_error(*moments.fit("none"))
         change: OutputChange | None = None
         if config.recovery == "lstsq":
-            refit = refit_kept(weight, statistics, columns, stream.ranks)
+            refit = refit_kept(weight, joint, columns, stream.ranks, config.dense_target)
             change, after = refit.change, relative(refit.after, moments.variance_y)
         else:
             slope, intercept = moments.fit(config.recovery)

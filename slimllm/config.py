@@ -57,6 +57,9 @@ class PruneConfig:
         token_weights: `norm`: in all statistics a token counts with 1 / mean square of the residual stream behind the
             sub-layer, which the next norm divides it by: errors are then those that the rest of the model sees, and the
             few enormous tokens that large models have do not own every sum. `none`: all count alike, as published.
+        dense_target: Of recovery `lstsq`, 0 to 1: how much of the way to the dense model's own residual stream the
+            regression aims for, so that what earlier layers have lost is made good and not passed on. 0: each sub-layer is
+            fitted to what it put out itself. Takes a second stream through the dense layers.
         calibration: A text file (.txt), a file of JSON lines with a "text" field (.jsonl), the name of a hub dataset
             as `name`, `name:config` or `name:config:split` (a folder of data files is one, too), or token ids (samples,
             seq_len) int64, which then are the windows: `samples`, `seq_len` and `seed` do not apply. None: the bundled
@@ -90,6 +93,7 @@ class PruneConfig:
     allocation: str | None = None
     recovery: str | None = None
     token_weights: str | None = None
+    dense_target: float = 0.0
     head_unit: str = "kv-group"
     calibration: str | Path | torch.Tensor | None = field(default=None, repr=False)
     samples: int = 32
@@ -144,6 +148,11 @@ class PruneConfig:
             raise InputError(
                 "criterion obs chooses what the rest can stand in for; give a recovery: lstsq, affine or bias."
             )
+        _check_number("dense_target", self.dense_target, (int, float), 0)
+        if self.dense_target > 1:
+            raise InputError(f"dense_target is a share, from 0 to 1, got {self.dense_target}.")
+        if self.dense_target and self.recovery != "lstsq":
+            raise InputError(f"dense_target belongs to the recovery lstsq, not to {self.recovery}; leave it out.")
         if self.keep_lowest is not None and self.criterion != "slimllm":
             raise InputError(f"keep_lowest belongs to the criterion slimllm, not to {self.criterion}; leave it out.")
         if self.alpha is not None:

@@ -19,7 +19,7 @@ from slimllm.config import PruneConfig
 from slimllm.criteria import fluctuation, random_scores, squares, wanda
 from slimllm.elimination import Surgeon, eliminate_channels
 from slimllm.importance import input_importance, token_weights
-from slimllm.layer import InnerActivations, Layer
+from slimllm.layer import InnerActivations, Layer, dense_ahead
 from slimllm.memory import trim
 from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputChange, OutputMoments, channel_moments, mean_output, refit_kept, relative
@@ -58,18 +58,25 @@ def _by_channels(
     weight, bias = layer.linear(spec.down_proj).weight, layer.linear(spec.down_proj).bias
     weighted = config.token_weights == "norm"
     inputs = ColumnStatistics(weight.shape[0], layer.device)
-    channels = GramStatistics(weight.shape[1], "cpu" if stream.placement.gram == "host" else layer.device)
+    joint = GramStatistics(
+        weight.shape[1] + (weight.shape[0] if config.dense_target else 0),
+        "cpu" if stream.placement.gram == "host" else layer.device,
+    )
     activations = InnerActivations(layer, spec.down_proj, spec.ffn_norm, stream, index)
-    for number in range(len(stream)):
+    for number, batch in enumerate(stream):
         with watch("forward"):
             x, inner = activations.first(number)
+            output = linear(inner, weight, bias) if weighted or config.dense_target else None
+            if output is not None and config.dense_target:
+                inner = torch.cat([inner, dense_ahead(layer, spec.down_proj, batch, index, output)], 1)
         with watch("statistics"):
-            weights = _weights(stream, number, linear(inner, weight), bias) if weighted else None
+            weights = token_weights(batch.hidden.load(), output) if output is not None and weighted else None
             inputs.update(x.flatten(0, 1), weights)
-            channels.update(inner, weights)
-    del inner
+            joint.update(inner, weights)
+    del inner, output
     with watch("statistics"):
-        stream.ranks.add_up(inputs, channels)
+        stream.ranks.add_up(inputs, joint)
+        channels = joint.leading(weight.shape[1])
     with watch("channels"):
         output_covariance = channels.of_product(weight)
         if config.criterion == "obs":
@@ -86,7 +93,7 @@ def _by_channels(
     with watch("recovery"):
         change: OutputChange | None = None
         if config.recovery == "lstsq":
-            refit = refit_kept(weight, channels, kept, stream.ranks)
+            refit = refit_kept(weight, joint, kept, stream.ranks, config.dense_target)
             variance, change = output_covariance.diagonal(), refit.change
             before, after = relative(refit.before, variance), relative(refit.after, variance)
         else:
@@ -122,7 +129,9 @@ def _by_outputs(
             x, inner = activations.first(number)
             y = linear(inner, weight)
         with watch("statistics"):
-            weights_of.append(_weights(stream, number, y, bias) if config.token_weights == "norm" else None)
+            weights_of.append(None)
+            if config.token_weights == "norm":
+                weights_of[-1] = token_weights(stream[number].hidden.load(), y if bias is None else y + bias)
             inputs.update(x.flatten(0, 1), weights_of[-1])
             channels.update(inner, weights_of[-1])
             outputs.update(y, weights_of[-1])
@@ -161,11 +170,6 @@ def _by_outputs(
             output = stored.load() * factor
             batch.add(output if bias is None else output.add_(bias))
     return kept, importance, before, after
-
-
-def _weights(stream: Stream, number: int, output: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The weights of a batch's tokens, from the FFN's output without its bias."""
-    return token_weights(stream[number].hidden.load(), output if bias is None else output + bias)
 
 
 def _importance(

@@ -16,7 +16,7 @@ from torch import nn
 from slimllm.families import LayerSpec
 from slimllm.progress import Stopwatch
 from slimllm.slicing import LayerSizes, Tensors, install, layer_sizes
-from slimllm.states import Stream
+from slimllm.states import Batch, Stream
 
 
 @dataclass
@@ -69,13 +69,40 @@ def inner_activations(layer: Layer, projection: str, hidden: torch.Tensor, kwarg
 
 def pass_sublayer(layer: Layer, projection: str, stream: Stream, index: int, watch: Stopwatch) -> None:
     """Let the residual stream pass a sub-layer that is not pruned, named by its output projection."""
-    attention = projection == layer.spec.o_proj
-    norm = layer.module.get_submodule(layer.spec.attention_norm if attention else layer.spec.ffn_norm)
-    project = layer.linear(projection)
     for batch in stream:
         with watch("forward"):
-            kwargs = batch.kwargs[index] if attention else None
-            batch.add(project(inner_activations(layer, projection, norm(batch.hidden.load()), kwargs)))
+            batch.add(_output(layer, projection, batch.hidden.load(), batch.kwargs[index]))
+            if batch.dense:
+                _pass_dense(layer, projection, batch, index)
+
+
+def dense_ahead(layer: Layer, projection: str, batch: Batch, index: int, output: torch.Tensor) -> torch.Tensor:
+    """Let the dense model's stream pass a sub-layer: by how much it is ahead of this one behind it, (num_tokens, D).
+
+    Args:
+        layer: The layer, whose sub-layer is not pruned yet.
+        projection: Its output projection.
+        batch: The windows, before the sub-layer on both streams.
+        index: The layer's number.
+        output: What the sub-layer puts out on the pruned model's stream, (num_tokens, D).
+    """
+    dense = _pass_dense(layer, projection, batch, index)
+    return (dense - batch.hidden.load()).flatten(0, 1) - output
+
+
+def _pass_dense(layer: Layer, projection: str, batch: Batch, index: int) -> torch.Tensor:
+    assert batch.dense is not None
+    hidden = batch.dense.load()
+    hidden = hidden + _output(layer, projection, hidden, batch.kwargs[index]).view_as(hidden)
+    batch.dense.save(hidden)
+    return hidden
+
+
+def _output(layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a sub-layer adds to the stream, (num_tokens, D)."""
+    attention = projection == layer.spec.o_proj
+    norm = layer.module.get_submodule(layer.spec.attention_norm if attention else layer.spec.ffn_norm)
+    return layer.linear(projection)(inner_activations(layer, projection, norm(hidden), kwargs if attention else None))
 
 
 class InnerActivations:

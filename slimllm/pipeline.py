@@ -86,7 +86,7 @@ def prune_layers(
     on_allocation(allocation)
     outcome = Outcome(dense, allocation)
 
-    stream = _stream(source, token_ids, config, placement, watch, ranks)
+    stream = _stream(source, token_ids, config, placement, watch, ranks, with_dense=config.dense_target > 0)
     if record and record.done("prune"):
         outcome.layers = [step["report"] for step in record.done("prune")]
         final = record.restore(stream)
@@ -164,8 +164,9 @@ def _prune_layer(
 
 
 def _stream(
-    source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, placement: Placement, watch: Stopwatch, ranks: Ranks
-) -> Stream:
+    source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, placement: Placement, watch: Stopwatch, ranks: Ranks,
+    with_dense: bool = False,
+) -> Stream:  # fmt: skip
     """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
     samples, seq_len = token_ids.shape
     stream = Stream(samples, batch_windows(samples, seq_len, config.batch_size), placement, ranks)
@@ -176,7 +177,8 @@ def _stream(
             hidden, kwargs = record_layer_inputs(source.model, source.spec, embed(own))
             if stream.batches and hidden.shape == stream[0].hidden.shape:
                 kwargs = stream[0].kwargs  # they depend on the shape of a batch alone, and masks are large
-            stream.batches.append(Batch(stream.store(hidden), kwargs))
+            dense = stream.store(hidden.clone()) if with_dense else None
+            stream.batches.append(Batch(stream.store(hidden), kwargs, dense))
     return stream
 
 

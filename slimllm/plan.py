@@ -109,7 +109,7 @@ def make_plan(
             host=_account(host.host, runtime),
             gpu_phase=gpu.name,
             host_phase=host.name,
-            disk=_disk(sizes, placement),
+            disk=_disk(sizes, changed, placement),
             choices=[step.words for step in taken],
         )
 
@@ -176,11 +176,12 @@ def _account(parts: Parts, runtime: float) -> Parts:
     return {"runtime": runtime, **alive, "slack": _SLACK_BYTES + _SLACK * sum(alive.values())}
 
 
-def _disk(sizes: Sizes, placement: Placement) -> Parts:
+def _disk(sizes: Sizes, config: PruneConfig, placement: Placement) -> Parts:
     """The result, which may be as large as the model, two states of the journal, and the files of hidden states."""
     states = sizes.samples * sizes.seq_len * sizes.hidden_size * sizes.computed
+    own = 2 if config.dense_target else 1
     return {
         "result, at most": sizes.params * sizes.written,
-        "journal": 2 * states,
-        "files of hidden states": 2 * states if placement.states == "disk" else 0,
+        "journal": 2 * own * states,
+        "files of hidden states": 2 * states if placement.states == "disk" else 0,  # lstsq has no outputs there
     }

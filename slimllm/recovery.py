@@ -112,27 +112,38 @@ class Refit:
     after: float
 
 
-def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor, ranks: Ranks | None = None) -> Refit:
+def refit_kept(
+    weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor, ranks: Ranks | None = None, share: float = 0.0
+) -> Refit:
     """`least_squares` of what the removed columns put out on the kept ones, from the Gram of all of them.
 
-    With R the removed columns and S the kept ones, e = Σ_R W_r z_r:
+    With R the removed columns and S the kept ones, e = Σ_R W_r z_r + λ a, where a is by how much the dense model's stream
+    is ahead of the pruned one's:
 
-        Cov(z_S, e) = Ĝ_SR W_Rᵀ,  var(e_k) = (W_R Ĝ_RR W_Rᵀ)_kk,  E e = W_R E z_R.
+        Cov(z_S, e) = Ĝ_SR W_Rᵀ + λ Cov(z_S, a),  E e = W_R E z_R + λ E a,
+        var(e_k) = (W_R Ĝ_RR W_Rᵀ)_kk + 2λ (W_R Cov(z_R, a))_kk + λ² var(a_k).
 
     Args:
         weight: W of the output projection, (D, F).
-        statistics: Of its inputs, F features; all is computed where they are.
+        statistics: Of its inputs z, F features, and of a, D features more, if `share` is not 0; all is computed there.
         keep: Indices of the kept columns, on any device.
         ranks: Processes with the same statistics, each of which does its share of the outputs; None: this one alone.
+        share: λ, how much of the way to the dense model's stream the fit aims for.
     """
     ranks = ranks or Ranks()
-    outputs, mean = len(weight), statistics.mean()
+    (outputs, features), mean = weight.shape, statistics.mean()
     weight = ranks.rows(weight).to(mean.device)
-    kept, removed = _kept_and_removed(keep, mean)
+    kept, removed = _kept_and_removed(keep, mean[:features])
     removed_weight = weight[:, removed].double()
     lost = ((removed_weight @ statistics.block(removed, removed)) * removed_weight).sum(1)
     across = statistics.block(kept, removed) @ removed_weight.T
     mean_lost = removed_weight @ mean[removed]
+    if share:
+        ahead = ranks.rows(torch.arange(features, features + outputs, device=mean.device))
+        lost += 2 * share * (removed_weight * statistics.block(ahead, removed)).sum(1)
+        lost += share**2 * statistics.variance()[ahead]
+        across += share * statistics.block(kept, ahead)
+        mean_lost += share * mean[ahead]
     change, missing = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost)
     assert change.delta is not None
     whole = OutputChange(ranks.join(change.intercept, outputs), delta=ranks.join(change.delta, outputs))

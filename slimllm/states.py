@@ -94,10 +94,13 @@ class Stored:
 
 
 class Batch:
-    """Windows that go through a layer together: the residual stream (batch, seq_len, D), and how each layer is called."""
+    """Windows that go through a layer together: the residual stream (batch, seq_len, D), and how each layer is called.
 
-    def __init__(self, hidden: Stored, kwargs: list[dict[str, Any]]) -> None:
-        self.hidden, self.kwargs = hidden, kwargs
+    While pruning, `dense` is the residual stream of the dense model beside it, if it is wanted.
+    """
+
+    def __init__(self, hidden: Stored, kwargs: list[dict[str, Any]], dense: Stored | None = None) -> None:
+        self.hidden, self.kwargs, self.dense = hidden, kwargs, dense
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +135,11 @@ class Stream:
 
     def __getitem__(self, number: int) -> Batch:
         return self.batches[number]
+
+    @property
+    def states(self) -> list[str]:
+        """Names of what a batch holds of hidden states."""
+        return ["hidden", "dense"] if self[0].dense else ["hidden"]
 
     @property
     def most_tokens(self) -> int:

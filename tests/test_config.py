@@ -19,6 +19,8 @@ from slimllm import InputError, PruneConfig
         ({"preset": "quick"}, InputError, "one of default, paper, best"),
         ({"head_unit": "head"}, InputError, "one of kv-group, query"),
         ({"recovery": "lora"}, InputError, "one of affine, lstsq, bias, none"),
+        ({"recovery": "lstsq", "dense_target": 1.5}, InputError, "dense_target is a share, from 0 to 1, got 1.5"),
+        ({"dense_target": 0.5}, InputError, "belongs to the recovery lstsq, not to affine"),
         ({"feature_space": "svd"}, InputError, "one of eigh, function"),
         ({"dtype": "int8"}, InputError, "dtype must be one of"),
         ({"samples": 0}, InputError, "samples must be at least 1"),

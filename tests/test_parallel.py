@@ -197,7 +197,7 @@ def assert_close(folder: Path, other: Path) -> None:
         {},
         {"recovery": "lstsq", "head_unit": "query"},
         {"preset": "paper", "recovery": "none"},
-        {"preset": "best"},
+        {"preset": "best", "dense_target": 0.3},
         {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
     ],
 )
@@ -251,10 +251,13 @@ def test_ratios(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize(("stop", "states"), [(["dense", 2], "device"), (["prune", 1], "disk")])
-def test_resume(tmp_path: Path, stop: list[Any], states: str) -> None:
+@pytest.mark.parametrize(
+    ("stop", "states", "choice"),
+    [(["dense", 2], "device", {}), (["prune", 1], "disk", {"recovery": "lstsq", "dense_target": 0.5})],
+)
+def test_resume(tmp_path: Path, stop: list[Any], states: str, choice: dict[str, Any]) -> None:
     """On as many ranks to the last bit, on others to rounding."""
-    settings: dict[str, Any] = {"states": states}
+    settings: dict[str, Any] = {"states": states, "config": choice}
     results(_prune_with, 2, tmp_path / "whole", str(tmp_path / "expected"), None, settings)
     for out in ("two", "three", "one"):
         stopped = World(_prune_with, 2, tmp_path / f"world-{out}", str(tmp_path / out), stop, settings).results()
@@ -267,7 +270,7 @@ def test_resume(tmp_path: Path, stop: list[Any], states: str) -> None:
     resumed = results(_prune_with, 3, tmp_path / "world-3", str(tmp_path / "three"), None, settings)
     assert any("was begun with ranks 2" in sentence for sentence in resumed[0]["told"])
     assert_close(tmp_path / "expected", tmp_path / "three")
-    assert _prune(None, str(tmp_path / "one"), None)["steps"] < 10
+    assert _prune_with(None, str(tmp_path / "one"), None, {"config": choice})["steps"] < 10
     assert_close(tmp_path / "expected", tmp_path / "one")
 
 

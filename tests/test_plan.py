@@ -36,7 +36,7 @@ def test_amounts_of_memory() -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("samples", [8, 4096])
-@pytest.mark.parametrize("choice", [{"recovery": "affine"}, {"recovery": "lstsq"}, {"preset": "best"}])
+@pytest.mark.parametrize("choice", [{"recovery": "affine"}, {"recovery": "lstsq"}, {"preset": "best", "dense_target": 0.3}])
 def test_a_budget_is_kept_or_the_least_one_named(on_gpu: bool, samples: int, choice: dict[str, str]) -> None:
     sizes = dataclasses.replace(LLAMA_33B, samples=samples, on_gpu=on_gpu, computed=2 if on_gpu else 4)
     settings = PruneConfig(ratio=0.2, **choice)
@@ -108,7 +108,7 @@ def test_stored(place: str, tmp_path: Path) -> None:
     assert torch.equal(stored.load(), second + 1)
 
 
-@pytest.mark.parametrize("choice", [{"recovery": "affine"}, {"recovery": "lstsq"}, {"preset": "best"}])
+@pytest.mark.parametrize("choice", [{"recovery": "affine"}, {"recovery": "lstsq"}, {"preset": "best", "dense_target": 0.3}])
 @pytest.mark.parametrize(
     "placement",
     [

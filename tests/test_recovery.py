@@ -131,6 +131,25 @@ def test_refit_is_least_squares_of_what_was_removed() -> None:
     assert float(left.square().mean(0).sum()) == pytest.approx(refit.after, rel=1e-3) and refit.after < refit.before
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_refit_towards_the_dense_stream(share: float) -> None:
+    """By how much the dense stream is ahead is part of what the kept columns are to put out."""
+    generator = torch.Generator().manual_seed(0)
+    z, weight = torch.randn(400, 60, generator=generator) + 2, torch.randn(9, 60, generator=generator)
+    ahead = torch.randn(400, 9, generator=generator) + z[:, :9] - 4
+    keep, gone = torch.arange(0, 60, 2), torch.arange(1, 60, 2)
+    statistics = GramStatistics(69)
+    statistics.update(torch.cat([z, ahead], 1))
+    refit = refit_kept(weight, statistics, keep, share=share)
+    kept, lost = z[:, keep].double(), z[:, gone].double() @ weight[:, gone].double().T + share * ahead.double()
+    u, e = kept - kept.mean(0), lost - lost.mean(0)
+    wanted, missing = least_squares(u.T @ u / 400, u.T @ e / 400, e.square().mean(0), kept.mean(0), lost.mean(0))
+    assert torch.allclose(refit.change.delta, wanted.delta, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(refit.change.intercept, wanted.intercept, rtol=1e-4, atol=1e-4)
+    assert refit.after == pytest.approx(float(missing), rel=1e-4)
+    assert refit.before == pytest.approx(float(lost.square().mean(0).sum()), rel=1e-4)
+
+
 def test_mean_output_by_heads() -> None:
     weight, mean = torch.randn(700, 24).bfloat16(), torch.randn(24, dtype=torch.float64)
     wanted = torch.einsum("khd,hd->hk", weight.double().view(700, 4, 6), mean.view(4, 6))

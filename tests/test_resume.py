@@ -82,7 +82,8 @@ def test_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(
-    ("choice", "stage"), [({"recovery": "lstsq"}, "prune"), ({"recovery": "none"}, "prune"), ({"preset": "best"}, "dense"),
+    ("choice", "stage"), [({"recovery": "lstsq", "dense_target": 0.5}, "prune"), ({"recovery": "none"}, "prune"),
+                          ({"preset": "best"}, "dense"),
                           ({"preset": "best"}, "prune"), ({"allocation": "flap", "recovery": "bias"}, "dense")]
 )  # fmt: skip
 def test_every_method_and_batches_of_different_sizes(

@@ -84,6 +84,9 @@ def _layer_work(
     into_ffn = 4 * tokens * hidden_size * channels
     out = 2 * tokens * hidden_size
     forward = into_attention + into_ffn + out * (kept_width + kept_channels)
+    ahead = hidden_size if config.get("dense_target") else 0
+    if ahead:  # the dense model's stream
+        forward += into_attention + into_ffn + 2 * out * (width + channels)
     statistics, heads, selection, recover, allocation = Work(), Work(), Work(), Work(), Work()
     lstsq, obs = config["recovery"] == "lstsq", config.get("criterion") == "obs"
     if config.get("allocation") == "auto":
@@ -91,7 +94,7 @@ def _layer_work(
         allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
     if attention_pruned:
         units = size.num_kv_heads
-        statistics += Work(tokens * width**2)
+        statistics += Work(tokens * (width + ahead) ** 2)
         contributions = hidden_size * width**2 * (1 + 1 / units)
         heads += Work(single=contributions) if on_gpu else Work(precise=contributions)
         if obs:
@@ -104,7 +107,7 @@ def _layer_work(
             axes = Work(single=26 * hidden_size**3) if on_gpu else Work(precise=(4 / 3 + 2) * hidden_size**3)
             selection += axes + Work(single=2 * hidden_size**2 * channels)
         if obs or lstsq:
-            statistics += Work(tokens * channels**2)
+            statistics += Work(tokens * (channels + ahead) ** 2)
             selection += Work(single=hidden_size * channels * (2 * channels + hidden_size))
         if obs:
             selection += _elimination(channels, kept_channels, hidden_size)

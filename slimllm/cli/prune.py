@@ -13,6 +13,7 @@ from slimllm.cli.options import (
     REMOVED,
     AllocationName,
     Criterion,
+    DenseTarget,
     Model,
     Preset,
     Quiet,
@@ -40,6 +41,7 @@ def prune_command(
     allocation: AllocationName = None,
     recovery: Recovery = None,
     token_weights: TokenWeights = None,
+    dense_target: DenseTarget = 0.0,
     head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
     calibration: Annotated[
         str | None,
@@ -94,9 +96,9 @@ def prune_command(
         with ranks.together():
             config = PruneConfig(
                 ratio=ratio[0], preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,
-                token_weights=token_weights, head_unit=head_unit, calibration=calibration, samples=samples,
-                seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers, alpha=alpha,
-                keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype,
+                token_weights=token_weights, dense_target=dense_target, head_unit=head_unit, calibration=calibration,
+                samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers,
+                alpha=alpha, keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype,
                 compute_dtype=compute_dtype, device=device, host_memory=host_memory, gpu_memory=gpu_memory,
             )  # fmt: skip
         tell = errors.print if ranks.first else _say_nothing
@@ -134,6 +136,7 @@ def plan_command(
     criterion: Criterion = None,
     allocation: AllocationName = None,
     recovery: Recovery = None,
+    dense_target: DenseTarget = 0.0,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="dtype of the written weights.")] = None,
@@ -151,9 +154,9 @@ def plan_command(
     from slimllm.display import print_forecast
 
     config = PruneConfig(
-        ratio=ratio, preset=preset, criterion=criterion, allocation=allocation, recovery=recovery, samples=samples,
-        seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype, device=None if device == "cuda" else device,
-        host_memory=host_memory, gpu_memory=gpu_memory,
+        ratio=ratio, preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,
+        dense_target=dense_target, samples=samples, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
+        device=None if device == "cuda" else device, host_memory=host_memory, gpu_memory=gpu_memory,
     )  # fmt: skip
     print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))
 

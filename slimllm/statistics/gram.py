@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from slimllm import ops
@@ -134,6 +136,13 @@ class GramStatistics(Accumulator):
     def norms(self) -> torch.Tensor:
         """(Σ_t w_t x_tj²)^½, without weights ‖X[:,j]‖₂: (features,) fp64."""
         return (self.mass * (self.variance() + self.mean().square())).sqrt()
+
+    def leading(self, features: int) -> GramStatistics:
+        """The statistics of the first features alone, which are part of these and change with them."""
+        part = copy.copy(self)
+        part.features = features
+        part.pivot, part.total, part.gram = self.pivot[:features], self.total[:features], self.gram[:features, :features]
+        return part
 
     def of_product(self, weight: torch.Tensor) -> torch.Tensor:
         """Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64 on its device, computed in fp32."""
