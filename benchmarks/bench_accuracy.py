@@ -6,8 +6,8 @@
 
 Of the bundled text one part calibrates and another is measured on; of WikiText-2's validation text the first half and the
 second. Every pruned model is measured on both, in windows of 128 and of 512 tokens: of each text the same 4,096, from 8
-places spread over all of it. Rows go to benchmarks/results/accuracy.jsonl; what is there already is not measured again, as it
-takes about a minute each: `--again` does. `make tables` shows them. What pruning costs is measured by `slimllm bench`.
+places spread over all of it. Rows go to benchmarks/results/accuracy.jsonl; what is there already is not measured again (a
+minute each) without `--again`. `make tables` shows them. What pruning costs is measured by `slimllm bench`.
 """
 
 from __future__ import annotations

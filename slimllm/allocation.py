@@ -86,7 +86,8 @@ def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
     else:
         target_ratio = config.ratio
     target = round(target_ratio * total)
-    round_to = config.round_to or (1 if config.preset == "paper" else _default_rounding(target, shapes))
+    at_once = num_layers if config.allocation == "uniform" else 1  # layers that are rounded alike
+    round_to = config.round_to or (1 if config.preset == "paper" else _default_rounding(target / at_once, shapes))
     narrowest = min(shape.channels for shape in shapes)
     if round_to > narrowest:
         raise InputError(f"round_to is {round_to}, but the FFN is only {narrowest} channels wide; give less.")
@@ -104,11 +105,12 @@ def allocate(
 ) -> Allocation:
     """Spread the ratio over the layers, by `config.allocation`.
 
-    `layer-importance`: r_ℓ = r · n · softmax(alpha · c)_ℓ over the n layers of highest c. `uniform`: the same for all.
-    The layers' ratios are clamped to what a layer can give, and the rest is spread over the others. Heads take their
-    rounded share; channels make up what the heads leave over, and what the rounding of widths leaves over goes on to
-    the next layer, so that the total is met to half a rounding step. With curves (`auto`, `flap`) the whole is spent
-    where it costs least, see `slimllm.spending`.
+    `layer-importance`: r_ℓ = r · n · softmax(alpha · c)_ℓ over the n layers of highest c. `uniform`: the same for all,
+    to the last channel where the layers are alike, so that the result can be a stock model. Otherwise the layers' ratios
+    are clamped to what a layer can give, and the rest is spread over the others. Heads take their rounded share;
+    channels make up what the heads leave over, and what the rounding of widths leaves over goes on to the next layer,
+    so that the total is met to half a rounding step. With curves (`auto`, `flap`) the whole is spent where it costs
+    least, see `slimllm.spending`.
 
     Args:
         similarity: c_ℓ, the mean cosine between input and output of every layer.
@@ -137,7 +139,12 @@ def allocate(
         budgets = _softmax_budgets(similarity, shapes, most, chosen[:n], wanted.alpha, target)
         # The paper has no grouped queries: there, and in the default mode, channels make up what whole groups leave over.
         as_published = config.preset == "paper" and not any(shape.grouped for shape in shapes)
-        rounded = _published_counts(budgets, shapes) if as_published else _round_budgets(budgets, shapes, target, round_to)
+        if as_published:
+            rounded = _published_counts(budgets, shapes)
+        elif config.allocation == "uniform" and all(shape == shapes[0] for shape in shapes):
+            rounded = _round_budgets(budgets[:1], shapes[:1], round(budgets[0]), round_to) * len(shapes)
+        else:
+            rounded = _round_budgets(budgets, shapes, target, round_to)
     total, removed = sum(shape.params for shape in shapes), sum(map(removed_params, rounded, shapes))
     coarse = abs(removed - target) > 0.005 * target
     if coarse:
@@ -148,7 +155,7 @@ def allocate(
     return Allocation(rounded, target, n, wanted.alpha, round_to, notes, coarse)
 
 
-def _default_rounding(target: int, shapes: list[LayerShape]) -> int:
+def _default_rounding(target: float, shapes: list[LayerShape]) -> int:
     """The largest power of two up to 64 whose half step, the error that remains, is within 0.5 % of the target."""
     channel_params = max(shape.channel_params for shape in shapes)
     return next((step for step in (64, 32, 16, 8, 4, 2) if step * channel_params / 2 <= 0.005 * target), 1)

@@ -11,7 +11,6 @@ from slimllm.budget import LayerBudget
 from slimllm.config import PruneConfig
 from slimllm.criteria import fluctuation, random_scores, squares, wanda
 from slimllm.elimination import Surgeon, eliminate_heads
-from slimllm.importance import token_weights
 from slimllm.layer import InnerActivations, Layer, dense_ahead
 from slimllm.progress import Stopwatch
 from slimllm.recovery import OutputChange, head_moments, mean_output, refit_kept, relative
@@ -41,7 +40,9 @@ def prune_attention(
             if output is not None and config.dense_target:
                 inner = torch.cat([inner, dense_ahead(layer, spec.o_proj, batch, index, output)], 1)
         with watch("statistics"):
-            weights = token_weights(batch.hidden.load(), output) if output is not None and weighted else None
+            weights = None
+            if output is not None and weighted:
+                weights = layer.weights(spec.o_proj, batch.hidden.load(), output)
             joint.update(inner, weights)
     del inner, dense, output
     with watch("statistics"):
@@ -88,7 +89,7 @@ def prune_attention(
     device_columns = columns.to(layer.device)
     for number, batch in enumerate(stream):
         with watch("forward"):
-            batch.add(project(activations.again(number, device_columns)))
+            batch.add(layer.behind(spec.o_proj, project(activations.again(number, device_columns))))
     return {
         "kept_heads": heads.tolist(),
         "kept_kv_heads": kv_heads.tolist(),

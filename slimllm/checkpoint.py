@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.errors import HopelessError, InputError
 from slimllm.families import layer_spec
+from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -261,11 +262,9 @@ def read_config(path: Path) -> PretrainedConfig:
 
 def _with_known_rope(config: PretrainedConfig) -> PretrainedConfig:
     """Under transformers 4, the rotary settings of a configuration that version 5 wrote, which it would ignore silently."""
-    knows = "rope_parameters" in getattr(type(config), "__dataclass_fields__", {})
-    if not knows and getattr(config, "rope_parameters", None):
-        rope = dict(config.rope_parameters)
-        config.rope_theta = rope.pop("rope_theta", 10000.0)
-        config.rope_scaling = None if rope.get("rope_type", "default") == "default" else rope
+    if not knows_rope_parameters(type(config)) and getattr(config, "rope_parameters", None):
+        for name, value in rope_of_transformers_4(config.rope_parameters).items():
+            setattr(config, name, value)
         del config.rope_parameters
     return config
 

@@ -129,6 +129,12 @@ def _hugging_face_name(name: str) -> str:
     return name
 
 
+def rope_order(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """The rows of q or k, or their bias, as llama.cpp stores them: what `_undo_rope_order` undoes."""
+    pairs = tensor.view(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
+
+
 def _undo_rope_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """llama.cpp stores the rows of q and k with the rotary pairs side by side; Hugging Face, half by half."""
     pairs = weight.view(num_heads, weight.shape[0] // num_heads // 2, 2, -1)

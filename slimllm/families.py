@@ -6,15 +6,22 @@ its output projection taken out, and its output is what the statistics are made 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slimllm.errors import InputError
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """Names of one family's modules: full paths down to `head`, relative to the decoder layer from `attention` on."""
+    """Names of one family's modules: full paths down to `head`, relative to the decoder layer from `attention` on.
 
+    Attributes:
+        family: Its `model_type`; `slim_` before it makes that of the native format.
+        attention_post_norm, ffn_post_norm: The norm that a sub-layer's output passes before it is added to the residual
+            stream; empty: none.
+    """
+
+    family: str = "llama"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
@@ -22,12 +29,14 @@ class LayerSpec:
     head: str = "lm_head"
     attention: str = "self_attn"
     attention_norm: str = "input_layernorm"
+    attention_post_norm: str = ""
     q_proj: str = "self_attn.q_proj"
     k_proj: str = "self_attn.k_proj"
     v_proj: str = "self_attn.v_proj"
     o_proj: str = "self_attn.o_proj"
     ffn: str = "mlp"
     ffn_norm: str = "post_attention_layernorm"
+    ffn_post_norm: str = ""
     gate_proj: str = "mlp.gate_proj"
     up_proj: str = "mlp.up_proj"
     down_proj: str = "mlp.down_proj"
@@ -38,11 +47,28 @@ class LayerSpec:
         return self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, self.up_proj, self.down_proj
 
 
-_LLAMA = LayerSpec()
+_GEMMA = LayerSpec(
+    attention_post_norm="post_attention_layernorm",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn_post_norm="post_feedforward_layernorm",
+)
+
+_ROWS = [
+    LayerSpec(),  # LLaMA 1 to 3 and what is made like them, with any scaling of the rotary embedding
+    LayerSpec(family="mistral"),
+    LayerSpec(family="qwen2"),  # biases of q, k and v
+    LayerSpec(family="qwen3"),  # norms of the heads' queries and keys
+    replace(_GEMMA, family="gemma2"),  # four norms, soft caps, sliding windows in every other layer
+    replace(_GEMMA, family="gemma3_text"),  # Qwen3's norms too, and a rotary embedding by the type of a layer
+]
 
 # By `model_type` of config.json. seed_oss is LLaMA's mathematics with a home for every bias: our own uniform results
 # are written in it, and must be prunable again.
-FAMILIES: dict[str, LayerSpec] = {"llama": _LLAMA, "slim_llama": _LLAMA, "seed_oss": _LLAMA}
+FAMILIES: dict[str, LayerSpec] = {
+    **{row.family: row for row in _ROWS},
+    **{f"slim_{row.family}": row for row in _ROWS},
+    "seed_oss": _ROWS[0],
+}
 
 # GGUF's names of a layer's modules (behind `blk.N.`) and of the others, and ours.
 GGUF_LAYER_NAMES = {

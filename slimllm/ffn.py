@@ -18,7 +18,7 @@ from slimllm.budget import LayerBudget
 from slimllm.config import PruneConfig
 from slimllm.criteria import fluctuation, random_scores, squares, wanda
 from slimllm.elimination import Surgeon, eliminate_channels
-from slimllm.importance import input_importance, token_weights
+from slimllm.importance import input_importance
 from slimllm.layer import InnerActivations, Layer, dense_ahead
 from slimllm.memory import trim
 from slimllm.progress import Stopwatch
@@ -70,7 +70,9 @@ def _by_channels(
             if output is not None and config.dense_target:
                 inner = torch.cat([inner, dense_ahead(layer, spec.down_proj, batch, index, output)], 1)
         with watch("statistics"):
-            weights = token_weights(batch.hidden.load(), output) if output is not None and weighted else None
+            weights = None
+            if output is not None and weighted:
+                weights = layer.weights(spec.down_proj, batch.hidden.load(), output)
             inputs.update(x.flatten(0, 1), weights)
             joint.update(inner, weights)
     del inner, output
@@ -106,7 +108,7 @@ def _by_channels(
     project, device_channels = layer.linear(spec.down_proj), kept.to(layer.device)
     for number, batch in enumerate(stream):
         with watch("forward"):
-            batch.add(project(activations.again(number, device_channels)))
+            batch.add(layer.behind(spec.down_proj, project(activations.again(number, device_channels))))
     return kept, importance, before, after
 
 
@@ -131,7 +133,8 @@ def _by_outputs(
         with watch("statistics"):
             weights_of.append(None)
             if config.token_weights == "norm":
-                weights_of[-1] = token_weights(stream[number].hidden.load(), y if bias is None else y + bias)
+                output = y if bias is None else y + bias
+                weights_of[-1] = layer.weights(spec.down_proj, stream[number].hidden.load(), output)
             inputs.update(x.flatten(0, 1), weights_of[-1])
             channels.update(inner, weights_of[-1])
             outputs.update(y, weights_of[-1])
@@ -168,7 +171,7 @@ def _by_outputs(
     for batch, stored in zip(stream, outputs_of):
         with watch("forward"):  # ŷ is made already, but for the factor and the bias
             output = stored.load() * factor
-            batch.add(output if bias is None else output.add_(bias))
+            batch.add(layer.behind(spec.down_proj, output if bias is None else output.add_(bias)))
     return kept, importance, before, after
 
 

@@ -26,18 +26,23 @@ def input_importance(weight: torch.Tensor, input_norms: torch.Tensor) -> torch.T
     return squares.double().sqrt()
 
 
-def token_weights(hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+def token_weights(hidden: torch.Tensor, added: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
     """1 / mean square of the residual stream behind a sub-layer, by which the next RMSNorm divides a token's errors.
 
     Args:
         hidden: The residual stream before it, (..., D).
-        output: What it adds, (num_tokens, D).
+        added: What it adds, (num_tokens, D).
+        output: What it puts out, if that is not it because a norm lies between: errors of the output, of which the
+            statistics are, then reach the stream by the ratio of the two in size.
 
     Returns:
         (num_tokens,) fp32.
     """
-    behind = hidden.flatten(0, -2).float() + output
-    return 1 / (behind.square().mean(-1) + _EPSILON)
+    behind = hidden.flatten(0, -2).float() + added
+    weights = 1 / (behind.square().mean(-1) + _EPSILON)
+    if output is not None:
+        weights *= added.float().square().mean(-1) / (output.float().square().mean(-1) + _EPSILON)
+    return weights
 
 
 def layer_similarity(hidden_in: torch.Tensor, hidden_out: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
 from slimllm.native import write_config
 from slimllm.parallel import Ranks
-from slimllm.pipeline import check_ratio
+from slimllm.pipeline import check_settings
 from slimllm.progress import ProgressCallback
 from slimllm.record import Record
 from slimllm.report import REPORT_NAME, PruneReport
@@ -73,7 +73,7 @@ def prune_all(
             first, number = source.unexpected[0], len(source.unexpected)
             notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
         for _, wanted in jobs:
-            check_ratio(source, wanted)
+            check_settings(source, wanted)
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
         token_ids = calibration_windows(config, tokenizer, source.config, notice)
     memory.warm_up(device)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from slimllm.families import LayerSpec
+from slimllm.importance import token_weights
 from slimllm.progress import Stopwatch
 from slimllm.slicing import LayerSizes, Tensors, install, layer_sizes
 from slimllm.states import Batch, Stream
@@ -41,6 +42,21 @@ class Layer:
         module = self.module.get_submodule(name)
         assert isinstance(module, nn.Linear)
         return module
+
+    def behind(self, projection: str, output: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual stream of an output projection's output, (num_tokens, D)."""
+        norm = self.post_norm(projection)
+        added: torch.Tensor = self.module.get_submodule(norm)(output) if norm else output
+        return added
+
+    def post_norm(self, projection: str) -> str:
+        """The norm that a sub-layer's output passes, by its output projection; empty: none."""
+        return self.spec.attention_post_norm if projection == self.spec.o_proj else self.spec.ffn_post_norm
+
+    def weights(self, projection: str, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Token weights of a sub-layer, from the stream before it and its output projection's output."""
+        added = self.behind(projection, output)
+        return token_weights(hidden, added, output if self.post_norm(projection) else None)
 
     def sizes(self) -> LayerSizes:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
@@ -102,7 +118,8 @@ def _output(layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[st
     """What a sub-layer adds to the stream, (num_tokens, D)."""
     attention = projection == layer.spec.o_proj
     norm = layer.module.get_submodule(layer.spec.attention_norm if attention else layer.spec.ffn_norm)
-    return layer.linear(projection)(inner_activations(layer, projection, norm(hidden), kwargs if attention else None))
+    inner = inner_activations(layer, projection, norm(hidden), kwargs if attention else None)
+    return layer.behind(projection, layer.linear(projection)(inner))
 
 
 class InnerActivations:

@@ -16,7 +16,7 @@ from slimllm.budget import LayerShape
 from slimllm.config import PruneConfig
 from slimllm.criteria import fluctuation
 from slimllm.elimination import Surgeon, eliminate_channels, eliminate_heads
-from slimllm.importance import layer_similarity, token_weights
+from slimllm.importance import layer_similarity
 from slimllm.layer import Layer, inner_activations
 from slimllm.memory import trim
 from slimllm.progress import Stopwatch
@@ -48,11 +48,11 @@ def measure_layer(
                 inner = inner_activations(layer, name, norm(hidden), kwargs)
                 output = project(inner)
             with watch("statistics"):
-                weights = token_weights(hidden, output)
+                weights = layer.weights(name, hidden, output)
                 squares[part] += weights.reciprocal().sum(dtype=torch.float64)
                 statistics[part].update(inner, weights if config.token_weights == "norm" else None)
             with watch("dense pass"):
-                hidden = hidden + output.view_as(hidden)
+                hidden = hidden + layer.behind(name, output).view_as(hidden)
         with watch("statistics"):
             similarity += layer_similarity(hidden_in, hidden)
             batch.hidden.save(hidden)

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from slimllm import modeling_slim_llama
-from slimllm.families import LayerSpec
-from slimllm.modeling_slim_llama import SlimLlamaConfig
+from slimllm.families import LayerSpec, layer_spec
+from slimllm.modeling import slim_layers
+from slimllm.modeling.slim_layers import rope_of_transformers_4
+from slimllm.registration import modeling_file, native_classes
 from slimllm.slicing import LayerSizes, Tensors, install
 
 # What the output format decides anew; every other setting of the source goes on unchanged.
@@ -60,52 +62,75 @@ def head_dim_of(config: PretrainedConfig) -> int:
 def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
     """Choose how to write a model of these layer sizes.
 
-    Alike layers: `llama` if it has a home for every bias, else `seed_oss`, LLaMA's mathematics with separate switches
-    for the biases. Otherwise the native format, with sizes by layer.
+    Alike layers: the family's own architecture if it has a home for every bias, else, for LLaMA's mathematics, `seed_oss`,
+    which is that with separate switches for the biases. Otherwise the native format, with sizes by layer.
     """
+    spec = layer_spec(source.model_type)
     common = {name: value for name, value in source.to_dict().items() if name not in _DECIDED}
     common |= {"head_dim": head_dim_of(source), "dtype": dtype}
-    qkv_bias = bool(getattr(source, "attention_bias", False))
-    gate_bias = bool(getattr(source, "mlp_bias", False))
     largest: dict[str, Any] = {
         "num_attention_heads": max(size.num_heads for size in sizes),
         "num_key_value_heads": max(size.num_kv_heads for size in sizes),
         "intermediate_size": max(size.intermediate_size for size in sizes),
     }
-    out_bias = any(size.attention_out_bias for size in sizes)
-    ffn_bias = any(size.ffn_out_bias for size in sizes)
+    qkv_bias, out_bias = (any(getattr(size, name) for size in sizes) for name in ("qkv_bias", "attention_out_bias"))
+    gate_bias, ffn_bias = (any(getattr(size, name) for size in sizes) for name in ("gate_bias", "ffn_out_bias"))
+    switches = {
+        name: value for name, value in (("attention_bias", qkv_bias), ("mlp_bias", gate_bias)) if hasattr(source, name)
+    }
     alike = all((size.num_heads, size.num_kv_heads, size.intermediate_size) == tuple(largest.values()) for size in sizes)
-    if not alike:
-        overrides = {}
-        for index, size in enumerate(sizes):
-            own = {
-                "num_attention_heads": size.num_heads,
-                "num_key_value_heads": size.num_kv_heads,
-                "intermediate_size": size.intermediate_size,
-                "attention_out_bias": size.attention_out_bias,
-                "mlp_out_bias": size.ffn_out_bias,
-            }
-            most = {**largest, "attention_out_bias": out_bias, "mlp_out_bias": ffn_bias}
-            different = {name: value for name, value in own.items() if value != most[name]}
-            if different:
-                overrides[str(index)] = different
-        return OutputFormat(
-            SlimLlamaConfig(
-                **common, **largest, attention_bias=qkv_bias, mlp_bias=gate_bias, attention_out_bias=out_bias,
-                mlp_out_bias=ffn_bias, per_layer_config=overrides, architectures=["SlimLlamaForCausalLM"],
-            )
-        )  # fmt: skip
-    fits_llama = qkv_bias == out_bias and gate_bias == ffn_bias
-    if fits_llama and source.hidden_size % largest["num_attention_heads"] == 0:
+    if alike and _own_home(source, spec, largest, (qkv_bias, out_bias, gate_bias, ffn_bias)):
         config = AutoConfig.for_model(
-            "llama", **common, **largest, attention_bias=out_bias, mlp_bias=ffn_bias, architectures=["LlamaForCausalLM"]
+            spec.family, **common, **largest, **switches, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.family]]
         )
         return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias)
-    config = AutoConfig.for_model(
-        "seed_oss", **common, **largest, attention_bias=qkv_bias, attention_out_bias=out_bias,
-        mlp_bias=ffn_bias or gate_bias, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
-    )  # fmt: skip
-    return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias or gate_bias)
+    if alike and is_llama(source, spec):
+        for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
+            common.pop(name, None)
+        config = AutoConfig.for_model(
+            "seed_oss", **common, **largest, attention_bias=qkv_bias, attention_out_bias=out_bias,
+            mlp_bias=ffn_bias or gate_bias, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
+        )  # fmt: skip
+        return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias or gate_bias)
+    overrides = {}
+    most = {**largest, "attention_out_bias": out_bias, "mlp_out_bias": ffn_bias}
+    for index, size in enumerate(sizes):
+        own = {
+            "num_attention_heads": size.num_heads,
+            "num_key_value_heads": size.num_kv_heads,
+            "intermediate_size": size.intermediate_size,
+            "attention_out_bias": size.attention_out_bias,
+            "mlp_out_bias": size.ffn_out_bias,
+        }
+        different = {name: value for name, value in own.items() if value != most[name]}
+        if different:
+            overrides[str(index)] = different
+    native, _, causal = native_classes(spec.family)
+    return OutputFormat(native(**common, **most, **switches, per_layer_config=overrides, architectures=[causal.__name__]))
+
+
+def is_llama(config: PretrainedConfig, spec: LayerSpec) -> bool:
+    """Whether a model computes as LLaMA does, so that LLaMA's relatives are a home for it."""
+    windows = getattr(config, "sliding_window", None) is not None
+    if isinstance(types := getattr(config, "layer_types", None), list):
+        windows = any(kind != "full_attention" for kind in types)
+    return spec.family == "llama" or (spec.family in ("mistral", "qwen2") and not windows)
+
+
+def _own_home(
+    config: PretrainedConfig, spec: LayerSpec, largest: dict[str, Any], biases: tuple[bool, bool, bool, bool]
+) -> bool:
+    """Whether a family's own architecture has a place for biases, of q, k and v, of o, of gate and up, and of down."""
+    qkv, out, gate, down = biases
+    homes = {
+        "llama": qkv == out and gate == down,
+        "mistral": not (qkv or out or gate or down),
+        "qwen2": qkv and not (out or gate or down),
+    }
+    divides = spec.family not in ("llama", "gemma2", "gemma3_text") or (
+        config.hidden_size % largest["num_attention_heads"] == 0
+    )
+    return divides and homes.get(spec.family, qkv == out and not (gate or down))
 
 
 def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSpec) -> None:
@@ -128,15 +153,14 @@ def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSp
 
 
 def write_config(config: PretrainedConfig, folder: Path) -> None:
-    """config.json, readable by transformers 4 too, and the modeling file if the format needs one."""
+    """config.json, readable by transformers 4 too, and the modeling files if the format needs them."""
     settings = json.loads(config.to_json_string())
-    rope = dict(settings.get("rope_parameters") or {})
-    if rope and config.model_type != "slim_llama":
-        # transformers 4 knows only these two; version 5 prefers rope_parameters.
-        settings["rope_theta"] = rope.pop("rope_theta", 10000.0)
-        settings["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    native = config.model_type.startswith("slim_")
+    if settings.get("rope_parameters") and not native:
+        settings |= rope_of_transformers_4(settings["rope_parameters"])  # version 5 prefers rope_parameters
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    if config.model_type == "slim_llama":
-        source = Path(modeling_slim_llama.__file__)
-        shutil.copyfile(source, folder / source.name)
+    if native:
+        for module in (modeling_file(layer_spec(config.model_type).family), slim_layers):
+            source = Path(str(module.__file__))
+            shutil.copyfile(source, folder / source.name)

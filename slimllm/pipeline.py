@@ -15,6 +15,7 @@ from slimllm.attention import prune_attention
 from slimllm.budget import LayerBudget, LayerShape
 from slimllm.config import MEASURED, PruneConfig
 from slimllm.dense import DensePass, overflow, perplexity_states, perplexity_windows, run_dense_pass
+from slimllm.errors import InputError
 from slimllm.ffn import prune_ffn
 from slimllm.layer import Layer, pass_sublayer
 from slimllm.memory import peak_host_gib, trim
@@ -130,12 +131,17 @@ def prune_layers(
     return outcome
 
 
-def check_ratio(source: ModelSource, config: PruneConfig) -> None:
-    """Whether a model can give so much, which can be seen before the dense pass.
+def check_settings(source: ModelSource, config: PruneConfig) -> None:
+    """Whether a model can give so much, in the way that is asked for, which can be seen before the dense pass.
 
     Raises:
         ValueError: (as InputError) it cannot.
     """
+    if config.dense_target and (source.spec.attention_post_norm or source.spec.ffn_post_norm):
+        raise InputError(
+            "dense_target is for models that add a sub-layer's output to the residual stream as it is; "
+            f"{source.spec.family} has a norm between the two; leave it out."
+        )
     find_target([_shape(source, size, config) for size in source.sizes()], config)
 
 
@@ -184,10 +190,8 @@ def _stream(
 
 def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:
     hidden_size: int = source.config.hidden_size
-    qkv_bias = int(bool(getattr(source.config, "attention_bias", False)))
-    gate_bias = int(bool(getattr(source.config, "mlp_bias", False)))
-    query_params = source.head_dim * (2 * hidden_size + qkv_bias)  # rows of q_proj and columns of o_proj
-    kv_params = 2 * source.head_dim * (hidden_size + qkv_bias)
+    query_params = source.head_dim * (2 * hidden_size + size.qkv_bias)  # rows of q_proj and columns of o_proj
+    kv_params = 2 * source.head_dim * (hidden_size + size.qkv_bias)
     units, groups = size.units(config.head_unit)
     by_group = size.by_group(config.head_unit)
     new_bias = hidden_size if config.recovery != "none" else 0
@@ -195,7 +199,7 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
         units=units // groups,
         unit_params=size.group_size * query_params + kv_params if by_group else groups * query_params,
         channels=size.intermediate_size,
-        channel_params=3 * hidden_size + 2 * gate_bias,
+        channel_params=3 * hidden_size + 2 * size.gate_bias,
         params=size.params,
         attention_bias_params=0 if size.attention_out_bias else new_bias,
         ffn_bias_params=0 if size.ffn_out_bias else new_bias,

@@ -25,7 +25,7 @@ from slimllm.journal import Journal, fingerprint
 from slimllm.layer import Layer
 from slimllm.native import OutputFormat, output_format
 from slimllm.parallel import Ranks
-from slimllm.pipeline import Outcome, check_ratio, prune_layers
+from slimllm.pipeline import Outcome, check_settings, prune_layers
 from slimllm.plan import GPU_RUNTIME, ROUNDINGS, Plan, make_plan
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
@@ -58,7 +58,7 @@ class Run:
                 f"{len(token_ids)} calibration windows cannot be shared by {self.ranks.size} processes; give more samples, "
                 "or start fewer processes."
             )
-        check_ratio(source, config)
+        check_settings(source, config)
         self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
         self.backend = ops.backend(source.device, OPERATIONS)
         self.format: OutputFormat

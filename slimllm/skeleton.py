@@ -21,15 +21,31 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-        parent, name = spec.rotary.rsplit(".", 1)
-        rotary = model.get_submodule(spec.rotary)
-        setattr(model.get_submodule(parent), name, type(rotary)(config=model.config))
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _make_rotary(model, spec)
     except (ValueError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"The model's configuration cannot be used: {type(error).__name__} {error}.") from error
     if config.num_hidden_layers < 1:
         raise InputError("The model's configuration says that it has no decoder layers.")
     return model.eval().requires_grad_(False)
+
+
+def _make_rotary(model: PreTrainedModel, spec: LayerSpec) -> None:
+    """Compute the tables of the rotary embedding, of which Gemma 3 has a second one under transformers 4."""
+    parent, name = spec.rotary.rsplit(".", 1)
+    decoder: Any = model.get_submodule(parent)
+    rotary = getattr(decoder, name)
+    setattr(decoder, name, type(rotary)(config=model.config))
+    if hasattr(decoder, f"{name}_local"):
+        config = copy.deepcopy(model.config)
+        config.rope_theta, config.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
+        setattr(decoder, f"{name}_local", type(rotary)(config=config))
+
+
+def embedding_scale(model: PreTrainedModel, spec: LayerSpec) -> float:
+    """What the embedding module multiplies its weights by: √D in Gemma, 1 elsewhere."""
+    plain = type(model.get_submodule(spec.embedding)) is nn.Embedding
+    return 1.0 if plain else float(model.config.hidden_size**0.5)
 
 
 def expected_tensors(model: PreTrainedModel, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -43,6 +59,10 @@ def expected_tensors(model: PreTrainedModel, spec: LayerSpec) -> dict[str, tuple
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: remembers its input and arguments, passes the hidden states on."""
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)  # by which transformers 4 chooses a mask
+
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.hidden_states, self.kwargs = hidden_states, kwargs
         return hidden_states
@@ -53,7 +73,7 @@ def _recorders(model: PreTrainedModel, spec: LayerSpec) -> Iterator[list[_Record
     decoder = model.get_submodule(spec.layers.rsplit(".", 1)[0])
     norm_name = spec.final_norm.rsplit(".", 1)[1]
     layers, norm = decoder.layers, getattr(decoder, norm_name)
-    recorders = [_Recorder() for _ in layers]
+    recorders = [_Recorder(layer) for layer in layers]
     try:
         decoder.layers = nn.ModuleList(recorders)
         setattr(decoder, norm_name, nn.Identity())

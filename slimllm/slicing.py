@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ _ROWS = 256  # of a weight in fp64 at a time
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of one decoder layer and which of its output projections have a bias."""
+    """Sizes of one decoder layer and which of its projections have a bias: q, k and v; gate and up; and the last ones."""
 
     num_heads: int
     num_kv_heads: int
@@ -25,6 +25,8 @@ class LayerSizes:
     attention_out_bias: bool
     ffn_out_bias: bool
     params: int
+    qkv_bias: bool = False
+    gate_bias: bool = False
 
     @property
     def group_size(self) -> int:
@@ -42,7 +44,8 @@ class LayerSizes:
     def without(self, units: int, channels: int, head_unit: str, new_bias: bool) -> LayerSizes:
         """After giving up so many units and channels; `params` is left to be counted when the tensors are there."""
         by_group = self.by_group(head_unit)
-        return LayerSizes(
+        return replace(
+            self,
             num_heads=self.num_heads - units * (self.group_size if by_group else self.num_kv_heads),
             num_kv_heads=self.num_kv_heads - (units if by_group else 0),
             intermediate_size=self.intermediate_size - channels,
@@ -61,6 +64,8 @@ def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: i
         attention_out_bias=f"{spec.o_proj}.bias" in shapes,
         ffn_out_bias=f"{spec.down_proj}.bias" in shapes,
         params=sum(torch.Size(shape).numel() for shape in shapes.values()),
+        qkv_bias=f"{spec.q_proj}.bias" in shapes,
+        gate_bias=f"{spec.up_proj}.bias" in shapes,
     )
 
 
@@ -167,6 +172,7 @@ def install(
             new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
             new.requires_grad_(old.weight.requires_grad)
             setattr(layer.get_submodule(parent), name, new)
+            changed = changed | {name for name in (f"{projection}.weight", f"{projection}.bias") if name in tensors}
     for name in changed:  # one by one, so that what it replaces is let go before the next one
         layer.load_state_dict({name: tensors[name].to(device=device, dtype=dtype)}, strict=False, assign=True)
     attention: Any = layer.get_submodule(spec.attention)

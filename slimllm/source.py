@@ -16,7 +16,7 @@ from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.layer import Layer
 from slimllm.native import head_dim_of
-from slimllm.skeleton import empty_module, expected_tensors, meta_model
+from slimllm.skeleton import embedding_scale, empty_module, expected_tensors, meta_model
 from slimllm.slicing import LayerSizes, Tensors, sizes_by_layer
 
 _VOCABULARY = 4096  # entries whose logits are in memory at a time
@@ -100,6 +100,7 @@ class ModelSource(ABC):
             token_ids: (samples, seq_len).
         """
         norm, weight = self.head()
+        cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         targets = torch.cat([ids[1:] for ids in token_ids]).to(self.device)
         inputs = [torch.cat([norm(window[:-1].to(self.device)) for window in states]) for states in hidden]
         normalisers = [torch.full((len(targets),), -torch.inf, device=self.device) for _ in hidden]
@@ -109,6 +110,8 @@ class ModelSource(ABC):
             here = (targets >= start) & (targets < start + len(some))
             for x, normaliser, own in zip(inputs, normalisers, chosen):
                 logits = nn.functional.linear(x, some).float()
+                if cap:
+                    logits = cap * (logits / cap).tanh()
                 torch.logaddexp(normaliser, logits.logsumexp(1), out=normaliser)
                 own[here] = logits[here, targets[here] - start]
         return [float((normaliser - own).mean(dtype=torch.float64)) for normaliser, own in zip(normalisers, chosen)]
@@ -145,7 +148,8 @@ class CheckpointModel(ModelSource):
 
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
         weight = self._read(f"{self.spec.embedding}.weight")
-        return lambda token_ids: nn.functional.embedding(token_ids, weight).to(self.device, self.dtype)
+        scale = torch.tensor(embedding_scale(self.model, self.spec)).to(self.device, self.dtype)
+        return lambda token_ids: nn.functional.embedding(token_ids, weight).to(self.device, self.dtype) * scale
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         norm = empty_module(self.model, self.spec.final_norm)

@@ -12,12 +12,12 @@ import slimllm
 PACKAGE = Path(slimllm.__file__).parent
 # The way of the data: a module imports only from those before it.
 ORDER = [
-    "errors", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling_slim_llama", "registration",
+    "errors", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling", "registration",
     "kernels", "ops", "statistics", "importance", "criteria", "selection", "recovery", "elimination", "spending",
     "allocation", "slicing", "states", "native", "progress", "layer", "measure", "attention", "ffn", "account", "plan",
     "journal", "record", "skeleton", "checkpoint", "checkpoint_gguf", "calibration", "source", "dense", "pipeline",
-    "report", "modelcard", "writer", "run", "jobs", "engine", "bench", "evaluate", "doctor", "display", "demo",
-    "compare", "compare_display", "cli", "__main__", "__init__",
+    "report", "modelcard", "writer", "run", "jobs", "engine", "padding", "gguf_vocabulary", "export_gguf", "export",
+    "bench", "evaluate", "doctor", "display", "demo", "compare", "compare_display", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

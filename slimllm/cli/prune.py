@@ -23,7 +23,7 @@ from slimllm.cli.options import (
     console,
     errors,
 )
-from slimllm.errors import LostRankError, OutputError
+from slimllm.errors import InputError, LostRankError, OutputError
 from slimllm.interrupts import SafeStop
 from slimllm.parallel import Ranks, launched
 
@@ -39,6 +39,10 @@ def prune_command(
     preset: Preset = "default",
     criterion: Criterion = None,
     allocation: AllocationName = None,
+    uniform: Annotated[
+        bool,
+        typer.Option("--uniform", help="Short for --allocation uniform: all layers alike."),
+    ] = False,
     recovery: Recovery = None,
     token_weights: TokenWeights = None,
     dense_target: DenseTarget = 0.0,
@@ -89,6 +93,10 @@ def prune_command(
     from slimllm.engine import prune, prune_ratios
     from slimllm.writer import can_resume
 
+    if uniform:
+        if allocation not in (None, "uniform"):
+            raise InputError(f"--uniform is --allocation uniform, but --allocation {allocation} was given; leave one out.")
+        allocation = "uniform"
     results = [out] if len(ratio) == 1 else [out / str(one) for one in ratio]
     command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
     with launched(device) as group:

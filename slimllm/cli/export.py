@@ -1,0 +1,29 @@
+"""`slimllm export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimllm.cli.options import Model, Quiet, app, console
+
+
+@app.command("export")
+def export_command(
+    model: Model,
+    to: Annotated[
+        str,
+        typer.Option(help="stock: transformers' own, of alike layers. padded: of any layers, no faster. gguf: llama.cpp."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to make; for gguf the file, NAME.gguf.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a model in a form that more programs load, without any loss, or not at all."""
+    from slimllm.export import export
+
+    name = export(model, out, to, overwrite=overwrite)
+    if not quiet:
+        console.print(f"{out} is written, of the architecture {name}.", highlight=False)

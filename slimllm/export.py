@@ -1,0 +1,115 @@
+"""`slimllm export`: a pruned model in another form, which more programs load. Called by the command line and users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from slimllm.checkpoint import Checkpoint, open_checkpoint
+from slimllm.config import check_choice
+from slimllm.errors import InputError
+from slimllm.export_gguf import write_gguf
+from slimllm.native import OutputFormat, output_format, write_config
+from slimllm.padding import pad_layer, padded_sizes
+from slimllm.slicing import LayerSizes, Tensors
+from slimllm.source import CheckpointModel
+from slimllm.writer import CheckpointWriter, check_destination, check_space
+
+TARGETS = ("stock", "padded", "gguf")
+
+
+def export(model: str | Path, out: str | Path, to: str, *, overwrite: bool = False) -> str:
+    """Write a model in another form, a layer in memory at a time.
+
+    `stock`: an architecture of transformers itself, for models whose layers are alike (`slimllm prune --uniform`).
+    `padded`: the same for any, every layer brought to the sizes of the largest by zeros, which is exact and gives the
+    speed and the memory of pruning back. `gguf`: a file for llama.cpp, with sizes by layer, tokenizer and chat template,
+    in the dtype of the model.
+
+    Args:
+        model: A Hugging Face folder, pruned or not, or a hub id.
+        out: The folder, or for `gguf` the file, to make. It appears when it is complete.
+        to: `stock`, `padded` or `gguf`.
+        overwrite: Replace what is in its place already, if that is a model.
+
+    Returns:
+        The architecture that was written.
+
+    Raises:
+        ValueError: (as InputError) the model cannot be written so without a loss; says which form keeps all. Or the
+            model or the place to write to is not fit.
+    """
+    check_choice("to", to, TARGETS)
+    checkpoint, out = open_checkpoint(model), Path(out).expanduser().resolve()
+    source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
+    sizes = source.sizes()
+    if to == "gguf":
+        return write_gguf(source, out, overwrite)
+    check_destination(out, [checkpoint.path], overwrite)
+    wanted = padded_sizes(sizes) if to == "padded" else None
+    form = stock_format(source, [wanted] * len(sizes) if wanted else sizes)
+    check_space(out, _bytes_of(checkpoint, source) if wanted is None else _bytes_of(checkpoint, source) * 2)
+    _write(source, sizes, wanted, form, out, overwrite)
+    return form.name
+
+
+def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputFormat:
+    """The architecture of transformers that holds layers of these sizes.
+
+    Raises:
+        ValueError: (as InputError) there is none, or it has no place for a bias.
+    """
+    dtype = source.checkpoint.storage_dtype(f"{source.spec.embedding}.weight")
+    form = output_format(source.config, sizes, dtype)
+    if not form.name.startswith("slim_"):
+        return form
+    first = sizes[0]
+    if any(_alike(size) != _alike(first) for size in sizes):
+        raise InputError(
+            "The layers have sizes of their own, which no architecture of transformers holds; give --to padded, or prune "
+            "with --uniform."
+        )
+    raise InputError(
+        f"The model has biases of its output projections, for which transformers' {source.spec.family} has no place, and "
+        "leaving them out would change the model; the native format that it is in keeps them, and so would none be made by "
+        "--recovery none."
+    )
+
+
+def _alike(size: LayerSizes) -> tuple[int, int, int]:
+    return size.num_heads, size.num_kv_heads, size.intermediate_size
+
+
+def _bytes_of(checkpoint: Checkpoint, source: CheckpointModel) -> int:
+    return sum(
+        torch.Size(shape).numel() * checkpoint.storage_dtype(name).itemsize for name, shape in source.shapes().items()
+    )
+
+
+def _write(
+    source: CheckpointModel,
+    sizes: list[LayerSizes],
+    wanted: LayerSizes | None,
+    form: OutputFormat,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    checkpoint = source.checkpoint
+
+    def cast(tensors: Tensors) -> Tensors:  # what was quantised is in fp32
+        return {name: tensor.to(checkpoint.storage_dtype(name)) for name, tensor in tensors.items()}
+
+    with CheckpointWriter(out, source.num_layers + 1, overwrite, {"export": form.name}, {}) as writer:
+        for index, size in enumerate(sizes):
+            tensors = source.weights(index)
+            if wanted:
+                tensors = pad_layer(tensors, source.spec, size, wanted, source.head_dim)
+            prefix = source.layer_prefix(index)
+            complete = form.complete(tensors, source.spec)
+            writer.write_shard(index + 1, cast({prefix + name: tensor for name, tensor in complete.items()}))
+        writer.write_shard(source.num_layers + 1, cast(checkpoint.read(source.other_tensors())))
+        write_config(form.config, writer.folder)
+        checkpoint.write_companions(writer.folder)
+        writer.complete()
+        writer.finish()

@@ -1,0 +1,174 @@
+"""A model as a GGUF file for llama.cpp, one tensor in memory at a time.
+
+Layers alike and without biases are written as `llama`, others as `deci`, LLaMA's mathematics with sizes by layer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from slimllm.checkpoint_gguf import rope_order
+from slimllm.errors import InputError, OutputError
+from slimllm.families import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
+from slimllm.gguf_vocabulary import add_vocabulary
+from slimllm.native import is_llama
+from slimllm.slicing import LayerSizes
+from slimllm.source import CheckpointModel
+from slimllm.writer import check_space
+
+_FILE_TYPES = {
+    torch.float32: gguf.LlamaFileType.ALL_F32,
+    torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+    torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+}
+_TYPES = {
+    torch.float32: gguf.GGMLQuantizationType.F32,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+}
+
+
+def write_gguf(source: CheckpointModel, out: Path, overwrite: bool) -> str:
+    """Write the file, and give the architecture; see `slimllm.export`."""
+    sizes = source.sizes()
+    _check(source, sizes, out, overwrite)
+    alike = all(size == sizes[0] for size in sizes)
+    biases = any(size.qkv_bias or size.attention_out_bias or size.gate_bias or size.ffn_out_bias for size in sizes)
+    architecture = "llama" if alike and not biases else "deci"
+    dtype = source.checkpoint.storage_dtype(f"{source.spec.embedding}.weight")
+    dtype = dtype if dtype in _TYPES else torch.float32
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_space(out, sum(math.prod(shape) for shape in source.shapes().values()) * dtype.itemsize + 2**24)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            path = Path(folder) / out.name
+            _write(source, sizes, path, architecture, dtype)
+            os.replace(path, out)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written: {error.strerror}.") from error
+    return architecture
+
+
+def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrite: bool) -> None:
+    if out.suffix != ".gguf":
+        raise InputError(f"{out} is to be a GGUF file, so give it a name that ends with .gguf.")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise InputError(f"{out} exists already; give another name, or --overwrite to replace the file.")
+    if not is_llama(source.config, source.spec):
+        raise InputError(
+            f"GGUF can be written for LLaMA's mathematics, which {source.spec.family} with its norms or windows is not; "
+            "the native format keeps all, and of a stock model llama.cpp's own convert_hf_to_gguf.py makes the file."
+        )
+    wide = [index for index, size in enumerate(sizes) if size.num_heads * source.head_dim != source.config.hidden_size]
+    if sizes[0].qkv_bias and wide:
+        raise InputError(
+            "llama.cpp has no place for the biases of q, k and v in layers with fewer heads; the native format keeps them."
+        )
+
+
+def _write(source: CheckpointModel, sizes: list[LayerSizes], path: Path, architecture: str, dtype: torch.dtype) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_settings(writer, source, sizes, architecture, dtype)
+    with tempfile.TemporaryDirectory() as companions:
+        source.checkpoint.write_companions(Path(companions))
+        add_vocabulary(writer, Path(companions), source.config.vocab_size)
+    factors = _rope_factors(writer, source)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
+    names = dict(_names(source))
+    for name, theirs in names.items():
+        shape = source.shapes()[name]
+        kind = _TYPES[dtype if len(shape) > 1 else torch.float32]
+        if kind == gguf.GGMLQuantizationType.BF16:
+            num_bytes = 2 * math.prod(shape)
+            writer.add_tensor_info(theirs, (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8), num_bytes, raw_dtype=kind)
+        else:
+            numbers = np.dtype(np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.float16)
+            writer.add_tensor_info(theirs, shape, numbers, numbers.itemsize * math.prod(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for name in names:
+        tensor = _in_their_order(source, sizes, name, source.checkpoint.read([name])[name])
+        tensor = tensor.to(dtype if tensor.ndim > 1 else torch.float32).contiguous()
+        content: Any = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
+        writer.write_tensor_data(content.numpy())
+    writer.close()
+
+
+def _names(source: CheckpointModel) -> Iterator[tuple[str, str]]:
+    """Our tensors' names and GGUF's."""
+    layer_names = {ours: theirs for theirs, ours in GGUF_LAYER_NAMES.items()}
+    model_names = {ours: theirs for theirs, ours in GGUF_MODEL_NAMES.items()}
+    for name in source.shapes():
+        module, kind = name.rsplit(".", 1)
+        if module in model_names:
+            yield name, f"{model_names[module]}.{kind}"
+        else:
+            index, own = module.removeprefix(f"{source.spec.layers}.").split(".", 1)
+            yield name, f"blk.{index}.{layer_names[own]}.{kind}"
+
+
+def _in_their_order(source: CheckpointModel, sizes: list[LayerSizes], name: str, tensor: torch.Tensor) -> torch.Tensor:
+    for projection, heads in ((source.spec.q_proj, "num_heads"), (source.spec.k_proj, "num_kv_heads")):
+        if f".{projection}." in name:
+            index = int(name.removeprefix(f"{source.spec.layers}.").split(".", 1)[0])
+            return rope_order(tensor, getattr(sizes[index], heads))
+    return tensor
+
+
+def _add_settings(
+    writer: gguf.GGUFWriter, source: CheckpointModel, sizes: list[LayerSizes], architecture: str, dtype: torch.dtype
+) -> None:
+    config = source.config
+    by_layer = {
+        writer.add_head_count: [size.num_heads for size in sizes],
+        writer.add_head_count_kv: [size.num_kv_heads for size in sizes],
+        writer.add_feed_forward_length: [size.intermediate_size for size in sizes],
+    }
+    for add, numbers in by_layer.items():
+        add(numbers[0] if architecture == "llama" else numbers)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(source.checkpoint.name)
+    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(sizes))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(source.head_dim)
+    writer.add_value_length(source.head_dim)
+    writer.add_rope_dimension_count(source.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _rope_factors(writer: gguf.GGUFWriter, source: CheckpointModel) -> np.ndarray[Any, Any] | None:
+    """Settings of the rotary embedding; and by what each frequency is divided, if the rule for it has none in GGUF."""
+    config = source.config
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    theta = float(rope.get("rope_theta") or config.rope_theta)
+    kind = rope.get("rope_type", "default")
+    writer.add_rope_freq_base(theta)
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "llama3":
+        rotary: Any = source.model.get_submodule(source.spec.rotary)
+        plain = theta ** -(torch.arange(0, source.head_dim, 2, dtype=torch.float64) / source.head_dim)
+        factors: np.ndarray[Any, Any] = (plain / rotary.inv_freq.double()).float().numpy()
+        return factors
+    elif kind != "default":
+        raise InputError(
+            f"Rotary embeddings scaled by the rule {kind!r} cannot be written to GGUF; the native format keeps them."
+        )
+    return None

@@ -1,0 +1,95 @@
+"""A Hugging Face tokenizer as the vocabulary of a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from slimllm.errors import InputError
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# What llama.cpp calls a way to cut a text before the merges: the type and what matters of every step.
+_PRE_TOKENIZERS = {
+    (("Split", _LLAMA3), ("ByteLevel", False)): "llama-bpe",
+    (("Split", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")), ("ByteLevel", False)): "qwen2",
+    (("Digits", True), ("ByteLevel", True)): "smollm",
+    (("ByteLevel", True),): "gpt-2",
+}
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
+    """Tokens, merges, special tokens and chat template of the tokenizer in a folder.
+
+    Args:
+        writer: Of the file.
+        folder: With tokenizer.json.
+        vocab_size: Rows of the embedding; what the tokenizer leaves free is filled up.
+
+    Raises:
+        ValueError: (as InputError) llama.cpp would cut text in another way than this tokenizer does.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(
+            "The model has no tokenizer.json, of which the file's vocabulary is made; save a fast tokenizer there."
+        )
+    tokenizer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    model = tokenizer["model"]
+    if model.get("type") != "BPE":
+        raise InputError(f"The tokenizer is of type {model.get('type')}; only BPE tokenizers can be written to GGUF.")
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+    added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
+    texts = {index: text for text, index in model["vocab"].items()} | {i: entry["content"] for i, entry in added.items()}
+    if max(texts) >= vocab_size:
+        raise InputError(f"The tokenizer has token {max(texts)}, but the model's embedding only {vocab_size} rows.")
+    tokens = [texts.get(index, f"[PAD{index}]") for index in range(vocab_size)]
+    types = [_token_type(index, texts, added, bool(model.get("byte_fallback"))) for index in range(vocab_size)]
+    if model.get("byte_fallback"):  # SentencePiece: llama.cpp merges what has the highest score
+        scores = {"".join(merge): -float(rank + 1) for rank, merge in reversed(list(enumerate(merges)))}
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+        writer.add_add_space_prefix("Prepend" in json.dumps(tokenizer.get("normalizer")) or _metaspace_prefix(tokenizer))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size).add_to_gguf(
+        writer, quiet=True
+    )
+
+
+def _token_type(index: int, texts: dict[int, str], added: dict[int, dict[str, Any]], bytes_too: bool) -> gguf.TokenType:
+    if index not in texts:
+        return gguf.TokenType.UNUSED
+    if index in added:
+        return gguf.TokenType.CONTROL if added[index].get("special") else gguf.TokenType.USER_DEFINED
+    text = texts[index]
+    is_byte = bytes_too and len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+    return gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
+
+
+def _metaspace_prefix(tokenizer: dict[str, Any]) -> bool:
+    pre = tokenizer.get("pre_tokenizer") or {}
+    return pre.get("type") == "Metaspace" and pre.get("prepend_scheme", "always") != "never"
+
+
+def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
+    pre = tokenizer.get("pre_tokenizer") or {}
+    steps = []
+    for step in pre.get("pretokenizers", [pre]):
+        matters = {"Split": step.get("pattern", {}).get("Regex"), "Digits": step.get("individual_digits")}
+        steps.append((step.get("type"), matters.get(step.get("type"), step.get("use_regex", True))))
+    name = _PRE_TOKENIZERS.get(tuple(steps))
+    if name is None:
+        raise InputError(
+            f"The tokenizer cuts text in a way ({', '.join(str(kind) for kind, _ in steps)}) that llama.cpp may know, but "
+            "this package does not; convert the padded export with llama.cpp's own convert_hf_to_gguf.py."
+        )
+    return name

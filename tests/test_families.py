@@ -1,0 +1,226 @@
+"""Every family, as a tiny seeded model with all its peculiarities switched on: computed, pruned, written and loaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import logits
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import slimllm
+from slimllm import InputError, PruneConfig
+from slimllm.families import FAMILIES, layer_spec
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 16, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+WINDOWS = {"sliding_window": 7}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
+PECULIAR: dict[str, dict[str, Any]] = {
+    "llama": {
+        "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True,
+        "rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "mistral": WINDOWS,
+    "qwen2": {"use_sliding_window": True, **WINDOWS, **ALTERNATING},
+    "qwen3": {"use_sliding_window": True, "attention_bias": True, **WINDOWS, **ALTERNATING},
+    "gemma2": {
+        **WINDOWS, **ALTERNATING, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 24, "attention_bias": True,
+    },
+    "gemma3_text": {**WINDOWS, **ALTERNATING, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0},
+}  # fmt: skip
+
+
+def tiny(family: str, **changes: Any) -> PreTrainedModel:
+    config = AutoConfig.for_model(family, **{**COMMON, **PECULIAR[family], **changes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases, which start as ones and zeros
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "embed" not in name:
+                parameter.normal_(0, 0.25)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids() -> torch.Tensor:
+    """More windows than features, longer than a sliding window."""
+    return torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
+
+
+def saved(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=sorted(PECULIAR))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_family_is_here() -> None:
+    assert {spec.family for spec in FAMILIES.values()} == set(PECULIAR)
+
+
+def test_the_engine_computes_what_the_model_does(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    """From the checkpoint, layer by layer: embeddings, masks, rotary embeddings, norms, soft caps and the head."""
+    model = tiny(family)
+    report = slimllm.prune(saved(model, tmp_path / "dense"), tmp_path / "out", PruneConfig(ratio=0.3, calibration=ids))
+    used = ids[: report.calibration["perplexity_tokens"] // ids.shape[1]]
+    with torch.no_grad():
+        loss = float(model(used, labels=used).loss)
+        assert report.calibration["perplexity_dense"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+        pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        loss = float(pruned(used, labels=used).loss)
+    assert report.calibration["perplexity_pruned"] == pytest.approx(torch.tensor(loss).exp().item(), rel=1e-4)
+    assert report.achieved_ratio == pytest.approx(0.3, rel=0.02)
+    assert report.format == f"slim_{family}"
+
+
+@pytest.mark.parametrize("settings", [{}, {"preset": "best"}, {"recovery": "lstsq", "head_unit": "query"}])
+def test_in_memory_and_reloaded(family: str, ids: torch.Tensor, tmp_path: Path, settings: dict[str, Any]) -> None:
+    model = tiny(family)
+    folder = saved(model, tmp_path / "dense")
+    slimllm.prune(folder, tmp_path / "out", PruneConfig(ratio=0.4, calibration=ids, round_to=1, **settings))
+    slimllm.prune_model(model, ids, PruneConfig(ratio=0.4, round_to=1, **settings))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again, ids), logits(model, ids))
+    prompt = ids[:2, :12]
+    how = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 10, "do_sample": False}
+    assert torch.equal(loaded.generate(prompt, **how), loaded.generate(prompt, use_cache=False, **how))
+
+
+@pytest.mark.parametrize("token_weights", ["none", "norm"])
+@pytest.mark.parametrize("recovery", ["affine", "lstsq"])
+def test_recovery_has_the_error_that_it_reports(family: str, ids: torch.Tensor, recovery: str, token_weights: str) -> None:
+    """Against raw activations: the output projections' outputs in the first layer, before and after."""
+    model = tiny(family)
+    pruned = copy.deepcopy(model)
+    settings = PruneConfig(ratio=0.45, recovery=recovery, allocation="uniform", token_weights=token_weights, round_to=1)
+    report, spec = slimllm.prune_model(pruned, ids, settings), layer_spec(family)
+    between = copy.deepcopy(pruned)  # the FFN as it was, behind the pruned attention
+    ffn, projections = spec.ffn, {"attention": spec.o_proj, "ffn": spec.down_proj}
+    setattr(between.model.layers[0], ffn, copy.deepcopy(model.model.layers[0].get_submodule(ffn)))
+    for part, before in (("attention", model), ("ffn", between)):
+        outputs, streams = [], []
+        for one in (before, pruned):
+            layer = one.model.layers[0]
+            found: dict[str, torch.Tensor] = {}
+            norm = spec.attention_norm if part == "attention" else spec.ffn_norm
+            hooks = [
+                layer.get_submodule(projections[part]).register_forward_hook(
+                    lambda m, a, out, to=found: to.update(out=out.flatten(0, 1).double())
+                ),
+                layer.get_submodule(norm).register_forward_pre_hook(
+                    lambda m, a, to=found: to.update(stream=a[0].flatten(0, 1).double())
+                ),
+            ]
+            logits(one, ids)
+            for hook in hooks:
+                hook.remove()
+            outputs.append(found["out"])
+            streams.append(found["stream"])
+        weight = torch.ones(len(outputs[0]), dtype=torch.float64)
+        if token_weights == "norm":
+            post = spec.attention_post_norm if part == "attention" else spec.ffn_post_norm
+            with torch.no_grad():
+                added = before.model.layers[0].get_submodule(post)(outputs[0].float()).double() if post else outputs[0]
+            weight = 1 / (streams[0] + added).square().mean(1)
+            if post:
+                weight *= added.square().mean(1) / outputs[0].square().mean(1)
+        weight = (weight / weight.sum())[:, None]
+        variance = (weight * (outputs[0] - (weight * outputs[0]).sum(0)).square()).sum()
+        error = (weight * (outputs[0] - outputs[1]).square()).sum() / variance
+        assert report.layers[0][f"{part}_error_after"] == pytest.approx(float(error), rel=2e-3)
+
+
+def test_a_norm_between_has_no_dense_target(ids: torch.Tensor) -> None:
+    with pytest.raises(InputError, match="gemma2 has a norm between"):
+        slimllm.prune_model(tiny("gemma2"), ids, PruneConfig(ratio=0.3, recovery="lstsq", dense_target=0.3))
+    slimllm.prune_model(tiny("qwen3"), ids, PruneConfig(ratio=0.3, recovery="lstsq", dense_target=0.3))
+
+
+STRANGER = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+ids = load_file("ids.safetensors")["ids"]
+for family in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(family, trust_remote_code=True)
+    with torch.no_grad():
+        save_file({"logits": model(ids).logits}, f"{family}.safetensors")
+    assert type(AutoModel.from_pretrained(family, trust_remote_code=True)).__module__.startswith("transformers_modules")
+assert "slimllm" not in sys.modules
+"""
+
+
+def test_loads_without_slimllm(ids: torch.Tensor, tmp_path: Path) -> None:
+    expected = {}
+    for family in PECULIAR:
+        slimllm.prune(
+            saved(tiny(family), tmp_path / f"dense-{family}"), tmp_path / family, PruneConfig(ratio=0.3, calibration=ids)
+        )
+        expected[family] = logits(AutoModelForCausalLM.from_pretrained(tmp_path / family), ids)
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", STRANGER, *PECULIAR]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for family, wanted in expected.items():
+        assert torch.allclose(load_file(tmp_path / f"{family}.safetensors")["logits"], wanted, atol=1e-5), family
+
+
+NO_WINDOWS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * 4},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "recovery", "changes", "wanted"),
+    [
+        *[(family, "none", {}, family) for family in PECULIAR],
+        ("llama", "affine", {}, "llama"),
+        ("llama", "lstsq", {"attention_bias": False}, "seed_oss"),
+        ("mistral", "affine", NO_WINDOWS["mistral"], "seed_oss"),
+        ("qwen2", "lstsq", NO_WINDOWS["qwen2"], "seed_oss"),
+        ("mistral", "affine", {}, "slim_mistral"),  # its own architecture has no place for the recovery's biases
+        ("qwen2", "bias", {}, "slim_qwen2"),
+        ("qwen3", "lstsq", {}, "slim_qwen3"),
+        ("gemma3_text", "affine", {}, "slim_gemma3_text"),
+    ],
+)
+def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
+    ids: torch.Tensor, tmp_path: Path, family: str, recovery: str, changes: dict[str, Any], wanted: str
+) -> None:
+    model = tiny(family, **changes)
+    folder = saved(model, tmp_path / "dense")
+    settings: dict[str, Any] = {"ratio": 0.45, "recovery": recovery, "allocation": "uniform", "round_to": 1}
+    report = slimllm.prune(folder, tmp_path / "out", PruneConfig(calibration=ids, **settings))
+    assert len({(one["num_heads"], one["intermediate_size"]) for one in report.layers}) == 1
+    assert report.format == wanted
+    assert any((tmp_path / "out").glob("*.py")) == wanted.startswith("slim_")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    slimllm.prune_model(model, ids, PruneConfig(**settings))
+    assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-5)
+    again = slimllm.prune(tmp_path / "out", tmp_path / "again", PruneConfig(ratio=0.2, calibration=ids, round_to=1))
+    assert again.achieved_ratio == pytest.approx(0.2, rel=0.03)
