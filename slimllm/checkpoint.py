@@ -205,8 +205,14 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
         return GGUFCheckpoint(path)
     if path.is_dir():
-        return SafetensorsCheckpoint(path, path.resolve().name)
-    return SafetensorsCheckpoint(download(str(model)), str(model))
+        checkpoint = SafetensorsCheckpoint(path, path.resolve().name)
+    else:
+        checkpoint = SafetensorsCheckpoint(download(str(model)), str(model))
+    if checkpoint.config.model_type == "phi3":
+        from slimllm.checkpoint_phi3 import Phi3Checkpoint
+
+        return Phi3Checkpoint(checkpoint)
+    return checkpoint
 
 
 def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path:

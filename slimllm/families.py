@@ -70,6 +70,9 @@ FAMILIES: dict[str, LayerSpec] = {
     "seed_oss": _ROWS[0],
 }
 
+# Families that are read as what they compute, see `slimllm.checkpoint.open_checkpoint`.
+READ_AS = {"phi3": "mistral"}
+
 # GGUF's names of a layer's modules (behind `blk.N.`) and of the others, and ours.
 GGUF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -92,8 +95,7 @@ def layer_spec(model_type: str) -> LayerSpec:
     Raises:
         ValueError: (as InputError) the family is not supported; lists those that are.
     """
-    if model_type not in FAMILIES:
-        raise InputError(
-            f"Models of type {model_type!r} are not supported; supported types are {', '.join(sorted(FAMILIES))}."
-        )
-    return FAMILIES[model_type]
+    if model_type not in FAMILIES and model_type not in READ_AS:
+        known = ", ".join(sorted([*FAMILIES, *READ_AS]))
+        raise InputError(f"Models of type {model_type!r} are not supported; supported types are {known}.")
+    return FAMILIES[READ_AS.get(model_type, model_type)]

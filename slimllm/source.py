@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from slimllm.checkpoint import Checkpoint
 from slimllm.errors import InputError
-from slimllm.families import layer_spec
+from slimllm.families import READ_AS, layer_spec
 from slimllm.layer import Layer
 from slimllm.native import head_dim_of
 from slimllm.skeleton import embedding_scale, empty_module, expected_tensors, meta_model
@@ -186,6 +186,11 @@ class InMemoryModel(ModelSource):
     reads_ahead = False  # they are there already
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if (kind := model.config.model_type) in READ_AS:
+            raise InputError(
+                f"A model of type {kind} has fused projections and cannot be pruned in memory; save it with save_pretrained "
+                "and prune the folder."
+            )
         plain = {name: type(module) for name, module in meta_model(model.config).named_modules() if name}
         found = {name: type(module) for name, module in model.named_modules() if name}
         if found != plain:

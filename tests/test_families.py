@@ -58,6 +58,18 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
     return model
 
 
+PHI3: dict[str, dict[str, Any]] = {
+    "windows": {"sliding_window": 7},
+    "long": {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 500.0, "long_factor": [2.0] * 4, "short_factor": [1.0, 2.0, 3.0, 4.0],
+            "original_max_position_embeddings": 16,
+        },
+    },
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     """More windows than features, longer than a sliding window."""
@@ -157,6 +169,31 @@ def test_a_norm_between_has_no_dense_target(ids: torch.Tensor) -> None:
     with pytest.raises(InputError, match="gemma2 has a norm between"):
         slimllm.prune_model(tiny("gemma2"), ids, PruneConfig(ratio=0.3, recovery="lstsq", dense_target=0.3))
     slimllm.prune_model(tiny("qwen3"), ids, PruneConfig(ratio=0.3, recovery="lstsq", dense_target=0.3))
+
+
+@pytest.mark.parametrize("kind", PHI3)
+@pytest.mark.parametrize("settings", [{}, {"allocation": "uniform", "recovery": "none"}])
+def test_phi3_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    """Its fused projections are taken apart; what is written is Mistral, or of its mathematics."""
+    settings_of = {name: value for name, value in COMMON.items() if name != "head_dim"}
+    config = AutoConfig.for_model("phi3", **settings_of, **PHI3[kind])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    settings = {"ratio": 0.45, "calibration": ids, "round_to": 1, **settings}
+    report = slimllm.prune(saved(model, tmp_path / "dense"), tmp_path / "out", PruneConfig(**settings))
+    wanted = "slim_mistral" if len(settings) == 3 else "mistral"
+    used = ids[: report.calibration["perplexity_tokens"] // ids.shape[1]]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        dense, pruned = (float(one(used, labels=used).loss) for one in (model, loaded))
+    assert report.calibration["perplexity_dense"] == pytest.approx(torch.tensor(dense).exp().item(), rel=1e-4)
+    assert report.calibration["perplexity_pruned"] == pytest.approx(torch.tensor(pruned).exp().item(), rel=1e-4)
+    assert report.format == wanted
+    with pytest.raises(InputError, match="cannot be pruned in memory; save it"):
+        slimllm.prune_model(model, ids, PruneConfig(ratio=0.3))
 
 
 STRANGER = """
