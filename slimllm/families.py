@@ -19,11 +19,17 @@ class LayerSpec:
         family: Its `model_type`; `slim_` before it makes that of the native format.
         attention_post_norm, ffn_post_norm: The norm that a sub-layer's output passes before it is added to the residual
             stream; empty: none.
+        positions: The embedding of positions that are learned; empty: there is none.
+        rotary: The rotary embedding; empty: there is none.
+        ffn: The module of the FFN; empty: its parts are the layer's own, with this `activation` between up and down.
+        gate_proj: Empty: the FFN has no gate.
+        width: What config.json calls the FFN's width.
     """
 
     family: str = "llama"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
+    positions: str = ""
     final_norm: str = "model.norm"
     rotary: str = "model.rotary_emb"
     head: str = "lm_head"
@@ -40,11 +46,19 @@ class LayerSpec:
     gate_proj: str = "mlp.gate_proj"
     up_proj: str = "mlp.up_proj"
     down_proj: str = "mlp.down_proj"
+    activation: str = ""
+    width: str = "intermediate_size"
 
     @property
     def projections(self) -> tuple[str, ...]:
         """All linear layers of a decoder layer."""
-        return self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.gate_proj, self.up_proj, self.down_proj
+        attention = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        return (*attention, *self.into_ffn, self.down_proj)
+
+    @property
+    def into_ffn(self) -> tuple[str, ...]:
+        """The linear layers whose outputs are the FFN's channels."""
+        return (self.gate_proj, self.up_proj) if self.gate_proj else (self.up_proj,)
 
 
 _GEMMA = LayerSpec(
@@ -60,6 +74,23 @@ _ROWS = [
     LayerSpec(family="qwen3"),  # norms of the heads' queries and keys
     replace(_GEMMA, family="gemma2"),  # four norms, soft caps, sliding windows in every other layer
     replace(_GEMMA, family="gemma3_text"),  # Qwen3's norms too, and a rotary embedding by the type of a layer
+    LayerSpec(  # no gate, biases everywhere, learned positions
+        family="opt",
+        layers="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+        positions="model.decoder.embed_positions",
+        final_norm="model.decoder.final_layer_norm",
+        rotary="",
+        attention_norm="self_attn_layer_norm",
+        o_proj="self_attn.out_proj",
+        ffn="",
+        ffn_norm="final_layer_norm",
+        gate_proj="",
+        up_proj="fc1",
+        down_proj="fc2",
+        activation="activation_fn",
+        width="ffn_dim",
+    ),
 ]
 
 # By `model_type` of config.json. seed_oss is LLaMA's mathematics with a home for every bias: our own uniform results

@@ -186,7 +186,7 @@ def _importance(
     weight = layer.linear(spec.down_proj).weight
     norms = channels.norms().to(layer.device)
     importance = ops.feature_space_importance(weight, output_covariance, norms, config.feature_space)
-    for projection in (spec.gate_proj, spec.up_proj):
+    for projection in spec.into_ffn:
         importance += input_importance(layer.linear(projection).weight, input_norms)
     return importance
 
@@ -203,8 +203,7 @@ def channel_scores(
         return wanda(weight, channels.norms().to(weight.device))
     if config.criterion == "flap":
         return fluctuation(weight, channels.variance().to(weight.device))
-    both = squares(layer.linear(spec.gate_proj).weight) + squares(layer.linear(spec.up_proj).weight)
-    return squares(weight.T) + both
+    return squares(weight.T) + sum(squares(layer.linear(projection).weight) for projection in spec.into_ffn)
 
 
 def _select(importance: torch.Tensor, budget: LayerBudget, config: PruneConfig) -> torch.Tensor:

@@ -71,6 +71,9 @@ def run_layer(layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tor
 
 def inner_activations(layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[str, Any] | None) -> torch.Tensor:
     """What enters the output projection, (num_tokens, features): the sub-layer, run with that projection taken out."""
+    if projection == layer.spec.down_proj and not layer.spec.ffn:
+        channels: torch.Tensor = getattr(layer.module, layer.spec.activation)(layer.linear(layer.spec.up_proj)(hidden))
+        return channels.flatten(0, 1)
     parent, name = projection.rsplit(".", 1)
     module = layer.module.get_submodule(parent)
     linear = getattr(module, name)

@@ -22,7 +22,7 @@ from slimllm.slicing import LayerSizes, Tensors, install
 _DECIDED = {
     "model_type", "architectures", "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access",
     "transformers_version", "torch_dtype", "dtype", "head_dim", "num_attention_heads", "num_key_value_heads",
-    "intermediate_size", "attention_bias", "mlp_bias", "attention_out_bias", "mlp_out_bias", "residual_dropout",
+    "intermediate_size", "ffn_dim", "attention_bias", "mlp_bias", "attention_out_bias", "mlp_out_bias", "residual_dropout",
     "_name_or_path",
 }  # fmt: skip
 
@@ -45,7 +45,7 @@ class OutputFormat:
         if self.zero_attention_out_bias:
             wanted += [spec.o_proj]
         if self.zero_ffn_bias:
-            wanted += [spec.gate_proj, spec.up_proj, spec.down_proj]
+            wanted += [*spec.into_ffn, spec.down_proj]
         zeros = {}
         for projection in wanted:
             weight = tensors[f"{projection}.weight"]
@@ -71,7 +71,7 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
     largest: dict[str, Any] = {
         "num_attention_heads": max(size.num_heads for size in sizes),
         "num_key_value_heads": max(size.num_kv_heads for size in sizes),
-        "intermediate_size": max(size.intermediate_size for size in sizes),
+        spec.width: max(size.intermediate_size for size in sizes),
     }
     qkv_bias, out_bias = (any(getattr(size, name) for size in sizes) for name in ("qkv_bias", "attention_out_bias"))
     gate_bias, ffn_bias = (any(getattr(size, name) for size in sizes) for name in ("gate_bias", "ffn_out_bias"))
@@ -98,7 +98,7 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
         own = {
             "num_attention_heads": size.num_heads,
             "num_key_value_heads": size.num_kv_heads,
-            "intermediate_size": size.intermediate_size,
+            spec.width: size.intermediate_size,
             "attention_out_bias": size.attention_out_bias,
             "mlp_out_bias": size.ffn_out_bias,
         }
@@ -126,6 +126,7 @@ def _own_home(
         "llama": qkv == out and gate == down,
         "mistral": not (qkv or out or gate or down),
         "qwen2": qkv and not (out or gate or down),
+        "opt": qkv == out == gate == down and largest["num_attention_heads"] * head_dim_of(config) == config.hidden_size,
     }
     divides = spec.family not in ("llama", "gemma2", "gemma3_text") or (
         config.hidden_size % largest["num_attention_heads"] == 0

@@ -41,7 +41,7 @@ def pad_layer(tensors: Tensors, spec: LayerSpec, size: LayerSizes, wanted: Layer
     channels = (1, 1, size.intermediate_size), (1, 1, wanted.intermediate_size)
     result = dict(tensors)
     for name, (old, new) in {
-        spec.q_proj: queries, spec.k_proj: keys, spec.v_proj: keys, spec.gate_proj: channels, spec.up_proj: channels,
+        spec.q_proj: queries, spec.k_proj: keys, spec.v_proj: keys, **dict.fromkeys(spec.into_ffn, channels),
     }.items():  # fmt: skip
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in tensors:

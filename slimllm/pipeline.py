@@ -199,7 +199,7 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
         units=units // groups,
         unit_params=size.group_size * query_params + kv_params if by_group else groups * query_params,
         channels=size.intermediate_size,
-        channel_params=3 * hidden_size + 2 * size.gate_bias,
+        channel_params=hidden_size + (1 + size.gated) * (hidden_size + size.gate_bias),
         params=size.params,
         attention_bias_params=0 if size.attention_out_bias else new_bias,
         ffn_bias_params=0 if size.ffn_out_bias else new_bias,

@@ -22,9 +22,15 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        _make_rotary(model, spec)
+        if spec.rotary:
+            _make_rotary(model, spec)
     except (ValueError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"The model's configuration cannot be used: {type(error).__name__} {error}.") from error
+    if spec.family == "opt" and (not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size):
+        raise InputError(
+            "This OPT model has its norms behind the sub-layers or embeddings of another width, as opt-350m alone has; it "
+            "is not supported."
+        )
     if config.num_hidden_layers < 1:
         raise InputError("The model's configuration says that it has no decoder layers.")
     return model.eval().requires_grad_(False)

@@ -17,7 +17,8 @@ _ROWS = 256  # of a weight in fp64 at a time
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of one decoder layer and which of its projections have a bias: q, k and v; gate and up; and the last ones."""
+    """Sizes of one decoder layer; which of its projections have a bias: q, k and v; gate and up; and the last ones; and
+    whether its FFN has a gate."""
 
     num_heads: int
     num_kv_heads: int
@@ -27,6 +28,7 @@ class LayerSizes:
     params: int
     qkv_bias: bool = False
     gate_bias: bool = False
+    gated: bool = True
 
     @property
     def group_size(self) -> int:
@@ -66,6 +68,7 @@ def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: i
         params=sum(torch.Size(shape).numel() for shape in shapes.values()),
         qkv_bias=f"{spec.q_proj}.bias" in shapes,
         gate_bias=f"{spec.up_proj}.bias" in shapes,
+        gated=bool(spec.gate_proj),
     )
 
 
@@ -145,8 +148,7 @@ def slice_ffn(
     """A layer's tensors with only some FFN channels; arguments as in `slice_attention`."""
     return {
         **tensors,
-        **_select_rows(tensors, spec.gate_proj, channels),
-        **_select_rows(tensors, spec.up_proj, channels),
+        **{name: rows for part in spec.into_ffn for name, rows in _select_rows(tensors, part, channels).items()},
         **slice_output(tensors, spec.down_proj, channels, change),
     }
 
@@ -168,7 +170,7 @@ def install(
         old = layer.get_submodule(projection)
         assert isinstance(old, nn.Linear)
         if old.weight.shape != weight.shape or (old.bias is None) != (bias is None):
-            parent, name = projection.rsplit(".", 1)
+            parent, _, name = projection.rpartition(".")
             new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
             new.requires_grad_(old.weight.requires_grad)
             setattr(layer.get_submodule(parent), name, new)
@@ -177,5 +179,7 @@ def install(
         layer.load_state_dict({name: tensors[name].to(device=device, dtype=dtype)}, strict=False, assign=True)
     attention: Any = layer.get_submodule(spec.attention)
     ffn: Any = layer.get_submodule(spec.ffn)
+    if hasattr(attention, "num_heads"):
+        attention.num_heads = tensors[f"{spec.q_proj}.weight"].shape[0] // attention.head_dim
     attention.num_key_value_groups = tensors[f"{spec.q_proj}.weight"].shape[0] // tensors[f"{spec.k_proj}.weight"].shape[0]
     ffn.intermediate_size = tensors[f"{spec.down_proj}.weight"].shape[1]

@@ -147,6 +147,10 @@ class CheckpointModel(ModelSource):
         return layer
 
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        if self.spec.positions:
+            positions = self.model.get_submodule(self.spec.positions)
+            table = self._read(f"{self.spec.positions}.weight").to(self.device, self.dtype)
+            positions.load_state_dict({"weight": table}, assign=True)
         weight = self._read(f"{self.spec.embedding}.weight")
         scale = torch.tensor(embedding_scale(self.model, self.spec)).to(self.device, self.dtype)
         return lambda token_ids: nn.functional.embedding(token_ids, weight).to(self.device, self.dtype) * scale
@@ -188,8 +192,8 @@ class InMemoryModel(ModelSource):
     def __init__(self, model: PreTrainedModel) -> None:
         if (kind := model.config.model_type) in READ_AS:
             raise InputError(
-                f"A model of type {kind} has fused projections and cannot be pruned in memory; save it with save_pretrained "
-                "and prune the folder."
+                f"A model of type {kind} has fused projections and cannot be pruned in memory; save it "
+                "with save_pretrained and prune the folder."
             )
         plain = {name: type(module) for name, module in meta_model(model.config).named_modules() if name}
         found = {name: type(module) for name, module in model.named_modules() if name}

@@ -81,7 +81,7 @@ def _layer_work(
     kept_width, kept_channels = layer["num_heads"] * head_dim, layer["intermediate_size"]
     attention_pruned, ffn_pruned = kept_width < width, kept_channels < channels
     into_attention = 2 * tokens * hidden_size * (width + 2 * kv_width) + 2 * tokens * seq_len * width  # causal: half of it
-    into_ffn = 4 * tokens * hidden_size * channels
+    into_ffn = 2 * (1 + size.gated) * tokens * hidden_size * channels
     out = 2 * tokens * hidden_size
     forward = into_attention + into_ffn + out * (kept_width + kept_channels)
     ahead = hidden_size if config.get("dense_target") else 0
