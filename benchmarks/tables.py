@@ -21,8 +21,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 PAGES = [RESULTS.parent.parent / name for name in ("README.md", "benchmarks/NOTES.md")]
 Rows = list[dict[str, Any]]
-# Of the accuracy table: texts that calibrate nothing, and tokens in a window.
-TEXTS = ("bundled 128", "bundled 512", "wikitext 128", "wikitext 512")
+# Of text that is measured on: of the same source as the calibration, or of the other.
+KINDS = ("own kind", "other kind")
 
 
 def newest(name: str, keys: tuple[str, ...], wanted: Callable[[dict[str, Any]], bool]) -> list[Rows]:
@@ -136,34 +136,64 @@ def recovery_table() -> str:
 
 
 def accuracy_table() -> str:
-    """How much every method loses on held-out text, the least first at each ratio and calibration text."""
-    keys = ("model", "mha", "method", "ratio", "calibration", "samples")
-    settings = newest("accuracy", keys, lambda row: row["samples"] == 32)
+    """How much every method loses on held-out text of the calibration's own kind, and of another kind."""
+    settings = grouped(lambda row: row["samples"] == 32, ("mha", "calibration", "method"))
 
-    def increases(rows: Rows, text: str) -> list[float]:
-        return [math.log(row["perplexity"][text] / row["perplexity_dense"][text]) for row in rows]
+    def line(key: tuple[Any, ...], rows: Rows) -> list[str]:
+        model = "MHA" if key[0] else "GQA"
+        return [f"{model}, {key[1]}", key[2], *increases(rows, (0.2, 0.35, 0.5)), str(len({row["seed"] for row in rows}))]
 
-    def mean(rows: Rows) -> float:
-        return statistics.mean(value for text in TEXTS for value in increases(rows, text))
+    header = ["model, calibrated on", "method", *(f"{ratio}, {kind}" for ratio in ("20%", "35%", "50%") for kind in KINDS)]
+    return table([*header, "seeds"], [line(key, rows) for key, rows in settings])
 
-    def line(rows: Rows, papers: float | None) -> list[str]:
-        first = rows[0]
-        cells = []
-        for text in TEXTS:
-            values = increases(rows, text)
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
-        kind = ", MHA" if first["mha"] else ""
-        share = "" if papers is None else f"{mean(rows) / papers:.2f}"
-        return [f"{first['ratio']:.0%}{kind}", first["calibration"], first["method"], *cells, share, str(len(rows))]
 
-    def place(rows: Rows) -> tuple[Any, ...]:
-        return rows[0]["model"], rows[0]["mha"], rows[0]["ratio"], rows[0]["calibration"]
+def calibration_table() -> str:
+    """What more calibration tokens give."""
+    settings = grouped(lambda row: not row["mha"] and row["calibration"] == "wikitext", ("method", "samples"))
+    with_more = {key[0] for key, _ in settings if key[1] > 32}
+    lines = [
+        [key[0], f"{key[1] * 128:,}", *increases([row for row in rows if row["seed"] == 0], (0.2, 0.5))]
+        for key, rows in sorted(settings, key=lambda entry: entry[0]) if key[0] in with_more
+    ]  # fmt: skip
+    return table(["method", "tokens", *(f"{ratio}, {kind}" for ratio in ("20%", "50%") for kind in KINDS)], lines)
 
-    settings.sort(key=lambda rows: (*place(rows), mean(rows)))
-    papers = {place(rows): mean(rows) for rows in settings if rows[0]["method"] == "slimllm"}
-    header = ["ratio", "calibrated on", "method", *TEXTS, "/ slimllm", "seeds"]
-    return table(header, [line(rows, papers.get(place(rows))) for rows in settings])
+
+def grouped(wanted: Callable[[dict[str, Any]], bool], keys: tuple[str, ...]) -> list[tuple[tuple[Any, ...], Rows]]:
+    """The rows of accuracy.jsonl by some of their settings, the best at 50 % first; of each setting the newest."""
+    every = ("model", "mha", "method", "ratio", "calibration", "samples", "seed")
+    groups: dict[tuple[Any, ...], Rows] = {}
+    for rows in newest("accuracy", every, wanted):
+        groups.setdefault(tuple(rows[-1][key] for key in keys), []).append(rows[-1])
+
+    def rank(entry: tuple[tuple[Any, ...], Rows]) -> tuple[Any, ...]:
+        hardest = [increase(row, text, 512) for row in entry[1] if row["ratio"] == 0.5 for text in ("bundled", "wikitext")]
+        return (*entry[0][:-1], statistics.mean(hardest) if hardest else math.inf)
+
+    return sorted(groups.items(), key=rank)
+
+
+def increase(row: dict[str, Any], text: str, window: int) -> float:
+    """Of the logarithm of the perplexity over the dense model's."""
+    name = f"{text} {window}"
+    return math.log(row["perplexity"][name] / row["perplexity_dense"][name])
+
+
+def increases(rows: Rows, ratios: tuple[float, ...]) -> list[str]:
+    """For each ratio, on the calibration's own kind of text and on the other: in windows of 128 / of 512."""
+    cells = []
+    for ratio in ratios:
+        here = [row for row in rows if row["ratio"] == ratio]
+        for own in (True, False):
+            cell = []
+            for window in (128, 512):
+                texts = [
+                    (row, text) for row in here for text in ("bundled", "wikitext") if (text == row["calibration"]) == own
+                ]
+                values = [increase(row, text, window) for row, text in texts]
+                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+                cell += [f"{statistics.mean(values):.2f}{spread}"] if values else []
+            cells.append(" / ".join(cell))
+    return cells
 
 
 def large_table() -> str:
@@ -189,7 +219,7 @@ def large_table() -> str:
 
 
 TABLES = {"prune": prune_table, "stages": stages_table, "naive": naive_table, "recovery": recovery_table,
-          "large": large_table, "accuracy": accuracy_table}  # fmt: skip
+          "large": large_table, "accuracy": accuracy_table, "calibration": calibration_table}  # fmt: skip
 
 
 def fill(page: str) -> str:

@@ -238,16 +238,6 @@ def test_mha_copy_of_a_gqa_model_prunes_to_the_ratio(stories: Any, token_ids: to
     assert any(layer["num_heads"] < 8 for layer in reports[0].layers)
 
 
-def test_lora_trains_and_merges(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    slimllm.prune(stories_path, tmp_path / "out", config(token_ids))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
-    tuned(token_ids[:2], labels=token_ids[:2]).loss.backward()
-    assert torch.isfinite(logits(tuned.merge_and_unload(), token_ids[:1])).all()
-
-
 def test_a_missed_ratio_is_said(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     told: list[str] = []
     for name, settings in (("coarse", {"ratio": 0.2, "round_to": 172}), ("tiny", {"ratio": 1e-4})):

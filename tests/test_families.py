@@ -199,6 +199,32 @@ def test_phi3_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, kin
         slimllm.prune_model(model, ids, PruneConfig(ratio=0.3))
 
 
+def test_lora_trains_is_saved_and_merges(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    settings = PruneConfig(ratio=0.4, calibration=ids, round_to=1)
+    slimllm.prune(saved(tiny(family), tmp_path / "dense"), tmp_path / "out", settings)
+    model, spec = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), layer_spec(family)
+    targets = [name.rpartition(".")[2] for name in (spec.q_proj, spec.v_proj, spec.o_proj, spec.up_proj, spec.down_proj)]
+    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
+    optimizer = torch.optim.AdamW((one for one in tuned.parameters() if one.requires_grad), lr=0.01)
+    losses = []
+    for _ in range(3):
+        loss = tuned(ids, labels=ids).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[2] < losses[0]
+    tuned.eval().save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "adapter").eval()
+    assert torch.allclose(logits(again, ids), logits(tuned, ids), atol=1e-5)
+    merged = again.merge_and_unload()
+    assert torch.allclose(logits(merged, ids), logits(tuned, ids), atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), ids), logits(merged, ids))
+
+
 STRANGER = """
 import sys, torch
 from safetensors.torch import load_file, save_file
