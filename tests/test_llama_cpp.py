@@ -18,8 +18,6 @@ from slimllm.export import export
 xllamacpp: Any = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed; make test-llama-cpp does that")
 pytestmark = pytest.mark.slow
 TEXT = "Once upon a time there were 1234 dogs. They didn't like 3.14 cats, naïve café! And\n\n  so the big dog said: hello"
-    "Once upon a time there were 1234 dogs. They didn't like 3.14 cats, naïve café! And\n\n  so the big dog said: let's go"
-)
 
 
 def server(path: Path) -> Any:
