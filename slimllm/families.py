@@ -104,6 +104,15 @@ FAMILIES: dict[str, LayerSpec] = {
 # Families that are read as what they compute, see `slimllm.checkpoint.open_checkpoint`.
 READ_AS = {"phi3": "mistral"}
 
+_EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
+_INTERLEAVED = "its q, k and v are one projection, interleaved by head"
+_REASONS = {
+    "bloom": f"{_INTERLEAVED}, and its position bias belongs to each head",
+    "gpt_neox": _INTERLEAVED,
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), _EXPERTS),
+    **dict.fromkeys(("gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "mistral3"), "it is more than a language model"),
+}
+
 # GGUF's names of a layer's modules (behind `blk.N.`) and of the others, and ours.
 GGUF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -128,5 +137,6 @@ def layer_spec(model_type: str) -> LayerSpec:
     """
     if model_type not in FAMILIES and model_type not in READ_AS:
         known = ", ".join(sorted([*FAMILIES, *READ_AS]))
-        raise InputError(f"Models of type {model_type!r} are not supported; supported types are {known}.")
+        reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
+        raise InputError(f"Models of type {model_type!r} are not supported{reason}; supported types are {known}.")
     return FAMILIES[READ_AS.get(model_type, model_type)]

@@ -12,7 +12,7 @@ def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
     parameters, calibration = report.parameters, report.calibration
     native = report.format.startswith("slim_")
     loading = (
-        "Layers have sizes of their own, so the folder carries one short modeling file:"
+        "Layers have sizes of their own, so the folder carries two short modeling files:"
         if native
         else f"It is a stock `{report.format}` model and needs no custom code:"
     )

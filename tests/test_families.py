@@ -291,3 +291,9 @@ def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
     assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-5)
     again = slimllm.prune(tmp_path / "out", tmp_path / "again", PruneConfig(ratio=0.2, calibration=ids, round_to=1))
     assert again.achieved_ratio == pytest.approx(0.2, rel=0.03)
+
+
+def test_what_is_not_supported_says_why() -> None:
+    for kind, reason in (("mixtral", "mixtures of experts"), ("bloom", "interleaved by head"), ("gpt2", "'gpt2' are not")):
+        with pytest.raises(InputError, match=f"{reason}.*supported types are gemma2"):
+            layer_spec(kind)
