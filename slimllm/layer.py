@@ -74,6 +74,11 @@ def inner_activations(layer: Layer, projection: str, hidden: torch.Tensor, kwarg
     if projection == layer.spec.down_proj and not layer.spec.ffn:
         channels: torch.Tensor = getattr(layer.module, layer.spec.activation)(layer.linear(layer.spec.up_proj)(hidden))
         return channels.flatten(0, 1)
+    if kwargs is not None and "position_embeddings_global" in kwargs:  # Gemma 3 under transformers 4: the layer chooses
+        both = {kind: kwargs[f"position_embeddings_{kind}"] for kind in ("global", "local")}
+        sliding = layer.module.get_submodule(layer.spec.attention).is_sliding
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("position_embeddings_")}
+        kwargs["position_embeddings"] = both["local" if sliding else "global"]
     parent, name = projection.rsplit(".", 1)
     module = layer.module.get_submodule(parent)
     linear = getattr(module, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -67,11 +68,13 @@ class _Recorder(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.attention_type = getattr(layer, "attention_type", None)  # by which transformers 4 chooses a mask
+        # Of transformers 4: it chooses a mask by this, and some families' layers return tuples.
+        self.attention_type = getattr(layer, "attention_type", None)
+        self._in_a_tuple = "tuple" in str(inspect.signature(layer.forward).return_annotation).lower()
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
         self.hidden_states, self.kwargs = hidden_states, kwargs
-        return hidden_states
+        return (hidden_states,) if self._in_a_tuple else hidden_states
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.families import FAMILIES, layer_spec
+from slimllm.modeling.slim_layers import rope_of_transformers_4
 
 COMMON: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -46,8 +48,17 @@ PECULIAR: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
+    if transformers.__version__ < "5" and "rope_parameters" in settings:
+        settings = {**settings, **rope_of_transformers_4(settings["rope_parameters"])}
+        if "short_factor" in (settings.pop("rope_parameters") or {}):
+            factors = {name: settings["rope_scaling"][name] for name in ("short_factor", "long_factor")}
+            settings["rope_scaling"] = {"type": "longrope", **factors}
+    return settings
+
+
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **{**COMMON, **PECULIAR[family], **changes})
+    config = AutoConfig.for_model(family, **of_this_version({**COMMON, **PECULIAR[family], **changes}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -179,7 +190,7 @@ def test_a_norm_between_has_no_dense_target(ids: torch.Tensor) -> None:
 def test_phi3_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
     """Its fused projections are taken apart; what is written is Mistral, or of its mathematics."""
     settings_of = {name: value for name, value in COMMON.items() if name != "head_dim"}
-    config = AutoConfig.for_model("phi3", **settings_of, **PHI3[kind])
+    config = AutoConfig.for_model("phi3", **of_this_version({**settings_of, **PHI3[kind]}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
