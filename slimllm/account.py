@@ -144,7 +144,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         else:
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
-    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d + 2 * ahead) * c
+    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d + (a + 2 * d if ahead else 0)) * c
     yield at("attention", own, inner(a) | {"batch": of_attention, "Gram": (a + ahead) ** 2 * 4})
     heads = inner(a) | {"Gram": (a + ahead) ** 2 * 4 + a**2 * 8, "heads' covariances": 2 * sizes.units**2 * d * 8}
     if config.criterion == "obs":

@@ -77,7 +77,8 @@ def prune_attention(
         change: OutputChange | None = None
         if config.recovery == "lstsq":
             refit = refit_kept(weight, joint, columns, stream.ranks, config.dense_target)
-            change, after = refit.change, relative(refit.after, moments.variance_y)
+            before, after = relative(refit.before, moments.variance_y), relative(refit.after, moments.variance_y)
+            change = refit.change
         else:
             slope, intercept = moments.fit(config.recovery)
             if config.recovery != "none":

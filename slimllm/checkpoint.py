@@ -268,7 +268,7 @@ def read_config(path: Path) -> PretrainedConfig:
 
 def _with_known_rope(config: PretrainedConfig) -> PretrainedConfig:
     """Under transformers 4, the rotary settings of a configuration that version 5 wrote, which it would ignore silently."""
-    if not knows_rope_parameters(type(config)) and getattr(config, "rope_parameters", None):
+    if not knows_rope_parameters() and getattr(config, "rope_parameters", None):
         for name, value in rope_of_transformers_4(config.rope_parameters).items():
             setattr(config, name, value)
         del config.rope_parameters

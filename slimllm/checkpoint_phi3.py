@@ -39,7 +39,7 @@ class Phi3Checkpoint(Checkpoint):
 
     def __init__(self, fused: Checkpoint) -> None:
         self._fused, self.name, self.path = fused, fused.name, fused.path
-        self.config = _as_mistral(fused.config)
+        self.config = as_mistral(fused.config)
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         self._rows = {
             _SPEC.q_proj: heads * self.config.head_dim, _SPEC.k_proj: kv_heads * self.config.head_dim,
@@ -64,7 +64,7 @@ class Phi3Checkpoint(Checkpoint):
         """The tensor on the disk that holds one of ours, and which of its rows; None: all."""
         for fused, parts in _FUSED.items():
             for number, part in enumerate(parts):
-                if name.endswith((f"{part}.weight", f"{part}.bias")):
+                if name.endswith(f"{part}.weight"):
                     start = sum(self._rows[before] for before in parts[:number])
                     prefix = name[: name.index(part)]
                     return f"{prefix}{fused}.weight", slice(start, start + self._rows[part])
@@ -92,7 +92,12 @@ def _parts(name: str) -> tuple[str, str] | None:
     return None
 
 
-def _as_mistral(config: PretrainedConfig) -> PretrainedConfig:
+def as_mistral(config: PretrainedConfig) -> PretrainedConfig:
+    """A Phi-3 configuration as that of the Mistral model that computes the same.
+
+    Raises:
+        ValueError: (as InputError) there is none.
+    """
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1.0):
         raise InputError(

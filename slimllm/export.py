@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import shutil
 from pathlib import Path
 
 import torch
 
-from slimllm.checkpoint import Checkpoint, open_checkpoint
+from slimllm.checkpoint import open_checkpoint
 from slimllm.config import check_choice
 from slimllm.errors import InputError
 from slimllm.export_gguf import write_gguf
-from slimllm.native import OutputFormat, output_format, write_config
+from slimllm.journal import begun_with
+from slimllm.native import OutputFormat, heads_fit, is_llama, output_format, write_config
 from slimllm.padding import pad_layer, padded_sizes
 from slimllm.slicing import LayerSizes, Tensors
 from slimllm.source import CheckpointModel
-from slimllm.writer import CheckpointWriter, check_destination, check_space
+from slimllm.writer import CheckpointWriter, check_destination, check_space, partial_folder
 
 TARGETS = ("stock", "padded", "gguf")
 
@@ -42,38 +46,59 @@ def export(model: str | Path, out: str | Path, to: str, *, overwrite: bool = Fal
     """
     check_choice("to", to, TARGETS)
     checkpoint, out = open_checkpoint(model), Path(out).expanduser().resolve()
+    if checkpoint.path.is_file():
+        raise InputError(f"{model} is a GGUF file already; give the folder that slimllm prune wrote.")
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
-    sizes = source.sizes()
+    lost = [name for name in source.unexpected if not name.endswith("rotary_emb.inv_freq")]
+    if lost:
+        raise InputError(f"Tensor {lost[0]} of {model} has no place in its architecture, so it would be lost.")
     if to == "gguf":
         return write_gguf(source, out, overwrite)
+    sizes = source.sizes()
     check_destination(out, [checkpoint.path], overwrite)
-    wanted = padded_sizes(sizes) if to == "padded" else None
+    wanted = _padded(source, sizes) if to == "padded" else None
     form = stock_format(source, [wanted] * len(sizes) if wanted else sizes)
-    check_space(out, _bytes_of(checkpoint, source) if wanted is None else _bytes_of(checkpoint, source) * 2)
+    check_space(out, _bytes(source, sizes, wanted))
     _write(source, sizes, wanted, form, out, overwrite)
     return form.name
+
+
+def _padded(source: CheckpointModel, sizes: list[LayerSizes]) -> LayerSizes:
+    """Sizes that hold every layer, with as many heads as the architecture asks for."""
+    wanted = padded_sizes(sizes)
+    if is_llama(source.config, source.spec):  # seed_oss takes any number
+        return wanted
+    for more in range(source.config.hidden_size):
+        kv_heads = wanted.num_kv_heads + more
+        if heads_fit(source.config, source.spec, kv_heads * wanted.group_size):
+            return dataclasses.replace(wanted, num_kv_heads=kv_heads, num_heads=kv_heads * wanted.group_size)
+    return wanted
 
 
 def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputFormat:
     """The architecture of transformers that holds layers of these sizes.
 
     Raises:
-        ValueError: (as InputError) there is none, or it has no place for a bias.
+        ValueError: (as InputError) there is none, or it has no place for a bias, or for so many heads.
     """
     dtype = source.checkpoint.storage_dtype(f"{source.spec.embedding}.weight")
     form = output_format(source.config, sizes, dtype)
     if not form.name.startswith("slim_"):
         return form
-    first = sizes[0]
+    first, family = sizes[0], source.spec.family
     if any(_alike(size) != _alike(first) for size in sizes):
         raise InputError(
             "The layers have sizes of their own, which no architecture of transformers holds; give --to padded, or prune "
             "with --uniform."
         )
+    if not heads_fit(source.config, source.spec, first.num_heads):
+        raise InputError(
+            f"transformers' {family} does not take {first.num_heads} heads beside a hidden size of "
+            f"{source.config.hidden_size}; give --to padded."
+        )
     raise InputError(
-        f"The model has biases of its output projections, for which transformers' {source.spec.family} has no place, and "
-        "leaving them out would change the model; the native format that it is in keeps them, and so would none be made by "
-        "--recovery none."
+        f"The model has biases of its output projections, for which transformers' {family} has no place, and leaving them "
+        "out would change the model; the native format that it is in keeps them, and --recovery none makes none."
     )
 
 
@@ -81,10 +106,22 @@ def _alike(size: LayerSizes) -> tuple[int, int, int]:
     return size.num_heads, size.num_kv_heads, size.intermediate_size
 
 
-def _bytes_of(checkpoint: Checkpoint, source: CheckpointModel) -> int:
-    return sum(
-        torch.Size(shape).numel() * checkpoint.storage_dtype(name).itemsize for name, shape in source.shapes().items()
-    )
+def _bytes(source: CheckpointModel, sizes: list[LayerSizes], wanted: LayerSizes | None) -> int:
+    """What the weights take when they are written."""
+    total = 0
+    for name, shape in source.shapes().items():
+        if not name.startswith(f"{source.spec.layers}."):
+            total += math.prod(shape) * source.checkpoint.storage_dtype(name).itemsize
+    for index, size in enumerate(sizes):
+        prefix = source.layer_prefix(index)
+        own = {name.removeprefix(prefix): shape for name, shape in source.shapes().items() if name.startswith(prefix)}
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in own.items()}
+        if wanted:
+            tensors = pad_layer(tensors, source.spec, size, wanted, source.head_dim)
+        total += sum(
+            tensor.numel() * source.checkpoint.storage_dtype(prefix + name).itemsize for name, tensor in tensors.items()
+        )
+    return total
 
 
 def _write(
@@ -96,6 +133,8 @@ def _write(
     overwrite: bool,
 ) -> None:
     checkpoint = source.checkpoint
+    if "export" in begun_with(partial_folder(out)):  # one that was killed at its very end; there is nothing to go on with
+        shutil.rmtree(partial_folder(out))
 
     def cast(tensors: Tensors) -> Tensors:  # what was quantised is in fp32
         return {name: tensor.to(checkpoint.storage_dtype(name)) for name, tensor in tensors.items()}

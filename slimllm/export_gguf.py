@@ -20,6 +20,7 @@ from slimllm.checkpoint_gguf import rope_order
 from slimllm.errors import InputError, OutputError
 from slimllm.families import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
 from slimllm.gguf_vocabulary import add_vocabulary
+from slimllm.journal import sync
 from slimllm.native import is_llama
 from slimllm.slicing import LayerSizes
 from slimllm.source import CheckpointModel
@@ -44,29 +45,43 @@ def write_gguf(source: CheckpointModel, out: Path, overwrite: bool) -> str:
     alike = all(size == sizes[0] for size in sizes)
     biases = any(size.qkv_bias or size.attention_out_bias or size.gate_bias or size.ffn_out_bias for size in sizes)
     architecture = "llama" if alike and not biases else "deci"
-    dtype = source.checkpoint.storage_dtype(f"{source.spec.embedding}.weight")
-    dtype = dtype if dtype in _TYPES else torch.float32
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        check_space(out, sum(math.prod(shape) for shape in source.shapes().values()) * dtype.itemsize + 2**24)
+        check_space(out, sum(math.prod(shape) * _dtype(source, name).itemsize for name, shape in source.shapes().items()))
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             path = Path(folder) / out.name
-            _write(source, sizes, path, architecture, dtype)
+            _write(source, sizes, path, architecture)
+            sync(path)
             os.replace(path, out)
+            sync(out.parent)
     except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}.") from error
+        raise OutputError(f"The disk failed while {out} was being made: {error}.") from error
     return architecture
+
+
+def _dtype(source: CheckpointModel, name: str) -> torch.dtype:
+    """In what a tensor is written: matrices as they are stored, the others in fp32, as llama.cpp has it."""
+    stored = source.checkpoint.storage_dtype(name)
+    return stored if len(source.shapes()[name]) > 1 and stored in _TYPES else torch.float32
 
 
 def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrite: bool) -> None:
     if out.suffix != ".gguf":
         raise InputError(f"{out} is to be a GGUF file, so give it a name that ends with .gguf.")
-    if out.is_dir() or (out.exists() and not overwrite):
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; give the name of a file.")
+    if out.exists() and not overwrite:
         raise InputError(f"{out} exists already; give another name, or --overwrite to replace the file.")
+    if out.exists() and out.read_bytes()[:4] != b"GGUF":
+        raise InputError(f"{out} is no GGUF file, so it will not be overwritten.")
     if not is_llama(source.config, source.spec):
         raise InputError(
             f"GGUF can be written for LLaMA's mathematics, which {source.spec.family} with its norms or windows is not; "
             "the native format keeps all, and of a stock model llama.cpp's own convert_hf_to_gguf.py makes the file."
+        )
+    if source.config.hidden_act not in ("silu", "swish"):
+        raise InputError(
+            f"llama.cpp computes SiLU where this model has {source.config.hidden_act}; the native format keeps it."
         )
     wide = [index for index, size in enumerate(sizes) if size.num_heads * source.head_dim != source.config.hidden_size]
     if sizes[0].qkv_bias and wide:
@@ -75,9 +90,9 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
         )
 
 
-def _write(source: CheckpointModel, sizes: list[LayerSizes], path: Path, architecture: str, dtype: torch.dtype) -> None:
+def _write(source: CheckpointModel, sizes: list[LayerSizes], path: Path, architecture: str) -> None:
     writer = gguf.GGUFWriter(path, architecture)
-    _add_settings(writer, source, sizes, architecture, dtype)
+    _add_settings(writer, source, sizes, architecture)
     with tempfile.TemporaryDirectory() as companions:
         source.checkpoint.write_companions(Path(companions))
         add_vocabulary(writer, Path(companions), source.config.vocab_size)
@@ -87,7 +102,7 @@ def _write(source: CheckpointModel, sizes: list[LayerSizes], path: Path, archite
     names = dict(_names(source))
     for name, theirs in names.items():
         shape = source.shapes()[name]
-        kind = _TYPES[dtype if len(shape) > 1 else torch.float32]
+        kind = _TYPES[_dtype(source, name)]
         if kind == gguf.GGMLQuantizationType.BF16:
             num_bytes = 2 * math.prod(shape)
             writer.add_tensor_info(theirs, (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8), num_bytes, raw_dtype=kind)
@@ -101,7 +116,7 @@ def _write(source: CheckpointModel, sizes: list[LayerSizes], path: Path, archite
         writer.write_tensor_data(factors)
     for name in names:
         tensor = _in_their_order(source, sizes, name, source.checkpoint.read([name])[name])
-        tensor = tensor.to(dtype if tensor.ndim > 1 else torch.float32).contiguous()
+        tensor = tensor.to(_dtype(source, name)).contiguous()
         content: Any = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
         writer.write_tensor_data(content.numpy())
     writer.close()
@@ -128,9 +143,7 @@ def _in_their_order(source: CheckpointModel, sizes: list[LayerSizes], name: str,
     return tensor
 
 
-def _add_settings(
-    writer: gguf.GGUFWriter, source: CheckpointModel, sizes: list[LayerSizes], architecture: str, dtype: torch.dtype
-) -> None:
+def _add_settings(writer: gguf.GGUFWriter, source: CheckpointModel, sizes: list[LayerSizes], architecture: str) -> None:
     config = source.config
     by_layer = {
         writer.add_head_count: [size.num_heads for size in sizes],
@@ -141,7 +154,7 @@ def _add_settings(
         add(numbers[0] if architecture == "llama" else numbers)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(source.checkpoint.name)
-    writer.add_file_type(_FILE_TYPES[dtype])
+    writer.add_file_type(_FILE_TYPES[_dtype(source, f"{source.spec.embedding}.weight")])
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(sizes))

@@ -53,7 +53,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
         scores = {"".join(merge): -float(rank + 1) for rank, merge in reversed(list(enumerate(merges)))}
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+        # What no merge makes must not be made; of single letters the score does not matter.
+        writer.add_token_scores([scores.get(token, 0.0 if len(token) == 1 else -1e9) for token in tokens])
         writer.add_add_space_prefix("Prepend" in json.dumps(tokenizer.get("normalizer")) or _metaspace_prefix(tokenizer))
     else:
         writer.add_tokenizer_model("gpt2")
@@ -84,8 +85,11 @@ def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
     pre = tokenizer.get("pre_tokenizer") or {}
     steps = []
     for step in pre.get("pretokenizers", [pre]):
+        kind = str(step.get("type"))
+        if step.get("add_prefix_space") or step.get("invert") or step.get("behavior", "Isolated") != "Isolated":
+            kind += " of another kind"
         matters = {"Split": step.get("pattern", {}).get("Regex"), "Digits": step.get("individual_digits")}
-        steps.append((step.get("type"), matters.get(step.get("type"), step.get("use_regex", True))))
+        steps.append((kind, matters.get(kind, step.get("use_regex", True))))
     name = _PRE_TOKENIZERS.get(tuple(steps))
     if name is None:
         raise InputError(

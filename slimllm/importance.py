@@ -26,22 +26,27 @@ def input_importance(weight: torch.Tensor, input_norms: torch.Tensor) -> torch.T
     return squares.double().sqrt()
 
 
-def token_weights(hidden: torch.Tensor, added: torch.Tensor, output: torch.Tensor | None = None) -> torch.Tensor:
-    """1 / mean square of the residual stream behind a sub-layer, by which the next RMSNorm divides a token's errors.
+def token_weights(
+    hidden: torch.Tensor, added: torch.Tensor, output: torch.Tensor | None = None, centered: bool = False
+) -> torch.Tensor:
+    """1 / mean square of the residual stream behind a sub-layer, by which the next norm divides a token's errors.
 
     Args:
         hidden: The residual stream before it, (..., D).
         added: What it adds, (num_tokens, D).
         output: What it puts out, if that is not it because a norm lies between: errors of the output, of which the
             statistics are, then reach the stream by the ratio of the two in size.
+        centered: The norm is a LayerNorm, which divides by the variance over the dimensions.
 
     Returns:
         (num_tokens,) fp32.
     """
     behind = hidden.flatten(0, -2).float() + added
+    if centered:
+        behind -= behind.mean(-1, keepdim=True)
     weights = 1 / (behind.square().mean(-1) + _EPSILON)
     if output is not None:
-        weights *= added.float().square().mean(-1) / (output.float().square().mean(-1) + _EPSILON)
+        weights *= (added.float().square().mean(-1) + _EPSILON) / (output.float().square().mean(-1) + _EPSILON)
     return weights
 
 

@@ -56,7 +56,8 @@ class Layer:
     def weights(self, projection: str, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Token weights of a sub-layer, from the stream before it and its output projection's output."""
         added = self.behind(projection, output)
-        return token_weights(hidden, added, output if self.post_norm(projection) else None)
+        centered = isinstance(self.module.get_submodule(self.spec.ffn_norm), nn.LayerNorm)
+        return token_weights(hidden, added, output if self.post_norm(projection) else None, centered)
 
     def sizes(self) -> LayerSizes:
         shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}

@@ -117,6 +117,13 @@ def is_llama(config: PretrainedConfig, spec: LayerSpec) -> bool:
     return spec.family == "llama" or (spec.family in ("mistral", "qwen2") and not windows)
 
 
+def heads_fit(config: PretrainedConfig, spec: LayerSpec, num_heads: int) -> bool:
+    """Whether a family's own architecture takes so many heads: some insist on what hidden_size is a multiple of."""
+    if spec.family == "opt":  # whose size of a head follows from the number
+        return num_heads * head_dim_of(config) == int(config.hidden_size)
+    return spec.family not in ("llama", "gemma2", "gemma3_text") or config.hidden_size % num_heads == 0
+
+
 def _own_home(
     config: PretrainedConfig, spec: LayerSpec, largest: dict[str, Any], biases: tuple[bool, bool, bool, bool]
 ) -> bool:
@@ -126,12 +133,11 @@ def _own_home(
         "llama": qkv == out and gate == down,
         "mistral": not (qkv or out or gate or down),
         "qwen2": qkv and not (out or gate or down),
-        "opt": qkv == out == gate == down and largest["num_attention_heads"] * head_dim_of(config) == config.hidden_size,
+        "opt": qkv == out == gate == down,
     }
-    divides = spec.family not in ("llama", "gemma2", "gemma3_text") or (
-        config.hidden_size % largest["num_attention_heads"] == 0
+    return heads_fit(config, spec, largest["num_attention_heads"]) and homes.get(
+        spec.family, qkv == out and not (gate or down)
     )
-    return divides and homes.get(spec.family, qkv == out and not (gate or down))
 
 
 def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSpec) -> None:

@@ -16,6 +16,7 @@ from slimllm.budget import LayerBudget, LayerShape
 from slimllm.config import MEASURED, PruneConfig
 from slimllm.dense import DensePass, overflow, perplexity_states, perplexity_windows, run_dense_pass
 from slimllm.errors import InputError
+from slimllm.families import LayerSpec
 from slimllm.ffn import prune_ffn
 from slimllm.layer import Layer, pass_sublayer
 from slimllm.memory import peak_host_gib, trim
@@ -137,12 +138,21 @@ def check_settings(source: ModelSource, config: PruneConfig) -> None:
     Raises:
         ValueError: (as InputError) it cannot.
     """
-    if config.dense_target and (source.spec.attention_post_norm or source.spec.ffn_post_norm):
+    check_for_family(source.spec, config)
+    find_target([_shape(source, size, config) for size in source.sizes()], config)
+
+
+def check_for_family(spec: LayerSpec, config: PruneConfig) -> None:
+    """Whether what is asked for can be done in a family.
+
+    Raises:
+        ValueError: (as InputError) it cannot.
+    """
+    if config.dense_target and (spec.attention_post_norm or spec.ffn_post_norm):
         raise InputError(
             "dense_target is for models that add a sub-layer's output to the residual stream as it is; "
-            f"{source.spec.family} has a norm between the two; leave it out."
+            f"{spec.family} has a norm between the two; leave it out."
         )
-    find_target([_shape(source, size, config) for size in source.sizes()], config)
 
 
 def _prune_layer(

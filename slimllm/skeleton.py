@@ -27,10 +27,13 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             _make_rotary(model, spec)
     except (ValueError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
         raise InputError(f"The model's configuration cannot be used: {type(error).__name__} {error}.") from error
-    if spec.family == "opt" and (not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size):
+    if spec.family == "opt" and (
+        not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size
+        or config._remove_final_layer_norm or not config.layer_norm_elementwise_affine
+    ):  # fmt: skip
         raise InputError(
-            "This OPT model has its norms behind the sub-layers or embeddings of another width, as opt-350m alone has; it "
-            "is not supported."
+            "This OPT model has norms behind the sub-layers, none at the end, or embeddings of another width, as opt-350m "
+            "alone has; it is not supported."
         )
     if config.num_hidden_layers < 1:
         raise InputError("The model's configuration says that it has no decoder layers.")

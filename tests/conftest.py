@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SLIMLLM_BACKEND"] = "auto"
+os.environ["COLUMNS"] = "200"  # what is printed is not broken into lines
 # Kernels run under the interpreter where there is no GPU; it must be chosen before triton is imported.
 import torch
 

@@ -129,6 +129,7 @@ def test_everything_goes_with_everything(
     report = prune_model(stories, token_ids[:4], config)
     # Alike layers make a stock model, whose biases of zero weigh something in so small a one.
     assert report.achieved_ratio == pytest.approx(RATIO, rel=0.02 if allocation == "uniform" else 0.01)
+    assert abs(report.achieved_ratio / RATIO - 1) <= 0.005 or report.allocation["notes"]
     for layer in report.layers:
         for part in ("attention", "ffn"):
             if f"{part}_error_after" in layer:

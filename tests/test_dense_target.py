@@ -63,4 +63,9 @@ def test_both_streams(stories: Any, token_ids: torch.Tensor, index: int, part: s
     system = (u / size).T @ (u / size) / len(z) + RIDGE * torch.eye(len(size), dtype=torch.float64)
     change = torch.linalg.solve(system, (u / size).T @ e / len(z)) / size[:, None]
     fitted = z @ weight.T + u @ change + missing.mean(0)
+    kind = "attention" if part == "self_attn" else "ffn"
+    variance = float((own - own.mean(0)).square().mean(0).sum())
+    for when, rest in (("before", missing), ("after", own + share * ahead - after["output"])):
+        error = float(rest.square().mean(0).sum()) / variance
+        assert report.layers[index][f"{kind}_error_{when}"] == pytest.approx(error, rel=2e-3)
     assert torch.allclose(after["output"], fitted, rtol=1e-3, atol=1e-3 * float(fitted.std()))

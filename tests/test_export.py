@@ -35,6 +35,30 @@ def test_padding_changes_nothing(family: str, head_unit: str, tmp_path: Path) ->
     assert torch.allclose(logits(padded, IDS), logits(pruned, IDS), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "opt"])
+def test_padding_to_a_number_of_heads_that_is_taken(family: str, tmp_path: Path) -> None:
+    """Gemma's must divide the hidden size, OPT's make it up; none of the layers has so many."""
+    settings = PruneConfig(ratio=0.5, recovery="none", head_unit="query", round_to=1, calibration=IDS, allocation="uniform")
+    model = tiny(family, num_attention_heads=6, num_key_value_heads=6, head_dim=8)
+    report = slimllm.prune(saved(model, tmp_path / "dense"), tmp_path / "out", settings)
+    assert len({one["num_heads"] for one in report.layers}) == 1
+    heads = report.layers[0]["num_heads"]
+    if family == "opt":
+        with pytest.raises(
+            InputError, match=f"opt does not take {heads} heads beside a hidden size of 48; give --to padded"
+        ):
+            export(tmp_path / "out", tmp_path / "stock", "stock")
+    assert export(tmp_path / "out", tmp_path / "padded", "padded") == family
+    pruned, padded = (AutoModelForCausalLM.from_pretrained(tmp_path / name).double() for name in ("out", "padded"))
+    assert padded.config.num_attention_heads in ((6,) if family == "opt" else (2, 3, 4, 6))
+    assert torch.allclose(logits(padded, IDS), logits(pruned, IDS), rtol=0, atol=1e-12)
+
+
+def test_gguf_is_refused_for_another_activation(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="computes SiLU where this model has gelu"):
+        export(saved(tiny("llama", hidden_act="gelu"), tmp_path / "dense"), tmp_path / "m.gguf", "gguf")
+
+
 def test_biases_are_kept_or_the_export_is_refused(tmp_path: Path) -> None:
     for family, changes in (("mistral", {"sliding_window": None}), ("qwen3", {}), ("gemma2", {})):
         slimllm.prune(
@@ -99,6 +123,10 @@ def test_gguf_holds_the_model(stories_path: Path, token_ids: torch.Tensor, tmp_p
             for name, heads in (("q", "num_heads"), ("k", "num_kv_heads"))
         )
         prefix = f"model.layers.{index}."
+        # Of every head llama.cpp has the two halves of each rotary pair side by side.
+        theirs = tensors[f"blk.{index}.attn_q.weight"].view(layer["num_heads"], 8, 64)
+        own = ours[f"{prefix}self_attn.q_proj.weight"].float().view(layer["num_heads"], 8, 64)
+        assert all(torch.equal(theirs[:, 2 * i + half], own[:, i + 4 * half]) for i in range(4) for half in range(2))
         assert torch.equal(query, ours[f"{prefix}self_attn.q_proj.weight"].float())
         assert torch.equal(key, ours[f"{prefix}self_attn.k_proj.weight"].float())
         assert torch.equal(tensors[f"blk.{index}.ffn_down.weight"], ours[f"{prefix}mlp.down_proj.weight"].float())
@@ -125,6 +153,9 @@ def test_nothing_is_overwritten_unasked(stories_path: Path, tmp_path: Path) -> N
     for place, to, words in refused:
         with pytest.raises(InputError, match=words):
             export(stories_path, tmp_path / place, to)
+    with pytest.raises(InputError, match="is no GGUF file, so it will not be overwritten"):
+        export(stories_path, tmp_path / "there.gguf", "gguf", overwrite=True)
     assert (tmp_path / "there.gguf").read_text() == "mine"
+    (tmp_path / "there.gguf").write_bytes(b"GGUF, an old one")
     assert export(stories_path, tmp_path / "there.gguf", "gguf", overwrite=True) == "llama"
     assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slimllm
 from slimllm import InputError, PruneConfig
+from slimllm.bench.forecast import forecast
 from slimllm.families import FAMILIES, layer_spec
 from slimllm.modeling.slim_layers import rope_of_transformers_4
 
@@ -170,7 +171,10 @@ def test_recovery_has_the_error_that_it_reports(family: str, ids: torch.Tensor, 
             post = spec.attention_post_norm if part == "attention" else spec.ffn_post_norm
             with torch.no_grad():
                 added = before.model.layers[0].get_submodule(post)(outputs[0].float()).double() if post else outputs[0]
-            weight = 1 / (streams[0] + added).square().mean(1)
+            behind = streams[0] + added
+            if family == "opt":  # LayerNorm
+                behind = behind - behind.mean(1, keepdim=True)
+            weight = 1 / behind.square().mean(1)
             if post:
                 weight *= added.square().mean(1) / outputs[0].square().mean(1)
         weight = (weight / weight.sum())[:, None]
@@ -302,6 +306,14 @@ def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
     assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-5)
     again = slimllm.prune(tmp_path / "out", tmp_path / "again", PruneConfig(ratio=0.2, calibration=ids, round_to=1))
     assert again.achieved_ratio == pytest.approx(0.2, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", [*PECULIAR, "phi3"])
+def test_plan_from_the_configuration_alone(kind: str, tmp_path: Path) -> None:
+    settings = {name: value for name, value in COMMON.items() if kind != "phi3" or name != "head_dim"}
+    AutoConfig.for_model(kind, **of_this_version({**settings, **PECULIAR.get(kind, {})})).save_pretrained(tmp_path)
+    found = forecast(str(tmp_path), PruneConfig(ratio=0.3))
+    assert found.num_layers == 4 and found.plan.peak_host > 0
 
 
 def test_what_is_not_supported_says_why() -> None:

@@ -14,11 +14,13 @@ from slimllm.account import Parts, sizes_of, traffic
 from slimllm.bench.shapes import SHAPES
 from slimllm.bench.work import measure_rates, stage_work
 from slimllm.checkpoint import download, open_checkpoint, read_config
+from slimllm.checkpoint_phi3 import as_mistral
 from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.memory import resident_gib
 from slimllm.native import head_dim_of
+from slimllm.pipeline import check_for_family
 from slimllm.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.skeleton import expected_tensors, meta_model
 from slimllm.slicing import LayerSizes, sizes_by_layer
@@ -64,6 +66,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     default = torch.float32 if device.type == "cpu" else stored
     computed = DTYPES[config.compute_dtype] if config.compute_dtype else default
     spec, head_dim = layer_spec(model_config.model_type), head_dim_of(model_config)
+    check_for_family(spec, config)
     shapes = expected_tensors(meta_model(model_config), spec)
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -95,6 +98,7 @@ def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype
         checkpoint = open_checkpoint(path)
         return checkpoint.config, torch.bfloat16, checkpoint.dtype_in_memory()
     config = read_config(path if path.is_dir() else download(model, only=("config.json",)))
+    config = as_mistral(config) if config.model_type == "phi3" else config
     dtype = getattr(config, "dtype", None) or torch.float32
     stored = DTYPES[dtype] if isinstance(dtype, str) else dtype
     return config, stored, stored

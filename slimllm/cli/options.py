@@ -38,6 +38,6 @@ TokenWeights = Annotated[
     typer.Option(help="norm: a token counts by what the next norm divides it by. none (default): all alike."),
 ]
 DenseTarget = Annotated[
-    float, typer.Option(help="Of lstsq, 0 to 1: how far to aim for the dense model's stream. 0.3 pays at high ratios.")
+    float, typer.Option(help="Of lstsq, 0 to 1: how much of the way to the dense model's own stream to aim for.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]

@@ -9,6 +9,7 @@ import copy
 from contextlib import contextmanager
 
 import torch.nn as nn
+import transformers
 
 
 def rope_of_transformers_4(rope):
@@ -23,9 +24,9 @@ def rope_of_transformers_4(rope):
     return settings
 
 
-def knows_rope_parameters(config_class):
-    """Whether this version of transformers has `rope_parameters` for a family."""
-    return any("rope_parameters" in getattr(base, "__dataclass_fields__", {}) for base in config_class.__mro__)
+def knows_rope_parameters():
+    """Whether this version of transformers has `rope_parameters`."""
+    return int(transformers.__version__.split(".")[0]) >= 5
 
 
 class SlimConfig:
@@ -37,7 +38,7 @@ class SlimConfig:
     """
 
     def __init__(self, attention_out_bias=False, mlp_out_bias=False, per_layer_config=None, **kwargs):
-        if "rope_parameters" in kwargs and not knows_rope_parameters(type(self)):
+        if "rope_parameters" in kwargs and not knows_rope_parameters():
             kwargs.update(rope_of_transformers_4(kwargs.pop("rope_parameters")))
         # Families insist that the number of heads divides hidden_size. Here it need not (head_dim is explicit),
         # so the parent sees a number that passes, and the true one is set afterwards.
