@@ -53,13 +53,14 @@ def prune_attention(
         weight = layer.linear(spec.o_proj).weight
         by_group = sizes.by_group(config.head_unit)
         units, groups = sizes.units(config.head_unit)
-        covariance = ops.head_covariance(weight, statistics.covariance(), units)
+        seen = layer.seen(spec.o_proj)
+        covariance = ops.head_covariance(seen, statistics.covariance(), units)
         if config.criterion == "slimllm":
             importance = ops.head_importance(covariance)
             kept_units = ops.pearson_greedy(covariance, budget.units * groups, 1 if by_group else sizes.group_size)
         elif config.criterion == "obs":
             found = stream.ranks.made_by_first(
-                lambda: eliminate_heads(Surgeon(weight, statistics), units, budget.units, groups).to_lists()
+                lambda: eliminate_heads(Surgeon(seen, statistics), units, budget.units, groups).to_lists()
             )
             importance = torch.tensor(found["alone"])
             kept_units = complement(torch.tensor(found["order"], dtype=torch.int64), units)
@@ -72,6 +73,8 @@ def prune_attention(
         columns = head_columns(heads, layer.head_dim)
 
     with watch("recovery"):
+        if seen is not weight:
+            covariance = ops.head_covariance(weight, statistics.covariance(), units)
         moments = head_moments(covariance, mean_output(weight, statistics.mean(), units), kept_units)
         before = moments.relative_error(*moments.fit("none"))
         change: OutputChange | None = None
@@ -111,7 +114,7 @@ def unit_scores(
         units: How many units there are: KV groups or single heads.
         config: The settings.
     """
-    weight = layer.linear(layer.spec.o_proj).weight
+    weight = layer.seen(layer.spec.o_proj)
     if config.criterion == "random":
         return random_scores(units, config.seed, index, 0)
     if config.criterion == "wanda-sp":

@@ -83,7 +83,7 @@ def _by_channels(
         output_covariance = channels.of_product(weight)
         if config.criterion == "obs":
             found = stream.ranks.made_by_first(
-                lambda: eliminate_channels(Surgeon(weight, channels), budget.channels).to_lists()
+                lambda: eliminate_channels(Surgeon(layer.seen(spec.down_proj), channels), budget.channels).to_lists()
             )
             importance = torch.tensor(found["alone"])
             kept = complement(torch.tensor(found["order"], dtype=torch.int64), len(importance))
@@ -183,8 +183,10 @@ def _importance(
     if config.criterion != "slimllm" or output_covariance is None:
         return channel_scores(layer, channels, config, index)
     spec, input_norms = layer.spec, inputs.norms()
-    weight = layer.linear(spec.down_proj).weight
+    weight, gain = layer.seen(spec.down_proj), layer.gain(spec.down_proj)
     norms = channels.norms().to(layer.device)
+    if gain is not None:
+        output_covariance = output_covariance * gain.double()[:, None] * gain.double()
     importance = ops.feature_space_importance(weight, output_covariance, norms, config.feature_space)
     for projection in spec.into_ffn:
         importance += input_importance(layer.linear(projection).weight, input_norms)
@@ -196,7 +198,7 @@ def channel_scores(
 ) -> torch.Tensor:
     """Importance of every channel by the criteria that look at them one by one, (I,) fp64; see `unit_scores`."""
     spec = layer.spec
-    weight = layer.linear(spec.down_proj).weight
+    weight = layer.seen(spec.down_proj)
     if config.criterion == "random":
         return random_scores(weight.shape[1], config.seed, index, 1)
     if config.criterion == "wanda-sp":

@@ -34,8 +34,8 @@ def token_weights(
     Args:
         hidden: The residual stream before it, (..., D).
         added: What it adds, (num_tokens, D).
-        output: What it puts out, if that is not it because a norm lies between: errors of the output, of which the
-            statistics are, then reach the stream by the ratio of the two in size.
+        output: What it puts out, if that is not it because a norm lies between, which divides errors of the output, of
+            which the statistics are, by its root mean square; what the norm multiplies by is `Layer.gain`.
         centered: The norm is a LayerNorm, which divides by the variance over the dimensions.
 
     Returns:
@@ -46,7 +46,7 @@ def token_weights(
         behind -= behind.mean(-1, keepdim=True)
     weights = 1 / (behind.square().mean(-1) + _EPSILON)
     if output is not None:
-        weights *= (added.float().square().mean(-1) + _EPSILON) / (output.float().square().mean(-1) + _EPSILON)
+        weights /= output.float().square().mean(-1) + _EPSILON
     return weights
 
 

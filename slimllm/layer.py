@@ -53,6 +53,20 @@ class Layer:
         """The norm that a sub-layer's output passes, by its output projection; empty: none."""
         return self.spec.attention_post_norm if projection == self.spec.o_proj else self.spec.ffn_post_norm
 
+    def gain(self, projection: str) -> torch.Tensor | None:
+        """What the norm behind a sub-layer multiplies its outputs by, (D,); None: there is none."""
+        norm = self.post_norm(projection)
+        if not norm:
+            return None
+        ones = self.linear(projection).weight.new_ones(self.linear(projection).out_features)
+        gain: torch.Tensor = self.module.get_submodule(norm)(ones)
+        return gain
+
+    def seen(self, projection: str) -> torch.Tensor:
+        """An output projection's weight, (D, F), as the residual stream sees it, to choose by."""
+        weight, gain = self.linear(projection).weight, self.gain(projection)
+        return weight if gain is None else weight * gain[:, None]
+
     def weights(self, projection: str, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Token weights of a sub-layer, from the stream before it and its output projection's output."""
         added = self.behind(projection, output)

@@ -87,7 +87,7 @@ def _by_elimination(
     for part, name in enumerate((layer.spec.o_proj, layer.spec.down_proj)):
         one = statistics[part]
         assert isinstance(one, GramStatistics)
-        surgeon = Surgeon(layer.linear(name).weight, one)
+        surgeon = Surgeon(layer.seen(name), one)
         if part == 1:
             found = eliminate_channels(surgeon, sizes.intermediate_size).costs
         else:
@@ -107,7 +107,7 @@ def _by_fluctuation(
     """Scores, in the order in which units and channels go, times parameters."""
     (units, groups), costs = layer.sizes().units(config.head_unit), []
     for part, name in enumerate((layer.spec.o_proj, layer.spec.down_proj)):
-        score = fluctuation(layer.linear(name).weight, statistics[part].variance().to(layer.device)).cpu()
+        score = fluctuation(layer.seen(name), statistics[part].variance().to(layer.device)).cpu()
         deviation = float(score.std(correction=0))
         score = (score - score.mean()) / deviation if deviation > 0 else torch.zeros_like(score)
         if part == 1:

@@ -176,11 +176,34 @@ def test_recovery_has_the_error_that_it_reports(family: str, ids: torch.Tensor, 
                 behind = behind - behind.mean(1, keepdim=True)
             weight = 1 / behind.square().mean(1)
             if post:
-                weight *= added.square().mean(1) / outputs[0].square().mean(1)
+                weight /= outputs[0].square().mean(1)
         weight = (weight / weight.sum())[:, None]
         variance = (weight * (outputs[0] - (weight * outputs[0]).sum(0)).square()).sum()
         error = (weight * (outputs[0] - outputs[1]).square()).sum() / variance
         assert report.layers[0][f"{part}_error_after"] == pytest.approx(float(error), rel=2e-3)
+
+
+def test_a_norm_between_says_which_outputs_count(ids: torch.Tensor) -> None:
+    """Gemma multiplies by 1 + w: here all but one output by 0, so that what reaches that one is all that matters."""
+    model = tiny("gemma2")
+    with torch.no_grad():
+        model.model.layers[0].post_feedforward_layernorm.weight.fill_(-1.0)[5] = 1.0
+    found: list[torch.Tensor] = []
+    project = model.model.layers[0].mlp.down_proj
+    hook = project.register_forward_hook(lambda m, a, out: found.append(a[0].flatten(0, 1)))
+    logits(model, ids)
+    hook.remove()
+    wanted = project.weight[5].detach().abs() * found[0].norm(dim=0)
+    for criterion in ("wanda-sp", "obs"):
+        settings = PruneConfig(ratio=0.1, criterion=criterion, recovery="lstsq", allocation="uniform", round_to=1)
+        first = slimllm.prune_model(copy.deepcopy(model), ids, settings).layers[0]
+        assert first["num_heads"] == 6 and first["intermediate_size"] < 96
+        scores = torch.tensor(first["channel_importance"])
+        if criterion == "wanda-sp":
+            assert torch.allclose(scores / scores.sum(), wanted / wanted.sum(), rtol=1e-4)
+        else:  # what goes reaches other outputs more than this one
+            gone = torch.ones(96, dtype=torch.bool).index_fill_(0, torch.tensor(first["kept_channels"]), False)
+            assert wanted[gone].mean() < 0.5 * wanted.mean()
 
 
 def test_a_norm_between_has_no_dense_target(ids: torch.Tensor) -> None:
