@@ -16,7 +16,7 @@ from slimllm.export_gguf import write_gguf
 from slimllm.journal import begun_with
 from slimllm.native import OutputFormat, heads_fit, is_llama, output_format, write_config
 from slimllm.padding import pad_layer, padded_sizes
-from slimllm.slicing import LayerSizes, Tensors
+from slimllm.slicing import LayerSizes
 from slimllm.source import CheckpointModel
 from slimllm.writer import CheckpointWriter, check_destination, check_space, partial_folder
 
@@ -135,10 +135,6 @@ def _write(
     checkpoint = source.checkpoint
     if "export" in begun_with(partial_folder(out)):  # one that was killed at its very end; there is nothing to go on with
         shutil.rmtree(partial_folder(out))
-
-    def cast(tensors: Tensors) -> Tensors:  # what was quantised is in fp32
-        return {name: tensor.to(checkpoint.storage_dtype(name)) for name, tensor in tensors.items()}
-
     with CheckpointWriter(out, source.num_layers + 1, overwrite, {"export": form.name}, {}) as writer:
         for index, size in enumerate(sizes):
             tensors = source.weights(index)
@@ -146,8 +142,8 @@ def _write(
                 tensors = pad_layer(tensors, source.spec, size, wanted, source.head_dim)
             prefix = source.layer_prefix(index)
             complete = form.complete(tensors, source.spec)
-            writer.write_shard(index + 1, cast({prefix + name: tensor for name, tensor in complete.items()}))
-        writer.write_shard(source.num_layers + 1, cast(checkpoint.read(source.other_tensors())))
+            writer.write_shard(index + 1, {prefix + name: tensor for name, tensor in complete.items()})
+        writer.write_shard(source.num_layers + 1, checkpoint.read(source.other_tensors()))
         write_config(form.config, writer.folder)
         checkpoint.write_companions(writer.folder)
         writer.complete()

@@ -72,8 +72,10 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
         raise InputError(f"{out} is a folder; give the name of a file.")
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists already; give another name, or --overwrite to replace the file.")
-    if out.exists() and out.read_bytes()[:4] != b"GGUF":
-        raise InputError(f"{out} is no GGUF file, so it will not be overwritten.")
+    if out.exists():
+        with out.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{out} is no GGUF file, so it will not be overwritten.")
     if not is_llama(source.config, source.spec):
         raise InputError(
             f"GGUF can be written for LLaMA's mathematics, which {source.spec.family} with its norms or windows is not; "
@@ -170,7 +172,7 @@ def _rope_factors(writer: gguf.GGUFWriter, source: CheckpointModel) -> np.ndarra
     config = source.config
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     theta = float(rope.get("rope_theta") or config.rope_theta)
-    kind = rope.get("rope_type", "default")
+    kind = rope.get("rope_type") or rope.get("type", "default")  # as older configurations have it
     writer.add_rope_freq_base(theta)
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

@@ -279,3 +279,19 @@ def test_bench(tmp_path: Path, stories_path: Path) -> None:
         done.stderr
     )
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_uniform_and_export(capsys: pytest.CaptureFixture[str], stories_path: Path, tmp_path: Path) -> None:
+    pruning = ("prune", stories_path, "--ratio", "0.3", "--samples", "4")
+    code, _, err = call(capsys, *pruning, "--out", tmp_path / "x", "--uniform", "--allocation", "auto")
+    assert code == 2 and "--uniform is --allocation uniform" in err and not (tmp_path / "x").exists()
+    assert call(capsys, *pruning, "--out", tmp_path / "alike", "--uniform")[0] == 0
+    assert call(capsys, *pruning, "--out", tmp_path / "own")[0] == 0
+    for model, to, out, architecture in (
+        ("alike", "stock", "stock", "seed_oss"), ("own", "padded", "padded", "seed_oss"), ("own", "gguf", "m.gguf", "deci"),
+    ):  # fmt: skip
+        code, printed, _ = call(capsys, "export", tmp_path / model, "--to", to, "--out", tmp_path / out)
+        assert code == 0 and f"of the architecture {architecture}" in printed
+        assert (tmp_path / out).exists()
+    code, _, err = call(capsys, "export", tmp_path / "own", "--to", "stock", "--out", tmp_path / "no")
+    assert code == 2 and "give --to padded" in err and not (tmp_path / "no").exists()
