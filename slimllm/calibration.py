@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -138,10 +139,9 @@ def calibration_windows(
     """
     if isinstance(config.calibration, torch.Tensor):
         return _check_token_ids(config.calibration, model_config)
-    if config.seq_len > model_config.max_position_embeddings:
-        raise InputError(
-            f"seq_len is {config.seq_len}, but the model takes at most {model_config.max_position_embeddings} tokens."
-        )
+    longest = getattr(model_config, "max_position_embeddings", math.inf)  # BLOOM has no bound
+    if config.seq_len > longest:
+        raise InputError(f"seq_len is {config.seq_len}, but the model takes at most {longest} tokens.")
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"expected a tokenizer or a tensor of token ids, got {type(tokenizer).__name__}.")
     if config.calibration is None:
@@ -164,11 +164,9 @@ def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) ->
             "Calibration token ids must be an int64 tensor (samples, seq_len) with seq_len at least 2, "
             f"got {token_ids.dtype} {tuple(token_ids.shape)}."
         )
-    if token_ids.shape[1] > model_config.max_position_embeddings:
-        raise InputError(
-            f"Calibration windows have {token_ids.shape[1]} tokens, but the model takes at most "
-            f"{model_config.max_position_embeddings}."
-        )
+    longest = getattr(model_config, "max_position_embeddings", math.inf)
+    if token_ids.shape[1] > longest:
+        raise InputError(f"Calibration windows have {token_ids.shape[1]} tokens, but the model takes at most {longest}.")
     if int(token_ids.min()) < 0 or int(token_ids.max()) >= model_config.vocab_size:
         raise InputError(
             f"Calibration token ids run from {int(token_ids.min())} to {int(token_ids.max())}, but the model's "

@@ -208,11 +208,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         checkpoint = SafetensorsCheckpoint(path, path.resolve().name)
     else:
         checkpoint = SafetensorsCheckpoint(download(str(model)), str(model))
-    if checkpoint.config.model_type == "phi3":
-        from slimllm.checkpoint_phi3 import Phi3Checkpoint
+    from slimllm.checkpoint_fused import take_apart
 
-        return Phi3Checkpoint(checkpoint)
-    return checkpoint
+    return take_apart(checkpoint)
 
 
 def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path:

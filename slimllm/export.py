@@ -86,6 +86,11 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
     if not form.name.startswith("slim_"):
         return form
     first, family = sizes[0], source.spec.family
+    if source.spec.slopes:
+        raise InputError(
+            f"transformers' {family} computes the slopes of its position bias from the number of heads, and would give the "
+            "heads that are left other ones; only the native format, in which the model is, keeps them."
+        )
     if any(_alike(size) != _alike(first) for size in sizes):
         raise InputError(
             "The layers have sizes of their own, which no architecture of transformers holds; give --to padded, or prune "

@@ -19,8 +19,10 @@ class LayerSpec:
         family: Its `model_type`; `slim_` before it makes that of the native format.
         attention_post_norm, ffn_post_norm: The norm that a sub-layer's output passes before it is added to the residual
             stream; empty: none.
-        positions: The embedding of positions that are learned; empty: there is none.
+        before_layers: What else the residual stream needs before the first layer, an embedding of positions that are
+            learned or a norm; empty: nothing.
         rotary: The rotary embedding; empty: there is none.
+        slopes: A tensor with one number for each head; empty: there is none.
         ffn: The module of the FFN; empty: its parts are the layer's own, with this `activation` between up and down.
         gate_proj: Empty: the FFN has no gate.
         width: What config.json calls the FFN's width.
@@ -29,7 +31,7 @@ class LayerSpec:
     family: str = "llama"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
-    positions: str = ""
+    before_layers: str = ""
     final_norm: str = "model.norm"
     rotary: str = "model.rotary_emb"
     head: str = "lm_head"
@@ -40,6 +42,7 @@ class LayerSpec:
     k_proj: str = "self_attn.k_proj"
     v_proj: str = "self_attn.v_proj"
     o_proj: str = "self_attn.o_proj"
+    slopes: str = ""
     ffn: str = "mlp"
     ffn_norm: str = "post_attention_layernorm"
     ffn_post_norm: str = ""
@@ -78,7 +81,7 @@ _ROWS = [
         family="opt",
         layers="model.decoder.layers",
         embedding="model.decoder.embed_tokens",
-        positions="model.decoder.embed_positions",
+        before_layers="model.decoder.embed_positions",
         final_norm="model.decoder.final_layer_norm",
         rotary="",
         attention_norm="self_attn_layer_norm",
@@ -91,6 +94,23 @@ _ROWS = [
         activation="activation_fn",
         width="ffn_dim",
     ),
+    LayerSpec(  # no gate, biases everywhere, ALiBi, whose slopes stay with the heads
+        family="bloom",
+        layers="transformer.h",
+        embedding="transformer.word_embeddings",
+        before_layers="transformer.word_embeddings_layernorm",
+        final_norm="transformer.ln_f",
+        rotary="",
+        attention="self_attention",
+        q_proj="self_attention.q_proj",
+        k_proj="self_attention.k_proj",
+        v_proj="self_attention.v_proj",
+        o_proj="self_attention.dense",
+        slopes="self_attention.slopes",
+        gate_proj="",
+        up_proj="mlp.dense_h_to_4h",
+        down_proj="mlp.dense_4h_to_h",
+    ),
 ]
 
 # By `model_type` of config.json. seed_oss is LLaMA's mathematics with a home for every bias: our own uniform results
@@ -102,13 +122,11 @@ FAMILIES: dict[str, LayerSpec] = {
 }
 
 # Families that are read as what they compute, see `slimllm.checkpoint.open_checkpoint`.
-READ_AS = {"phi3": "mistral"}
+READ_AS = {"phi3": "mistral", "bloom": "slim_bloom"}
 
 _EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
-_INTERLEAVED = "its q, k and v are one projection, interleaved by head"
 _REASONS = {
-    "bloom": f"{_INTERLEAVED}, and its position bias belongs to each head",
-    "gpt_neox": _INTERLEAVED,
+    "gpt_neox": "its attention and its FFN run beside each other rather than one behind the other",
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), _EXPERTS),
     **dict.fromkeys(("gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "mistral3"), "it is more than a language model"),
 }

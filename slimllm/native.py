@@ -21,7 +21,7 @@ from slimllm.slicing import LayerSizes, Tensors, install
 # What the output format decides anew; every other setting of the source goes on unchanged.
 _DECIDED = {
     "model_type", "architectures", "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access",
-    "transformers_version", "torch_dtype", "dtype", "head_dim", "num_attention_heads", "num_key_value_heads",
+    "transformers_version", "torch_dtype", "dtype", "head_dim", "num_attention_heads", "n_head", "num_key_value_heads",
     "intermediate_size", "ffn_dim", "attention_bias", "mlp_bias", "attention_out_bias", "mlp_out_bias", "residual_dropout",
     "_name_or_path",
 }  # fmt: skip

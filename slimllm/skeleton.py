@@ -82,16 +82,17 @@ class _Recorder(nn.Module):
 
 @contextmanager
 def _recorders(model: PreTrainedModel, spec: LayerSpec) -> Iterator[list[_Recorder]]:
-    decoder = model.get_submodule(spec.layers.rsplit(".", 1)[0])
-    norm_name = spec.final_norm.rsplit(".", 1)[1]
-    layers, norm = decoder.layers, getattr(decoder, norm_name)
+    parent, _, layers_name = spec.layers.rpartition(".")
+    decoder, norm_name = model.get_submodule(parent), spec.final_norm.rpartition(".")[2]
+    layers, norm = model.get_submodule(spec.layers), getattr(decoder, norm_name)
+    assert isinstance(layers, nn.ModuleList)
     recorders = [_Recorder(layer) for layer in layers]
     try:
-        decoder.layers = nn.ModuleList(recorders)
+        setattr(decoder, layers_name, nn.ModuleList(recorders))
         setattr(decoder, norm_name, nn.Identity())
         yield recorders
     finally:
-        decoder.layers = layers
+        setattr(decoder, layers_name, layers)
         setattr(decoder, norm_name, norm)
 
 

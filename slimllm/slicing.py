@@ -88,6 +88,15 @@ def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tenso
     return {name: tensors[name][rows.to(tensors[name].device)] for name in names}
 
 
+def _select_slopes(tensors: Tensors, spec: LayerSpec, query_rows: torch.Tensor) -> Tensors:
+    """Of a tensor with one number for each head, those of the heads that are kept."""
+    if not spec.slopes:
+        return {}
+    slopes = tensors[spec.slopes]
+    head_dim = tensors[f"{spec.q_proj}.weight"].shape[0] // len(slopes)
+    return {spec.slopes: slopes[query_rows[::head_dim].to(slopes.device) // head_dim]}
+
+
 def slice_output(tensors: Tensors, projection: str, columns: torch.Tensor, change: OutputChange | None = None) -> Tensors:
     """W[:, columns] and the bias of an output projection, changed by the recovery, under their names in the layer.
 
@@ -135,6 +144,7 @@ def slice_attention(
         **_select_rows(tensors, spec.q_proj, query_rows),
         **_select_rows(tensors, spec.k_proj, kv_rows),
         **_select_rows(tensors, spec.v_proj, kv_rows),
+        **_select_slopes(tensors, spec, query_rows),
         **slice_output(tensors, spec.o_proj, query_rows, change),
     }
 
@@ -175,6 +185,9 @@ def install(
             new.requires_grad_(old.weight.requires_grad)
             setattr(layer.get_submodule(parent), name, new)
             changed = changed | {name for name in (f"{projection}.weight", f"{projection}.bias") if name in tensors}
+    if spec.slopes in changed:
+        owner, _, name = spec.slopes.rpartition(".")
+        setattr(layer.get_submodule(owner), name, torch.empty_like(tensors[spec.slopes], device="meta"))
     for name in changed:  # one by one, so that what it replaces is let go before the next one
         layer.load_state_dict({name: tensors[name].to(device=device, dtype=dtype)}, strict=False, assign=True)
     attention: Any = layer.get_submodule(spec.attention)

@@ -147,24 +147,24 @@ class CheckpointModel(ModelSource):
         return layer
 
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        if self.spec.positions:
-            positions = self.model.get_submodule(self.spec.positions)
-            table = self._read(f"{self.spec.positions}.weight").to(self.device, self.dtype)
-            positions.load_state_dict({"weight": table}, assign=True)
+        if self.spec.before_layers:
+            self._fill(self.model.get_submodule(self.spec.before_layers), self.spec.before_layers)
         weight = self._read(f"{self.spec.embedding}.weight")
         scale = torch.tensor(embedding_scale(self.model, self.spec)).to(self.device, self.dtype)
         return lambda token_ids: nn.functional.embedding(token_ids, weight).to(self.device, self.dtype) * scale
 
     def head(self) -> tuple[nn.Module, torch.Tensor]:
         norm = empty_module(self.model, self.spec.final_norm)
-        prefix = f"{self.spec.final_norm}."
-        names = [name for name in self._shapes if name.startswith(prefix)]
-        norm.load_state_dict(
-            {name.removeprefix(prefix): self._read(name).to(self.device, self.dtype) for name in names}, assign=True
-        )
+        self._fill(norm, self.spec.final_norm)
         tied = f"{self.spec.head}.weight" not in self._shapes
         weight = self._read(f"{self.spec.embedding if tied else self.spec.head}.weight")
         return norm, weight
+
+    def _fill(self, module: nn.Module, name: str) -> None:
+        """Give a module its weights."""
+        names = [one for one in self._shapes if one.startswith(f"{name}.")]
+        tensors = {one.removeprefix(f"{name}."): self._read(one).to(self.device, self.dtype) for one in names}
+        module.load_state_dict(tensors, assign=True)
 
     def _read(self, name: str) -> torch.Tensor:
         return self.checkpoint.read([name])[name]

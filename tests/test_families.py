@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.bench.forecast import forecast
+from slimllm.export import export
 from slimllm.families import FAMILIES, layer_spec
 from slimllm.modeling.slim_layers import rope_of_transformers_4
 
@@ -46,6 +48,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     },
     "opt": {"ffn_dim": 96, "num_attention_heads": 3, "word_embed_proj_dim": 48, "tie_word_embeddings": True},
     "gemma3_text": {**WINDOWS, **ALTERNATING, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0},
+    "bloom": {"num_attention_heads": 3, "num_key_value_heads": 3},
 }  # fmt: skip
 
 
@@ -59,7 +62,8 @@ def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
-    config = AutoConfig.for_model(family, **of_this_version({**COMMON, **PECULIAR[family], **changes}))
+    kind = "slim_bloom" if family == "bloom" else family  # what it is read as, with separate projections
+    config = AutoConfig.for_model(kind, **of_this_version({**COMMON, **PECULIAR[family], **changes}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -68,6 +72,9 @@ def tiny(family: str, **changes: Any) -> PreTrainedModel:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif "embed" not in name:
                 parameter.normal_(0, 0.25)
+        for name, buffer in model.named_buffers():
+            if name.endswith("slopes"):
+                buffer.copy_(torch.tensor([0.5, 0.1, 0.02]))
     return model
 
 
@@ -172,7 +179,7 @@ def test_recovery_has_the_error_that_it_reports(family: str, ids: torch.Tensor, 
             with torch.no_grad():
                 added = before.model.layers[0].get_submodule(post)(outputs[0].float()).double() if post else outputs[0]
             behind = streams[0] + added
-            if family == "opt":  # LayerNorm
+            if family in ("opt", "bloom"):  # LayerNorm
                 behind = behind - behind.mean(1, keepdim=True)
             weight = 1 / behind.square().mean(1)
             if post:
@@ -235,6 +242,40 @@ def test_phi3_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, kin
     assert report.format == wanted
     with pytest.raises(InputError, match="cannot be pruned in memory; save it"):
         slimllm.prune_model(model, ids, PruneConfig(ratio=0.3))
+
+
+@pytest.mark.parametrize("heads", [4, 6])  # the slopes of six are not those of a power of two
+@pytest.mark.parametrize("bare", [False, True])
+def test_bloom_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, heads: int, bare: bool) -> None:
+    """Its q, k and v are taken apart, and every head keeps the slope of its position bias."""
+    config = AutoConfig.for_model("bloom", vocab_size=96, hidden_size=48, n_layer=4, n_head=heads, pad_token_id=0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = saved(model.transformer if bare else model, tmp_path / "dense")  # the hub's files lack the prefix
+    if bare:
+        (folder / "config.json").write_text(json.dumps(config.to_dict() | {"architectures": ["BloomForCausalLM"]}))
+    with torch.no_grad():
+        used = ids[: 256 // ids.shape[1]]
+        dense = float(model(used, labels=used).loss)
+    report = slimllm.prune(folder, tmp_path / "out", PruneConfig(ratio=0.45, calibration=ids, round_to=1))
+    assert report.calibration["perplexity_dense"] == pytest.approx(torch.tensor(dense).exp().item(), rel=1e-4)
+    assert report.format == "slim_bloom" and any(0 < one["num_heads"] < heads for one in report.layers)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        pruned = float(loaded(used, labels=used).loss)
+    assert report.calibration["perplexity_pruned"] == pytest.approx(torch.tensor(pruned).exp().item(), rel=1e-4)
+    padded = torch.nn.functional.pad(used, (3, 0))
+    mask = (torch.arange(padded.shape[1]) >= 3).long().expand_as(padded)
+    with torch.no_grad():
+        assert torch.allclose(loaded(padded, attention_mask=mask).logits[:, 3:], loaded(used).logits, atol=1e-4)
+    with pytest.raises(InputError, match="cannot be pruned in memory; save it"):
+        slimllm.prune_model(model, ids, PruneConfig(ratio=0.3))
+    for form, reason in (("stock", "slopes"), ("padded", "slopes"), ("gguf", "LLaMA")):
+        with pytest.raises(InputError, match=reason):
+            export(tmp_path / "out", tmp_path / "exported.gguf", form)
 
 
 def test_lora_trains_is_saved_and_merges(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
@@ -302,8 +343,9 @@ NO_WINDOWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("family", "recovery", "changes", "wanted"),
     [
-        *[(family, "none", {}, family) for family in PECULIAR if family != "opt"],
+        *[(family, "none", {}, family) for family in PECULIAR if family not in ("opt", "bloom")],
         ("opt", "lstsq", {}, "slim_opt"),  # which computes the size of a head from their number
+        ("bloom", "lstsq", {}, "slim_bloom"),  # which computes the slopes of its position bias from their number
         ("llama", "affine", {}, "llama"),
         ("llama", "lstsq", {"attention_bias": False}, "seed_oss"),
         ("mistral", "affine", NO_WINDOWS["mistral"], "seed_oss"),
@@ -340,6 +382,6 @@ def test_plan_from_the_configuration_alone(kind: str, tmp_path: Path) -> None:
 
 
 def test_what_is_not_supported_says_why() -> None:
-    for kind, reason in (("mixtral", "mixtures of experts"), ("bloom", "interleaved by head"), ("gpt2", "'gpt2' are not")):
-        with pytest.raises(InputError, match=f"{reason}.*supported types are gemma2"):
+    for kind, reason in (("mixtral", "mixtures of experts"), ("gpt_neox", "beside each other"), ("gpt2", "'gpt2' are not")):
+        with pytest.raises(InputError, match=f"{reason}.*supported types are bloom"):
             layer_spec(kind)

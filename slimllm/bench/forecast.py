@@ -14,7 +14,7 @@ from slimllm.account import Parts, sizes_of, traffic
 from slimllm.bench.shapes import SHAPES
 from slimllm.bench.work import measure_rates, stage_work
 from slimllm.checkpoint import download, open_checkpoint, read_config
-from slimllm.checkpoint_phi3 import as_mistral
+from slimllm.checkpoint_fused import read_as
 from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
@@ -98,7 +98,7 @@ def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype
         checkpoint = open_checkpoint(path)
         return checkpoint.config, torch.bfloat16, checkpoint.dtype_in_memory()
     config = read_config(path if path.is_dir() else download(model, only=("config.json",)))
-    config = as_mistral(config) if config.model_type == "phi3" else config
+    config = read_as(config)
     dtype = getattr(config, "dtype", None) or torch.float32
     stored = DTYPES[dtype] if isinstance(dtype, str) else dtype
     return config, stored, stored

@@ -127,5 +127,5 @@ class SlimForCausalLM:
     def __init__(self, config):
         with without_layers(config):
             super().__init__(config)
-        self.model = self.model_class(config)
+        setattr(self, self.base_model_prefix, self.model_class(config))
         self.post_init()
