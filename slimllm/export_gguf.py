@@ -78,7 +78,7 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
                 raise InputError(f"{out} is no GGUF file, so it will not be overwritten.")
     if not is_llama(source.config, source.spec):
         raise InputError(
-            f"GGUF can be written for LLaMA's mathematics, which {source.spec.family} with its norms, windows or biases is not; "
+            f"GGUF can be written for LLaMA's mathematics, which {source.spec.family} with its norms or windows is not; "
             "the native format keeps all, and of a stock model llama.cpp's own convert_hf_to_gguf.py makes the file."
         )
     if source.config.hidden_act not in ("silu", "swish"):
