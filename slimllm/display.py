@@ -1,4 +1,4 @@
-"""What `slimllm prune` shows: a bar over the layers with the estimated time left, each layer's sizes, a summary."""
+"""What `slimllm prune` shows, and `slimllm export` the first of: a bar with the time left, the layers' sizes, a summary."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PruneDisplay:
         """One more layer is done; a `ProgressCallback`."""
         self._bar.start()  # not before there is something to show: an error of the input comes without a bar
         if stage not in self._tasks or self._bar.tasks[self._tasks[stage]].finished:  # the next ratio
-            title = {"dense": "dense pass", "prune": "pruning"}[stage]
+            title = {"dense": "dense pass", "prune": "pruning", "export": "writing"}[stage]
             self._tasks[stage] = self._bar.add_task(title, total=num_layers, layer="")
         layer = ""
         if report is not None and index + 1 < num_layers:

@@ -16,6 +16,7 @@ from slimllm.export_gguf import write_gguf
 from slimllm.journal import begun_with
 from slimllm.native import OutputFormat, heads_fit, is_llama, output_format, write_config
 from slimllm.padding import pad_layer, padded_sizes
+from slimllm.progress import ProgressCallback
 from slimllm.slicing import LayerSizes
 from slimllm.source import CheckpointModel
 from slimllm.writer import CheckpointWriter, check_destination, check_space, partial_folder
@@ -23,7 +24,9 @@ from slimllm.writer import CheckpointWriter, check_destination, check_space, par
 TARGETS = ("stock", "padded", "gguf")
 
 
-def export(model: str | Path, out: str | Path, to: str, *, overwrite: bool = False) -> str:
+def export(
+    model: str | Path, out: str | Path, to: str, *, overwrite: bool = False, progress: ProgressCallback | None = None
+) -> str:
     """Write a model in another form, a layer in memory at a time.
 
     `stock`: an architecture of transformers itself, for models whose layers are alike (`slimllm prune --uniform`).
@@ -36,6 +39,7 @@ def export(model: str | Path, out: str | Path, to: str, *, overwrite: bool = Fal
         out: The folder, or for `gguf` the file, to make. It appears when it is complete.
         to: `stock`, `padded` or `gguf`.
         overwrite: Replace what is in its place already, if that is a model.
+        progress: Told about everything that is written.
 
     Returns:
         The architecture that was written.
@@ -53,13 +57,13 @@ def export(model: str | Path, out: str | Path, to: str, *, overwrite: bool = Fal
     if lost:
         raise InputError(f"Tensor {lost[0]} of {model} has no place in its architecture, so it would be lost.")
     if to == "gguf":
-        return write_gguf(source, out, overwrite)
+        return write_gguf(source, out, overwrite, progress)
     sizes = source.sizes()
     check_destination(out, [checkpoint.path], overwrite)
     wanted = _padded(source, sizes) if to == "padded" else None
     form = stock_format(source, [wanted] * len(sizes) if wanted else sizes)
     check_space(out, _bytes(source, sizes, wanted))
-    _write(source, sizes, wanted, form, out, overwrite)
+    _write(source, sizes, wanted, form, out, overwrite, progress)
     return form.name
 
 
@@ -136,6 +140,7 @@ def _write(
     form: OutputFormat,
     out: Path,
     overwrite: bool,
+    progress: ProgressCallback | None,
 ) -> None:
     checkpoint = source.checkpoint
     if "export" in begun_with(partial_folder(out)):  # one that was killed at its very end; there is nothing to go on with
@@ -148,6 +153,8 @@ def _write(
             prefix = source.layer_prefix(index)
             complete = form.complete(tensors, source.spec)
             writer.write_shard(index + 1, {prefix + name: tensor for name, tensor in complete.items()})
+            if progress:
+                progress("export", index, source.num_layers, None)
         writer.write_shard(source.num_layers + 1, checkpoint.read(source.other_tensors()))
         write_config(form.config, writer.folder)
         checkpoint.write_companions(writer.folder)

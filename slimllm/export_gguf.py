@@ -22,6 +22,7 @@ from slimllm.families import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
 from slimllm.gguf_vocabulary import add_vocabulary
 from slimllm.journal import sync
 from slimllm.native import is_llama
+from slimllm.progress import ProgressCallback
 from slimllm.slicing import LayerSizes
 from slimllm.source import CheckpointModel
 from slimllm.writer import check_space
@@ -38,7 +39,7 @@ _TYPES = {
 }
 
 
-def write_gguf(source: CheckpointModel, out: Path, overwrite: bool) -> str:
+def write_gguf(source: CheckpointModel, out: Path, overwrite: bool, progress: ProgressCallback | None = None) -> str:
     """Write the file, and give the architecture; see `slimllm.export`."""
     sizes = source.sizes()
     _check(source, sizes, out, overwrite)
@@ -50,7 +51,7 @@ def write_gguf(source: CheckpointModel, out: Path, overwrite: bool) -> str:
         check_space(out, sum(math.prod(shape) * _dtype(source, name).itemsize for name, shape in source.shapes().items()))
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             path = Path(folder) / out.name
-            _write(source, sizes, path, architecture)
+            _write(source, sizes, path, architecture, progress)
             sync(path)
             os.replace(path, out)
             sync(out.parent)
@@ -92,7 +93,9 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
         )
 
 
-def _write(source: CheckpointModel, sizes: list[LayerSizes], path: Path, architecture: str) -> None:
+def _write(
+    source: CheckpointModel, sizes: list[LayerSizes], path: Path, architecture: str, progress: ProgressCallback | None
+) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     _add_settings(writer, source, sizes, architecture)
     with tempfile.TemporaryDirectory() as companions:
@@ -116,11 +119,13 @@ def _write(source: CheckpointModel, sizes: list[LayerSizes], path: Path, archite
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors)
-    for name in names:
+    for number, name in enumerate(names):
         tensor = _in_their_order(source, sizes, name, source.checkpoint.read([name])[name])
         tensor = tensor.to(_dtype(source, name)).contiguous()
         content: Any = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
         writer.write_tensor_data(content.numpy())
+        if progress:
+            progress("export", number, len(names), None)
     writer.close()
 
 

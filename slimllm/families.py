@@ -154,7 +154,7 @@ def layer_spec(model_type: str) -> LayerSpec:
         ValueError: (as InputError) the family is not supported; lists those that are.
     """
     if model_type not in FAMILIES and model_type not in READ_AS:
-        known = ", ".join(sorted([*FAMILIES, *READ_AS]))
+        known = ", ".join(sorted({*FAMILIES, *READ_AS}))
         reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
         raise InputError(f"Models of type {model_type!r} are not supported{reason}; supported types are {known}.")
     return FAMILIES[READ_AS.get(model_type, model_type)]

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-# Called with ("dense" or "prune", layer index, number of layers, the layer's report or None).
+# Called with ("dense" or "prune", layer index, number of layers, the layer's report or None), or, of an export, with
+# ("export", index, number, None): a layer, or for GGUF a tensor, is written.
 ProgressCallback = Callable[[str, int, int, dict[str, Any] | None], None]
 
 

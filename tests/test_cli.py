@@ -122,7 +122,7 @@ def bad_inputs(stories: Path, tmp: Path) -> list[tuple[str, list[str | Path], st
             [broken(stories, tmp / "cls", architectures=["LlamaForSequenceClassification"])],
             "no causal language",
         ),
-        ("unknown family", [broken(stories, tmp / "gpt2", model_type="gpt2")], "supported types are gemma2"),
+        ("unknown family", [broken(stories, tmp / "gpt2", model_type="gpt2")], "supported types are bloom"),
         ("quantised", [broken(stories, tmp / "q", quantization_config={"quant_method": "gptq"})], "gptq weights"),
         ("missing shard", [unsharded], "is missing"),
         ("pickled", [pickled], "never read"),

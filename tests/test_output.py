@@ -79,6 +79,19 @@ def test_generate_with_and_without_cache(stories_path: Path, token_ids: torch.Te
     assert torch.allclose(logits(eager, prompt), logits(model, prompt), atol=1e-4)
 
 
+def test_layers_on_the_disk(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """As accelerate spreads a model that fits nowhere whole."""
+    slimllm.prune(stories_path, tmp_path / "out", config(token_ids))
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places |= {f"model.layers.{index}": "disk" if index > 1 else "cpu" for index in range(whole.config.num_hidden_layers)}
+    spread = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True, device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    assert spread.model.layers[3].mlp.up_proj.weight.device.type == "meta"
+    assert torch.equal(logits(spread, token_ids[:2]), logits(whole, token_ids[:2]))
+
+
 @pytest.mark.parametrize("remote", [True, False])
 def test_save_pretrained_round_trip(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, remote: bool) -> None:
     slimllm.prune(stories_path, tmp_path / "out", config(token_ids))

@@ -22,8 +22,10 @@ def export_command(
     quiet: Quiet = False,
 ) -> None:
     """Write a model in a form that more programs load, without any loss, or not at all."""
+    from slimllm.display import PruneDisplay
     from slimllm.export import export
 
-    name = export(model, out, to, overwrite=overwrite)
+    with PruneDisplay(console, quiet) as display:
+        name = export(model, out, to, overwrite=overwrite, progress=display.progress)
     if not quiet:
         console.print(f"{out} is written, of the architecture {name}.", highlight=False)
