@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+import slimllm
+from slimllm.calibration import bundled_text, tokenize
 
 
 def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -221,6 +225,29 @@ def test_disk_full_while_writing(
     code, _, err = call(capsys, "prune", stories_path, "--out", tmp_path / "out", "--ratio", "0.2", "--samples", "4")
     assert code == 2 and "No space left" in err and "with --resume goes on from here" in " ".join(err.split())
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+
+
+def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call(capsys, "prune", stories_path, "--out", tmp_path / "out", "--ratio", "0.4", "--samples", "4", "--quiet")
+    lengths = ["--seq-len", "64", "--seq-len", "128", "--max-windows", "5"]
+    code, out, err = call(capsys, "eval", stories_path, tmp_path / "out", *lengths, "--out", tmp_path / "found.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "found.json").read_text())
+    dense, pruned = found["models"]
+    assert found["text"] == "bundled" and dense["parameters"] > pruned["parameters"]
+    model, tokenizer = slimllm.load(tmp_path / "out")
+    tokens = tokenize(tokenizer, [bundled_text("evaluation")])
+    for length in (64, 128):
+        wanted = slimllm.perplexity(model, tokens, seq_len=length, max_windows=5)
+        assert pruned["perplexity"][str(length)] == pytest.approx(wanted, rel=1e-9)
+        increase = math.log(wanted / dense["perplexity"][str(length)])
+        assert pruned["log_increase"][str(length)] == pytest.approx(increase, rel=1e-9) and increase > 0.1
+        assert dense["log_increase"][str(length)] == 0 and pruned["windows"][str(length)] == 5
+        assert f"{wanted:.2f}" in out and f"{increase:.3f}" in out
+    code, _, err = call(capsys, "eval", stories_path, "--out", tmp_path / "found.json")
+    assert code == 2 and "must be a new file" in err
+    code, out, err = call(capsys, "eval", stories_path, tmp_path / "nowhere")
+    assert code == 2 and "There is no folder or file" in err and "perplexity" not in out
 
 
 def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

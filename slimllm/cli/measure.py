@@ -48,9 +48,14 @@ def compare_command(
 
 @app.command("eval")
 def eval_command(
-    model: Model,
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, GGUF files or hub ids; the first is what the others are compared with.")
+    ],
     text: Annotated[str | None, typer.Option(help="FILE.txt, FILE.jsonl or a dataset. Default: bundled text.")] = None,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window: 128 as in the paper, 2048 as is common now.")] = 128,
+    seq_len: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens per window: 128 as in the paper (default), 2048 as is common now; may be given again."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
     max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the beginning.")] = None,
     dtype: Annotated[str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
@@ -58,17 +63,31 @@ def eval_command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    out: Annotated[Path | None, typer.Option(help="A new file for the figures, as JSON.")] = None,
 ) -> None:
-    """Perplexity of a model, pruned or not, over non-overlapping windows of a text."""
-    from slimllm.evaluate import evaluation_tokens, load, perplexity
+    """Perplexity of models, pruned or not, over non-overlapping windows of a text; several side by side."""
+    from slimllm.errors import InputError
+    from slimllm.side_by_side import Evaluated, evaluate, evaluation_table, write_json
 
-    loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if out is not None and (out.exists() or not out.parent.is_dir()):
+        raise InputError(f"{out} must be a new file in a folder that exists; give another name.")
     if text is None:
         console.print("Evaluating on the bundled text (the last fifth of War and Peace, Book One).", style="dim")
-    tokens = evaluation_tokens(tokenizer, text, (max_windows or 2048) * seq_len)
-    windows = min(len(tokens) // seq_len, max_windows or len(tokens))
-    value = perplexity(loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
-    console.print(f"perplexity {value:.4f}   ({windows} windows of {seq_len} tokens)", highlight=False)
+
+    def on_model(line: Evaluated) -> None:
+        name = f"{line.model}: " if len(models) > 1 else ""
+        for length, value in line.perplexity.items():
+            about = f"{line.windows[length]} windows of {length} tokens"
+            console.print(f"{name}perplexity {value:.4f}   ({about})", highlight=False)
+
+    lines = evaluate(
+        models, text, seq_lens=seq_len or [128], batch_size=batch_size, max_windows=max_windows, dtype=dtype, device=device,
+        trust_remote_code=trust_remote_code, on_model=on_model,
+    )  # fmt: skip
+    if len(lines) > 1:
+        console.print(evaluation_table(lines))
+    if out is not None:
+        write_json(lines, text, out)
 
 
 @app.command("demo")

@@ -1,0 +1,122 @@
+"""`slimllm eval`: several models measured on one text, the dense one first. Called by the command line and users."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from slimllm.checkpoint import download
+from slimllm.errors import InputError
+from slimllm.evaluate import evaluation_tokens, load, perplexity
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One model's figures.
+
+    Attributes:
+        model: As it was given.
+        parameters: Of the whole model; embeddings that are also the head count once.
+        perplexity: By tokens in a window.
+        log_increase: Of its logarithm over the first model's, by tokens in a window.
+        windows: How many, by tokens in a window.
+        seconds: Of loading and measuring.
+    """
+
+    model: str
+    parameters: int
+    perplexity: dict[int, float]
+    log_increase: dict[int, float]
+    windows: dict[int, int]
+    seconds: float
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    text: str | None = None,
+    *,
+    seq_lens: Sequence[int] = (128,),
+    batch_size: int = 8,
+    max_windows: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    on_model: Callable[[Evaluated], None] | None = None,
+) -> list[Evaluated]:
+    """Perplexity of models on the same text, one model in memory at a time.
+
+    Each model's own tokenizer cuts the text: between models of different tokenizers perplexities cannot be compared.
+
+    Args:
+        models: Folders, GGUF files or hub ids; the first is what the others are compared with.
+        text: FILE.txt, FILE.jsonl or a dataset; None: the bundled one.
+        seq_lens: Tokens in a window: 128 as in the paper, 2048 as is common now.
+        batch_size, max_windows: As for `perplexity`.
+        dtype, device, trust_remote_code: As for `load`.
+        on_model: Told about every model as soon as it is done.
+
+    Raises:
+        ValueError: (as InputError) a model is not there, before any is loaded, or what `load` and `perplexity` raise.
+    """
+    if not models or not seq_lens:
+        raise InputError("Give at least one model and one length of windows.")
+    for model in models:
+        _check_is_there(model)
+    done: list[Evaluated] = []
+    for model in models:
+        started = time.perf_counter()
+        loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        tokens = evaluation_tokens(tokenizer, text, (max_windows or 2048) * max(seq_lens))
+        found, windows = {}, {}
+        for seq_len in seq_lens:
+            found[seq_len] = perplexity(loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
+            windows[seq_len] = min(len(tokens) // seq_len, max_windows or len(tokens))
+        first = done[0].perplexity if done else found
+        increase = {seq_len: math.log(value / first[seq_len]) for seq_len, value in found.items()}
+        parameters = sum(parameter.numel() for parameter in loaded.parameters())
+        done.append(Evaluated(str(model), parameters, found, increase, windows, time.perf_counter() - started))
+        if on_model:
+            on_model(done[-1])
+        del loaded
+        gc.collect()  # modules refer to each other in circles: the next model would find this one still there
+    return done
+
+
+def _check_is_there(model: str | Path) -> None:
+    path = Path(model).expanduser()
+    if not path.exists():
+        path = download(str(model), only=("config.json",))
+    if not path.is_file() and not (path / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
+
+
+def evaluation_table(lines: list[Evaluated]) -> Table:
+    """A line for each model; the increases are over the first one."""
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    table.add_column("model", overflow="fold")
+    lengths = list(lines[0].perplexity)
+    titles = [title for length in lengths for title in (f"perplexity, {length}", "log incr.")]
+    for title in ("parameters", *titles, "s"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for line in lines:
+        cells = [line.model, f"{line.parameters:,}"]
+        for length in lengths:
+            increase = "" if line is lines[0] else f"{line.log_increase[length]:.3f}"
+            cells += [f"{line.perplexity[length]:.2f}", increase]
+        table.add_row(*cells, f"{line.seconds:.1f}")
+    return table
+
+
+def write_json(lines: list[Evaluated], text: str | None, path: Path) -> None:
+    """The figures, and the text they are of, as a new file."""
+    content = {"text": text or "bundled", "models": [dataclasses.asdict(line) for line in lines]}
+    with path.open("x", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
