@@ -99,15 +99,15 @@ def _check_is_there(model: str | Path) -> None:
 
 
 def evaluation_table(lines: list[Evaluated]) -> Table:
-    """A line for each model; the increases are over the first one."""
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("model", overflow="fold")
+    """A line for each model, by the last part of its name; the increases are over the first one."""
+    table = Table(box=None, padding=(0, 1), header_style="bold", title="perplexity in windows of …", title_justify="left")
+    table.add_column("model", overflow="fold", min_width=12)
     lengths = list(lines[0].perplexity)
-    titles = [title for length in lengths for title in (f"perplexity, {length}", "log incr.")]
+    titles = [title for length in lengths for title in (f"at {length}", "log incr.")]
     for title in ("parameters", *titles, "s"):
         table.add_column(title, justify="right", no_wrap=True)
     for line in lines:
-        cells = [line.model, f"{line.parameters:,}"]
+        cells = [Path(line.model).resolve().name, f"{line.parameters:,}"]
         for length in lengths:
             increase = "" if line is lines[0] else f"{line.log_increase[length]:.3f}"
             cells += [f"{line.perplexity[length]:.2f}", increase]
