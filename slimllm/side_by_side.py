@@ -16,6 +16,7 @@ from rich.table import Table
 from slimllm.checkpoint import download
 from slimllm.errors import InputError
 from slimllm.evaluate import evaluation_tokens, load, perplexity
+from slimllm.zeroshot import task_manager, zero_shot
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class Evaluated:
         perplexity: By tokens in a window.
         log_increase: Of its logarithm over the first model's, by tokens in a window.
         windows: How many, by tokens in a window.
+        accuracy: From 0 to 1, by task.
+        mean_accuracy: Over the tasks; None: there are none.
+        retention: That mean in % of the first model's.
         seconds: Of loading and measuring.
     """
 
@@ -36,6 +40,9 @@ class Evaluated:
     perplexity: dict[int, float]
     log_increase: dict[int, float]
     windows: dict[int, int]
+    accuracy: dict[str, float]
+    mean_accuracy: float | None
+    retention: float | None
     seconds: float
 
 
@@ -49,9 +56,13 @@ def evaluate(
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    tasks: Sequence[str] = (),
+    few_shot: int = 0,
+    limit: int | None = None,
+    include_path: Path | None = None,
     on_model: Callable[[Evaluated], None] | None = None,
 ) -> list[Evaluated]:
-    """Perplexity of models on the same text, one model in memory at a time.
+    """Perplexity of models on the same text and accuracy on the same tasks, one model in memory at a time.
 
     Each model's own tokenizer cuts the text: between models of different tokenizers perplexities cannot be compared.
 
@@ -61,15 +72,19 @@ def evaluate(
         seq_lens: Tokens in a window: 128 as in the paper, 2048 as is common now.
         batch_size, max_windows: As for `perplexity`.
         dtype, device, trust_remote_code: As for `load`.
+        tasks, few_shot, limit, include_path: As for `zero_shot`; no tasks: only perplexity.
         on_model: Told about every model as soon as it is done.
 
     Raises:
-        ValueError: (as InputError) a model is not there, before any is loaded, or what `load` and `perplexity` raise.
+        ValueError: (as InputError) a model is not there, before any is loaded, or what `load`, `perplexity`
+            and `zero_shot` raise.
     """
     if not models or not seq_lens:
         raise InputError("Give at least one model and one length of windows.")
     for model in models:
         _check_is_there(model)
+    if tasks:
+        task_manager(tasks, include_path)
     done: list[Evaluated] = []
     for model in models:
         started = time.perf_counter()
@@ -81,8 +96,26 @@ def evaluate(
             windows[seq_len] = min(len(tokens) // seq_len, max_windows or len(tokens))
         first = done[0].perplexity if done else found
         increase = {seq_len: math.log(value / first[seq_len]) for seq_len, value in found.items()}
-        parameters = sum(parameter.numel() for parameter in loaded.parameters())
-        done.append(Evaluated(str(model), parameters, found, increase, windows, time.perf_counter() - started))
+        accuracy: dict[str, float] = {}
+        if tasks:
+            accuracy = zero_shot(
+                loaded, tokenizer, tasks, few_shot=few_shot, limit=limit, include_path=include_path, batch_size=batch_size
+            )
+        mean = sum(accuracy.values()) / len(accuracy) if accuracy else None
+        dense = done[0].mean_accuracy if done else mean
+        done.append(
+            Evaluated(
+                model=str(model),
+                parameters=sum(parameter.numel() for parameter in loaded.parameters()),
+                perplexity=found,
+                log_increase=increase,
+                windows=windows,
+                accuracy=accuracy,
+                mean_accuracy=mean,
+                retention=100 * mean / dense if mean is not None and dense else None,
+                seconds=time.perf_counter() - started,
+            )
+        )
         if on_model:
             on_model(done[-1])
         del loaded
@@ -112,6 +145,27 @@ def evaluation_table(lines: list[Evaluated]) -> Table:
             increase = "" if line is lines[0] else f"{line.log_increase[length]:.3f}"
             cells += [f"{line.perplexity[length]:.2f}", increase]
         table.add_row(*cells, f"{line.seconds:.1f}")
+    return table
+
+
+# As the paper heads its columns.
+_TITLES = {
+    "boolq": "BoolQ", "piqa": "PIQA", "hellaswag": "HellaS", "winogrande": "WinoG", "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c", "openbookqa": "OBQA",
+}  # fmt: skip
+
+
+def accuracy_table(lines: list[Evaluated]) -> Table:
+    """Accuracies in %, their mean, and that in % of the first model's; a line for each model."""
+    table = Table(box=None, padding=(0, 1), header_style="bold", title="accuracy, %", title_justify="left")
+    table.add_column("model", overflow="fold", min_width=12)
+    for task in lines[0].accuracy:
+        table.add_column(_TITLES.get(task, task), justify="right")
+    table.add_column("mean", justify="right")
+    table.add_column("kept", justify="right")
+    for line in lines:
+        cells = [f"{100 * value:.1f}" for value in (*line.accuracy.values(), line.mean_accuracy or 0.0)]
+        table.add_row(Path(line.model).resolve().name, *cells, f"{line.retention:.1f}" if line.retention else "")
     return table
 
 

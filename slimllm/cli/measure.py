@@ -63,11 +63,18 @@ def eval_command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
     ] = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, boolq,piqa,…, or paper: the paper's seven. Default: none.")
+    ] = None,
+    few_shot: Annotated[int, typer.Option(help="So many solved examples before each question.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more descriptions of tasks for lm-eval.")] = None,
     out: Annotated[Path | None, typer.Option(help="A new file for the figures, as JSON.")] = None,
 ) -> None:
-    """Perplexity of models, pruned or not, over non-overlapping windows of a text; several side by side."""
+    """Perplexity of models, pruned or not, over windows of a text, and accuracy on tasks; several side by side."""
     from slimllm.errors import InputError
-    from slimllm.side_by_side import Evaluated, evaluate, evaluation_table, write_json
+    from slimllm.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json
+    from slimllm.zeroshot import PAPER_TASKS
 
     if out is not None and (out.exists() or not out.parent.is_dir()):
         raise InputError(f"{out} must be a new file in a folder that exists; give another name.")
@@ -80,12 +87,16 @@ def eval_command(
             about = f"{line.windows[length]} windows of {length} tokens"
             console.print(f"{name}perplexity {value:.4f}   ({about})", highlight=False)
 
+    names = PAPER_TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else ()
     lines = evaluate(
         models, text, seq_lens=seq_len or [128], batch_size=batch_size, max_windows=max_windows, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code, on_model=on_model,
+        trust_remote_code=trust_remote_code, tasks=names, few_shot=few_shot, limit=limit, include_path=include_path,
+        on_model=on_model,
     )  # fmt: skip
     if len(lines) > 1:
         console.print(evaluation_table(lines))
+    if names:
+        console.print(accuracy_table(lines))
     if out is not None:
         write_json(lines, text, out)
 
