@@ -39,6 +39,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }  # fmt: skip
         if task == "hellaswag":
             description["process_docs"] = None  # these rows have been through it
+        if task == "boolq":
+            description["doc_to_target"] = "{{answer | int}}"
         (folder / f"{task}.yaml").write_text(yaml.safe_dump(description))
     return folder
 
@@ -68,7 +70,7 @@ def test_as_lm_eval_by_hand(
     assert list(found) == list(PAPER_TASKS)
     for task, value in found.items():
         assert value == wanted[task].get("acc_norm,none", wanted[task]["acc,none"])
-    assert len(set(found.values())) > 3  # of 12 questions each
+    assert len(set(found.values())) > 2  # of 12 questions each
 
 
 def test_from_the_command_line(
