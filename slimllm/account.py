@@ -13,6 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from slimllm.config import PruneConfig
+from slimllm.families import layer_spec
 from slimllm.slicing import LayerSizes
 from slimllm.states import Placement
 from slimllm.statistics import TILE
@@ -35,6 +36,7 @@ class Sizes:
         samples, seq_len: Calibration windows, and tokens of each.
         ranks: Processes that share the windows; memory is of one of them.
         on_gpu: Whether the device has a memory of its own.
+        biased_heads: Heads to whose scores a bias of all pairs of tokens is added, the most of any layer.
     """
 
     hidden_size: int
@@ -52,6 +54,7 @@ class Sizes:
     seq_len: int
     on_gpu: bool
     ranks: int = 1
+    biased_heads: int = 0
 
 
 def sizes_of(
@@ -76,6 +79,7 @@ def sizes_of(
         seq_len=windows[1],
         on_gpu=device.type == "cuda",
         ranks=ranks,
+        biased_heads=max(size.num_heads for size in layers) if layer_spec(config.model_type).slopes else 0,
     )
 
 
@@ -134,17 +138,18 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         return {"inner activations": num_bytes if num_bytes <= placement.keep_inner_bytes else 0}
 
     yield at("read", 1, {}, {"mapped file": d * i * s})
-    yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c})
+    scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
+    yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c + scores})
     if config.allocation == "auto":
         both, one = {"Gram": (a**2 + i**2) * 4}, {"Gram": a**2 * 4}
-        of_batch = {"batch": batch * (4 * i + 4 * d) * c}
+        of_batch = {"batch": batch * (4 * i + 4 * d) * c + scores}
         if placement.gram == "host":
             yield at("measuring", 1, one | of_batch | tiles, {"Gram of channels": i**2 * 4})
             yield at("allocation", 1, one, {"Gram of channels": i**2 * 4} | elimination)
         else:
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
-    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d + (a + 2 * d if ahead else 0)) * c
+    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d + (a + 2 * d if ahead else 0)) * c + scores
     yield at("attention", own, inner(a) | {"batch": of_attention, "Gram": (a + ahead) ** 2 * 4})
     heads = inner(a) | {"Gram": (a + ahead) ** 2 * 4 + a**2 * 8, "heads' covariances": 2 * sizes.units**2 * d * 8}
     if config.criterion == "obs":

@@ -38,12 +38,16 @@ class FusedCheckpoint(Checkpoint):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         result: dict[str, tuple[int, ...]] = {}
         for stored, shape in self._fused.shapes().items():
-            name = self._prefix + stored
+            name = self._named(stored)
             module, _, kind = name.rpartition(".")
             for whole, parts in self._parts.items():
                 if module.endswith(f".{whole}"):
-                    for part in parts:
-                        number = len(torch.empty(shape[0], device="meta")[self._places[part][1]])
+                    numbers = [_length(self._places[part][1]) for part in parts]
+                    if (asked := sum(numbers)) != shape[0]:
+                        raise InputError(
+                            f"Tensor {stored} in {self.path} has {shape[0]} rows, but its config.json asks for {asked}."
+                        )
+                    for part, number in zip(parts, numbers):
                         result[f"{module.removesuffix(whole)}{part}.{kind}"] = (number, *shape[1:])
                     break
             else:
@@ -52,6 +56,11 @@ class FusedCheckpoint(Checkpoint):
 
     def storage_dtype(self, name: str) -> torch.dtype:
         return self._fused.storage_dtype(self._place(name)[0])
+
+    def _named(self, stored: str) -> str:
+        """A tensor's whole name; that of the output head is whole in any file."""
+        head = layer_spec(self.config.model_type).head
+        return stored if stored.startswith(f"{head}.") else self._prefix + stored
 
     def _place(self, name: str) -> tuple[str, Rows | None]:
         """The tensor on the disk that holds one of ours, and which of its rows; None: all."""
@@ -65,15 +74,21 @@ class FusedCheckpoint(Checkpoint):
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         places = {name: self._place(name) for name in names}
         stored = self._fused._read(sorted({place for place, _ in places.values()}))
-        return {
-            name: stored[place] if rows is None else stored[place][rows].clone() for name, (place, rows) in places.items()
-        }
+        result = {}
+        for name, (place, rows) in places.items():
+            part = stored[place] if rows is None else stored[place][rows]
+            result[name] = part.clone() if isinstance(rows, slice) else part  # a slice would keep all of it in memory
+        return result
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._fused.tokenizer()
 
     def write_companions(self, folder: Path) -> None:
         self._fused.write_companions(folder)
+
+
+def _length(rows: Rows) -> int:
+    return int(rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
 
 
 # What Mistral's configuration has from Phi-3's.
@@ -153,7 +168,7 @@ class BloomCheckpoint(FusedCheckpoint):
         return super().shapes() | {name: tuple(self._slopes.shape) for name in self._names}
 
     def storage_dtype(self, name: str) -> torch.dtype:
-        return self.dtype_in_memory() if name in self._names else super().storage_dtype(name)
+        return self._slopes.dtype if name in self._names else super().storage_dtype(name)
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         made = {name: self._slopes.clone() for name in names if name in self._names}

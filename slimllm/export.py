@@ -92,8 +92,8 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
     first, family = sizes[0], source.spec.family
     if source.spec.slopes:
         raise InputError(
-            f"transformers' {family} computes the slopes of its position bias from the number of heads, and would give the "
-            "heads that are left other ones; only the native format, in which the model is, keeps them."
+            f"transformers' {family} computes the slopes of its position bias from the number of heads, and would give "
+            "heads that are left other ones; only the native format, which slimllm prune writes, keeps them."
         )
     if any(_alike(size) != _alike(first) for size in sizes):
         raise InputError(

@@ -278,6 +278,70 @@ def test_bloom_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, he
             export(tmp_path / "out", tmp_path / "exported.gguf", form)
 
 
+def test_bloom_as_the_hub_has_it(ids: torch.Tensor, tmp_path: Path) -> None:
+    """Old names in config.json, bfloat16, and a mask and a cache as in generation, beside the stock model."""
+    config = AutoConfig.for_model("bloom", vocab_size=96, hidden_size=48, n_layer=3, n_head=4)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = saved(model.transformer, tmp_path / "dense")
+    settings = config.to_dict()
+    for name in ("hidden_size", "dtype", "torch_dtype"):
+        settings.pop(name, None)
+    settings |= {
+        "architectures": ["BloomForCausalLM"], "n_embed": 48, "num_attention_heads": 4, "n_inner": None, "seq_length": 2048,
+        "offset_alibi": 100, "torch_dtype": "bfloat16", "attention_softmax_in_fp32": True, "skip_bias_add": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(settings))
+    everything = PruneConfig(ratio=0.001, calibration=ids, round_to=1, recovery="none", allocation="uniform")
+    slimllm.prune(folder, tmp_path / "out", everything)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert all(one["num_heads"] == 4 for one in report["layers"])
+    stock, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("dense", "out"))
+    ours.generation_config.pad_token_id = stock.generation_config.pad_token_id = 0
+    prompt = torch.nn.functional.pad(ids[:3, :10], (4, 0))
+    mask = (torch.arange(14) >= 4).long().expand_as(prompt)
+    for model in (stock, ours):  # the channel that went, if one did, is put out in both
+        for index, one in enumerate(report["layers"]):
+            gone = sorted(set(range(192)) - set(one["kept_channels"] or range(192)))
+            if model is stock and gone:
+                stock.transformer.h[index].mlp.dense_4h_to_h.weight.data[:, gone] = 0
+    how = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "output_scores": True,
+        "return_dict_in_generate": True,
+    }
+    wanted, found = (one.generate(prompt, **how) for one in (stock, ours))
+    assert torch.equal(wanted.sequences, found.sequences)
+    for one, other in zip(wanted.scores, found.scores):
+        assert torch.allclose(one, other, atol=1e-4)
+    static = ours.generate(prompt, cache_implementation="static", **how)
+    assert torch.equal(static.sequences, found.sequences)
+    settings["apply_residual_connection_post_layernorm"] = True
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="behind a norm"):
+        slimllm.prune(folder, tmp_path / "no", everything)
+
+
+def test_fused_tensors_of_other_sizes_are_refused(ids: torch.Tensor, tmp_path: Path) -> None:
+    phi3 = {name: value for name, value in COMMON.items() if name != "head_dim"}
+    for kind, settings, change in (
+        ("phi3", phi3, {"intermediate_size": 64}),
+        ("phi3", phi3, {"num_key_value_heads": 2}),
+        ("bloom", {"vocab_size": 96, "hidden_size": 48, "n_layer": 2, "n_head": 4}, {"hidden_size": 32}),
+    ):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **of_this_version(settings)))
+        folder = saved(model, tmp_path / f"{kind}{len(change)}{next(iter(change))}")
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        with pytest.raises(InputError, match=r"has \d+ rows, but its config.json asks for \d+"):
+            slimllm.prune(folder, tmp_path / "out", PruneConfig(ratio=0.3, calibration=ids))
+
+
 def test_lora_trains_is_saved_and_merges(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 

@@ -8,6 +8,7 @@ distance, which follows from its place among all heads, is stored with the heads
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.bloom.configuration_bloom import BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomForCausalLM, BloomGelu, BloomModel, BloomPreTrainedModel
 
@@ -38,6 +39,8 @@ class SlimBloomAttention(nn.Module):
         self.register_buffer("slopes", torch.ones(self.num_heads))
 
     def forward(self, hidden_states, alibi, attention_mask=None, layer_past=None, cache_position=None, **kwargs):
+        if kwargs.get("output_attentions"):
+            raise ValueError("slim_bloom does not give its attention weights; leave output_attentions out.")
         batch_size, seq_len, _ = hidden_states.shape
         shape = (batch_size, seq_len, self.num_heads, self.head_dim)
         query, key, value = (
@@ -65,7 +68,7 @@ class SlimBloomMLP(nn.Module):
         return self.dense_4h_to_h(self.gelu_impl(self.dense_h_to_4h(hidden_states)))
 
 
-class SlimBloomBlock(nn.Module):
+class SlimBloomBlock(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx):
         super().__init__()
         own = config.layer_config(layer_idx)
