@@ -13,8 +13,8 @@ from slimllm.checkpoint import open_checkpoint
 from slimllm.compare import METHODS, Compared, compare
 from slimllm.config import PruneConfig
 from slimllm.display import PruneDisplay
-from slimllm.errors import InputError
 from slimllm.evaluate import evaluation_tokens
+from slimllm.writer import check_new_file
 
 
 def run_compare(
@@ -26,8 +26,7 @@ def run_compare(
     Raises:
         ValueError: (as InputError) as `compare`, or `out` exists or its folder does not.
     """
-    if out is not None and (out.exists() or not out.parent.is_dir()):
-        raise InputError(f"{out} must be a new file in a folder that exists; give another name.")
+    check_new_file(out)
     tokens = evaluation_tokens(open_checkpoint(model).tokenizer(), text, (max_windows or 2048) * eval_len)
     with PruneDisplay(console, quiet) as display:
 

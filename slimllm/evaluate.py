@@ -36,14 +36,10 @@ def load(
     if dtype is not None:
         check_choice("dtype", dtype, tuple(DTYPES))
     wanted = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else None)
-    path = Path(model).expanduser()
+    path = locate(model, code=trust_remote_code)
     if path.is_file():
         checkpoint = open_checkpoint(path)
         return _fill(checkpoint, wanted).to(where), checkpoint.tokenizer()
-    if not path.is_dir():
-        path = download(str(model), code=trust_remote_code)
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path, dtype=wanted or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
@@ -58,6 +54,20 @@ def load(
             f"It said: {first_line(error)}"
         ) from error
     return loaded.to(where).eval(), tokenizer
+
+
+def locate(model: str | Path, *, code: bool = False, only: tuple[str, ...] = ()) -> Path:
+    """The file, or the folder with a config.json, of a model; one of the hub is fetched as `download` has it.
+
+    Raises:
+        ValueError: (as InputError) there is none.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        path = download(str(model), code=code, only=only)
+    if not path.is_file() and not (path / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
+    return path
 
 
 def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from slimllm.checkpoint import download
 from slimllm.errors import InputError
-from slimllm.evaluate import evaluation_tokens, load, perplexity
+from slimllm.evaluate import evaluation_tokens, load, locate, perplexity
 from slimllm.zeroshot import task_manager, zero_shot
 
 
@@ -82,7 +81,7 @@ def evaluate(
     if not models or not seq_lens:
         raise InputError("Give at least one model and one length of windows.")
     for model in models:
-        _check_is_there(model)
+        locate(model, only=("config.json",))
     if tasks:
         task_manager(tasks, include_path)
     done: list[Evaluated] = []
@@ -121,14 +120,6 @@ def evaluate(
         del loaded
         gc.collect()  # modules refer to each other in circles: the next model would find this one still there
     return done
-
-
-def _check_is_there(model: str | Path) -> None:
-    path = Path(model).expanduser()
-    if not path.exists():
-        path = download(str(model), only=("config.json",))
-    if not path.is_file() and not (path / "config.json").is_file():
-        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
 
 
 def evaluation_table(lines: list[Evaluated]) -> Table:

@@ -21,6 +21,12 @@ from slimllm.errors import HopelessError, InputError, OutputError
 from slimllm.journal import Journal, damaged, last_stage, lock, sync
 
 
+def check_new_file(path: Path | None) -> None:
+    """Raise ValueError (as InputError) where a file of results would replace another or has no folder; None: no file."""
+    if path is not None and (path.exists() or not path.parent.is_dir()):
+        raise InputError(f"{path} must be a new file in a folder that exists; give another name.")
+
+
 def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
     """Refuse a destination that would cost the user data, or could not be moved into place at the end.
 

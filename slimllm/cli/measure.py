@@ -72,12 +72,11 @@ def eval_command(
     out: Annotated[Path | None, typer.Option(help="A new file for the figures, as JSON.")] = None,
 ) -> None:
     """Perplexity of models, pruned or not, over windows of a text, and accuracy on tasks; several side by side."""
-    from slimllm.errors import InputError
     from slimllm.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json
+    from slimllm.writer import check_new_file
     from slimllm.zeroshot import PAPER_TASKS
 
-    if out is not None and (out.exists() or not out.parent.is_dir()):
-        raise InputError(f"{out} must be a new file in a folder that exists; give another name.")
+    check_new_file(out)
     if text is None:
         console.print("Evaluating on the bundled text (the last fifth of War and Peace, Book One).", style="dim")
 
