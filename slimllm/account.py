@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from slimllm.config import PruneConfig
 from slimllm.families import layer_spec
+from slimllm.sensitivity import MOST_PROBES, TOKENS
 from slimllm.slicing import LayerSizes
 from slimllm.states import Placement
 from slimllm.statistics import TILE
@@ -141,7 +142,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
     yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c + scores})
     if config.allocation == "auto":
-        both, one = {"Gram": (a**2 + i**2) * 4}, {"Gram": a**2 * 4}
+        probes = 2 * probe_bytes(sizes)  # before and behind a layer
+        both, one = {"Gram": (a**2 + i**2) * 4, "probes": probes}, {"Gram": a**2 * 4, "probes": probes}
         of_batch = {"batch": batch * (4 * i + 4 * d) * c + scores}
         if placement.gram == "host":
             yield at("measuring", 1, one | of_batch | tiles, {"Gram of channels": i**2 * 4})
@@ -186,6 +188,11 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
 def _pinned(num_bytes: int) -> int:
     """What torch takes for pinned memory: the next power of two."""
     return 1 << max(0, num_bytes - 1).bit_length()
+
+
+def probe_bytes(sizes: Sizes) -> float:
+    """Of the damaged copies of a window that `auto` carries through the dense model, at most."""
+    return MOST_PROBES * min(TOKENS, sizes.seq_len) * sizes.hidden_size * sizes.computed
 
 
 def traffic(sizes: Sizes, config: PruneConfig) -> Parts:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from slimllm.measure import measure_layer
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
+from slimllm.sensitivity import TOKENS, Probes
 from slimllm.source import ModelSource
+from slimllm.spending import Curves
 from slimllm.states import Placement, Stream
 
 # So many calibration tokens give the perplexity before and after; the output head is too costly to run on all.
@@ -33,7 +36,8 @@ class DensePass:
 
     Attributes:
         layers: For each layer its `similarity` c, the mean cosine over tokens of its input with its output, the
-            checksum of its `weights`, and, for an allocation that is measured, its `curves`.
+            checksum of its `weights`, and, for an allocation that is measured, its `curves`; for `auto`, the `damage` of
+            those probes that were made in it, and, of the last layer, the `factors` of all layers' curves.
         final: The last hidden states of the first windows, (perplexity_windows, seq_len, D).
         seconds: Of computing.
         stage_seconds: Of all of the pass, reading and measuring too.
@@ -51,6 +55,13 @@ class DensePass:
         wanted = _measured(config, placement)
         return wanted is None or wanted == self.measured
 
+    def curves(self) -> list[Curves] | None:
+        """What every layer loses, as far as the model's output cares; None: it was not measured."""
+        if self.measured is None:
+            return None
+        factors = self.layers[-1].get("factors") or [[1.0, 1.0]] * len(self.layers)
+        return [Curves(**layer["curves"]).times(*factors[index]) for index, layer in enumerate(self.layers)]
+
 
 def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ...] | None:
     if config.allocation not in MEASURED:
@@ -60,7 +71,7 @@ def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ..
 
 def run_dense_pass(
     source: ModelSource, stream: Stream, shapes: list[LayerShape], config: PruneConfig, watch: Stopwatch,
-    progress: ProgressCallback | None, record: Record | None,
+    progress: ProgressCallback | None, record: Record | None, probes: Probes | None = None,
 ) -> DensePass:  # fmt: skip
     """Let the residual stream pass the dense model, and see how much every layer matters.
 
@@ -72,35 +83,46 @@ def run_dense_pass(
         watch: Gathers seconds by stage.
         progress: Told about every layer that is done.
         record: Of every layer that is done; the pass goes on behind those that it holds.
+        probes: Of the first rank, for the allocation `auto`.
     """
     started = time.perf_counter()
     ranks = stream.ranks
     measured = config.allocation in MEASURED
     done = record.done("dense") if record else []
-    kept = ("similarity", "weights", *(["curves"] if measured else []))
-    layers = [{name: step[name] for name in kept} for step in done]
+    kept = ("similarity", "weights", *(("curves", "damage", "factors") if measured else ()))
+    layers = [{name: step[name] for name in kept if name in step} for step in done]
     if record and done:
         record.compare_weights(lambda index: fingerprint(source.weights(index)))
         if not record.done("prune"):
-            record.restore(stream)
+            states = record.restore(stream)
+            if probes and states is not None:
+                probes.restore(states.to(source.device), [one for layer in layers for one in layer["damage"]])
     with source.layers(len(done), stream.placement.read_ahead) as load:
         for index in range(len(done), source.num_layers):
             with watch("read"), ranks.together():
                 layer = load(index)
-            found = {}
+            found: dict[str, Any] = {}
+            if probes:
+                with watch("sensitivity"):
+                    found["damage"] = probes.pass_layer(layer, first_window(stream), index)
             if measured:
                 total, curves = measure_layer(layer, stream, index, shapes[index], config, watch)
-                found = {"curves": dataclasses.asdict(curves)}
+                found["curves"] = dataclasses.asdict(curves)
             else:
                 total = _pass_layer(layer, stream, index, watch)
             with ranks.together():
                 if not bool(total.isfinite()):
                     raise overflow(source, index, "dense")
+            if config.allocation == "auto":
+                found["damage"] = ranks.tell(found.get("damage"))
+                if index == source.num_layers - 1:
+                    found["factors"] = ranks.made_by_first(partial(_factors, source, stream, probes, watch))
             layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": 0, **found})
             if record:
                 with watch("journal"):
                     layers[-1]["weights"] = _common(fingerprint(layer.tensors), index, ranks)
-                    record.add("dense", stream, **layers[-1], **watch.so_far())
+                    states = probes.states.cpu() if probes and probes.states is not None else None
+                    record.add("dense", stream, states, **layers[-1], **watch.so_far())
             del layer  # before the next one is read
             if progress:
                 progress("dense", index, source.num_layers, None)
@@ -126,6 +148,17 @@ def _pass_layer(layer: Layer, stream: Stream, index: int, watch: Stopwatch) -> t
             batch.hidden.save(hidden_out)
     stream.ranks.sum_(total)
     return total
+
+
+def first_window(stream: Stream) -> torch.Tensor:
+    """The stream of the first window's first tokens, (1, at most `TOKENS`, D), on the first rank."""
+    return stream[0].hidden.load()[:1, :TOKENS]
+
+
+def _factors(source: ModelSource, stream: Stream, probes: Probes | None, watch: Stopwatch) -> list[list[float]]:
+    assert probes is not None
+    with watch("sensitivity"):
+        return probes.factors(first_window(stream), source.final_norm())
 
 
 def _common(checksum: int, index: int, ranks: Ranks) -> int:

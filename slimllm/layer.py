@@ -110,7 +110,7 @@ def pass_sublayer(layer: Layer, projection: str, stream: Stream, index: int, wat
     """Let the residual stream pass a sub-layer that is not pruned, named by its output projection."""
     for batch in stream:
         with watch("forward"):
-            batch.add(_output(layer, projection, batch.hidden.load(), batch.kwargs[index]))
+            batch.add(sublayer_output(layer, projection, batch.hidden.load(), batch.kwargs[index]))
             if batch.dense:
                 _pass_dense(layer, projection, batch, index)
 
@@ -132,13 +132,13 @@ def dense_ahead(layer: Layer, projection: str, batch: Batch, index: int, output:
 def _pass_dense(layer: Layer, projection: str, batch: Batch, index: int) -> torch.Tensor:
     assert batch.dense is not None
     hidden = batch.dense.load()
-    hidden = hidden + _output(layer, projection, hidden, batch.kwargs[index]).view_as(hidden)
+    hidden = hidden + sublayer_output(layer, projection, hidden, batch.kwargs[index]).view_as(hidden)
     batch.dense.save(hidden)
     return hidden
 
 
-def _output(layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """What a sub-layer adds to the stream, (num_tokens, D)."""
+def sublayer_output(layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What a sub-layer, named by its output projection, adds to the stream, (num_tokens, D)."""
     attention = projection == layer.spec.o_proj
     norm = layer.module.get_submodule(layer.spec.attention_norm if attention else layer.spec.ffn_norm)
     inner = inner_activations(layer, projection, norm(hidden), kwargs if attention else None)

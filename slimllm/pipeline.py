@@ -14,7 +14,7 @@ from slimllm.allocation import Allocation, allocate, find_target
 from slimllm.attention import prune_attention
 from slimllm.budget import LayerBudget, LayerShape
 from slimllm.config import MEASURED, PruneConfig
-from slimllm.dense import DensePass, overflow, perplexity_states, perplexity_windows, run_dense_pass
+from slimllm.dense import DensePass, first_window, overflow, perplexity_states, perplexity_windows, run_dense_pass
 from slimllm.errors import InputError
 from slimllm.families import LayerSpec
 from slimllm.ffn import prune_ffn
@@ -23,10 +23,10 @@ from slimllm.memory import peak_host_gib, trim
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
+from slimllm.sensitivity import Probes
 from slimllm.skeleton import record_layer_inputs
 from slimllm.slicing import LayerSizes
 from slimllm.source import ModelSource
-from slimllm.spending import Curves
 from slimllm.states import Batch, Placement, Stream
 
 
@@ -75,7 +75,8 @@ def prune_layers(
     shapes = [_shape(source, size, config) for size in sizes]
     if dense is None:
         stream = _stream(source, token_ids, config, placement, watch, ranks)
-        dense = run_dense_pass(source, stream, shapes, config, watch, progress, record)
+        probes = _probes(source, stream, config) if config.allocation == "auto" and ranks.first else None
+        dense = run_dense_pass(source, stream, shapes, config, watch, progress, record, probes)
         trim()
     elif record:
         weights = [layer["weights"] for layer in dense.layers]
@@ -83,7 +84,7 @@ def prune_layers(
         adopted = dense.layers[len(record.done("dense")) :]
         record.adopt("dense", adopted, {**watch.so_far(), "dense_pass_s": dense.seconds})
     similarity = [layer["similarity"] for layer in dense.layers]
-    curves = [Curves(**layer["curves"]) for layer in dense.layers] if config.allocation in MEASURED else None
+    curves = dense.curves() if config.allocation in MEASURED else None
     allocation = allocate(similarity, shapes, config, curves)
     on_allocation(allocation)
     outcome = Outcome(dense, allocation)
@@ -196,6 +197,10 @@ def _stream(
             dense = stream.store(hidden.clone()) if with_dense else None
             stream.batches.append(Batch(stream.store(hidden), kwargs, dense))
     return stream
+
+
+def _probes(source: ModelSource, stream: Stream, config: PruneConfig) -> Probes:
+    return Probes(record_layer_inputs(source.model, source.spec, first_window(stream))[1], config)
 
 
 def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimllm.account import Parts, Sizes, phases
+from slimllm.account import Parts, Sizes, phases, probe_bytes
 from slimllm.config import GIB, PruneConfig, parse_bytes
 from slimllm.errors import InputError
 from slimllm.states import Placement
@@ -182,6 +182,6 @@ def _disk(sizes: Sizes, config: PruneConfig, placement: Placement) -> Parts:
     own = 2 if config.dense_target else 1
     return {
         "result, at most": sizes.params * sizes.written,
-        "journal": 2 * own * states,
+        "journal": 2 * max(own * states, states + (probe_bytes(sizes) if config.allocation == "auto" else 0)),
         "files of hidden states": 2 * states if placement.states == "disk" else 0,  # lstsq has no outputs there
     }

@@ -81,8 +81,12 @@ class ModelSource(ABC):
         """What makes embeddings (samples, seq_len, D) of token ids (samples, seq_len); it holds the weight."""
 
     @abstractmethod
-    def head(self) -> tuple[nn.Module, torch.Tensor]:
-        """The final norm, ready to compute, and the weight of the output head (vocabulary, D) as it is stored."""
+    def final_norm(self) -> nn.Module:
+        """The norm before the output head, ready to compute."""
+
+    @abstractmethod
+    def head(self) -> torch.Tensor:
+        """The weight of the output head, (vocabulary, D), as it is stored."""
 
     def sizes(self) -> list[LayerSizes]:
         """Sizes of every decoder layer."""
@@ -99,7 +103,7 @@ class ModelSource(ABC):
             hidden: Outputs of the last decoder layer, each (samples, seq_len, D).
             token_ids: (samples, seq_len).
         """
-        norm, weight = self.head()
+        norm, weight = self.final_norm(), self.head()
         cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         targets = torch.cat([ids[1:] for ids in token_ids]).to(self.device)
         inputs = [torch.cat([norm(window[:-1].to(self.device)) for window in states]) for states in hidden]
@@ -153,12 +157,14 @@ class CheckpointModel(ModelSource):
         scale = torch.tensor(embedding_scale(self.model, self.spec)).to(self.device, self.dtype)
         return lambda token_ids: nn.functional.embedding(token_ids, weight).to(self.device, self.dtype) * scale
 
-    def head(self) -> tuple[nn.Module, torch.Tensor]:
+    def final_norm(self) -> nn.Module:
         norm = empty_module(self.model, self.spec.final_norm)
         self._fill(norm, self.spec.final_norm)
+        return norm
+
+    def head(self) -> torch.Tensor:
         tied = f"{self.spec.head}.weight" not in self._shapes
-        weight = self._read(f"{self.spec.embedding if tied else self.spec.head}.weight")
-        return norm, weight
+        return self._read(f"{self.spec.embedding if tied else self.spec.head}.weight")
 
     def _fill(self, module: nn.Module, name: str) -> None:
         """Give a module its weights."""
@@ -224,5 +230,9 @@ class InMemoryModel(ModelSource):
         embedding = self.model.get_input_embeddings()
         return lambda token_ids: embedding(token_ids.to(self.device))
 
-    def head(self) -> tuple[nn.Module, torch.Tensor]:
-        return self.model.get_submodule(self.spec.final_norm), self.model.get_output_embeddings().weight
+    def final_norm(self) -> nn.Module:
+        return self.model.get_submodule(self.spec.final_norm)
+
+    def head(self) -> torch.Tensor:
+        weight: torch.Tensor = self.model.get_output_embeddings().weight
+        return weight

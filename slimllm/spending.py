@@ -26,6 +26,10 @@ class Curves:
     attention: list[float]
     ffn: list[float]
 
+    def times(self, attention: float, ffn: float) -> Curves:
+        """The curves, each multiplied by a factor."""
+        return Curves([attention * value for value in self.attention], [ffn * value for value in self.ffn])
+
 
 @dataclass(order=True)
 class _Step:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from slimllm.ops.dispatch import full_precision
+from slimllm.sensitivity import TOKENS, probed_layers
 from slimllm.slicing import LayerSizes
 
 
@@ -65,8 +66,12 @@ def stage_work(
     config: dict[str, Any] = report["config"]
     on_gpu = str(report["device"]).startswith("cuda")
     by_stage: dict[str, Work] = defaultdict(Work)
-    for size, layer in zip(sizes, report["layers"]):
+    probed = probed_layers(len(sizes)) if config.get("allocation") == "auto" else []
+    for index, (size, layer) in enumerate(zip(sizes, report["layers"])):
         found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, config, on_gpu)
+        if probed:  # copies of a window that were damaged before, or are in this layer
+            passing = 2 * sum(at <= index for at in probed) * min(TOKENS, seq_len)
+            found["sensitivity"] = Work(found["dense pass"].operations * passing / tokens)
         found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
         for stage, work in found.items():
             by_stage[stage] += work
