@@ -17,6 +17,11 @@ def leave(number: int, frame: object = None) -> NoReturn:
     sys.exit(128 + number)
 
 
+def leave_interrupts_to_parent() -> None:
+    """In a process that another one has started, and ends: Ctrl-C reaches both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class SafeStop:
     """While layers are at work, the first signal stops the run behind the present one; the second, at once.
 

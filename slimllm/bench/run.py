@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import platform
-import signal
 import subprocess
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from slimllm.checkpoint import Checkpoint, open_checkpoint
 from slimllm.config import DTYPES, PruneConfig, parse_bytes, parse_device
 from slimllm.engine import prune
 from slimllm.errors import InputError
+from slimllm.interrupts import leave_interrupts_to_parent
 from slimllm.native import head_dim_of
 from slimllm.source import CheckpointModel
 
@@ -84,7 +84,7 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
     others = multiprocessing.active_children()  # of the caller's own
     # Made and removed here, and not by the other process, which may be killed.
     with tempfile.TemporaryDirectory(prefix="slimllm-bench-", dir=workdir) as folder:
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_us)
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=leave_interrupts_to_parent)
         try:
             return pool.submit(_run, setting, Path(folder)).result()
         except BrokenProcessPool:
@@ -121,10 +121,6 @@ def _config(setting: Setting, calibration: torch.Tensor | None) -> PruneConfig:
         samples=setting.samples, seq_len=setting.seq_len, seed=setting.seed, device=setting.device,
         compute_dtype=setting.compute_dtype, host_memory=setting.host_memory, gpu_memory=setting.gpu_memory,
     )  # fmt: skip
-
-
-def _leave_interrupts_to_us() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(setting: Setting, folder: Path) -> dict[str, Any]:

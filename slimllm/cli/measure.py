@@ -1,4 +1,4 @@
-"""The commands that measure and show: compare, eval, demo, bench, doctor."""
+"""The commands that measure and show: compare, eval, latency, demo, bench, doctor."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import Model, Preset, Quiet, app, console
+from slimllm.cli.options import Model, Preset, Quiet, app, console, errors
 
 
 @app.command("compare")
@@ -98,6 +98,51 @@ def eval_command(
         console.print(accuracy_table(lines))
     if out is not None:
         write_json(lines, text, out)
+
+
+@app.command("latency")
+def latency_command(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders, GGUF files or hub ids; the first is what the others are compared with.")
+    ],
+    batch_size: Annotated[list[int] | None, typer.Option(help="Prompts at once; may be given again. Default: 1.")] = None,
+    prompt: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a prompt; may be given again. Default: 128 and 512.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated for each prompt.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds, in each of which every model has its turn.")] = 5,
+    dtype: Annotated[str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="A new file for all figures, as JSON.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time generation: the prompt's pass and decoding, of models, dense and pruned, in turn.
+
+    All models are in memory at once, each in a process of its own.
+    """
+    from slimllm.latency import measure_latency
+    from slimllm.latency.display import latency_progress, latency_table
+    from slimllm.writer import check_new_file
+
+    check_new_file(out)
+    with latency_progress(errors, quiet) as progress:
+        found = measure_latency(
+            models, batch_sizes=batch_size or [1], prompts=prompt or [128, 512], new_tokens=new_tokens, rounds=rounds,
+            dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
+    if not quiet:
+        console.print(latency_table(found))
+        console.print(
+            f"{found.dtype} on {found.device}, {found.threads} threads: medians of {rounds} rounds, ± half of their range; "
+            "× the first model, of turns one after the other; multiply-adds for a token of the prompt / a new one; memory "
+            "with the weights.",
+            style="dim", highlight=False,
+        )  # fmt: skip
+    if out is not None:
+        found.write(out)
 
 
 @app.command("demo")
