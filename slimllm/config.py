@@ -112,7 +112,7 @@ class PruneConfig:
     gpu_memory: str | None = None
 
     def __post_init__(self) -> None:
-        _check_number("ratio", self.ratio, (int, float))
+        check_number("ratio", self.ratio, (int, float))
         if not 0 < self.ratio < 1:
             raise InputError(
                 f"ratio is the fraction of the layers' parameters to remove and must lie between 0 and 1, got {self.ratio}."
@@ -132,12 +132,12 @@ class PruneConfig:
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), choices)
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
-            _check_number(name, getattr(self, name), int, least)
+            check_number(name, getattr(self, name), int, least)
         if self.seed >= 2**63:
             raise InputError(f"seed must be below 2 to the power of 63, got {self.seed}.")
         for name in ("batch_size", "pruned_layers", "round_to"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), int, 1)
+                check_number(name, getattr(self, name), int, 1)
         if self.allocation != "layer-importance":
             if self.preset == "paper":
                 raise InputError(f"allocation {self.allocation} is not the paper's; leave it out, or take another preset.")
@@ -148,7 +148,7 @@ class PruneConfig:
             raise InputError(
                 "criterion obs chooses what the rest can stand in for; give a recovery: lstsq, affine or bias."
             )
-        _check_number("dense_target", self.dense_target, (int, float), 0)
+        check_number("dense_target", self.dense_target, (int, float), 0)
         if self.dense_target > 1:
             raise InputError(f"dense_target is a share, from 0 to 1, got {self.dense_target}.")
         if self.dense_target and self.recovery != "lstsq":
@@ -156,9 +156,9 @@ class PruneConfig:
         if self.keep_lowest is not None and self.criterion != "slimllm":
             raise InputError(f"keep_lowest belongs to the criterion slimllm, not to {self.criterion}; leave it out.")
         if self.alpha is not None:
-            _check_number("alpha", self.alpha, (int, float), 0)
+            check_number("alpha", self.alpha, (int, float), 0)
         if self.keep_lowest is not None:
-            _check_number("keep_lowest", self.keep_lowest, (int, float), 0)
+            check_number("keep_lowest", self.keep_lowest, (int, float), 0)
             if self.keep_lowest >= 1:
                 raise InputError(f"keep_lowest is a fraction of the channels and must be below 1, got {self.keep_lowest}.")
         if self.calibration is not None and not isinstance(self.calibration, (str, Path, torch.Tensor)):
@@ -234,7 +234,8 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
-def _check_number(name: str, value: Any, kind: type | tuple[type, ...], least: float | None = None) -> None:
+def check_number(name: str, value: Any, kind: type | tuple[type, ...], least: float | None = None) -> None:
+    """Raise TypeError if the value of a setting is no finite number of a kind, InputError if it is less than `least`."""
     fits: bool = isinstance(value, kind) and not isinstance(value, bool)
     if not fits:
         wanted = "an integer" if kind is int else "a number"

@@ -1,4 +1,4 @@
-"""What `slimllm prune` shows, and `slimllm export` the first of: a bar with the time left, the layers' sizes, a summary."""
+"""What `slimllm prune`, `export` and `finetune` show: a bar with the time left, the layers' sizes, a summary."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ class PruneDisplay:
         """One more layer is done; a `ProgressCallback`."""
         self._bar.start()  # not before there is something to show: an error of the input comes without a bar
         if stage not in self._tasks or self._bar.tasks[self._tasks[stage]].finished:  # the next ratio
-            title = {"dense": "dense pass", "prune": "pruning", "export": "writing"}[stage]
+            title = {"dense": "dense pass", "prune": "pruning", "train": "training", "export": "writing"}[stage]
             self._tasks[stage] = self._bar.add_task(title, total=num_layers, layer="")
         layer = ""
-        if report is not None and index + 1 < num_layers:
+        if stage == "train" and report is not None:
+            layer = f"loss {report['loss']:.3f}"
+        elif report is not None and index + 1 < num_layers:
             layer = f"ratio {report['ratio']:.3f}, {report['num_heads']} heads, width {report['intermediate_size']}"
         self._bar.update(self._tasks[stage], completed=index + 1, layer=layer)
 

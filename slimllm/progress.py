@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 # Called with ("dense" or "prune", layer index, number of layers, the layer's report or None), or, of an export, with
-# ("export", index, number, None): a layer, or for GGUF a tensor, is written.
+# ("export", index, number, None): a layer, or for GGUF a tensor, is written; of a training, with ("train", step, number of
+# steps, {"loss": …}).
 ProgressCallback = Callable[[str, int, int, dict[str, Any] | None], None]
 
 

@@ -1,0 +1,208 @@
+"""One training: checks, steps with states on the disk, and the result, merged, in the format of the model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from slimllm import memory
+from slimllm.checkpoint import open_checkpoint
+from slimllm.config import parse_device
+from slimllm.errors import InputError
+from slimllm.evaluate import load
+from slimllm.finetune.config import FinetuneConfig
+from slimllm.finetune.data import Example, read_examples
+from slimllm.finetune.report import FinetuneReport, add_to_model_card
+from slimllm.journal import Journal, fingerprint
+from slimllm.progress import ProgressCallback
+from slimllm.report import REPORT_NAME, versions
+from slimllm.run import environment_of, say_nothing
+from slimllm.source import CheckpointModel
+from slimllm.writer import CheckpointWriter, check_destination, check_interrupted, check_space
+
+
+def finetune(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    config: FinetuneConfig | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+    notice: Callable[[str], None] = say_nothing,
+) -> FinetuneReport:
+    """Train a model, pruned or not, by LoRA on all projections of its layers, and write it, merged, in its own format.
+
+    Args:
+        model: A Hugging Face folder, such as `prune` writes.
+        data: What to train on, see `read_examples`.
+        out: The folder to make. It appears when it is complete.
+        config: The settings; None: the defaults.
+        overwrite: Replace a model that is in `out` already.
+        resume: Go on with the training that was interrupted, if one was: the result becomes what it would have been.
+        progress: Told about every step ("train", with its loss) and, in the end, every layer that is written ("export"). An
+            exception of its stops the training there, with its state on the disk.
+        notice: Told, in sentences, what is worth knowing.
+
+    Returns:
+        The report, which is also written to `out`/finetune.json.
+
+    Raises:
+        ValueError: (as InputError) something about the input is wrong; (as OutputError) the disk is full or failed.
+        TypeError: config is no FinetuneConfig.
+    """
+    started = time.perf_counter()
+    config = FinetuneConfig() if config is None else config
+    if not isinstance(config, FinetuneConfig):
+        raise TypeError(f"config must be a FinetuneConfig, got {type(config).__name__}.")
+    try:
+        from slimllm.finetune.train import Training
+    except ImportError:
+        raise InputError(
+            "LoRA is peft's, which is not installed; pip install peft, or this package with the extra finetune."
+        ) from None
+    out, device = Path(out).expanduser().resolve(), parse_device(config.device)
+    in_place = check_interrupted(out, resume)
+    checkpoint = open_checkpoint(model)
+    if checkpoint.path.is_file():
+        raise InputError(f"{model} is a GGUF file; give the folder of a Hugging Face model, such as slimllm prune writes.")
+    check_destination(out, [checkpoint.path, Path(data).expanduser()], overwrite or in_place)
+    source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
+    tokenizer = checkpoint.tokenizer()
+    examples, held_out = _examples(data, tokenizer, config, source)
+    check_space(out, 2 * sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors")))
+    identity = _identity(source, examples + held_out, config)
+    with CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment_of(device, 1)) as writer:
+        if writer.journal.done("finished"):
+            writer.finish()
+            return FinetuneReport.read(out)
+        loaded, _ = load(checkpoint.path, dtype=config.dtype, device=config.device)
+        parameters = sum(parameter.numel() for parameter in loaded.parameters())
+        compute_dtype = str(loaded.dtype).removeprefix("torch.")
+        training = Training(loaded, source.spec.layers, examples, config)
+        missing = [name for name in training.projections if f"{name}.weight" not in source.shapes()]
+        if missing:
+            raise InputError(f"{missing[0]} of {model} is stored in a form of its own; prune the model first.")
+        memory.reset_peak(device)
+        curve = _train(training, held_out, config, writer.journal, started, progress, notice)
+        _write(training, source, writer, progress)
+        report = FinetuneReport(
+            model=str(model),
+            data=str(data),
+            out=str(out),
+            config=config.to_dict(),
+            examples=len(examples),
+            held_out_examples=len(held_out),
+            trainable=training.trainable,
+            parameters=parameters,
+            **curve,
+            peak_host_gib=memory.peak_host_gib(),
+            peak_gpu_gib=memory.peak_gpu_gib(device),
+            device=str(device),
+            compute_dtype=compute_dtype,
+            versions=versions(),
+        )
+        report.save(writer.folder)
+        add_to_model_card(report, writer.folder)
+        writer.complete()
+        writer.finish()
+    return report
+
+
+def _examples(
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: CheckpointModel
+) -> tuple[list[Example], list[Example]]:
+    """Those to train on, and those held out."""
+    longest = getattr(source.config, "max_position_embeddings", None)
+    if longest is not None and config.seq_len > longest:
+        raise InputError(f"seq_len is {config.seq_len}, but the model takes at most {longest} tokens.")
+    every = read_examples(data, tokenizer, config.seq_len)
+    if max(max(example.ids) for example in every) >= source.config.vocab_size:
+        raise InputError("The tokenizer has more tokens than the model's vocabulary; is it the tokenizer of this model?")
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    number = min(config.held_out, len(every) // 10)
+    shuffled = [every[index] for index in order]
+    return shuffled[: len(every) - number], shuffled[len(every) - number :]
+
+
+def _identity(source: CheckpointModel, examples: list[Example], config: FinetuneConfig) -> dict[str, Any]:
+    """What two trainings must have in common for one to go on with the other."""
+    settings = config.to_dict()
+    del settings["device"]
+    names = [source.weights(index) for index in range(source.num_layers)]
+    others = [source.checkpoint.read([name]) for name in source.other_tensors()]
+    return {
+        "slimllm": versions()["slimllm"],
+        **settings,
+        "examples, by checksum": zlib.crc32(json.dumps([[example.given, *example.ids] for example in examples]).encode()),
+        "model, by checksum": zlib.crc32(str([fingerprint(tensors) for tensors in [*names, *others]]).encode()),
+    }
+
+
+def _train(
+    training: Any, held_out: list[Example], config: FinetuneConfig, journal: Journal, started: float,
+    progress: ProgressCallback | None, notice: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """All steps that are left: the curve, as the report has it."""
+    curve: dict[str, Any] = {"loss": [], "held_out": [], "tokens": 0, "elapsed_s": 0.0}
+    if steps := journal.done("train"):
+        training.restore(journal.state(), len(steps[-1]["loss"]))
+        curve = {name: steps[-1][name] for name in curve}
+        started -= curve["elapsed_s"]
+        notice(f"Going on behind step {training.done} of {training.num_steps}.")
+    elif held_out:
+        curve["held_out"].append([0, training.mean_loss(held_out)])
+
+    def record() -> None:
+        curve["elapsed_s"] = time.perf_counter() - started
+        journal.record("train", training.state(), **copy.deepcopy(curve))  # it is written beside the next steps
+
+    while training.done < training.num_steps:
+        loss, tokens = training.step()
+        curve["loss"].append(loss)
+        curve["tokens"] += tokens
+        save = training.done % config.save_every == 0 or training.done == training.num_steps
+        if save:
+            if held_out:
+                curve["held_out"].append([training.done, training.mean_loss(held_out)])
+            record()
+        try:
+            if progress:
+                progress("train", training.done - 1, training.num_steps, {"loss": loss})
+        except BaseException:
+            if not save:
+                record()
+            raise
+    return curve
+
+
+def _write(training: Any, source: CheckpointModel, writer: CheckpointWriter, progress: ProgressCallback | None) -> None:
+    """The model's files, with the factors in its weights."""
+    checkpoint = source.checkpoint
+    for index in range(source.num_layers):
+        prefix, tensors = source.layer_prefix(index), {}
+        for name, tensor in source.weights(index).items():
+            projection = prefix + name.removesuffix(".weight")
+            trained = name.endswith(".weight") and projection in training.projections
+            tensors[prefix + name] = (tensor.float() + training.update(projection)).to(tensor.dtype) if trained else tensor
+        writer.write_shard(index + 1, tensors)
+        if progress:
+            progress("export", index, source.num_layers, None)
+    writer.write_shard(source.num_layers + 1, checkpoint.read(source.other_tensors()))
+    checkpoint.write_companions(writer.folder)
+    for file in (
+        *checkpoint.path.glob("*.py"),
+        *(checkpoint.path / name for name in ("config.json", "README.md", REPORT_NAME)),
+    ):
+        if file.is_file():
+            shutil.copyfile(file, writer.folder / file.name)
