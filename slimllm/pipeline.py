@@ -159,7 +159,13 @@ def check_for_family(spec: LayerSpec, config: PruneConfig) -> None:
 def _prune_layer(
     layer: Layer, stream: Stream, index: int, budget: LayerBudget, config: PruneConfig, watch: Stopwatch
 ) -> dict[str, Any]:
-    report: dict[str, Any] = {"index": index, "ratio": budget.ratio}
+    sizes = layer.sizes()
+    report: dict[str, Any] = {
+        "index": index,
+        "ratio": budget.ratio,
+        "num_heads_before": sizes.num_heads,
+        "intermediate_size_before": sizes.intermediate_size,
+    }
     if budget.units:
         report |= prune_attention(layer, stream, index, budget, config, watch)
     else:

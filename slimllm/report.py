@@ -42,7 +42,8 @@ class PruneReport:
         plan: Where things lived, the settings chosen to fit the budgets, and the account of the disk.
         backend, device, compute_dtype, format: What ran, and the architecture written.
         versions: Of python, torch, triton (where it is installed), transformers, slimllm.
-        layers: One entry per layer: index, similarity (c), ratio, num_heads, num_kv_heads, intermediate_size,
+        layers: One entry per layer: index, similarity (c), ratio, num_heads, num_kv_heads, intermediate_size (and
+            num_heads_before, intermediate_size_before),
             kept_heads, kept_kv_heads, kept_channels, parameters_before, parameters_after, elapsed_s, peak_host_gib,
             and for pruned parts head_importance (by unit), channel_importance, attention_error_before/_after and
             ffn_error_before/_after (output error relative to the output's variance, without and with recovery).

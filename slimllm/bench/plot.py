@@ -36,14 +36,10 @@ def check_picture(path: Path) -> None:
     """Whether a picture can be drawn into a file of that name.
 
     Raises:
-        ValueError: (as InputError) it is neither .png nor .svg, or matplotlib is missing.
+        ValueError: (as InputError) it is neither .png nor .svg.
     """
     if path.suffix not in (".png", ".svg"):
         raise InputError(f"A picture is a .png or .svg file, got {path.name}.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError("Pictures need matplotlib; install the extra: pip install 'slimllm-engine[plot]'.") from None
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -54,7 +50,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         path: Where to; `.png` or `.svg`.
 
     Raises:
-        ValueError: (as InputError) there is nothing to draw, another kind of file is asked for, or matplotlib is missing.
+        ValueError: (as InputError) there is nothing to draw, or another kind of file is asked for.
     """
     check_picture(path)
     rows = [row for row in rows if "stages_s" in row and "floors_s" in row]

@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli import export, finetune, measure, prune
+from slimllm.cli import export, finetune, measure, page, prune
 from slimllm.cli.options import REMOVED, app, console, errors
 from slimllm.errors import InputError, OtherRankError
 from slimllm.interrupts import SIGNALS, leave
 from slimllm.parallel import end
 
-__all__ = ["app", "export", "finetune", "main", "measure", "prune"]
+__all__ = ["app", "export", "finetune", "main", "measure", "page", "prune"]
 
 
 def _print_version(wanted: bool) -> None:

@@ -82,6 +82,7 @@ def prune_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run for this folder that was interrupted, if one was.")
     ] = False,
+    page: Annotated[bool, typer.Option(help="Write a page about the result, report.html, into its folder.")] = True,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model and write the result as a Hugging Face folder.
@@ -91,6 +92,7 @@ def prune_command(
     from slimllm.config import PruneConfig
     from slimllm.display import PruneDisplay
     from slimllm.engine import prune, prune_ratios
+    from slimllm.page import write_page_of
     from slimllm.writer import can_resume
 
     if uniform:
@@ -132,8 +134,13 @@ def prune_command(
             if any(map(can_resume, results)):
                 raise type(error)(f"{error} The same command with --resume goes on from here.") from error
             raise
-        for report in reports if ranks.first and not quiet else []:
-            display.summary(report)
+        for report in reports if ranks.first else []:
+            if not quiet:
+                display.summary(report)
+            if page:
+                write_page_of(report)
+                if not quiet:
+                    console.print("        and for people in report.html", highlight=False)
 
 
 @app.command("plan")

@@ -1,0 +1,31 @@
+"""`slimllm report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimllm.cli.options import Quiet, app, console
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="What slimllm prune or finetune has written.")],
+    dense: Annotated[
+        str | None, typer.Option(help="The model before, to show what it writes, too: a folder, a GGUF file or a hub id.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What the sample goes on with.")] = "The old house at the end of the street",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    sample: Annotated[bool, typer.Option(help="Load the model and show what it writes.")] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Write a page about a pruned model, report.html in its folder, and its pictures as PNGs in report/."""
+    from slimllm.page import make_sample, write_page
+    from slimllm.report import PruneReport
+
+    PruneReport.read(folder)  # or it is refused before a model is loaded
+    page = write_page(folder, make_sample(folder, dense, prompt, device) if sample else None)
+    if not quiet:
+        console.print(f"The page is {page}.", highlight=False, soft_wrap=True)

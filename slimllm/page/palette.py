@@ -1,0 +1,48 @@
+"""Colours of the pictures: in the page they are variables, so that they follow its light or dark style."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Of text and axes, of lines behind, of what counts first and second, and of what is gone."""
+
+    ink: str
+    grid: str
+    first: str
+    second: str
+    gone: str
+
+
+LIGHT = Palette(ink="#1f2328", grid="#d5d9de", first="#1f5fa8", second="#c8641b", gone="#e3e6ea")
+DARK = Palette(ink="#e6e9ed", grid="#3a4048", first="#6fa8e8", second="#f0a35e", gone="#2b3037")
+# Stand for the variables while matplotlib draws; nothing else has these colours.
+_NAMES = {"ink": "#000001", "grid": "#000002", "first": "#000003", "second": "#000004", "gone": "#000005"}
+VARIABLE = Palette(**_NAMES)
+STYLE = {
+    "font.size": 10.5, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
+    "svg.hashsalt": "slimllm", "font.family": "sans-serif",
+}  # fmt: skip
+
+
+def css(palette: Palette) -> str:
+    """The variables with the colours of a palette."""
+    return " ".join(f"--{name}: {getattr(palette, name)};" for name in _NAMES)
+
+
+def svg(figure: Figure, title: str) -> str:
+    """A figure drawn with `VARIABLE`, to be part of a page."""
+    file = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    for name, color in _NAMES.items():
+        text = text.replace(color, f"var(--{name})")
+    start = text.index("<svg ")
+    return text[start:].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)

@@ -1,0 +1,51 @@
+"""A sample of what a pruned model writes, beside the dense one's if that is at hand."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimllm.errors import InputError
+from slimllm.evaluate import load
+
+PROMPT = "The old house at the end of the street"
+NEW_TOKENS = 60
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and how each model goes on with it, greedily."""
+
+    prompt: str
+    pruned: str
+    dense: str | None
+
+
+def make_sample(
+    pruned: str | Path, dense: str | Path | None = None, prompt: str = PROMPT, device: str | None = None
+) -> Sample:
+    """Let a pruned model go on with a prompt, and the dense one if it is given; one of them in memory at a time.
+
+    Raises:
+        ValueError: (as InputError) the prompt is empty, or a model cannot be loaded.
+    """
+    if not prompt.strip():
+        raise InputError("The prompt of the sample is empty; give some words.")
+    return Sample(prompt, _written(pruned, prompt, device), None if dense is None else _written(dense, prompt, device))
+
+
+@torch.no_grad()
+def _written(model: str | Path, prompt: str, device: str | None) -> str:
+    loaded, tokenizer = load(model, device=device)
+    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    generate: Any = loaded.generate
+    # Greedy, so that it is the same every time; small models repeat themselves without the penalty.
+    ids = generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.2, pad_token_id=0)
+    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    del loaded
+    gc.collect()
+    return str(text)

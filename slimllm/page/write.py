@@ -1,0 +1,71 @@
+"""Writing the page: the report's numbers and pictures, put into the template."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jinja2
+import matplotlib
+
+from slimllm.errors import InputError
+from slimllm.finetune.report import FINETUNE_NAME, FinetuneReport
+from slimllm.page.figures import drawn
+from slimllm.page.palette import DARK, LIGHT, STYLE, VARIABLE, css, svg
+from slimllm.page.sample import Sample, make_sample
+from slimllm.report import PruneReport
+
+PAGE_NAME, PICTURES = "report.html", "report"
+SAMPLED_PARAMETERS = 1_000_000_000  # models up to this write a sample unasked
+
+
+def write_page_of(report: PruneReport) -> Path:
+    """The page of a model that has just been written; with a sample where the model is soon loaded."""
+    assert report.out is not None
+    small = report.parameters["after"] <= SAMPLED_PARAMETERS
+    return write_page(report.out, make_sample(report.out) if small else None)
+
+
+def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
+    """Write report.html, and its pictures as PNGs into report/, into the folder of a pruned model.
+
+    Of what is there already only these are replaced.
+
+    Args:
+        folder: What `prune` or `finetune` has written.
+        sample: Of generated text, for the page.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: (as InputError) the folder has no report.json of this version, or cannot be written to.
+    """
+    folder = Path(folder)
+    report = PruneReport.read(folder)
+    if any("num_heads_before" not in layer for layer in report.layers):
+        raise InputError(f"{folder / 'report.json'} is of an older version, which left out the sizes before; prune again.")
+    trained = FinetuneReport.read(folder) if (folder / FINETUNE_NAME).is_file() else None
+    pictures = [(picture, svg(figure, picture.title)) for picture, figure in drawn(report, trained, VARIABLE)]
+    loader = jinja2.PackageLoader("slimllm.page", ".")
+    templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = templates.get_template("page.html").render(
+        report=report, trained=trained, pictures=pictures, sample=sample, light=css(LIGHT), dark=css(DARK),
+        name=Path(report.model).name.removesuffix(".gguf"), memory=report.gpu_memory_gib or report.memory_gib,
+    )  # fmt: skip
+    try:
+        with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as beside:
+            with matplotlib.rc_context(STYLE):
+                for picture, figure in drawn(report, trained, LIGHT):
+                    figure.savefig(Path(beside) / f"{picture.name}.png", dpi=160, facecolor="white")
+            written = Path(beside) / PAGE_NAME
+            written.write_text(text, encoding="utf-8")
+            os.replace(written, folder / PAGE_NAME)
+            (folder / PICTURES).mkdir(exist_ok=True)
+            for picture_file in Path(beside).glob("*.png"):
+                shutil.move(picture_file, folder / PICTURES / picture_file.name)
+    except OSError as error:
+        raise InputError(f"The page cannot be written to {folder}: {error.strerror}.") from None
+    return folder / PAGE_NAME
