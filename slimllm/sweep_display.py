@@ -1,0 +1,129 @@
+"""What `slimllm sweep` shows and writes: a line for each point as it comes, the table, the picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from slimllm.checkpoint import open_checkpoint
+from slimllm.config import PruneConfig
+from slimllm.display import PruneDisplay
+from slimllm.errors import InputError
+from slimllm.evaluate import evaluation_tokens
+from slimllm.sweep import Swept, on_front, sweep
+
+POINTS, PICTURE = "sweep.jsonl", "sweep.png"
+
+
+def run_sweep(
+    console: Console, model: str, ratios: list[float], presets: list[str], config: PruneConfig, text: str | None,
+    eval_len: int, max_windows: int | None, prompt: int, new_tokens: int, rounds: int, out: Path, keep: bool, resume: bool,
+    quiet: bool,
+) -> None:  # fmt: skip
+    """Sweep into a folder, and print the table; arguments as on the command line.
+
+    Raises:
+        ValueError: (as InputError) as `sweep`, or the folder has points already, which are not to be gone on with, or of
+            other settings.
+    """
+    settings = {
+        "model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows, "prompt": prompt,
+        "new_tokens": new_tokens, "calibration": config.to_dict()["calibration"], "samples": config.samples,
+        "seq_len": config.seq_len, "seed": config.seed, "head_unit": config.head_unit,
+    }  # fmt: skip
+    file = out / POINTS
+    done = _read(file, settings, resume)
+    tokens = evaluation_tokens(open_checkpoint(model).tokenizer(), text, (max_windows or 2048) * eval_len)
+    with PruneDisplay(console, quiet) as display:
+
+        def on_point(point: Swept) -> None:
+            out.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({**dataclasses.asdict(point), **settings}) + "\n")
+            about = "dense" if point.preset == "dense" else f"{point.preset} at {point.ratio:g}"
+            display.notice(f"{about}: perplexity {point.perplexity:.2f}, decoding x {point.decode_speedup:.2f}")
+
+        points = sweep(
+            model, ratios, config, tokens, presets=presets, seq_len=eval_len, max_windows=max_windows, prompt=prompt,
+            new_tokens=new_tokens, rounds=rounds, keep=out if keep else None, done=done, progress=display.progress,
+            on_point=on_point,
+        )  # fmt: skip
+    draw(points, out / PICTURE)
+    if quiet:
+        return
+    console.print(sweep_table(points))
+    console.print(
+        "* no other point has fewer parameters and a lower perplexity. Speeds beside the dense model's, in turns. "
+        f"All of it, and the picture: {out}",
+        style="dim", highlight=False,
+    )  # fmt: skip
+
+
+def _read(file: Path, settings: dict[str, Any], resume: bool) -> list[Swept]:
+    if not file.exists():
+        return []
+    if not resume:
+        raise InputError(f"{file.parent} holds a sweep already; add --resume to go on with it, or give another folder.")
+    points = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            point = Swept(**{field.name: row.pop(field.name) for field in dataclasses.fields(Swept)})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"Line {number} of {file} is no point of a sweep; give another folder.") from None
+        for name, value in settings.items():
+            if row.get(name) != value:
+                raise InputError(
+                    f"The sweep in {file.parent} had another {name} ({row.get(name)}) than this one ({value}); "
+                    "give the same, or another folder."
+                )
+        points.append(point)
+    return points
+
+
+def sweep_table(points: list[Swept]) -> Table:
+    """A line for each point."""
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    titles = ("preset", "ratio", "parameters", "perplexity", "log incr.", "prefill/s", "×", "decode/s", "×", "s", "")
+    for title in titles:
+        table.add_column(title, justify="left" if title == "preset" else "right", no_wrap=True)
+    front = on_front(points)
+    for point in points:
+        cells = [f"{point.parameters:,}", f"{point.perplexity:.2f}", f"{point.log_increase:.3f}"]
+        cells += [f"{point.prefill_per_s:,.0f}", f"{point.prefill_speedup:.2f}"]
+        cells += [f"{point.decode_per_s:,.1f}", f"{point.decode_speedup:.2f}", f"{point.prune_s:.1f}"]
+        table.add_row(
+            point.preset, f"{point.ratio:g}", *cells, "*" if (point.preset, point.ratio) in front else ""
+        )  # fmt: skip
+    return table
+
+
+def draw(points: list[Swept], path: Path) -> None:
+    """Perplexity over parameters and over measured speed, as a PNG."""
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    dense = next(point for point in points if point.preset == "dense")
+    panels = (
+        ("parameters, M", lambda point: point.parameters / 1e6),
+        ("speed of decoding over the dense model's", lambda point: point.decode_speedup),
+    )
+    for column, (title, value) in enumerate(panels):
+        axes = figure.add_subplot(1, 2, column + 1)
+        for preset in dict.fromkeys(point.preset for point in points if point is not dense):
+            line = [dense, *(point for point in points if point.preset == preset)]
+            axes.plot([value(point) for point in line], [point.perplexity for point in line], marker="o", label=preset)
+            for point in line[1:]:
+                axes.annotate(f" {point.ratio:g}", (value(point), point.perplexity), fontsize=8)
+        axes.plot(value(dense), dense.perplexity, marker="s", color="black", linestyle="none", label="dense")
+        axes.set(xlabel=title, ylabel="perplexity", yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InputError(f"The picture {path} cannot be written: {error.strerror}.") from None
