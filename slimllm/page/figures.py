@@ -51,8 +51,8 @@ def _paint(axes: Axes, palette: Palette) -> None:
 def _legend(axes: Axes, palette: Palette, columns: int = 3) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, labelcolor=palette.ink, fontsize=10,
-            handlelength=1.2, columnspacing=1.0,
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, labelcolor=palette.ink,
+            fontsize=10, handlelength=1.2, columnspacing=1.0,
         )  # fmt: skip
 
 
