@@ -16,6 +16,12 @@ from slimllm.errors import InputError
 
 # A hub dataset is read until it has given this many characters for every token asked for.
 _CHARACTERS_PER_TOKEN = 20
+# The texts of the papers' perplexities, as LLM-Pruner and SlimLLM take them, by what they are called there; the second is
+# only to be had as the hub has converted it, since its own form is code.
+NAMED = {
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:test:text",
+    "ptb": "ptb-text-only/ptb_text_only@refs/convert/parquet:penn_treebank:validation:sentence",
+}
 
 
 def bundled_text(name: str) -> str:
@@ -24,7 +30,10 @@ def bundled_text(name: str) -> str:
 
 
 def read_texts(source: str | Path, tokens_wanted: int) -> list[str]:
-    """The documents of a .txt file (one), a .jsonl file (one for each line's "text") or a dataset of the hub.
+    """The documents of a .txt file (one), a .jsonl file (one for each line's "text") or a dataset.
+
+    A dataset is `NAME:CONFIG:SPLIT:COLUMN`, of which all but the name may be left out (the split is then `train` and the
+    column `text`); `NAME@REVISION`, a folder of data files, or a name in `NAMED`.
 
     Raises:
         ValueError: (as InputError) the file or dataset does not exist, or holds no text.
@@ -67,20 +76,24 @@ def _dataset_texts(name: str, characters_wanted: int) -> list[str]:
             f"There is no file {name}; to read a dataset of that name, install the extra: "
             "pip install 'slimllm-engine[datasets]'."
         ) from None
-    parts = name.split(":")
-    config = parts[1] if len(parts) > 1 and parts[1] else None
-    split = parts[2] if len(parts) > 2 else "train"
+    parts = [*NAMED.get(name, name).split(":"), "", "", ""]
+    path, _, revision = (parts[0], "", "") if Path(parts[0]).is_dir() else parts[0].partition("@")
+    column = parts[3] or "text"
     try:
-        stream = datasets.load_dataset(parts[0], config, split=split, streaming=True)
+        stream = datasets.load_dataset(
+            path, parts[1] or None, split=parts[2] or "train", streaming=True, revision=revision or None
+        )
         texts, characters = [], 0
         for row in stream:
-            texts.append(str(row["text"]))
+            texts.append(str(row[column]))
             characters += len(texts[-1])
             if characters >= characters_wanted:
                 break
         return texts
     except KeyError:
-        raise InputError(f'The dataset {name} has no column "text".') from None
+        raise InputError(
+            f'The dataset {name} has no column "{column}"; name the one with the text: NAME:CONFIG:SPLIT:COLUMN.'
+        ) from None
     except Exception as error:  # datasets raises many types for one fact: it cannot be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"There is no file {name}, and no dataset of that name can be had: {reason}.") from error

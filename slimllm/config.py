@@ -61,9 +61,9 @@ class PruneConfig:
             regression aims for, so that what earlier layers have lost is made good and not passed on. 0: each sub-layer is
             fitted to what it put out itself. Takes a second stream through the dense layers.
         calibration: A text file (.txt), a file of JSON lines with a "text" field (.jsonl), the name of a hub dataset
-            as `name`, `name:config` or `name:config:split` (a folder of data files is one, too), or token ids (samples,
-            seq_len) int64, which then are the windows: `samples`, `seq_len` and `seed` do not apply. None: the bundled
-            public-domain text.
+            as `name`, `name:config`, … to `name:config:split:column` (a folder of data files is one, too), or token ids
+            (samples, seq_len) int64, which then are the windows: `samples`, `seq_len` and `seed` do not apply. None: the
+            bundled public-domain text.
         samples: Number of calibration windows.
         seq_len: Tokens per window.
         seed: Seed of the draw of the windows, and of the criterion `random`; nothing else in a run is random.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.calibration import bundled_text, draw_windows, read_texts, tokenize, windows_of
+from slimllm.calibration import NAMED, bundled_text, draw_windows, read_texts, tokenize, windows_of
 from slimllm.checkpoint import open_checkpoint
 
 
@@ -60,10 +60,25 @@ def test_datasets_are_read_by_name(tmp_path: Path, stories_path: Path) -> None:
     assert read_texts(str(folder), 20)[:2] == [rows[0]["text"], rows[1]["text"]]
     assert len(read_texts(str(folder), 20)) < 200
     assert read_texts(f"{folder}::test", 20) == ["held out"]
+    with pytest.raises(InputError, match=r'has no column "sentence"; name the one with the text: NAME:CONFIG:SPLIT:COLUMN'):
+        read_texts(f"{folder}:::sentence", 20)
+    other = tmp_path / "a@b"  # no revision of another one
+    other.mkdir()
+    (other / "validation.jsonl").write_text(json.dumps({"text": "no", "sentence": "of a sentence"}))
+    assert read_texts(f"{other}::validation:sentence", 20) == ["of a sentence"]
     report = slimllm.prune(
         stories_path, tmp_path / "out", PruneConfig(ratio=0.2, calibration=str(folder), samples=4, seq_len=32)
     )
     assert report.calibration["tokens"] == 128
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_texts_of_the_papers(name: str) -> None:
+    """Off the hub the whole of what is asked for is named; there they are the papers' parts."""
+    _, _, split, column = NAMED[name].split(":")
+    assert (split, column) == {"wikitext2": ("test", "text"), "ptb": ("validation", "sentence")}[name]
+    with pytest.raises(InputError, match=f"There is no file {name}, and no dataset of that name can be had"):
+        read_texts(name, 20)
 
 
 def test_bundled_texts_do_not_overlap() -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
 from slimllm import InputError
+from slimllm.bench.synthetic import as_mha
 from slimllm.zeroshot import PAPER_TASKS, zero_shot
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="lm-eval is not installed; make install does that")
@@ -23,15 +24,16 @@ OWN = Path(lm_eval.__file__).parent / "tasks"
 FILES = {
     "boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "hellaswag": "hellaswag/hellaswag.yaml",
     "winogrande": "winogrande/default.yaml", "arc_easy": "arc/arc_easy.yaml", "arc_challenge": "arc/arc_challenge.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml", "mathqa": "mathqa/mathqa.yaml", "rte": "glue/rte/default.yaml",
 }  # fmt: skip
+EVERY = (*PAPER_TASKS, "mathqa", "rte")
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """lm-eval's own descriptions, on the rows that are here."""
     folder = tmp_path_factory.mktemp("tasks")
-    for task in PAPER_TASKS:
+    for task in EVERY:
         splits = ("training_split", "validation_split", "test_split", "fewshot_split")
         description: dict[str, Any] = {
             "include": str(OWN / FILES[task]), "task": task, "dataset_path": "json", "dataset_name": None,
@@ -53,21 +55,28 @@ def by_hand(folder: Path, tasks: Path, few_shot: int) -> dict[str, dict[str, flo
     wrapped = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder, trust_remote_code=True), batch_size=1)
     manager = TaskManager(include_path=str(tasks))
     found = lm_eval.simple_evaluate(
-        wrapped, tasks=list(PAPER_TASKS), num_fewshot=few_shot, task_manager=manager, bootstrap_iters=0
+        wrapped, tasks=list(EVERY), num_fewshot=few_shot, task_manager=manager, bootstrap_iters=0
     )
     result: dict[str, dict[str, float]] = found["results"]
     return result
 
 
-@pytest.mark.parametrize("few_shot", [0, 2])
+@pytest.mark.parametrize(("few_shot", "grouped"), [(0, True), (0, False), (2, True)])
 def test_as_lm_eval_by_hand(
-    stories_path: Path, token_ids: torch.Tensor, tasks: Path, tmp_path: Path, few_shot: int
+    stories_path: Path, token_ids: torch.Tensor, tasks: Path, tmp_path: Path, few_shot: int, grouped: bool
 ) -> None:
-    slimllm.prune(stories_path, tmp_path / "out", config(token_ids, ratio=0.3))
+    dense = stories_path
+    if not grouped:  # the same function, every head with keys and values of its own
+        model, tokenizer = slimllm.load(stories_path)
+        dense = tmp_path / "mha"
+        as_mha(model).save_pretrained(dense)
+        tokenizer.save_pretrained(dense)
+    slimllm.prune(dense, tmp_path / "out", config(token_ids, ratio=0.3))
     model, tokenizer = slimllm.load(tmp_path / "out")
-    found = zero_shot(model, tokenizer, include_path=tasks, few_shot=few_shot)
+    assert (model.config.num_attention_heads == model.config.num_key_value_heads) != grouped
+    found = zero_shot(model, tokenizer, EVERY, include_path=tasks, few_shot=few_shot)
     wanted = by_hand(tmp_path / "out", tasks, few_shot)
-    assert list(found) == list(PAPER_TASKS)
+    assert list(found) == list(EVERY)
     for task, value in found.items():
         assert value == wanted[task].get("acc_norm,none", wanted[task]["acc,none"])
     assert len(set(found.values())) > 2  # of 12 questions each

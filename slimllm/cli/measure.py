@@ -93,7 +93,9 @@ def eval_command(
     models: Annotated[
         list[str], typer.Argument(help="Folders, GGUF files or hub ids; the first is what the others are compared with.")
     ],
-    text: Annotated[str | None, typer.Option(help="FILE.txt, FILE.jsonl or a dataset. Default: bundled text.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
+    ] = None,
     seq_len: Annotated[
         list[int] | None,
         typer.Option(help="Tokens per window: 128 as in the paper (default), 2048 as is common now; may be given again."),

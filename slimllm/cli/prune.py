@@ -49,7 +49,7 @@ def prune_command(
     head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
     calibration: Annotated[
         str | None,
-        typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split]]. Default: bundled text."),
+        typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split[:column]]]. Default: bundled text."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
