@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-asan test-llama-cpp test-vllm test-page lint demo bench bench-naive bench-large tables kernels-report gpu clean
+.PHONY: install test test-slow test-asan test-llama-cpp test-vllm test-page lint demo bench bench-latency bench-naive bench-large tables kernels-report gpu clean
 
 install: .venv/installed
 
@@ -63,6 +63,10 @@ demo: install
 # The README's measurements of whole models; the demo's model has to be there.
 bench: install
 	$(BIN)/python benchmarks/bench_prune.py
+
+# Generation by the dense model and pruned ones, in turn; ten minutes.
+bench-latency: install
+	$(BIN)/python benchmarks/bench_latency.py
 
 # One layer against the plain algorithm, side by side; about ten minutes, most of them the plain algorithm's.
 bench-naive: install

@@ -218,8 +218,31 @@ def large_table() -> str:
     return table(header, [line(rows) for rows in settings])
 
 
+def latency_table() -> str:
+    """Generation of the dense and of pruned models, measured in turn."""
+    settings = newest("latency", ("preset", "ratio", "batch_size", "prompt"), lambda row: row["device"] == "cpu")
+    found = {tuple(rows[0][key] for key in ("preset", "ratio", "batch_size", "prompt")): rows for rows in settings}
+    models = dict.fromkeys(key[:2] for key in found)
+    shapes = dict.fromkeys(key[2:] for key in found)
+
+    def cell(rows: Rows, name: str) -> str:
+        rate, times = (median(rows, lambda r: r[f"{name}_{what}"]) for what in ("per_s", "speedup"))
+        return f"{rate:,.0f} ({times:.2f} ×)" if rows[0]["ratio"] else f"{rate:,.0f}"
+
+    def line(model: tuple[Any, ...]) -> list[str]:
+        first = found[(*model, *next(iter(shapes)))][0]
+        macs = f"{first['prefill_macs'] / 1e6:.0f} / {first['decode_macs'] / 1e6:.0f}"
+        name = f"{model[0]}, {model[1]:.0%}" if model[1] else "dense"
+        cells = [cell(found[(*model, *shape)], what) for shape in shapes for what in ("prefill", "decode")]
+        return [name, f"{first['parameters'] / 1e6:.1f} M", macs, f"{first['memory_gib']:.2f} GiB", *cells]
+
+    header = [f"{batch} × {prompt}: {what}" for batch, prompt in shapes for what in ("prefill", "decode")]
+    return table(["", "parameters", "MMAC/token", "memory", *header], [line(model) for model in models])
+
+
 TABLES = {"prune": prune_table, "stages": stages_table, "naive": naive_table, "recovery": recovery_table,
-          "large": large_table, "accuracy": accuracy_table, "calibration": calibration_table}  # fmt: skip
+          "large": large_table, "accuracy": accuracy_table, "calibration": calibration_table,
+          "latency": latency_table}  # fmt: skip
 
 
 def fill(page: str) -> str:

@@ -168,7 +168,7 @@ def latency_command(
     All models are in memory at once, each in a process of its own.
     """
     from slimllm.latency import measure_latency
-    from slimllm.latency.display import latency_progress, latency_table
+    from slimllm.latency.display import latency_progress, model_table, speed_table
     from slimllm.writer import check_new_file
 
     check_new_file(out)
@@ -178,11 +178,12 @@ def latency_command(
             dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if not quiet:
-        console.print(latency_table(found))
+        console.print(model_table(found))
+        console.print(speed_table(found))
         console.print(
-            f"{found.dtype} on {found.device}, {found.threads} threads: medians of {rounds} rounds, ± half of their range; "
-            "× the first model, of turns one after the other; multiply-adds for a token of the prompt / a new one; memory "
-            "with the weights.",
+            f"{found.dtype} on {found.device}, {found.threads} threads, {new_tokens} new tokens: medians of {rounds} rounds, "
+            "± half of their range; × the first model, in turns one after the other. Millions of multiply-adds a token; "
+            "memory with the weights.",
             style="dim", highlight=False,
         )  # fmt: skip
     if out is not None:

@@ -14,35 +14,46 @@ from rich.table import Table
 from slimllm.latency.measure import Latency
 
 
-def latency_table(found: Latency) -> Table:
+def model_table(found: Latency) -> Table:
+    """A line for each model: its size, its work for a token at the first shape, its memory."""
+    lines = [line for line in found.lines if line.shape == found.lines[0].shape]
+    table = _table("parameters", f"MMAC/prompt token ({lines[0].shape.prompt})", "new token", "GiB")
+    for line, memory in zip(lines, found.memory_gib):
+        macs = [f"{macs / 1e6:,.1f}" for macs in (line.prefill_macs, line.decode_macs)]
+        table.add_row(Path(line.model).resolve().name, f"{line.parameters:,}", *macs, f"{memory:.2f}")
+    return table
+
+
+def speed_table(found: Latency) -> Table:
     """A line for each model and shape: medians over the rounds, and how many times as fast as the first model."""
     several = len(found.memory_gib) > 1
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("model", overflow="fold", min_width=12)
-    titles = ["prompts", "first token", "prefill/s", "×", "decode/s", "×", "MMAC/token", "parameters", "GiB"]
-    for title in titles:
-        if several or title != "×":
-            table.add_column(title, justify="right", no_wrap=True)
-    for number, line in enumerate(found.lines):
+    times = ["×"] if several else []
+    table = _table("prompts", "first token", "prefill/s", *times, "decode/s", *times)
+    for line in found.lines:
         cells = [
             Path(line.model).resolve().name,
-            f"{line.shape.batch_size} × {line.shape.prompt}+{line.shape.new_tokens}",
-            f"{1000 * statistics.median(line.first_token_s):,.1f} ms {_spread(line.first_token_s)}",
+            f"{line.shape.batch_size} × {line.shape.prompt}",
+            f"{1000 * statistics.median(line.first_token_s):,.0f} ms {_spread(line.first_token_s)}",
+            f"{statistics.median(line.prefill_rates):,.0f}",
         ]
-        for name in ("prefill_rates", "decode_rates"):
-            rates = getattr(line, name)
-            cells.append(f"{statistics.median(rates):,.1f} {_spread(rates)}")
-            if several:
-                cells.append(f"{found.speedup(line, name):.2f}")
-        memory = found.memory_gib[number % len(found.memory_gib)]
-        macs = f"{line.prefill_macs / 1e6:,.1f} / {line.decode_macs / 1e6:,.1f}"
-        table.add_row(*cells, macs, f"{line.parameters:,}", f"{memory:.2f}")
+        cells += [f"{found.speedup(line, 'prefill_rates'):.2f}"] if several else []
+        cells += [f"{statistics.median(line.decode_rates):,.1f} {_spread(line.next_tokens_s)}"]
+        cells += [f"{found.speedup(line, 'decode_rates'):.2f}"] if several else []
+        table.add_row(*cells)
+    return table
+
+
+def _table(*titles: str) -> Table:
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    table.add_column("model", overflow="fold", min_width=10)
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
     return table
 
 
 def _spread(values: list[float]) -> str:
     """Half of the range in % of the median."""
-    return f"± {50 * (max(values) - min(values)) / statistics.median(values):.0f} %"
+    return f"±{50 * (max(values) - min(values)) / statistics.median(values):.0f}%"
 
 
 @contextmanager
