@@ -226,14 +226,14 @@ def latency_table() -> str:
     shapes = dict.fromkeys(key[2:] for key in found)
 
     def cell(rows: Rows, name: str) -> str:
-        rate, times = (median(rows, lambda r: r[f"{name}_{what}"]) for what in ("per_s", "speedup"))
+        rate, times = median(rows, lambda r: r[f"{name}_per_s"]), median(rows, lambda r: r[f"{name}_speedup"])
         return f"{rate:,.0f} ({times:.2f} ×)" if rows[0]["ratio"] else f"{rate:,.0f}"
 
     def line(model: tuple[Any, ...]) -> list[str]:
-        first = found[(*model, *next(iter(shapes)))][0]
+        first = found[model + next(iter(shapes))][0]
         macs = f"{first['prefill_macs'] / 1e6:.0f} / {first['decode_macs'] / 1e6:.0f}"
         name = f"{model[0]}, {model[1]:.0%}" if model[1] else "dense"
-        cells = [cell(found[(*model, *shape)], what) for shape in shapes for what in ("prefill", "decode")]
+        cells = [cell(found[model + shape], what) for shape in shapes for what in ("prefill", "decode")]
         return [name, f"{first['parameters'] / 1e6:.1f} M", macs, f"{first['memory_gib']:.2f} GiB", *cells]
 
     header = [f"{batch} × {prompt}: {what}" for batch, prompt in shapes for what in ("prefill", "decode")]

@@ -59,8 +59,8 @@ def run_sweep(
         return
     console.print(sweep_table(points))
     console.print(
-        "* no other point has fewer parameters and a lower perplexity. Speeds beside the dense model's, in turns. "
-        f"All of it, and the picture: {out}",
+        "* no other point has fewer parameters and a lower perplexity. Speeds are over the dense model's, in turns; s: of "
+        f"pruning. All figures, and the picture: {out}",
         style="dim", highlight=False,
     )  # fmt: skip
 
@@ -90,14 +90,13 @@ def _read(file: Path, settings: dict[str, Any], resume: bool) -> list[Swept]:
 def sweep_table(points: list[Swept]) -> Table:
     """A line for each point."""
     table = Table(box=None, padding=(0, 1), header_style="bold")
-    titles = ("preset", "ratio", "parameters", "perplexity", "log incr.", "prefill/s", "×", "decode/s", "×", "s", "")
+    titles = ("preset", "ratio", "M par.", "perplexity", "log incr.", "prefill", "decoding", "s", "")
     for title in titles:
         table.add_column(title, justify="left" if title == "preset" else "right", no_wrap=True)
     front = on_front(points)
     for point in points:
-        cells = [f"{point.parameters:,}", f"{point.perplexity:.2f}", f"{point.log_increase:.3f}"]
-        cells += [f"{point.prefill_per_s:,.0f}", f"{point.prefill_speedup:.2f}"]
-        cells += [f"{point.decode_per_s:,.1f}", f"{point.decode_speedup:.2f}", f"{point.prune_s:.1f}"]
+        cells = [f"{point.parameters / 1e6:,.1f}", f"{point.perplexity:.2f}", f"{point.log_increase:.3f}"]
+        cells += [f"{point.prefill_speedup:.2f} ×", f"{point.decode_speedup:.2f} ×", f"{point.prune_s:.1f}"]
         table.add_row(
             point.preset, f"{point.ratio:g}", *cells, "*" if (point.preset, point.ratio) in front else ""
         )  # fmt: skip

@@ -181,9 +181,9 @@ def latency_command(
         console.print(model_table(found))
         console.print(speed_table(found))
         console.print(
-            f"{found.dtype} on {found.device}, {found.threads} threads, {new_tokens} new tokens: medians of {rounds} rounds, "
-            "± half of their range; × the first model, in turns one after the other. Millions of multiply-adds a token; "
-            "memory with the weights.",
+            f"{found.dtype} on {found.device}, {found.threads} threads, {new_tokens} new tokens: medians of {rounds} "
+            "rounds, ± half of their range; × the first model, in turns one after the other. Millions of multiply-adds a "
+            "token; memory with the weights.",
             style="dim", highlight=False,
         )  # fmt: skip
     if out is not None:
