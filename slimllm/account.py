@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from slimllm.config import PruneConfig
 from slimllm.families import layer_spec
-from slimllm.sensitivity import MOST_PROBES, TOKENS
+from slimllm.sensitivity import MOST_STATES, TOKENS
 from slimllm.slicing import LayerSizes
 from slimllm.states import Placement
 from slimllm.statistics import TILE
@@ -142,7 +142,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
     yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c + scores})
     if config.allocation == "auto":
-        probes = 2 * probe_bytes(sizes)  # before and behind a layer
+        # Before and behind a layer; and the layer in fp32.
+        probes = 2 * probe_bytes(sizes) + (0 if c == 4 else sizes.layer_params * 4)
         both, one = {"Gram": (a**2 + i**2) * 4, "probes": probes}, {"Gram": a**2 * 4, "probes": probes}
         of_batch = {"batch": batch * (4 * i + 4 * d) * c + scores}
         if placement.gram == "host":
@@ -191,8 +192,8 @@ def _pinned(num_bytes: int) -> int:
 
 
 def probe_bytes(sizes: Sizes) -> float:
-    """Of the damaged copies of a window that `auto` carries through the dense model, at most."""
-    return MOST_PROBES * min(TOKENS, sizes.seq_len) * sizes.hidden_size * sizes.computed
+    """Of the window's states that `auto` carries through the dense model in fp32, at most."""
+    return MOST_STATES * min(TOKENS, sizes.seq_len) * sizes.hidden_size * 4
 
 
 def traffic(sizes: Sizes, config: PruneConfig) -> Parts:

@@ -76,7 +76,7 @@ def _dataset_texts(name: str, characters_wanted: int) -> list[str]:
             f"There is no file {name}; to read a dataset of that name, install the extra: "
             "pip install 'slimllm-engine[datasets]'."
         ) from None
-    parts = [*NAMED.get(name, name).split(":"), "", "", ""]
+    parts = [*(name if Path(name).is_dir() else NAMED.get(name, name)).split(":"), "", "", ""]
     path, _, revision = (parts[0], "", "") if Path(parts[0]).is_dir() else parts[0].partition("@")
     column = parts[3] or "text"
     try:
@@ -85,15 +85,17 @@ def _dataset_texts(name: str, characters_wanted: int) -> list[str]:
         )
         texts, characters = [], 0
         for row in stream:
+            if column not in row:
+                raise InputError(
+                    f'The dataset {name} has no column "{column}"; name the one with the text: NAME:CONFIG:SPLIT:COLUMN.'
+                )
             texts.append(str(row[column]))
             characters += len(texts[-1])
             if characters >= characters_wanted:
                 break
         return texts
-    except KeyError:
-        raise InputError(
-            f'The dataset {name} has no column "{column}"; name the one with the text: NAME:CONFIG:SPLIT:COLUMN.'
-        ) from None
+    except InputError:
+        raise
     except Exception as error:  # datasets raises many types for one fact: it cannot be had
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"There is no file {name}, and no dataset of that name can be had: {reason}.") from error

@@ -7,7 +7,6 @@ first pruned layer on their activations differ.
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import shutil
 import tempfile
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 
 from slimllm.checkpoint import open_checkpoint
-from slimllm.config import MEASURED, PruneConfig
+from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.evaluate import load, perplexity
+from slimllm.evaluate import perplexity_of
 from slimllm.jobs import prune_all
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback
@@ -116,11 +115,7 @@ def compare(
     lines: list[Compared] = []
 
     def measure(folder: str | Path) -> float:
-        loaded, _ = load(folder, device=config.device)
-        value = perplexity(loaded, token_ids, seq_len=seq_len, max_windows=max_windows)
-        del loaded
-        gc.collect()
-        return value
+        return perplexity_of(folder, token_ids, seq_len=seq_len, max_windows=max_windows, device=config.device)
 
     def add(line: Compared) -> None:
         lines.append(line)
@@ -138,12 +133,9 @@ def compare(
             shutil.rmtree(out)  # the next one may be as large
             if not lines:
                 add(Compared("dense", 0.0, dense, 0.0, report.parameters["before"], 0.0, report.dense_pass_s, False))
-            seconds = report.elapsed_s
-            if report.dense_pass_shared:
-                measured = report.config["allocation"] in MEASURED
-                seconds += report.dense_stage_s if measured else report.dense_pass_s
             add(Compared(
-                name, ratio, value, math.log(value / dense), report.parameters["after"], seconds, report.dense_pass_s,
+                name, ratio, value, math.log(value / dense), report.parameters["after"], report.seconds_alone,
+                report.dense_pass_s,
                 report.dense_pass_shared,
             ))  # fmt: skip
 

@@ -21,7 +21,7 @@ from slimllm.measure import measure_layer
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
-from slimllm.sensitivity import TOKENS, Probes
+from slimllm.sensitivity import Probes
 from slimllm.source import ModelSource
 from slimllm.spending import Curves
 from slimllm.states import Placement, Stream
@@ -104,7 +104,7 @@ def run_dense_pass(
             found: dict[str, Any] = {}
             if probes:
                 with watch("sensitivity"):
-                    found["damage"] = probes.pass_layer(layer, first_window(stream), index)
+                    found["damage"] = probes.pass_layer(layer, index)
             if measured:
                 total, curves = measure_layer(layer, stream, index, shapes[index], config, watch)
                 found["curves"] = dataclasses.asdict(curves)
@@ -116,12 +116,12 @@ def run_dense_pass(
             if config.allocation == "auto":
                 found["damage"] = ranks.tell(found.get("damage"))
                 if index == source.num_layers - 1:
-                    found["factors"] = ranks.made_by_first(partial(_factors, source, stream, probes, watch))
+                    found["factors"] = ranks.made_by_first(partial(_factors, source, probes, watch))
             layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": 0, **found})
             if record:
                 with watch("journal"):
                     layers[-1]["weights"] = _common(fingerprint(layer.tensors), index, ranks)
-                    states = probes.states.cpu() if probes and probes.states is not None else None
+                    states = probes.states.cpu() if probes else None
                     record.add("dense", stream, states, **layers[-1], **watch.so_far())
             del layer  # before the next one is read
             if progress:
@@ -150,15 +150,10 @@ def _pass_layer(layer: Layer, stream: Stream, index: int, watch: Stopwatch) -> t
     return total
 
 
-def first_window(stream: Stream) -> torch.Tensor:
-    """The stream of the first window's first tokens, (1, at most `TOKENS`, D), on the first rank."""
-    return stream[0].hidden.load()[:1, :TOKENS]
-
-
-def _factors(source: ModelSource, stream: Stream, probes: Probes | None, watch: Stopwatch) -> list[list[float]]:
+def _factors(source: ModelSource, probes: Probes | None, watch: Stopwatch) -> list[list[float]]:
     assert probes is not None
     with watch("sensitivity"):
-        return probes.factors(first_window(stream), source.final_norm())
+        return probes.factors(source.final_norm())
 
 
 def _common(checksum: int, index: int, ranks: Ranks) -> int:

@@ -13,6 +13,7 @@ from slimllm.checkpoint import Checkpoint, download, first_line, open_checkpoint
 from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
+from slimllm.memory import release
 from slimllm.skeleton import expected_tensors, meta_model
 
 
@@ -90,6 +91,17 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, text: str | None, want
     """
     documents = [bundled_text("evaluation")] if text is None else read_texts(text, wanted)
     return tokenize(tokenizer, documents)
+
+
+def perplexity_of(
+    model: str | Path, token_ids: torch.Tensor, *, seq_len: int, max_windows: int | None, device: str | None
+) -> float:
+    """`perplexity` of a model that is loaded for it, and let go again, its memory with it."""
+    loaded, _ = load(model, device=device)
+    value = perplexity(loaded, token_ids, seq_len=seq_len, max_windows=max_windows)
+    del loaded
+    release()
+    return value
 
 
 @torch.no_grad()

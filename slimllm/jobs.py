@@ -91,6 +91,8 @@ def prune_all(
         if ranks.tell(out in maybe_complete) and (report := _complete(run, out, inputs, overwrite)):
             notice(f"{out} is complete already.")
             reports.append(report)
+            if on_report:
+                on_report(report, out)
             continue
         report, dense = _prune_one(run, name, out, overwrite, resume, progress, command, dense)
         assert report is not None  # it is written

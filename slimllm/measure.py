@@ -24,9 +24,8 @@ from slimllm.spending import Curves, sampled
 from slimllm.states import Stream
 from slimllm.statistics import ColumnStatistics, GramStatistics
 
-# What attention loses counts so often: it passes the layer's own FFN, too, and heads that one text does not need another
-# does. With 1 instead, SmolLM2 mostly loses more on text of another kind than the calibration's, up to half as much again
-# (benchmarks/NOTES.md).
+# What attention loses counts so often: heads that one text does not need another does. With 1 instead, SmolLM2 mostly
+# loses more on text of another kind than the calibration's, up to half as much again (benchmarks/NOTES.md).
 ATTENTION_WEIGHT = 2.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         pass  # another C library
+
+
+def release() -> None:
+    """Let go of models that nothing refers to any more; modules refer to each other in circles."""
+    gc.collect()
+    trim()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # for other processes
 
 
 def warm_up(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from slimllm.allocation import Allocation, allocate, find_target
 from slimllm.attention import prune_attention
 from slimllm.budget import LayerBudget, LayerShape
 from slimllm.config import MEASURED, PruneConfig
-from slimllm.dense import DensePass, first_window, overflow, perplexity_states, perplexity_windows, run_dense_pass
+from slimllm.dense import DensePass, overflow, perplexity_states, perplexity_windows, run_dense_pass
 from slimllm.errors import InputError
 from slimllm.families import LayerSpec
 from slimllm.ffn import prune_ffn
@@ -23,7 +23,7 @@ from slimllm.memory import peak_host_gib, trim
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
-from slimllm.sensitivity import Probes
+from slimllm.sensitivity import TOKENS, Probes
 from slimllm.skeleton import record_layer_inputs
 from slimllm.slicing import LayerSizes
 from slimllm.source import ModelSource
@@ -206,7 +206,9 @@ def _stream(
 
 
 def _probes(source: ModelSource, stream: Stream, config: PruneConfig) -> Probes:
-    return Probes(record_layer_inputs(source.model, source.spec, first_window(stream))[1], config)
+    """On the first tokens of the first window, of which the first rank has the stream."""
+    window = stream[0].hidden.load()[:1, :TOKENS].float()
+    return Probes(window, record_layer_inputs(source.model, source.spec, window)[1], config)
 
 
 def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from slimllm.config import MEASURED
 from slimllm.errors import InputError
 
 REPORT_NAME = "report.json"
@@ -78,6 +79,13 @@ class PruneReport:
     dense_stage_s: float = 0.0
     gpu_memory_gib: dict[str, float] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds_alone(self) -> float:
+        """Of pruning, as if it were alone: with the dense pass, which it may have taken from another run."""
+        if not self.dense_pass_shared:
+            return self.elapsed_s
+        return self.elapsed_s + (self.dense_stage_s if self.config["allocation"] in MEASURED else self.dense_pass_s)
 
     def save(self, folder: Path) -> None:
         """Write report.json into the folder."""

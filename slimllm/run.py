@@ -79,9 +79,7 @@ class Run:
         self.watch.go_on(last["seconds"], last["elapsed_s"])
         done = len(journal.done("prune")) or len(journal.done("dense"))
         self.notice(f"Going on behind layer {done - 1} of the {'pruning' if journal.done('prune') else 'dense pass'}.")
-        now = environment_of(self.source.device, self.ranks.size)
-        if changed := [f"{key} {journal.environment.get(key)}" for key in now if journal.environment.get(key) != now[key]]:
-            self.notice(f"The run was begun with {', '.join(changed)}; the last digits of the result may depend on that.")
+        say_changes(journal, self.source.device, self.ranks.size, self.notice)
 
     def prune(
         self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, record: Record | None = None,
@@ -230,6 +228,13 @@ def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "ranks": num_ranks,
     }
+
+
+def say_changes(journal: Journal, device: torch.device, num_ranks: int, notice: Notice) -> None:
+    """Say in what other environment a run was begun that is gone on with."""
+    now = environment_of(device, num_ranks)
+    if changed := [f"{key} {journal.environment.get(key)}" for key in now if journal.environment.get(key) != now[key]]:
+        notice(f"The run was begun with {', '.join(changed)}; the last digits of the result may depend on that.")
 
 
 def say_nothing(sentence: str) -> None:

@@ -4,10 +4,15 @@ The curves of `slimllm.measure` say what the residual stream behind a sub-layer 
 that. So one sub-layer at a time loses half of its units or channels, on the first tokens of one window; the damaged copies
 of its residual stream go through the rest of the dense model beside the whole one, in the same pass over the weights, and
 what becomes of the damage, over what it was, is what the sub-layer's curve is multiplied by.
+
+All of it is in fp32, whatever the model computes in: damage is a difference of streams, and in half precision their
+rounding would grow into more than it.
 """
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -19,8 +24,8 @@ from slimllm.config import PruneConfig
 from slimllm.criteria import fluctuation
 from slimllm.layer import Layer, inner_activations, run_layer, sublayer_output
 
-MOST_LAYERS = 16  # that are damaged, evenly spread; between them the factors hardly differ
-MOST_PROBES = 2 * (MOST_LAYERS + 1)
+MOST_LAYERS = 16  # that are damaged, evenly spread, but for the last one
+MOST_STATES = 1 + 2 * (MOST_LAYERS + 1)
 TOKENS = 128
 
 
@@ -30,67 +35,68 @@ def probed_layers(num_layers: int) -> list[int]:
 
 
 class Probes:
-    """Damaged copies of a window's residual stream on their way through the dense model.
+    """A window's residual stream and damaged copies of it on their way through the dense model.
 
     Args:
-        kwargs: How every layer is called on the one window, (1, tokens, D).
+        window: The stream before the first layer, (1, tokens, D).
+        kwargs: How every layer is called on it, with floating tensors in fp32.
         config: The settings.
 
     Attributes:
-        states: The copies, (number, tokens, D), two for every layer damaged so far; None before the first.
-        damage: J of what each has lost, in the units of the curves.
+        states: The whole stream, and two copies for every layer damaged so far, (number, tokens, D) fp32.
+        damage: J of what each copy has lost, weighted as the curves are: the mean over tokens of the square of what is
+            missing, averaged over the dimensions, over the stream's mean square.
     """
 
-    def __init__(self, kwargs: list[dict[str, Any]], config: PruneConfig) -> None:
+    def __init__(self, window: torch.Tensor, kwargs: list[dict[str, Any]], config: PruneConfig) -> None:
         self._kwargs, self._config = kwargs, config
         self._layers = probed_layers(len(kwargs))
-        self.states: torch.Tensor | None = None
+        self.states = window.float()
         self.damage: list[float] = []
 
-    def pass_layer(self, layer: Layer, window: torch.Tensor, index: int) -> list[float]:
-        """Let all copies pass a dense layer, and make those that are damaged in it.
+    def pass_layer(self, layer: Layer, index: int) -> list[float]:
+        """Let all states pass a dense layer, and make the copies that are damaged in it.
 
         Args:
             layer: The layer.
-            window: The whole stream before it, (1, tokens, D).
             index: Its number.
 
         Returns:
             The damage that was done in it.
         """
-        kwargs = self._kwargs[index]
-        already = len(self.damage)
-        # One by one: masks and biases are of one window.
-        behind = [] if self.states is None else [run_layer(layer, state[None], kwargs) for state in self.states]
+        kwargs, already, made = self._kwargs[index], len(self.damage), []
+        if layer.dtype != torch.float32:
+            layer = dataclasses.replace(layer, module=copy.deepcopy(layer.module).float(), dtype=torch.float32)
         if index in self._layers:
+            hidden = self.states[:1]
             for projection in (layer.spec.o_proj, layer.spec.down_proj):
-                whole, lost, damage = self._damaged(layer, projection, window, kwargs)
-                damaged = window + lost
+                whole, lost, damage = self._damaged(layer, projection, hidden, kwargs)
+                damaged = hidden + lost
                 if projection == layer.spec.o_proj:
                     damaged = damaged + sublayer_output(layer, layer.spec.down_proj, damaged, kwargs).view_as(damaged)
-                behind.append(damaged)
+                made.append(damaged)
                 self.damage.append(damage)
-                window = window + whole
-        self.states = torch.cat(behind) if behind else None
+                hidden = hidden + whole
+        # One by one: masks and biases are of one window.
+        self.states = torch.cat([*(run_layer(layer, state[None], kwargs) for state in self.states), *made])
         return self.damage[already:]
 
     def restore(self, states: torch.Tensor, damage: list[float]) -> None:
-        """Go on with copies that have been made."""
+        """Go on with states that were there before an interruption."""
         self.states, self.damage = states, damage
 
-    def factors(self, window: torch.Tensor, norm: nn.Module) -> list[list[float]]:
-        """What the curves of attention and of the FFN are to be multiplied by, for each layer.
+    def factors(self, norm: nn.Module) -> list[list[float]]:
+        """What the curves of attention and of the FFN are to be multiplied by, for each layer, behind the last one.
 
         Args:
-            window: The whole stream behind the last layer, (1, tokens, D).
             norm: The norm before the output head.
         """
-        assert self.states is not None
-        whole = norm(window).double()
+        norm = copy.deepcopy(norm).float()
+        whole, *copies = (norm(state[None]).double() for state in self.states)
         squares = whole.square().mean(-1)
         found = [
-            float(((norm(state[None]).double() - whole).square().mean(-1) / squares).mean()) / damage if damage > 0 else 0.0
-            for state, damage in zip(self.states, self.damage)
+            float(((one - whole).square().mean(-1) / squares).mean()) / damage if damage > 0 else 0.0
+            for one, damage in zip(copies, self.damage)
         ]  # fmt: skip
         by_part = []
         for part in range(2):
@@ -110,6 +116,7 @@ class Probes:
         linear, sizes, gain = layer.linear(projection), layer.sizes(), layer.gain(projection)
         centered = inner - inner.mean(0)  # a recovery makes good for the means
         units = sizes.units(self._config.head_unit)[0] if attention else sizes.intermediate_size
+        units = sizes.num_heads if units == 1 else units  # a single group has no half
         scores = fluctuation(layer.seen(projection), centered.double().square().mean(0)).view(units, -1).sum(1)
         gone = torch.zeros_like(scores, dtype=torch.bool)
         gone[scores.argsort()[: max(1, units // 2)]] = True
@@ -120,6 +127,6 @@ class Probes:
         weights = layer.weights(projection, hidden, output)
         if self._config.token_weights == "none":
             weights = 1 / (1 / weights).mean()
-        damage = float((weights * seen.float().square().mean(-1)).mean(dtype=torch.float64))
+        damage = float((weights * seen.square().mean(-1)).mean(dtype=torch.float64))
         added = [layer.behind(projection, one).view_as(hidden) for one in (output, output - error)]
         return added[0], added[1], damage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import math
 import time
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from slimllm.errors import InputError
 from slimllm.evaluate import evaluation_tokens, load, locate, perplexity
+from slimllm.memory import release
 from slimllm.zeroshot import task_manager, zero_shot
 
 
@@ -118,7 +118,7 @@ def evaluate(
         if on_model:
             on_model(done[-1])
         del loaded
-        gc.collect()  # modules refer to each other in circles: the next model would find this one still there
+        release()  # or the next model would find this one still there
     return done
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import math
 import re
 import shutil
@@ -19,9 +18,12 @@ import torch
 from slimllm.checkpoint import open_checkpoint
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.evaluate import load, perplexity
+from slimllm.evaluate import perplexity_of
 from slimllm.jobs import prune_all
-from slimllm.latency import measure_latency
+from slimllm.latency import Shape, measure_latency
+from slimllm.latency.measure import check_shapes
+from slimllm.latency.worker import check_length
+from slimllm.memory import release
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback
 from slimllm.report import PruneReport
@@ -43,7 +45,7 @@ class Swept:
         prefill_per_s, decode_per_s: Tokens a second, medians over the rounds; of the dense model those beside the first
             point.
         prefill_speedup, decode_speedup: Over the dense model, in turns one after the other.
-        prune_s: Seconds of pruning, without a dense pass that another ratio had made.
+        prune_s: Seconds of pruning, as if it were alone.
     """
 
     preset: str
@@ -92,8 +94,8 @@ def sweep(
     prompt: int = 128,
     new_tokens: int = 32,
     rounds: int = 5,
-    keep: Path | None = None,
-    workdir: Path | None = None,
+    keep: str | Path | None = None,
+    workdir: str | Path | None = None,
     done: Sequence[Swept] = (),
     progress: ProgressCallback | None = None,
     notice: Notice | None = None,
@@ -123,9 +125,16 @@ def sweep(
     """
     if not ratios or not presets:
         raise InputError("Give at least one ratio and one preset.")
+    check_shapes([1], [prompt], new_tokens, rounds)
     points = list(done)
     checkpoint = open_checkpoint(model)
+    check_length(checkpoint.config, str(model), Shape(1, prompt, new_tokens))
     there = {(point.preset, point.ratio) for point in points}
+    presets = list(dict.fromkeys(presets))
+    configs = {
+        (preset, ratio): dataclasses.replace(config, preset=preset, ratio=ratio, **_PLAIN)
+        for preset in presets for ratio in ratios if (preset, ratio) not in there
+    }  # fmt: skip
 
     def add(point: Swept) -> None:
         points.append(point)
@@ -133,36 +142,34 @@ def sweep(
             on_point(point)
 
     def measured(folder: str | Path) -> float:
-        loaded, _ = load(folder, device=config.device)
-        value = perplexity(loaded, token_ids, seq_len=seq_len, max_windows=max_windows)
-        del loaded
-        gc.collect()
-        return value
+        return perplexity_of(folder, token_ids, seq_len=seq_len, max_windows=max_windows, device=config.device)
 
     def on_report(report: PruneReport, out: Path) -> None:
+        preset, ratio = report.config["preset"], report.config["ratio"]
+        if (preset, ratio) in there:
+            return
+        release()
         speed = measure_latency(
             [model, out], prompts=[prompt], new_tokens=new_tokens, rounds=rounds, device=config.device
         )  # fmt: skip
-        if not any(point.preset == "dense" for point in points):
-            first, value = speed.lines[0], measured(model)
+        if "dense" not in {point.preset for point in points}:
+            first = speed.lines[0]
             prefill, decode = statistics.median(first.prefill_rates), statistics.median(first.decode_rates)
-            add(Swept("dense", 0.0, report.parameters["before"], value, 0.0, prefill, decode, 1.0, 1.0, 0.0))
-        dense, line, value = points[0].perplexity, speed.lines[1], measured(out)
+            add(Swept("dense", 0.0, report.parameters["before"], dense, 0.0, prefill, decode, 1.0, 1.0, 0.0))
+        line, value = speed.lines[1], measured(out)
         add(Swept(
-            report.config["preset"], report.config["ratio"], report.parameters["after"], value, math.log(value / dense),
+            preset, ratio, report.parameters["after"], value, math.log(value / dense),
             statistics.median(line.prefill_rates), statistics.median(line.decode_rates),
-            speed.speedup(line, "prefill_rates"), speed.speedup(line, "decode_rates"), report.elapsed_s,
+            speed.speedup(line, "prefill_rates"), speed.speedup(line, "decode_rates"), report.seconds_alone,
         ))  # fmt: skip
         if keep is None:
             shutil.rmtree(out)  # the next one may be as large
 
+    dense = next((point.perplexity for point in points if point.preset == "dense"), None) or measured(model)
     with tempfile.TemporaryDirectory(prefix="slimllm-sweep-", dir=workdir) as folder:
         for preset in presets:
-            of_preset = dataclasses.replace(config, preset=preset, **_PLAIN)
-            jobs = [
-                ((keep or Path(folder)).resolve() / preset / f"{ratio:g}", dataclasses.replace(of_preset, ratio=ratio))
-                for ratio in ratios if (preset, ratio) not in there
-            ]  # fmt: skip
+            where = Path(keep or folder).expanduser().resolve() / preset
+            jobs = [(where / str(ratio), one) for (name, ratio), one in configs.items() if name == preset]
             if jobs:
                 prune_all(checkpoint, jobs, False, keep is not None, progress, notice, None, Ranks(), on_report)
     order = {preset: number for number, preset in enumerate(["dense", *presets])}

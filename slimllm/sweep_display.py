@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from slimllm.bench.run import machine
 from slimllm.checkpoint import open_checkpoint
-from slimllm.config import PruneConfig
+from slimllm.config import PruneConfig, parse_device
 from slimllm.display import PruneDisplay
-from slimllm.errors import InputError
+from slimllm.errors import InputError, OutputError
 from slimllm.evaluate import evaluation_tokens
+from slimllm.report import versions
 from slimllm.sweep import Swept, on_front, sweep
 
 POINTS, PICTURE = "sweep.jsonl", "sweep.png"
@@ -23,8 +26,8 @@ POINTS, PICTURE = "sweep.jsonl", "sweep.png"
 
 def run_sweep(
     console: Console, model: str, ratios: list[float], presets: list[str], config: PruneConfig, text: str | None,
-    eval_len: int, max_windows: int | None, prompt: int, new_tokens: int, rounds: int, out: Path, keep: bool, resume: bool,
-    quiet: bool,
+    eval_len: int, max_windows: int | None, prompt: int, new_tokens: int, rounds: int, out: Path, keep: bool,
+    workdir: Path | None, resume: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Sweep into a folder, and print the table; arguments as on the command line.
 
@@ -32,27 +35,36 @@ def run_sweep(
         ValueError: (as InputError) as `sweep`, or the folder has points already, which are not to be gone on with, or of
             other settings.
     """
+    device = parse_device(config.device)
     settings = {
         "model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows, "prompt": prompt,
         "new_tokens": new_tokens, "calibration": config.to_dict()["calibration"], "samples": config.samples,
         "seq_len": config.seq_len, "seed": config.seed, "head_unit": config.head_unit,
+        "rounds": rounds, "device": machine(str(device)), "threads": torch.get_num_threads(),
+        "slimllm": versions()["slimllm"],
     }  # fmt: skip
     file = out / POINTS
     done = _read(file, settings, resume)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {out} cannot be made: {error.strerror}.") from None
     tokens = evaluation_tokens(open_checkpoint(model).tokenizer(), text, (max_windows or 2048) * eval_len)
     with PruneDisplay(console, quiet) as display:
 
         def on_point(point: Swept) -> None:
-            out.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps({**dataclasses.asdict(point), **settings}) + "\n")
+            try:
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps({**dataclasses.asdict(point), **settings}) + "\n")
+            except OSError as error:
+                raise OutputError(f"A point could not be written to {file}: {error.strerror}.") from error
             about = "dense" if point.preset == "dense" else f"{point.preset} at {point.ratio:g}"
             display.notice(f"{about}: perplexity {point.perplexity:.2f}, decoding x {point.decode_speedup:.2f}")
 
         points = sweep(
             model, ratios, config, tokens, presets=presets, seq_len=eval_len, max_windows=max_windows, prompt=prompt,
-            new_tokens=new_tokens, rounds=rounds, keep=out if keep else None, done=done, progress=display.progress,
-            on_point=on_point,
+            new_tokens=new_tokens, rounds=rounds, keep=out if keep else None, workdir=workdir, done=done,
+            progress=display.progress, on_point=on_point,
         )  # fmt: skip
     draw(points, out / PICTURE)
     if quiet:
@@ -71,7 +83,12 @@ def _read(file: Path, settings: dict[str, Any], resume: bool) -> list[Swept]:
     if not resume:
         raise InputError(f"{file.parent} holds a sweep already; add --resume to go on with it, or give another folder.")
     points = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):  # a line that was being written
+        with file.open("r+b") as cut:
+            cut.truncate(whole)
+    for number, line in enumerate(content[:whole].decode(errors="replace").splitlines(), 1):
         try:
             row = json.loads(line)
             point = Swept(**{field.name: row.pop(field.name) for field in dataclasses.fields(Swept)})

@@ -95,7 +95,7 @@ def check_space(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise InputError(
-            f"The pruned model needs up to {num_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free at {parent}."
+            f"The result needs up to {num_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free at {parent}."
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,8 @@ import pytest
 import torch
 from conftest import STORIES, config
 from safetensors.torch import load_file
+from test_cli import call
+from test_families import PECULIAR, tiny
 from test_resume import contents
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -21,8 +25,9 @@ from transformers import AutoModelForCausalLM
 from slimllm import InputError, load, perplexity, prune
 from slimllm.calibration import bundled_text, tokenize
 from slimllm.checkpoint import open_checkpoint
+from slimllm.families import layer_spec
 from slimllm.finetune import FinetuneConfig, FinetuneReport, finetune
-from slimllm.finetune.data import batch_of, learnt, read_examples
+from slimllm.finetune.data import Example, batch_of, learnt, read_examples
 from slimllm.finetune.train import Training
 
 QUICK: dict[str, Any] = {"seq_len": 32, "max_steps": 6, "save_every": 2, "learning_rate": 1e-3, "held_out": 8}
@@ -88,7 +93,7 @@ def test_the_result_is_as_before_but_for_the_weights(pruned: Path, whole: Path) 
     for name in before:
         if not name.endswith((".safetensors", "README.md", ".index.json")):
             assert before[name] == after[name], name
-    assert "by LoRA (rank 4" in (whole / "README.md").read_text()
+    assert "By LoRA (rank 4" in (whole / "README.md").read_text()
     changed = {}
     for shard in sorted(pruned.glob("*.safetensors")):
         old, new = load_file(shard), load_file(whole / shard.name)
@@ -162,9 +167,85 @@ def test_a_step_by_hand(pruned: Path, text: Path) -> None:
         if factor.requires_grad:
             moved = (factor.detach() - before[name]).abs()
             if "lora_B" in name:
+                assert bool((factor.grad.sign() == (before[name] - factor.detach()).sign()).all())
                 assert moved.max() == pytest.approx(1e-4, rel=1e-2), name
             else:  # B is 0 at first, so that A has no gradient
                 assert float(moved.max()) == 0, name
+
+
+@pytest.mark.parametrize("family", sorted(PECULIAR))
+def test_every_family_trains(family: str) -> None:
+    """A model's own dropout stays off, and what is merged computes what was trained."""
+    own = {"dropout": 0.3, "attention_dropout": 0.3} if family == "opt" else {}
+    model = tiny(family, **own)
+    dense, spec = copy.deepcopy(model), layer_spec(model.config.model_type)
+    ids = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(0))
+    examples = [Example(tuple(row.tolist()), given=number) for number, row in enumerate(ids)]
+    settings = FinetuneConfig(batch_size=8, epochs=6, dropout=0.0, learning_rate=1e-2, micro_batch=3)
+    training = Training(model, spec.layers, examples, settings)
+    before = training.mean_loss(examples)
+    state = torch.random.get_rng_state()
+    assert training.step()[0] == pytest.approx(before, rel=1e-5)
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's draws are not touched
+    while training.done < training.num_steps:
+        training.step()
+    after = training.mean_loss(examples)
+    assert after < before - 0.05
+    with torch.no_grad():
+        for projection in training.projections:
+            dense.get_submodule(projection).weight += training.update(projection)
+        scores = dense(ids).logits.double().log_softmax(-1)
+    found = [
+        -float(scores[row, position - 1, ids[row, position]]) for row in range(8) for position in range(max(1, row), 24)
+    ]  # fmt: skip
+    assert sum(found) / len(found) == pytest.approx(after, rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite(pruned: Path, text: Path, tmp_path: Path) -> None:
+    """Going on would fail again, so that nothing is left to go on with."""
+    settings = FinetuneConfig(**{**QUICK, "learning_rate": 1e30, "held_out": 0, "max_steps": 20})
+    with pytest.raises(InputError, match="give a smaller learning_rate"):
+        finetune(pruned, text, tmp_path / "out", settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_complete_already(pruned: Path, text: Path, whole: Path) -> None:
+    before, told = contents(whole), []
+    report = finetune(pruned, text, whole, FinetuneConfig(**QUICK), resume=True, notice=told.append)
+    assert told == [f"{whole} is complete already."] and contents(whole) == before and len(report.loss) == 6
+    with pytest.raises(InputError, match="is not empty"):
+        finetune(pruned, text, whole, FinetuneConfig(**{**QUICK, "seed": 1}), resume=True)
+    assert contents(whole) == before
+
+
+def test_replaced_when_asked(pruned: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(pruned, tmp_path / "out")
+    with pytest.raises(InputError, match="is not empty"):
+        finetune(pruned, text, tmp_path / "out", FinetuneConfig(**QUICK))
+    assert contents(tmp_path / "out") == contents(pruned)
+    finetune(pruned, text, tmp_path / "out", FinetuneConfig(**QUICK), overwrite=True)
+    assert (tmp_path / "out" / "finetune.json").is_file()
+
+
+def test_in_bfloat16(text: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """Computed and stored in half precision; the factors are not, and what is merged is rounded once."""
+    prune(STORIES, tmp_path / "half", config(token_ids, ratio=0.5, dtype="bfloat16"))
+    settings = FinetuneConfig(**{**QUICK, "learning_rate": 1e-2}, dtype="bfloat16")
+    report = finetune(tmp_path / "half", text, tmp_path / "out", settings)
+    assert report.compute_dtype == "bfloat16" and report.held_out[-1][1] < report.held_out[0][1] - 0.05
+    tensors = load_file(sorted((tmp_path / "out").glob("*.safetensors"))[0])
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+
+
+def test_command(pruned: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--data", text, "--out", tmp_path / "out", "--seq-len", "32", "--max-steps", "2", "--lr", "0.001"]
+    code, words, _ = call(capsys, "finetune", pruned, *options)
+    assert code == 0 and "2 steps over" in words and "held-out examples" in words and "report.html" in words
+    assert "Training afterwards" in (tmp_path / "out" / "report.html").read_text()
+    code, _, words = call(capsys, "finetune", pruned, *options)
+    assert code == 2 and "is not empty" in words
+    code, _, words = call(capsys, "finetune", pruned, *options, "--dtype", "float16")
+    assert code == 2 and "dtype must be one of float32, bfloat16" in words
 
 
 def test_learning_rate() -> None:
@@ -208,6 +289,24 @@ def test_instructions(tmp_path: Path) -> None:
     assert read_examples(whole_list, tokenizer, 200) == [short, long]
 
 
+def test_what_is_no_example(tmp_path: Path) -> None:
+    """Letters that end a line for Python, but not in JSON, are letters; what is left out is counted."""
+    tokenizer, path, told = open_checkpoint(STORIES).tokenizer(), tmp_path / "alpaca.jsonl", []
+    records = [
+        {"instruction": "Say\u2028it\u0085now.", "output": "It."}, {"instruction": "Nothing", "output": ""},
+        {"instruction": "word " * 400, "output": "No room."},
+    ]  # fmt: skip
+    path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records))
+    assert len(read_examples(path, tokenizer, 200, told.append)) == 1
+    assert told == ["2 of 3 examples have no answer, or no room for it in 200 tokens."]
+    path.write_text('{"text": "one"}\n\n{"text": null}\n')
+    with pytest.raises(InputError, match="Entry 3 of"):
+        read_examples(path, tokenizer, 200)
+    path.write_text('{"text": "one"}\n{"text"}\n')
+    with pytest.raises(InputError, match=r"Line 2 of .* is no valid JSON"):
+        read_examples(path, tokenizer, 200)
+
+
 def test_trains_on_instructions(pruned: Path, tmp_path: Path) -> None:
     path = tmp_path / "alpaca.jsonl"
     animals = [f"the {name}" for name in ("dog", "cat", "bird", "fish", "frog", "bear", "fox", "cow")] * 4
@@ -245,7 +344,7 @@ def test_what_cannot_be(pruned: Path, text: Path, tmp_path: Path) -> None:
         finetune(pruned, text, pruned, FinetuneConfig(**QUICK), overwrite=True)
     with pytest.raises(TypeError, match="config must be a FinetuneConfig"):
         finetune(pruned, text, tmp_path / "out", {})  # type: ignore[arg-type]
-    for name, value in {"rank": 0, "dropout": 1.0, "learning_rate": 0.0, "seq_len": 1, "dtype": "int4"}.items():
+    for name, value in {"rank": 0, "dropout": 1.0, "learning_rate": 0.0, "seq_len": 1, "dtype": "float16"}.items():
         with pytest.raises(InputError, match=name):
             FinetuneConfig(**{name: value})
     with pytest.raises(TypeError, match="epochs must be an integer"):

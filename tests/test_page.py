@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import struct
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import STORIES, config
+from matplotlib import image
 from test_cli import call
 
 from slimllm import prune
@@ -84,9 +86,17 @@ def test_what_it_says(folder: Path) -> None:
     ):
         assert number in page.words, number
     pictures = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]
-    assert pictures == [picture.title for picture in PICTURES]
+    assert pictures == [f"{picture.title}. {picture.caption}" for picture in PICTURES]
     identifiers = [attributes["id"] for tag, attributes in page.tags if tag == "section" and "id" in attributes]
     assert identifiers == [picture.name for picture in PICTURES]
+
+
+def test_identifiers_are_its_own(folder: Path) -> None:
+    page = Parsed((folder / "report.html").read_text())
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(set(identifiers)) == len(identifiers)
+    used = [value for _, attributes in page.tags if (value := attributes.get("xlink:href")) is not None]
+    assert used and {value[1:] for value in used} <= set(identifiers)
 
 
 def test_colours_follow_the_style(folder: Path) -> None:
@@ -102,7 +112,8 @@ def test_pictures(folder: Path) -> None:
         content = (folder / "report" / f"{picture.name}.png").read_bytes()
         width, height = struct.unpack(">II", content[16:24])
         assert content.startswith(b"\x89PNG") and width > 600 and height > 200
-        assert len(set(content[100:2000])) > 50  # something is drawn
+        colours = image.imread(io.BytesIO(content))[..., :3]
+        assert (abs(colours - colours.mean(-1, keepdims=True)).max(-1) > 0.2).mean() > 0.002  # lines or areas in colour
 
 
 def test_a_grid_of_heads_is_the_truth(folder: Path) -> None:
@@ -115,7 +126,8 @@ def test_a_grid_of_heads_is_the_truth(folder: Path) -> None:
         ("first", sum(layer["num_heads"] for layer in report.layers)),
         ("gone", sum(layer["num_heads_before"] - layer["num_heads"] for layer in report.layers)),
     ):
-        outlines = re.findall(rf'<path d="([^"]*)"[^>]*style="fill: var\(--{color}\)', drawing[0])
+        how = "fill" if color == "first" else "stroke"
+        outlines = re.findall(rf'<path d="([^"]*)"[^>]*style="[^"]*{how}: var\(--{color}\)', drawing[0])
         assert max(outline.count("z") for outline in outlines) == number
 
 
@@ -158,10 +170,27 @@ def test_the_command_and_prune_write_it(tmp_path: Path, capsys: pytest.CaptureFi
     code, words, _ = call(capsys, "report", tmp_path / "other", "--dense", STORIES, "--prompt", "One day, Tim")
     assert code == 0 and "report.html" in words
     assert "One day, Tim" in (tmp_path / "other" / "report.html").read_text()
+    (tmp_path / "other" / "report" / "training.png").touch()  # of an earlier page
+    assert call(capsys, "report", tmp_path / "other", "--no-sample")[0] == 0
+    assert not (tmp_path / "other" / "report" / "training.png").exists()
     code, _, words = call(capsys, "report", tmp_path)
     assert code == 2 and "There is no" in words and "report.json" in words
     code, _, words = call(capsys, "report", out, "--prompt", " ")
     assert code == 2 and "prompt of the sample is empty" in words
+
+
+def test_a_page_that_fails_costs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimllm.page.write.SAMPLED_PARAMETERS", 0)
+
+    def full(*arguments: object, **settings: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    options = ["--ratio", "0.3", "--samples", "4", "--seq-len", "32", "--out", tmp_path / "out"]
+    code, _, said = call(capsys, "prune", STORIES, *options)
+    assert code == 0 and "No space left" in said and "tries again" in said and (tmp_path / "out" / "report.json").is_file()
 
 
 def test_reports_of_older_versions(token_ids: torch.Tensor, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import random_llama
+from test_families import PECULIAR, tiny
 
 from slimllm import PruneConfig
 from slimllm.dense import DensePass
+from slimllm.families import layer_spec
 from slimllm.parallel import Ranks
 from slimllm.pipeline import prune_layers
 from slimllm.progress import Stopwatch
@@ -95,6 +97,65 @@ def test_hard_activations() -> None:
     for index, of_layer in enumerate(dense_pass(model, ids).layers[-1]["factors"]):
         for part, factor in zip(("attention", "ffn"), of_layer):
             assert factor == pytest.approx(reference(model, ids[:1], index, part, True), rel=2e-3)
+
+
+def test_half_precision() -> None:
+    """The same as of an fp32 model with these weights: rounding does not pass for damage."""
+    model, ids = random_llama(num_hidden_layers=24).bfloat16(), torch.arange(4 * 32).view(4, 32) % 128
+    half, full = (dense_pass(one, ids).layers[-1]["factors"] for one in (model, copy.deepcopy(model).float()))
+    assert torch.allclose(torch.tensor(half), torch.tensor(full), rtol=1e-3)
+
+
+@pytest.mark.parametrize("head_unit", ["kv-group", "query"])
+@pytest.mark.parametrize("family", sorted(PECULIAR))
+def test_every_family(family: str, head_unit: str) -> None:
+    """What becomes of the damage, factor times J, against the whole model with the same taken out of one projection."""
+    model = tiny(family)
+    ids = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
+    layers, spec = dense_pass(model, ids, head_unit=head_unit).layers, layer_spec(model.config.model_type)
+    for index, part in ((0, 0), (2, 1), (3, 0)):
+        layer = model.get_submodule(f"{spec.layers}.{index}")
+        projection = layer.get_submodule(spec.down_proj if part else spec.o_proj)
+        norm = spec.ffn_post_norm if part else spec.attention_post_norm
+        gain = layer.get_submodule(norm)(torch.ones(48)) if norm else torch.ones(48)
+        heads = (
+            PECULIAR[family].get("num_key_value_heads", 3) if head_unit == "kv-group" else model.config.num_attention_heads
+        )
+        units = 96 if part else heads
+
+        def damaged(module: Any, inputs: Any, output: Any, gain: Any = gain, units: int = units) -> torch.Tensor:
+            z = inputs[0].flatten(0, -2)
+            centered = z - z.mean(0)
+            seen = module.weight * gain[:, None]
+            scores = (centered.square().mean(0) * seen.square().sum(0)).view(units, -1).sum(1)
+            gone = torch.zeros(units, dtype=torch.bool)
+            gone[scores.argsort()[: units // 2]] = True
+            columns = gone.repeat_interleave(z.shape[1] // units)
+            return output - (centered[:, columns] @ module.weight[:, columns].T).view_as(output)
+
+        with torch.no_grad():
+            end = model(ids[:1], output_hidden_states=True).hidden_states[-1]
+            hook = projection.register_forward_hook(damaged)
+            other = model(ids[:1], output_hidden_states=True).hidden_states[-1]
+            hook.remove()
+        change = float(((other - end).square().mean(-1) / end.square().mean(-1)).mean())
+        found = layers[-1]["factors"][index][part] * layers[index]["damage"][part]
+        assert found == pytest.approx(change, rel=1e-3), (index, part)
+
+
+def test_a_single_group_loses_half_of_its_heads() -> None:
+    model = random_llama(num_key_value_heads=1, attention_bias=False)
+    ids = torch.arange(4 * 32).view(4, 32) % 128
+    found, reference_of_heads = dense_pass(model, ids), copy.deepcopy(model)
+    with torch.no_grad():  # the same function, every head with keys and values of its own
+        for layer in reference_of_heads.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                projection.weight = torch.nn.Parameter(projection.weight.repeat(6, 1))
+            layer.self_attn.num_key_value_groups = 1
+    reference_of_heads.config.num_key_value_heads = 6
+    assert found.layers[-1]["factors"][1][0] == pytest.approx(
+        reference(reference_of_heads, ids[:1], 1, "attention", True), rel=2e-3
+    )
 
 
 def test_layers_between(token_ids: torch.Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,43 @@ def test_points_are_those_of_single_runs(token_ids: torch.Tensor, tmp_path: Path
     assert again == points  # nothing is measured twice
 
 
+def test_interrupted_while_it_measures(token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """What is pruned and kept, but was not measured, is measured when the sweep goes on."""
+    tokens = tokenize(open_checkpoint(STORIES).tokenizer(), [bundled_text("evaluation")[:5_000]])
+    quick: dict[str, Any] = {"prompt": 8, "new_tokens": 2, "rounds": 1, "keep": str(tmp_path / "kept")}
+    told: list[Swept] = []
+
+    def stop(point: Swept) -> None:
+        told.append(point)
+        if point.preset != "dense":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(STORIES, [0.2, 0.4], config(token_ids), tokens, on_point=stop, **quick)
+    assert (tmp_path / "kept" / "default" / "0.2" / "report.json").is_file()
+    points = sweep(STORIES, [0.2, 0.4], config(token_ids), tokens, done=told[:1], **quick)  # as if it had not been written
+    assert [point.ratio for point in points] == [0.0, 0.2, 0.4]
+    assert points[1].perplexity == told[1].perplexity
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"presets": ["default", "bets"]}, "preset must be one of"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"prompt": 500}, "500 tokens and 32 new ones are more than"),
+        ({"seq_len": 9999}, "seq_len is 9999"),
+        ({"presets": []}, "at least one ratio and one preset"),
+    ],
+)
+def test_refused_before_anything_is_pruned(token_ids: torch.Tensor, settings: dict[str, Any], sentence: str) -> None:
+    def progress(*about: object) -> None:
+        raise AssertionError("it was begun")
+
+    with pytest.raises(InputError, match=sentence):
+        sweep(STORIES, [0.2], config(token_ids), token_ids.flatten(), progress=progress, **settings)
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     options = [
@@ -109,6 +147,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     now = (out / "sweep.jsonl").read_text().splitlines()
     assert now[:2] == lines and [json.loads(line)["ratio"] for line in now] == [0.0, 0.2, 0.4]
+    with (out / "sweep.jsonl").open("a") as file:
+        file.write('{"preset": "def')  # a line that was being written when the power failed
+    code, words, _ = call(capsys, "sweep", STORIES, "--ratio", "0.2:0.4:0.2", *options, "--resume")
+    assert code == 0 and (out / "sweep.jsonl").read_text().splitlines() == now
     (out / "sweep.jsonl").write_text("nonsense\n")
     code, _, words = call(capsys, "sweep", STORIES, "--ratio", "0.4", *options, "--resume")
     assert code == 2 and "Line 1 of" in words

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.calibration import NAMED, bundled_text, draw_windows, read_texts, tokenize, windows_of
+from slimllm.calibration import bundled_text, draw_windows, read_texts, tokenize, windows_of
 from slimllm.checkpoint import open_checkpoint
 
 
@@ -72,13 +73,30 @@ def test_datasets_are_read_by_name(tmp_path: Path, stories_path: Path) -> None:
     assert report.calibration["tokens"] == 128
 
 
-@pytest.mark.parametrize("name", sorted(NAMED))
-def test_texts_of_the_papers(name: str) -> None:
-    """Off the hub the whole of what is asked for is named; there they are the papers' parts."""
-    _, _, split, column = NAMED[name].split(":")
-    assert (split, column) == {"wikitext2": ("test", "text"), "ptb": ("validation", "sentence")}[name]
-    with pytest.raises(InputError, match=f"There is no file {name}, and no dataset of that name can be had"):
+@pytest.mark.parametrize(
+    ("name", "path", "part", "split", "column"),
+    [
+        ("wikitext2", "Salesforce/wikitext", "wikitext-2-raw-v1", "test", "text"),
+        ("ptb", "ptb-text-only/ptb_text_only", "penn_treebank", "validation", "sentence"),
+    ],
+)
+def test_texts_of_the_papers(
+    name: str, path: str, part: str, split: str, column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What LLM-Pruner and SlimLLM measure on is what the hub is asked for; a folder of that name comes first."""
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(*arguments: Any, **settings: Any) -> list[dict[str, str]]:
+        asked.append((*arguments, settings["split"]))
+        return [{column: "one"}, {column: "two"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_texts(name, 20) == ["one", "two"] and asked == [(path, part, split)]
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    with pytest.raises(InputError, match='has no column "text"') if column != "text" else nullcontext():
         read_texts(name, 20)
+    assert asked[1] == (name, None, "train")
 
 
 def test_bundled_texts_do_not_overlap() -> None:

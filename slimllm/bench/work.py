@@ -69,8 +69,8 @@ def stage_work(
     probed = probed_layers(len(sizes)) if config.get("allocation") == "auto" else []
     for index, (size, layer) in enumerate(zip(sizes, report["layers"])):
         found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, config, on_gpu)
-        if probed:  # copies of a window that were damaged before, or are in this layer
-            passing = 2 * sum(at <= index for at in probed) * min(TOKENS, seq_len)
+        if probed:  # a window, and copies of it that were damaged before, or are in this layer
+            passing = (1 + 2 * sum(at <= index for at in probed)) * min(TOKENS, seq_len)
             found["sensitivity"] = Work(found["dense pass"].operations * passing / tokens)
         found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
         for stage, work in found.items():

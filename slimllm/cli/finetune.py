@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import Quiet, app, console
+from slimllm.cli.options import REMOVED, Quiet, app, console, errors
+from slimllm.cli.page import write_page_unasked
+from slimllm.finetune.report import FinetuneReport
+from slimllm.report import REPORT_NAME
 
 
 @app.command("finetune")
@@ -30,7 +33,7 @@ def finetune_command(
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps from one state on the disk to the next.")] = 20,
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, to compute in. Default: float32 on CPU.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that was interrupted.")] = False,
@@ -40,8 +43,8 @@ def finetune_command(
 
     Interrupt it once to stop behind the present step, with its state on the disk.
     """
-    from slimllm.cli.options import errors
     from slimllm.display import PruneDisplay
+    from slimllm.errors import OutputError
     from slimllm.finetune import FinetuneConfig, finetune
     from slimllm.interrupts import SafeStop
     from slimllm.parallel import Ranks
@@ -65,11 +68,20 @@ def finetune_command(
                 model, data, out, config, overwrite=overwrite, resume=resume, progress=progress, notice=display.notice
             )
         except SystemExit:
-            if can_resume(out):
-                errors.print("Interrupted; the same command with --resume goes on from here.", style="bold red")
+            left = "the same command with --resume goes on from here"
+            errors.print(f"Interrupted; {left if can_resume(out) else REMOVED}.", style="bold red", highlight=False)
             raise
-    if quiet:
-        return
+        except OutputError as error:
+            if can_resume(out):
+                raise OutputError(f"{error} The same command with --resume goes on from here.") from error
+            raise
+    if not quiet:
+        _summary(report)
+    if (out / REPORT_NAME).is_file():
+        write_page_unasked(out, quiet)
+
+
+def _summary(report: FinetuneReport) -> None:
     console.print(
         f"{len(report.loss)} steps over {report.examples:,} examples in {report.elapsed_s:.0f} s; "
         f"{report.trainable:,} of {report.parameters:,} parameters were trained.",
@@ -81,4 +93,4 @@ def finetune_command(
             f"Loss on {report.held_out_examples} held-out examples: {before:.4f} before, {after:.4f} after.",
             highlight=False,
         )
-    console.print(f"{out} is written; every step is in its finetune.json.", highlight=False)
+    console.print(f"{report.out} is written; every step is in its finetune.json.", highlight=False, soft_wrap=True)

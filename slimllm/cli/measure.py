@@ -69,6 +69,7 @@ def sweep_command(
     head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models: OUT/PRESET/RATIO.")] = False,
+    workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in that folder.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -84,7 +85,7 @@ def sweep_command(
     )  # fmt: skip
     run_sweep(
         console, model, ratios, preset or ["default"], config, text, eval_len, max_windows or None, prompt, new_tokens,
-        rounds, out, keep, resume, quiet,
+        rounds, out, keep, workdir, resume, quiet,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from slimllm.cli.options import (
     console,
     errors,
 )
+from slimllm.cli.page import write_page_unasked
 from slimllm.errors import InputError, LostRankError, OutputError
 from slimllm.interrupts import SafeStop
 from slimllm.parallel import Ranks, launched
@@ -92,7 +93,6 @@ def prune_command(
     from slimllm.config import PruneConfig
     from slimllm.display import PruneDisplay
     from slimllm.engine import prune, prune_ratios
-    from slimllm.page import write_page_of
     from slimllm.writer import can_resume
 
     if uniform:
@@ -134,13 +134,10 @@ def prune_command(
             if any(map(can_resume, results)):
                 raise type(error)(f"{error} The same command with --resume goes on from here.") from error
             raise
-        for report in reports if ranks.first else []:
-            if not quiet:
-                display.summary(report)
-            if page:
-                write_page_of(report)
-                if not quiet:
-                    console.print("        and for people in report.html", highlight=False)
+        for report in reports if ranks.first and not quiet else []:
+            display.summary(report)
+    for report in reports if ranks.first and page else []:  # the other ranks do not wait for it
+        write_page_unasked(Path(str(report.out)), quiet)
 
 
 @app.command("plan")

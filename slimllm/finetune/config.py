@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from slimllm.config import DTYPES, check_choice, check_number
+from slimllm.config import check_choice, check_number
 from slimllm.errors import InputError
 
 
@@ -23,14 +23,15 @@ class FinetuneConfig:
         warmup: A share of all steps.
         epochs: How often every example is seen.
         batch_size: Examples of a step.
-        micro_batch: Of these so many pass the model at once; it changes memory and the last digits, and nothing else.
+        micro_batch: Of these so many pass the model at once; it changes memory, the last digits, and what the dropout
+            draws.
         seq_len: Tokens of an example at most; text is cut into windows of so many.
         held_out: Examples, of the end of a seeded permutation, that are not trained on but measured; a tenth at most.
         max_steps: End after so many steps, with the learning rate at 0 then; None: after the last epoch.
         save_every: Steps from one state on the disk, which an interrupted training goes on with, to the next.
         seed: Of the held-out examples, their order, the factors and the dropout.
-        dtype: `float32`, `float16` or `bfloat16`, what the model computes in, the factors always being float32; None:
-            float32 on a CPU, the checkpoint's own on a GPU.
+        dtype: `float32` or `bfloat16`, what the model computes in, the factors always being float32 (float16 has no room
+            for gradients); None: float32 on a CPU, bfloat16 on a GPU.
         device: `cpu`, `cuda`, …; None: a GPU if there is one.
 
     Raises:
@@ -70,7 +71,7 @@ class FinetuneConfig:
             if getattr(self, name) >= 1:
                 raise InputError(f"{name} is a share and must be below 1, got {getattr(self, name)}.")
         if self.dtype is not None:
-            check_choice("dtype", self.dtype, tuple(DTYPES))
+            check_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slimllm.errors import InputError
+from slimllm.report import REPORT_NAME
 
 FINETUNE_NAME = "finetune.json"
 
@@ -24,11 +25,12 @@ class FinetuneReport:
         trainable: Parameters of the factors, of `parameters` of the model.
         loss: Of every step, in nats a learnt token, before it.
         held_out: Pairs of a step, after which it was, and the mean loss of the held-out examples: before the first one,
-            with every state on the disk, and at the end.
+            every `save_every` steps, and at the end; before the factors are merged and rounded to the checkpoint's dtype.
         tokens: That passed the model in training.
         elapsed_s: Seconds in all, those before an interruption included.
         peak_host_gib, peak_gpu_gib: Peak memory since the last interruption.
         device, compute_dtype, versions: What ran.
+        identity: What another training must have in common with this one to be the same.
     """
 
     model: str
@@ -48,6 +50,7 @@ class FinetuneReport:
     device: str
     compute_dtype: str
     versions: dict[str, str]
+    identity: dict[str, Any]
 
     def save(self, folder: Path) -> None:
         """Write finetune.json into the folder."""
@@ -79,11 +82,12 @@ def add_to_model_card(report: FinetuneReport, folder: Path) -> None:
     if report.held_out:
         held_out = f" The loss on {report.held_out_examples} held-out examples went from {report.held_out[0][1]:.3f} to "
         held_out += f"{report.held_out[-1][1]:.3f} nats a token."
+    pruned = " Perplexities above are those before." if (folder / REPORT_NAME).is_file() else ""
     text = f"""
 ## Trained
 
-After pruning, by LoRA (rank {config["rank"]}, learning rate {config["learning_rate"]:g}, batches of
+By LoRA (rank {config["rank"]}, learning rate {config["learning_rate"]:g}, batches of
 {config["batch_size"]}) on `{Path(report.data).name}`: {len(report.loss)} steps over {report.examples} examples; the factors
-are merged into the weights.{held_out} Perplexities above are those before. Every step is in `finetune.json`.
+are merged into the weights.{held_out}{pruned} Every step is in `finetune.json`.
 """
     card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n" + text, encoding="utf-8")

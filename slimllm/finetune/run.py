@@ -7,7 +7,6 @@ import json
 import shutil
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,17 @@ from transformers import PreTrainedTokenizerBase
 from slimllm import memory
 from slimllm.checkpoint import open_checkpoint
 from slimllm.config import parse_device
-from slimllm.errors import InputError
+from slimllm.errors import HopelessError, InputError
 from slimllm.evaluate import load
 from slimllm.finetune.config import FinetuneConfig
 from slimllm.finetune.data import Example, read_examples
-from slimllm.finetune.report import FinetuneReport, add_to_model_card
+from slimllm.finetune.report import FINETUNE_NAME, FinetuneReport, add_to_model_card
 from slimllm.journal import Journal, fingerprint
 from slimllm.progress import ProgressCallback
 from slimllm.report import REPORT_NAME, versions
-from slimllm.run import environment_of, say_nothing
+from slimllm.run import Notice, checksum_of, environment_of, say_changes, say_nothing
 from slimllm.source import CheckpointModel
-from slimllm.writer import CheckpointWriter, check_destination, check_interrupted, check_space
+from slimllm.writer import CheckpointWriter, can_resume, check_destination, check_interrupted, check_space
 
 
 def finetune(
@@ -39,7 +38,7 @@ def finetune(
     overwrite: bool = False,
     resume: bool = False,
     progress: ProgressCallback | None = None,
-    notice: Callable[[str], None] = say_nothing,
+    notice: Notice = say_nothing,
 ) -> FinetuneReport:
     """Train a model, pruned or not, by LoRA on all projections of its layers, and write it, merged, in its own format.
 
@@ -67,7 +66,9 @@ def finetune(
         raise TypeError(f"config must be a FinetuneConfig, got {type(config).__name__}.")
     try:
         from slimllm.finetune.train import Training
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
         raise InputError(
             "LoRA is peft's, which is not installed; pip install peft, or this package with the extra finetune."
         ) from None
@@ -76,19 +77,23 @@ def finetune(
     checkpoint = open_checkpoint(model)
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file; give the folder of a Hugging Face model, such as slimllm prune writes.")
-    check_destination(out, [checkpoint.path, Path(data).expanduser()], overwrite or in_place)
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
-    tokenizer = checkpoint.tokenizer()
-    examples, held_out = _examples(data, tokenizer, config, source)
-    check_space(out, 2 * sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors")))
-    identity = _identity(source, examples + held_out, config)
+    examples, held_out = _examples(data, checkpoint.tokenizer(), config, source, notice)
+    compute_dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    identity = _identity(source, examples + held_out, config, compute_dtype)
+    if resume and not can_resume(out) and (out / FINETUNE_NAME).is_file():
+        report = FinetuneReport.read(out)
+        if report.identity == json.loads(json.dumps(identity)):
+            notice(f"{out} is complete already.")
+            return report
+    check_destination(out, [checkpoint.path, Path(data).expanduser()], overwrite or in_place)
+    check_space(out, sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors")))
     with CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment_of(device, 1)) as writer:
         if writer.journal.done("finished"):
             writer.finish()
             return FinetuneReport.read(out)
-        loaded, _ = load(checkpoint.path, dtype=config.dtype, device=config.device)
+        loaded, _ = load(checkpoint.path, dtype=compute_dtype, device=config.device)
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
-        compute_dtype = str(loaded.dtype).removeprefix("torch.")
         training = Training(loaded, source.spec.layers, examples, config)
         missing = [name for name in training.projections if f"{name}.weight" not in source.shapes()]
         if missing:
@@ -111,6 +116,7 @@ def finetune(
             device=str(device),
             compute_dtype=compute_dtype,
             versions=versions(),
+            identity=identity,
         )
         report.save(writer.folder)
         add_to_model_card(report, writer.folder)
@@ -120,13 +126,13 @@ def finetune(
 
 
 def _examples(
-    data: str | Path, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: CheckpointModel
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: CheckpointModel, notice: Notice
 ) -> tuple[list[Example], list[Example]]:
     """Those to train on, and those held out."""
     longest = getattr(source.config, "max_position_embeddings", None)
     if longest is not None and config.seq_len > longest:
         raise InputError(f"seq_len is {config.seq_len}, but the model takes at most {longest} tokens.")
-    every = read_examples(data, tokenizer, config.seq_len)
+    every = read_examples(data, tokenizer, config.seq_len, notice)
     if max(max(example.ids) for example in every) >= source.config.vocab_size:
         raise InputError("The tokenizer has more tokens than the model's vocabulary; is it the tokenizer of this model?")
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -135,23 +141,26 @@ def _examples(
     return shuffled[: len(every) - number], shuffled[len(every) - number :]
 
 
-def _identity(source: CheckpointModel, examples: list[Example], config: FinetuneConfig) -> dict[str, Any]:
+def _identity(
+    source: CheckpointModel, examples: list[Example], config: FinetuneConfig, compute_dtype: str
+) -> dict[str, Any]:
     """What two trainings must have in common for one to go on with the other."""
     settings = config.to_dict()
-    del settings["device"]
-    names = [source.weights(index) for index in range(source.num_layers)]
-    others = [source.checkpoint.read([name]) for name in source.other_tensors()]
+    del settings["device"], settings["dtype"]
+    checksums = [fingerprint(source.weights(index)) for index in range(source.num_layers)]
+    checksums += [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
     return {
         "slimllm": versions()["slimllm"],
         **settings,
+        "compute_dtype": compute_dtype,
         "examples, by checksum": zlib.crc32(json.dumps([[example.given, *example.ids] for example in examples]).encode()),
-        "model, by checksum": zlib.crc32(str([fingerprint(tensors) for tensors in [*names, *others]]).encode()),
+        "model, by checksum": checksum_of(checksums),
     }
 
 
 def _train(
     training: Any, held_out: list[Example], config: FinetuneConfig, journal: Journal, started: float,
-    progress: ProgressCallback | None, notice: Callable[[str], None],
+    progress: ProgressCallback | None, notice: Notice,
 ) -> dict[str, Any]:  # fmt: skip
     """All steps that are left: the curve, as the report has it."""
     curve: dict[str, Any] = {"loss": [], "held_out": [], "tokens": 0, "elapsed_s": 0.0}
@@ -160,6 +169,7 @@ def _train(
         curve = {name: steps[-1][name] for name in curve}
         started -= curve["elapsed_s"]
         notice(f"Going on behind step {training.done} of {training.num_steps}.")
+        say_changes(journal, training.device, 1, notice)
     elif held_out:
         curve["held_out"].append([0, training.mean_loss(held_out)])
 
@@ -193,8 +203,11 @@ def _write(training: Any, source: CheckpointModel, writer: CheckpointWriter, pro
         prefix, tensors = source.layer_prefix(index), {}
         for name, tensor in source.weights(index).items():
             projection = prefix + name.removesuffix(".weight")
-            trained = name.endswith(".weight") and projection in training.projections
-            tensors[prefix + name] = (tensor.float() + training.update(projection)).to(tensor.dtype) if trained else tensor
+            if name.endswith(".weight") and projection in training.projections:
+                tensor = (tensor.float() + training.update(projection)).to(tensor.dtype)
+                if not bool(tensor.isfinite().all()):
+                    raise HopelessError(f"{prefix}{name} is not finite any more; give a smaller learning_rate.")
+            tensors[prefix + name] = tensor
         writer.write_shard(index + 1, tensors)
         if progress:
             progress("export", index, source.num_layers, None)

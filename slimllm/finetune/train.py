@@ -12,11 +12,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimllm.errors import InputError
+from slimllm.errors import HopelessError, InputError
 from slimllm.finetune.config import FinetuneConfig
 from slimllm.finetune.data import Example, batch_of, learnt
 from slimllm.states import State
 
+MAX_NORM = 1.0  # of the gradient, as transformers' Trainer has it, which LLM-Pruner trains with
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -32,23 +33,25 @@ class Training:
     Attributes:
         num_steps: How many there are.
         done: How many of them are done.
+        device: Where the model is.
         projections: Those with factors, by their names in the model.
     """
 
     def __init__(self, model: PreTrainedModel, layers: str, examples: list[Example], config: FinetuneConfig) -> None:
         self._examples, self._config = examples, config
-        self._device = model.device
+        self.device = model.device
         steps = math.ceil(len(examples) / config.batch_size)
         self.num_steps = min(steps * config.epochs, config.max_steps or steps * config.epochs)
         self.done = 0
-        torch.manual_seed(config.seed)  # of the factors
         modules = model.get_submodule(layers).named_modules()
         targets = [f"{layers}.{name}" for name, module in modules if isinstance(module, nn.Linear)]
         lora = LoraConfig(
             r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
             task_type="CAUSAL_LM",
         )  # fmt: skip
-        self.model: PeftModel = get_peft_model(model, lora)
+        with torch.random.fork_rng([]):
+            torch.manual_seed(config.seed)  # of the factors, which are made on the CPU
+            self.model: PeftModel = get_peft_model(model, lora)
         base: Any = self.model.base_model.model
         self.projections = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
         self._factors = {name: factor for name, factor in self.model.named_parameters() if factor.requires_grad}
@@ -63,24 +66,31 @@ class Training:
         """One more step: the loss before it, in nats a learnt token, and how many tokens passed the model.
 
         Raises:
-            ValueError: (as InputError) the loss is not finite.
+            ValueError: (as HopelessError) the loss or its gradient is not finite.
         """
-        self.model.train()
-        torch.manual_seed((self._config.seed + 1) * 1_000_003 + self.done)  # of the dropout
+        self.model.eval()  # a model's own dropout, which OPT has, stays off
+        for layer in self.projections.values():
+            layer.lora_dropout.train()
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.done)
         batch = self._batch(self.done)
         number = sum(len(example.ids) - max(example.given, 1) for example in batch)
         total, tokens = 0.0, 0
         self._optimizer.zero_grad()
-        for start in range(0, len(batch), self._config.micro_batch):
-            some = batch[start : start + self._config.micro_batch]
-            loss = self._loss(some) / number
-            loss.backward()
-            total += float(loss.detach())
-            tokens += sum(len(example.ids) for example in some)
-        if not math.isfinite(total):
-            raise InputError(f"The loss of step {self.done + 1} is {total}; give a smaller learning_rate, or float32.")
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the caller's is left alone
+            torch.manual_seed((self._config.seed + 1) * 1_000_003 + self.done)  # of the dropout
+            for start in range(0, len(batch), self._config.micro_batch):
+                some = batch[start : start + self._config.micro_batch]
+                loss = self._loss(some) / number
+                loss.backward()
+                total += float(loss.detach())
+                tokens += sum(len(example.ids) for example in some)
+        norm = float(nn.utils.clip_grad_norm_(self._factors.values(), MAX_NORM))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise HopelessError(
+                f"In step {self.done + 1} the loss is {total} and the norm of its gradient {norm}; give a smaller "
+                "learning_rate, or compute in float32."
+            )
         self._optimizer.step()
         self.done += 1
         return total, tokens
@@ -98,6 +108,8 @@ class Training:
         total, number = 0.0, sum(len(example.ids) - max(example.given, 1) for example in examples)
         for start in range(0, len(examples), self._config.micro_batch):
             total += float(self._loss(examples[start : start + self._config.micro_batch]))
+        if not math.isfinite(total):
+            raise HopelessError("The loss of the held-out examples is not finite; compute in float32.")
         return total / number
 
     def update(self, projection: str) -> torch.Tensor:
@@ -138,8 +150,18 @@ class Training:
         return [self._examples[index] for index in order[start * size : (start + 1) * size]]
 
     def _loss(self, examples: list[Example]) -> torch.Tensor:
-        """Of all learnt tokens, summed, in nats."""
-        ids, mask, labels = batch_of(examples, self._device)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        """Of all learnt tokens, summed, in nats.
+
+        Raises:
+            ValueError: (as InputError) the GPU's memory is not enough.
+        """
+        ids, mask, labels = batch_of(examples, self.device)
+        try:
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"The memory of {self.device} is not enough for {len(examples)} examples at once; give a smaller "
+                "micro_batch."
+            ) from None
         where = learnt(labels)
         return nn.functional.cross_entropy(logits[where].float(), labels[:, 1:][where], reduction="sum")

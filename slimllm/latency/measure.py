@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import signal
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,8 +62,8 @@ class Latency:
 
     Attributes:
         lines: Of every shape those of all models, in the order in which they were given.
-        memory_gib: The most that each took, with its weights: of a GPU what torch had allocated, of the host what came on
-            top of Python and the libraries.
+        memory_gib: The most that each took to generate, with its weights: of a GPU what torch had allocated, of the host
+            what came on top of Python and the libraries.
         dtype, device, threads: What computed.
     """
 
@@ -98,6 +99,9 @@ def measure_latency(
 ) -> Latency:
     """Time prefill and decoding of models, one after the other, round by round.
 
+    The models' processes are started anew, as `multiprocessing` does by "spawn": a script that calls this from its top
+    level needs `if __name__ == "__main__":` around the call.
+
     Args:
         models: Folders, GGUF files or hub ids; the first is what the others are compared with. All are in memory at once.
         batch_sizes: Prompts at once.
@@ -111,11 +115,7 @@ def measure_latency(
         ValueError: (as InputError) a setting is out of range, a model cannot be loaded or takes fewer tokens, or memory ran
             out.
     """
-    settings = {"batch_sizes": batch_sizes, "prompts": prompts, "new_tokens": [new_tokens], "rounds": [rounds]}
-    for name, values in settings.items():
-        least = 2 if name == "new_tokens" else 1
-        if not values or min(values) < least:
-            raise InputError(f"{name} must be at least {least}, got {', '.join(map(str, values)) or 'none'}.")
+    check_shapes(batch_sizes, prompts, new_tokens, rounds)
     if not models:
         raise InputError("Give at least one model.")
     if dtype is not None:
@@ -123,7 +123,7 @@ def measure_latency(
     where = str(parse_device(device))
     for model in models:
         locate(model, only=("config.json",))
-    shapes = [Shape(batch, prompt, new_tokens) for batch in batch_sizes for prompt in prompts]
+    shapes = list(dict.fromkeys(Shape(batch, prompt, new_tokens) for batch in batch_sizes for prompt in prompts))
     lines, total, done = [], len(shapes) * (rounds + 1) * len(models), 0
     with _workers(models, dtype, where, trust_remote_code) as workers:
         about = [worker.ask(None) for worker in workers]
@@ -147,6 +147,15 @@ def measure_latency(
     return Latency(lines, peaks, about[0]["dtype"], where, about[0]["threads"])
 
 
+def check_shapes(batch_sizes: Sequence[int], prompts: Sequence[int], new_tokens: int, rounds: int) -> None:
+    """Raise ValueError (as InputError) where there is nothing to be timed."""
+    settings = {"batch_sizes": batch_sizes, "prompts": prompts, "new_tokens": [new_tokens], "rounds": [rounds]}
+    for name, values in settings.items():
+        least = 2 if name == "new_tokens" else 1
+        if not values or min(values) < least:
+            raise InputError(f"{name} must be at least {least}, got {', '.join(map(str, values)) or 'none'}.")
+
+
 class _Worker:
     """A model in a process of its own."""
 
@@ -165,9 +174,12 @@ class _Worker:
                 self._connection.send(question)
             kind, answer = self._connection.recv()
         except (EOFError, OSError):
-            raise InputError(
-                f"The process with {self.model} was killed, probably because memory ran out; take fewer models or tokens."
-            ) from None
+            self.process.join(10)
+            code = self.process.exitcode
+            reason = "killed, probably because memory ran out; take fewer models or tokens"
+            if code != -signal.SIGKILL:
+                reason = f"ended (exit code {code}); a script that calls this needs if __name__ == '__main__'"
+            raise InputError(f"The process with {self.model} was {reason}.") from None
         if kind == "refused":
             raise InputError(answer)
         return answer

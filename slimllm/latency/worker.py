@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -10,10 +9,12 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
 
 from slimllm import memory
+from slimllm.checkpoint import first_line
 from slimllm.errors import InputError
 from slimllm.evaluate import load
 from slimllm.interrupts import leave_interrupts_to_parent
@@ -31,13 +32,14 @@ class Shape:
 def serve(connection: Connection, name: str, dtype: str | None, device: str, trust_remote_code: bool) -> None:
     """The life of a worker: load the model, and answer until nobody asks any more."""
     leave_interrupts_to_parent()
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    logging.set_verbosity_error()
     try:
         where = torch.device(device)
         memory.warm_up(where)
         runtime = memory.resident_gib()
-        memory.reset_peak(where)
         model, _ = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        memory.release()
+        memory.reset_peak(where)  # loading may take more, and how much depends on the form of the files
         model.generation_config.eos_token_id = None  # every token is generated
         parameters = sum(parameter.numel() for parameter in model.parameters())
         used = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -46,7 +48,7 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
             kind, shape = connection.recv()
             answer: Any = None
             if kind == "check":
-                _check_length(model, name, shape)
+                check_length(model.config, name, shape)
             elif kind == "time":
                 answer = _timed(model, shape)
             elif kind == "count":
@@ -61,10 +63,13 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
         connection.send(("refused", f"The memory of {device} is not enough for {name}; take fewer models or tokens."))
     except EOFError:
         pass
+    except Exception as error:  # of the model's own code, or torch's
+        connection.send(("refused", f"{name} cannot be timed: {type(error).__name__}: {first_line(error)}"))
 
 
-def _check_length(model: PreTrainedModel, name: str, shape: Shape) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
+def check_length(config: PretrainedConfig, name: str, shape: Shape) -> None:
+    """Raise ValueError (as InputError) where a model takes fewer tokens."""
+    longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and shape.prompt + shape.new_tokens > longest:
         raise InputError(
             f"{shape.prompt} tokens and {shape.new_tokens} new ones are more than {name} takes, which is {longest}."
@@ -97,6 +102,8 @@ def _timed(model: PreTrainedModel, shape: Shape) -> dict[str, float]:
         torch.cuda.synchronize(ids.device)
     _generate(model, ids, shape.new_tokens, clock)
     started, *tokens = clock.times  # the prompt comes first
+    if len(tokens) != shape.new_tokens:
+        raise InputError(f"{len(tokens)} tokens were generated instead of {shape.new_tokens}; the model stops by itself.")
     return {"first_token_s": tokens[0] - started, "next_tokens_s": tokens[-1] - tokens[0]}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import io
+import re
 from dataclasses import dataclass
 
 import matplotlib
@@ -20,8 +22,8 @@ class Palette:
     gone: str
 
 
-LIGHT = Palette(ink="#1f2328", grid="#d5d9de", first="#1f5fa8", second="#c8641b", gone="#e3e6ea")
-DARK = Palette(ink="#e6e9ed", grid="#3a4048", first="#6fa8e8", second="#f0a35e", gone="#2b3037")
+LIGHT = Palette(ink="#1f2328", grid="#d5d9de", first="#1f5fa8", second="#c8641b", gone="#868f99")
+DARK = Palette(ink="#e6e9ed", grid="#3a4048", first="#6fa8e8", second="#f0a35e", gone="#76808c")
 # Stand for the variables while matplotlib draws; nothing else has these colours.
 _NAMES = {"ink": "#000001", "grid": "#000002", "first": "#000003", "second": "#000004", "gone": "#000005"}
 VARIABLE = Palette(**_NAMES)
@@ -36,13 +38,14 @@ def css(palette: Palette) -> str:
     return " ".join(f"--{name}: {getattr(palette, name)};" for name in _NAMES)
 
 
-def svg(figure: Figure, title: str) -> str:
-    """A figure drawn with `VARIABLE`, to be part of a page."""
+def svg(figure: Figure, name: str, description: str) -> str:
+    """A figure drawn with `VARIABLE`, to be part of a page beside others: with identifiers of its own, and in words."""
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
-    for name, color in _NAMES.items():
-        text = text.replace(color, f"var(--{name})")
+    for variable, color in _NAMES.items():
+        text = text.replace(color, f"var(--{variable})")
     start = text.index("<svg ")
-    return text[start:].replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text[start:])
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(description)}" ', 1)

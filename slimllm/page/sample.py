@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 
 from slimllm.errors import InputError
 from slimllm.evaluate import load
+from slimllm.memory import release
 
 PROMPT = "The old house at the end of the street"
 NEW_TOKENS = 60
+REPETITION_PENALTY = 1.2
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,17 @@ def make_sample(
 @torch.no_grad()
 def _written(model: str | Path, prompt: str, device: str | None) -> str:
     loaded, tokenizer = load(model, device=device)
-    inputs = tokenizer(prompt, return_tensors="pt").to(loaded.device)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
+    longest = getattr(loaded.config, "max_position_embeddings", None)
+    if longest is not None and ids.shape[1] + NEW_TOKENS > longest:
+        raise InputError(f"The prompt of the sample has {ids.shape[1]} tokens; give at most {longest - NEW_TOKENS}.")
     generate: Any = loaded.generate
-    # Greedy, so that it is the same every time; small models repeat themselves without the penalty.
-    ids = generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, repetition_penalty=1.2, pad_token_id=0)
-    text = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    # Greedy, so that it is the same every time; small models, dense ones too, repeat themselves without the penalty.
+    written = generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+        repetition_penalty=REPETITION_PENALTY, pad_token_id=0,
+    )  # fmt: skip
+    text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     del loaded
-    gc.collect()
+    release()
     return str(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,20 +11,22 @@ import matplotlib
 
 from slimllm.errors import InputError
 from slimllm.finetune.report import FINETUNE_NAME, FinetuneReport
+from slimllm.page.figures import PICTURES as PICTURES_OF_ALL
 from slimllm.page.figures import drawn
 from slimllm.page.palette import DARK, LIGHT, STYLE, VARIABLE, css, svg
-from slimllm.page.sample import Sample, make_sample
+from slimllm.page.sample import REPETITION_PENALTY, Sample, make_sample
 from slimllm.report import PruneReport
 
 PAGE_NAME, PICTURES = "report.html", "report"
 SAMPLED_PARAMETERS = 1_000_000_000  # models up to this write a sample unasked
 
 
-def write_page_of(report: PruneReport) -> Path:
-    """The page of a model that has just been written; with a sample where the model is soon loaded."""
-    assert report.out is not None
-    small = report.parameters["after"] <= SAMPLED_PARAMETERS
-    return write_page(report.out, make_sample(report.out) if small else None)
+def write_page_of(folder: Path) -> Path:
+    """The page of a model that has just been written; with a sample if it soon loads, and no bound of memory was set."""
+    report = PruneReport.read(folder)
+    config = report.config
+    sampled = report.parameters["after"] <= SAMPLED_PARAMETERS and not (config["host_memory"] or config["gpu_memory"])
+    return write_page(folder, make_sample(folder, device=config["device"]) if sampled else None)
 
 
 def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
@@ -48,24 +49,32 @@ def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
     if any("num_heads_before" not in layer for layer in report.layers):
         raise InputError(f"{folder / 'report.json'} is of an older version, which left out the sizes before; prune again.")
     trained = FinetuneReport.read(folder) if (folder / FINETUNE_NAME).is_file() else None
-    pictures = [(picture, svg(figure, picture.title)) for picture, figure in drawn(report, trained, VARIABLE)]
+    pictures = [
+        (picture, svg(figure, picture.name, f"{picture.title}. {picture.caption}"))
+        for picture, figure in drawn(report, trained, VARIABLE)
+    ]  # fmt: skip
     loader = jinja2.PackageLoader("slimllm.page", ".")
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = templates.get_template("page.html").render(
         report=report, trained=trained, pictures=pictures, sample=sample, light=css(LIGHT), dark=css(DARK),
-        name=Path(report.model).name.removesuffix(".gguf"), memory=report.gpu_memory_gib or report.memory_gib,
+        penalty=REPETITION_PENALTY, memory=report.gpu_memory_gib or report.memory_gib,
+        name=Path(report.model).name.removesuffix(".gguf"),
     )  # fmt: skip
     try:
         with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as beside:
             with matplotlib.rc_context(STYLE):
                 for picture, figure in drawn(report, trained, LIGHT):
                     figure.savefig(Path(beside) / f"{picture.name}.png", dpi=160, facecolor="white")
+            (folder / PICTURES).mkdir(exist_ok=True)
+            for picture in PICTURES_OF_ALL:
+                made, place = Path(beside) / f"{picture.name}.png", folder / PICTURES / f"{picture.name}.png"
+                if made.exists():
+                    os.replace(made, place)
+                else:
+                    place.unlink(missing_ok=True)  # of an earlier page
             written = Path(beside) / PAGE_NAME
             written.write_text(text, encoding="utf-8")
             os.replace(written, folder / PAGE_NAME)
-            (folder / PICTURES).mkdir(exist_ok=True)
-            for picture_file in Path(beside).glob("*.png"):
-                shutil.move(picture_file, folder / PICTURES / picture_file.name)
     except OSError as error:
         raise InputError(f"The page cannot be written to {folder}: {error.strerror}.") from None
     return folder / PAGE_NAME
