@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,28 @@ def test_command(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_settings_that_cannot_be(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         measure_latency([STORIES], **settings)  # type: ignore[arg-type]
+
+
+def test_a_killed_process_is_said_and_none_is_left() -> None:
+    others = multiprocessing.active_children()
+
+    def progress(done: int, total: int, about: str) -> None:
+        if done == 1:
+            (one,) = [child for child in multiprocessing.active_children() if child not in others]
+            one.kill()
+
+    with pytest.raises(InputError, match=r"was killed, probably because memory ran out"):
+        measure_latency([STORIES], prompts=[8], new_tokens=2, rounds=2, progress=progress)
+    assert [child for child in multiprocessing.active_children() if child not in others] == []
+
+
+def test_a_model_that_stops_by_itself_is_told_to_go_on(tmp_path: Path) -> None:
+    """Its end of text is every token, and all that were asked for are generated all the same."""
+    shutil.copytree(STORIES, tmp_path / "model")
+    settings = {"eos_token_id": list(range(512)), "bos_token_id": 1}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    found = measure_latency([tmp_path / "model"], prompts=[8], new_tokens=6, rounds=1, dtype="bfloat16")
+    assert found.dtype == "bfloat16" and found.lines[0].next_tokens_s[0] > 0
 
 
 def test_models_that_are_not_there(tmp_path: Path) -> None:
