@@ -27,6 +27,7 @@ from slimllm.layer import Layer, inner_activations, run_layer, sublayer_output
 MOST_LAYERS = 16  # that are damaged, evenly spread, but for the last one
 MOST_STATES = 1 + 2 * (MOST_LAYERS + 1)
 TOKENS = 128
+BATCH_TOKENS = 1024
 
 
 def probed_layers(num_layers: int) -> list[int]:
@@ -77,8 +78,9 @@ class Probes:
                 made.append(damaged)
                 self.damage.append(damage)
                 hidden = hidden + whole
-        # One by one: masks and biases are of one window.
-        self.states = torch.cat([*(run_layer(layer, state[None], kwargs) for state in self.states), *made])
+        # Masks and rotary embeddings of one window do for several, position biases do not.
+        together = 1 if layer.spec.slopes else max(1, BATCH_TOKENS // self.states.shape[1])
+        self.states = torch.cat([*(run_layer(layer, some, kwargs) for some in self.states.split(together)), *made])
         return self.damage[already:]
 
     def restore(self, states: torch.Tensor, damage: list[float]) -> None:
