@@ -47,8 +47,8 @@ class PruneConfig:
             error once the rest has been fitted anew. `wanda-sp`, `flap`: those papers' scores. `magnitude`: the smallest
             weights. `random`: by `seed`.
         allocation: What every layer gives. `layer-importance`: the paper's softmax. `uniform`: the same share. `auto`: the
-            whole budget where `obs` measures the least error for a parameter, as the dense model's stream sees it. `flap`:
-            one threshold for that paper's scores, standardised in every sub-layer.
+            whole budget where `obs` measures the least error for a parameter, times how much the model's output cares.
+            `flap`: one threshold for that paper's scores, standardised in every sub-layer.
         head_unit: What is removed from attention. `kv-group`: a KV head with all its query heads. `query`: the same
             number of query heads out of every group of a layer. Both are the single head when the group size is 1.
         recovery: `affine`: the paper's regression of every output dimension on its pruned self. `lstsq`: all kept

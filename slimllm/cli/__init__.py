@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli import export, finetune, measure, page, prune
+from slimllm.cli import prune, export, measure, finetune, page  # isort: skip
 from slimllm.cli.options import REMOVED, app, console, errors
 from slimllm.errors import InputError, OtherRankError
 from slimllm.interrupts import SIGNALS, leave

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import REMOVED, Quiet, app, console, errors
-from slimllm.cli.page import write_page_unasked
+from slimllm.cli.options import REMOVED, Quiet, app, console, errors, write_page_unasked
 from slimllm.finetune.report import FinetuneReport
 from slimllm.report import REPORT_NAME
 
@@ -22,18 +21,22 @@ def finetune_command(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     rank: Annotated[int, typer.Option(help="r of LoRA.")] = 4,
     alpha: Annotated[int, typer.Option(help="Updates are multiplied by alpha / rank.")] = 16,
-    dropout: Annotated[float, typer.Option(help="Of what enters the factors.")] = 0.05,
-    learning_rate: Annotated[float, typer.Option("--lr", help="The highest; it rises first, and falls to 0.")] = 1e-4,
+    dropout: Annotated[float, typer.Option(help="LoRA's dropout.")] = 0.05,
+    learning_rate: Annotated[float, typer.Option("--lr", help="The highest, after the warm-up; it falls to 0.")] = 1e-4,
     warmup: Annotated[float, typer.Option(help="The share of the steps in which it rises.")] = 0.05,
     epochs: Annotated[int, typer.Option(help="How often every example is seen.")] = 2,
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 16,
-    micro_batch: Annotated[int, typer.Option(help="Of these so many at once; fewer take less memory.")] = 4,
+    micro_batch: Annotated[int, typer.Option(help="Examples in a forward pass; fewer take less memory.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens of an example at most.")] = 256,
     held_out: Annotated[int, typer.Option(help="Examples to measure on instead; a tenth of all at most.")] = 64,
     max_steps: Annotated[int | None, typer.Option(help="End after so many steps.")] = None,
-    save_every: Annotated[int, typer.Option(help="Steps from one state on the disk to the next.")] = 20,
+    save_every: Annotated[
+        int, typer.Option(help="Save the state, and measure the held-out loss, every so many steps.")
+    ] = 20,
     seed: Annotated[int, typer.Option(help="Of everything that is random.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, to compute in. Default: float32 on CPU.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16, to compute in. Default: float32 on CPU, bfloat16 on GPU.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that was interrupted.")] = False,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from signal import signal
 from typing import Annotated
 
 import typer
 
 from slimllm.cli.options import Model, Preset, Quiet, app, console, errors
+from slimllm.interrupts import SIGNALS, leave
 
 
 @app.command("compare")
@@ -18,7 +20,7 @@ def compare_command(
         list[str] | None, typer.Option(help="best, slimllm, flap, wanda-sp, …; may be given again. Default: all.")
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl or a dataset. Default: bundled.")
+        str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
     ] = None,
     eval_len: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 128,
     max_windows: Annotated[int, typer.Option(help="So many windows of it; 0: all.")] = 64,
@@ -55,13 +57,13 @@ def sweep_command(
     preset: Annotated[list[str] | None, typer.Option(help="As for prune; may be given again. Default: default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
     text: Annotated[
-        str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl or a dataset. Default: bundled.")
+        str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
     ] = None,
     eval_len: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 128,
     max_windows: Annotated[int, typer.Option(help="So many windows of it; 0: all.")] = 64,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt when the speed is measured.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated then.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds of that.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds of the speed's measurement.")] = 5,
     calibration: Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
@@ -78,15 +80,21 @@ def sweep_command(
     from slimllm.sweep import parse_ratios
     from slimllm.sweep_display import run_sweep
 
+    for number in SIGNALS:  # the points that are there stay
+        signal(number, leave)
     ratios = parse_ratios(ratio or ["0.1:0.6:0.1"])
     config = PruneConfig(
         ratio=ratios[0], calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
         device=device,
     )  # fmt: skip
-    run_sweep(
-        console, model, ratios, preset or ["default"], config, text, eval_len, max_windows or None, prompt, new_tokens,
-        rounds, out, keep, workdir, resume, quiet,
-    )  # fmt: skip
+    try:
+        run_sweep(
+            console, model, ratios, preset or ["default"], config, text, eval_len, max_windows or None, prompt, new_tokens,
+            rounds, out, keep, workdir, resume, quiet,
+        )  # fmt: skip
+    except SystemExit:
+        errors.print(f"Interrupted; with --resume the sweep in {out} goes on.", style="bold red", highlight=False)
+        raise
 
 
 @app.command("eval")
@@ -101,9 +109,11 @@ def eval_command(
         list[int] | None,
         typer.Option(help="Tokens per window: 128 as in the paper (default), 2048 as is common now; may be given again."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows in a forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Windows, or answers of a task, in a forward pass.")] = 8,
     max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the beginning.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU, the checkpoint's on GPU.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -154,9 +164,11 @@ def latency_command(
     prompt: Annotated[
         list[int] | None, typer.Option(help="Tokens of a prompt; may be given again. Default: 128 and 512.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated for each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated for each prompt, 2 at least.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds, in each of which every model has its turn.")] = 5,
-    dtype: Annotated[str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU, the checkpoint's on GPU.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
@@ -183,8 +195,8 @@ def latency_command(
         console.print(speed_table(found))
         console.print(
             f"{found.dtype} on {found.device}, {found.threads} threads, {new_tokens} new tokens: medians of {rounds} "
-            "rounds, ± half of their range; × the first model, in turns one after the other. Millions of multiply-adds a "
-            "token; memory with the weights.",
+            f"rounds, ± half of their range{'; × the first model, in turns' if len(models) > 1 else ''}. Millions of "
+            "multiply-adds a token; memory with the weights.",
             style="dim", highlight=False,
         )  # fmt: skip
     if out is not None:

@@ -1,7 +1,8 @@
-"""What the commands share: the application, the two consoles, and options that several have."""
+"""What the commands share: the application, the two consoles, options that several have, the page of a result."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -41,3 +42,21 @@ DenseTarget = Annotated[
     float, typer.Option(help="Of lstsq, 0 to 1: how much of the way to the dense model's own stream to aim for.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+
+
+def write_page_unasked(folder: Path, quiet: bool) -> None:
+    """The page of a model that has just been written; where that fails it is said, and the model is as good as before."""
+    from slimllm.checkpoint import first_line
+    from slimllm.page import write_page_of
+
+    try:
+        page = write_page_of(folder)
+    except Exception as error:
+        errors.print(
+            f"The page about {folder} could not be written ({type(error).__name__}: {first_line(error)}) "
+            f"slimllm report {folder} tries again.",
+            style="bold red", highlight=False, soft_wrap=True, markup=False,
+        )  # fmt: skip
+        return
+    if not quiet:
+        console.print(f"page    {page}", highlight=False, soft_wrap=True)

@@ -7,25 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimllm.checkpoint import first_line
-from slimllm.cli.options import Quiet, app, console, errors
-
-
-def write_page_unasked(folder: Path, quiet: bool) -> None:
-    """The page of a model that has just been written; where that fails it is said, and the model is as good as before."""
-    from slimllm.page import write_page_of
-
-    try:
-        page = write_page_of(folder)
-    except Exception as error:
-        errors.print(
-            f"The page about {folder} could not be written ({type(error).__name__}: {first_line(error)}) "
-            f"slimllm report {folder} tries again.",
-            style="bold red", highlight=False, soft_wrap=True, markup=False,
-        )  # fmt: skip
-        return
-    if not quiet:
-        console.print(f"page    {page}", highlight=False, soft_wrap=True)
+from slimllm.cli.options import Quiet, app, console
 
 
 @app.command("report")

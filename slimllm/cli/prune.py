@@ -22,8 +22,8 @@ from slimllm.cli.options import (
     app,
     console,
     errors,
+    write_page_unasked,
 )
-from slimllm.cli.page import write_page_unasked
 from slimllm.errors import InputError, LostRankError, OutputError
 from slimllm.interrupts import SafeStop
 from slimllm.parallel import Ranks, launched

@@ -12,7 +12,8 @@ from slimllm.errors import InputError
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Settings of a training by LoRA (arXiv 2106.09685); the defaults are SlimLLM's, and LLM-Pruner's where it has none.
+    """Settings of a training by LoRA (arXiv 2106.09685); the defaults are SlimLLM's, and LLM-Pruner's where it has none,
+    but for the warm-up and the held-out examples.
 
     Attributes:
         rank: r of the two factors of every projection's update.

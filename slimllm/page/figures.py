@@ -211,7 +211,7 @@ def _training(_: PruneReport, trained: FinetuneReport | None, palette: Palette) 
 
 PICTURES = (
     Picture("shares", "What every layer gave", "Attention heads and FFN channels that are gone, and what that is of the "
-            "layer's parameters. Layers that matter little to the output give more.", _shares),
+            "layer's parameters.", _shares),
     Picture("heads", "Which heads are left", "Each square is an attention head of a layer.", _heads),
     Picture("importance", "How important channels were", "The spread of the importance of every layer's FFN channels, over "
             "its median, each looked at alone. 95 of 100 channels that went lie below the cut; where the cut is in the "
