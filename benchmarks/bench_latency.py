@@ -1,6 +1,6 @@
 """How fast a pruned model generates beside the dense one: the README's figures.
 
-    python benchmarks/bench_latency.py [MODEL] [--rounds 9]     (default: the demo's model)
+    python benchmarks/bench_latency.py [MODEL] [--rounds 5]     (default: the demo's model)
 
 Prunes it by 20 and by 50 %, with the default and the best preset, and times all five in turn, each in a process of its own.
 Rows go to benchmarks/results/latency.jsonl; `make tables` makes the README's table of them.
@@ -29,7 +29,7 @@ def main() -> None:
     """Prune, time, append the rows, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=find_demo_model())
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.model is None:
         parser.error("the demo's model is not there; run make demo, or give a model.")
