@@ -168,6 +168,13 @@ class _Worker:
         self.process.start()
         theirs.close()
 
+    def end(self) -> None:
+        """By itself, as nobody asks any more; by force if it is at work."""
+        self._connection.close()
+        self.process.join(2)
+        self.process.terminate()
+        self.process.join()
+
     def ask(self, question: Any) -> Any:
         try:
             if question is not None:
@@ -194,5 +201,4 @@ def _workers(models: Sequence[str | Path], dtype: str | None, device: str, trust
         yield workers
     finally:
         for worker in workers:
-            worker.process.terminate()
-            worker.process.join()
+            worker.end()

@@ -33,6 +33,7 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
     """The life of a worker: load the model, and answer until nobody asks any more."""
     leave_interrupts_to_parent()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         where = torch.device(device)
         memory.warm_up(where)
