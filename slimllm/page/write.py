@@ -11,13 +11,12 @@ import matplotlib
 
 from slimllm.errors import InputError
 from slimllm.finetune.report import FINETUNE_NAME, FinetuneReport
-from slimllm.page.figures import PICTURES as PICTURES_OF_ALL
-from slimllm.page.figures import drawn
+from slimllm.page.figures import PICTURES, drawn
 from slimllm.page.palette import DARK, LIGHT, STYLE, VARIABLE, css, svg
 from slimllm.page.sample import REPETITION_PENALTY, Sample, make_sample
 from slimllm.report import PruneReport
 
-PAGE_NAME, PICTURES = "report.html", "report"
+PAGE_NAME, PICTURE_FOLDER = "report.html", "report"
 SAMPLED_PARAMETERS = 1_000_000_000  # models up to this write a sample unasked
 
 
@@ -65,9 +64,9 @@ def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
             with matplotlib.rc_context(STYLE):
                 for picture, figure in drawn(report, trained, LIGHT):
                     figure.savefig(Path(beside) / f"{picture.name}.png", dpi=160, facecolor="white")
-            (folder / PICTURES).mkdir(exist_ok=True)
-            for picture in PICTURES_OF_ALL:
-                made, place = Path(beside) / f"{picture.name}.png", folder / PICTURES / f"{picture.name}.png"
+            (folder / PICTURE_FOLDER).mkdir(exist_ok=True)
+            for picture in PICTURES:
+                made, place = Path(beside) / f"{picture.name}.png", folder / PICTURE_FOLDER / f"{picture.name}.png"
                 if made.exists():
                     os.replace(made, place)
                 else:
