@@ -137,6 +137,8 @@ def draw(points: list[Swept], path: Path) -> None:
                 axes.annotate(f" {point.ratio:g}", (value(point), point.perplexity), fontsize=8)
         axes.plot(value(dense), dense.perplexity, marker="s", color="black", linestyle="none", label="dense")
         axes.set(xlabel=title, ylabel="perplexity", yscale="log")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(lambda value, position: f"{value:g}")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     try:
