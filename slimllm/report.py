@@ -8,7 +8,7 @@ import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from slimllm.config import MEASURED
 from slimllm.errors import InputError
 
 REPORT_NAME = "report.json"
+_Report = TypeVar("_Report")
 
 
 @dataclass
@@ -99,13 +100,21 @@ class PruneReport:
         Raises:
             ValueError: (as InputError) the folder holds no report.json, or none of ours.
         """
-        path = Path(folder) / REPORT_NAME
-        if not path.is_file():
-            raise InputError(f"There is no {path}; give the folder that a pruning run has written.")
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is not the report of a pruning run: {error}") from None
+        return read_report(cls, Path(folder) / REPORT_NAME, "a pruning run")
+
+
+def read_report(kind: type[_Report], path: Path, of_what: str) -> _Report:
+    """A report from its JSON file, whose keys are the names of its fields.
+
+    Raises:
+        ValueError: (as InputError) there is no such file, or it is no such report.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no {path}; give the folder that {of_what} has written.")
+    try:
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not the report of {of_what}: {error}") from None
 
 
 def versions() -> dict[str, str]:

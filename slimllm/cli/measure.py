@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import Model, Preset, Quiet, app, console, errors
+from slimllm.cli.options import (
+    CalibrationText,
+    EvalLen,
+    EvalText,
+    MaxWindows,
+    Model,
+    Preset,
+    Quiet,
+    Samples,
+    Seed,
+    app,
+    console,
+    errors,
+)
 from slimllm.interrupts import SIGNALS, leave
 
 
@@ -19,15 +32,13 @@ def compare_command(
     method: Annotated[
         list[str] | None, typer.Option(help="best, slimllm, flap, wanda-sp, …; may be given again. Default: all.")
     ] = None,
-    text: Annotated[
-        str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
-    ] = None,
-    eval_len: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 128,
-    max_windows: Annotated[int, typer.Option(help="So many windows of it; 0: all.")] = 64,
-    calibration: Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    text: EvalText = None,
+    eval_len: EvalLen = 128,
+    max_windows: MaxWindows = 64,
+    calibration: CalibrationText = None,
+    samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
+    seed: Seed = 0,
     head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
     compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
@@ -56,18 +67,16 @@ def sweep_command(
     ] = None,
     preset: Annotated[list[str] | None, typer.Option(help="As for prune; may be given again. Default: default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
-    text: Annotated[
-        str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
-    ] = None,
-    eval_len: Annotated[int, typer.Option(help="Tokens per window of that text.")] = 128,
-    max_windows: Annotated[int, typer.Option(help="So many windows of it; 0: all.")] = 64,
+    text: EvalText = None,
+    eval_len: EvalLen = 128,
+    max_windows: MaxWindows = 64,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt when the speed is measured.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated then.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed's measurement.")] = 5,
-    calibration: Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    calibration: CalibrationText = None,
+    samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the draw of the windows.")] = 0,
+    seed: Seed = 0,
     head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models: OUT/PRESET/RATIO.")] = False,

@@ -41,6 +41,14 @@ TokenWeights = Annotated[
 DenseTarget = Annotated[
     float, typer.Option(help="Of lstsq, 0 to 1: how much of the way to the dense model's own stream to aim for.")
 ]
+EvalText = Annotated[
+    str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
+]
+EvalLen = Annotated[int, typer.Option(help="Tokens per window of that text.")]
+MaxWindows = Annotated[int, typer.Option(help="So many windows of it; 0: all.")]
+CalibrationText = Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of the windows.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
 

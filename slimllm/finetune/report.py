@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimllm.errors import InputError
-from slimllm.report import REPORT_NAME
+from slimllm.report import REPORT_NAME, read_report
 
 FINETUNE_NAME = "finetune.json"
 
@@ -64,13 +63,7 @@ class FinetuneReport:
         Raises:
             ValueError: (as InputError) the folder holds no finetune.json, or none of ours.
         """
-        path = Path(folder) / FINETUNE_NAME
-        if not path.is_file():
-            raise InputError(f"There is no {path}; give the folder that slimllm finetune has written.")
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is not the report of a training: {error}") from None
+        return read_report(cls, Path(folder) / FINETUNE_NAME, "a training")
 
 
 def add_to_model_card(report: FinetuneReport, folder: Path) -> None:
