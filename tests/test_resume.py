@@ -54,6 +54,12 @@ def interrupted(out: Path, settings: PruneConfig, stage: str = "prune", layer: i
     return out.with_name(f".{out.name}.partial")
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process wait for the disk, so that every step has its line; others leave out what it is too slow for."""
+    monkeypatch.setattr(Journal, "ready", True)
+
+
 @pytest.fixture(scope="module")
 def expected(token_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a run without interruption."""
@@ -102,6 +108,25 @@ def test_interrupted_again_and_again(token_ids: torch.Tensor, tmp_path: Path, ex
         with pytest.raises(KeyboardInterrupt):
             prune(STORIES, tmp_path / "out", config(token_ids), resume=True, progress=stop_at(stage, layer))
     prune(STORIES, tmp_path / "out", config(token_ids), resume=True, command="the command")
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("stage", ["dense", "prune"])
+def test_a_slow_disk(
+    token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: dict[str, bytes], stage: str
+) -> None:
+    """It takes every third state, and the run goes on behind the last of them."""
+    asked = 0
+
+    def ready(self: Journal) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked % 3 == 1
+
+    monkeypatch.setattr(Journal, "ready", property(ready))
+    interrupted(tmp_path / "out", config(token_ids), stage, 2)
+    report = prune(STORIES, tmp_path / "out", config(token_ids), resume=True, command="the command")
+    assert report.resumed_steps == {"dense": 1, "prune": 7}[stage]
     assert contents(tmp_path / "out") == expected
 
 
