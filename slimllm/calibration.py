@@ -141,6 +141,18 @@ def windows_of(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
     return tokens[: count * seq_len].view(count, seq_len)
 
 
+def longest_input(model_config: PretrainedConfig) -> float:
+    """Tokens that a model takes at most; inf if it has no bound, like BLOOM."""
+    longest: float = getattr(model_config, "max_position_embeddings", math.inf)
+    return longest
+
+
+def check_seq_len(seq_len: int, model_config: PretrainedConfig) -> None:
+    """Raise ValueError (as InputError) if a window is longer than the model takes."""
+    if seq_len > (longest := longest_input(model_config)):
+        raise InputError(f"seq_len is {seq_len}, but the model takes at most {longest} tokens.")
+
+
 def calibration_windows(
     config: PruneConfig,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -154,9 +166,7 @@ def calibration_windows(
     """
     if isinstance(config.calibration, torch.Tensor):
         return _check_token_ids(config.calibration, model_config)
-    longest = getattr(model_config, "max_position_embeddings", math.inf)  # BLOOM has no bound
-    if config.seq_len > longest:
-        raise InputError(f"seq_len is {config.seq_len}, but the model takes at most {longest} tokens.")
+    check_seq_len(config.seq_len, model_config)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"expected a tokenizer or a tensor of token ids, got {type(tokenizer).__name__}.")
     if config.calibration is None:
@@ -179,8 +189,7 @@ def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) ->
             "Calibration token ids must be an int64 tensor (samples, seq_len) with seq_len at least 2, "
             f"got {token_ids.dtype} {tuple(token_ids.shape)}."
         )
-    longest = getattr(model_config, "max_position_embeddings", math.inf)
-    if token_ids.shape[1] > longest:
+    if token_ids.shape[1] > (longest := longest_input(model_config)):
         raise InputError(f"Calibration windows have {token_ids.shape[1]} tokens, but the model takes at most {longest}.")
     if int(token_ids.min()) < 0 or int(token_ids.max()) >= model_config.vocab_size:
         raise InputError(

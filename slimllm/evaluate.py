@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from slimllm.calibration import bundled_text, read_texts, tokenize, windows_of
+from slimllm.calibration import bundled_text, check_seq_len, read_texts, tokenize, windows_of
 from slimllm.checkpoint import Checkpoint, download, first_line, open_checkpoint
 from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
@@ -128,12 +128,10 @@ def perplexity(
     Raises:
         ValueError: (as InputError) the text is shorter than a window, or a setting is out of range.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
     for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}.")
-    if longest is not None and seq_len > longest:
-        raise InputError(f"seq_len is {seq_len}, but the model takes at most {longest} tokens.")
+    check_seq_len(seq_len, model.config)
     windows = windows_of(token_ids, seq_len)[:max_windows]
     if len(windows) == 0:
         raise InputError(f"The text has {len(token_ids)} tokens, fewer than one window of {seq_len}; give more text.")

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from slimllm import memory
+from slimllm.calibration import check_seq_len
 from slimllm.checkpoint import open_checkpoint
 from slimllm.config import parse_device
 from slimllm.errors import HopelessError, InputError
@@ -129,9 +130,7 @@ def _examples(
     data: str | Path, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: CheckpointModel, notice: Notice
 ) -> tuple[list[Example], list[Example]]:
     """Those to train on, and those held out."""
-    longest = getattr(source.config, "max_position_embeddings", None)
-    if longest is not None and config.seq_len > longest:
-        raise InputError(f"seq_len is {config.seq_len}, but the model takes at most {longest} tokens.")
+    check_seq_len(config.seq_len, source.config)
     every = read_examples(data, tokenizer, config.seq_len, notice)
     if max(max(example.ids) for example in every) >= source.config.vocab_size:
         raise InputError("The tokenizer has more tokens than the model's vocabulary; is it the tokenizer of this model?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +50,8 @@ class Training:
             r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
             task_type="CAUSAL_LM",
         )  # fmt: skip
-        with torch.random.fork_rng([]):
+        with torch.random.fork_rng([]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of peft to transformers
             torch.manual_seed(config.seed)  # of the factors, which are made on the CPU
             self.model: PeftModel = get_peft_model(model, lora)
         base: Any = self.model.base_model.model

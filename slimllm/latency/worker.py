@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from slimllm import memory
+from slimllm.calibration import longest_input
 from slimllm.checkpoint import first_line
 from slimllm.errors import InputError
 from slimllm.evaluate import load
@@ -70,8 +71,7 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
 
 def check_length(config: PretrainedConfig, name: str, shape: Shape) -> None:
     """Raise ValueError (as InputError) where a model takes fewer tokens."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and shape.prompt + shape.new_tokens > longest:
+    if shape.prompt + shape.new_tokens > (longest := longest_input(config)):
         raise InputError(
             f"{shape.prompt} tokens and {shape.new_tokens} new ones are more than {name} takes, which is {longest}."
         )

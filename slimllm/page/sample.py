@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from slimllm.calibration import longest_input
 from slimllm.errors import InputError
 from slimllm.evaluate import load
 from slimllm.memory import release
@@ -43,8 +44,8 @@ def make_sample(
 def _written(model: str | Path, prompt: str, device: str | None) -> str:
     loaded, tokenizer = load(model, device=device)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
-    longest = getattr(loaded.config, "max_position_embeddings", None)
-    if longest is not None and ids.shape[1] + NEW_TOKENS > longest:
+    longest = longest_input(loaded.config)
+    if ids.shape[1] + NEW_TOKENS > longest:
         raise InputError(f"The prompt of the sample has {ids.shape[1]} tokens; give at most {longest - NEW_TOKENS}.")
     generate: Any = loaded.generate
     # Greedy, so that it is the same every time; small models, dense ones too, repeat themselves without the penalty.
