@@ -113,7 +113,9 @@ def read_report(kind: type[_Report], path: Path, of_what: str) -> _Report:
         raise InputError(f"There is no {path}; give the folder that {of_what} has written.")
     try:
         return kind(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except TypeError:
+        raise InputError(f"{path} is not the report of {of_what}, or of another version: it has other keys.") from None
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} is not the report of {of_what}: {error}") from None
 
 

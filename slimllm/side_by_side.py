@@ -9,12 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from rich.table import Table
 
 from slimllm.errors import InputError
 from slimllm.evaluate import evaluation_tokens, load, locate, perplexity
 from slimllm.memory import release
+from slimllm.report import versions
 from slimllm.zeroshot import task_manager, zero_shot
 
 
@@ -26,7 +29,8 @@ class Evaluated:
         model: As it was given.
         parameters: Of the whole model; embeddings that are also the head count once.
         perplexity: By tokens in a window.
-        log_increase: Of its logarithm over the first model's, by tokens in a window.
+        log_increase: Of its logarithm over the first model's, by tokens in a window; empty where its tokenizer cuts the
+            text in another way, so that they cannot be compared.
         windows: How many, by tokens in a window.
         accuracy: From 0 to 1, by task.
         mean_accuracy: Over the tasks; None: there are none.
@@ -93,8 +97,10 @@ def evaluate(
         for seq_len in seq_lens:
             found[seq_len] = perplexity(loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
             windows[seq_len] = min(len(tokens) // seq_len, max_windows or len(tokens))
-        first = done[0].perplexity if done else found
-        increase = {seq_len: math.log(value / first[seq_len]) for seq_len, value in found.items()}
+        if not done:
+            first, first_tokens = found, tokens
+        alike = torch.equal(tokens, first_tokens)
+        increase = {seq_len: math.log(value / first[seq_len]) for seq_len, value in found.items() if alike}
         accuracy: dict[str, float] = {}
         if tasks:
             accuracy = zero_shot(
@@ -133,7 +139,7 @@ def evaluation_table(lines: list[Evaluated]) -> Table:
     for line in lines:
         cells = [Path(line.model).resolve().name, f"{line.parameters:,}"]
         for length in lengths:
-            increase = "" if line is lines[0] else f"{line.log_increase[length]:.3f}"
+            increase = "" if line is lines[0] or not line.log_increase else f"{line.log_increase[length]:.3f}"
             cells += [f"{line.perplexity[length]:.2f}", increase]
         table.add_row(*cells, f"{line.seconds:.1f}")
     return table
@@ -146,9 +152,10 @@ _TITLES = {
 }  # fmt: skip
 
 
-def accuracy_table(lines: list[Evaluated]) -> Table:
+def accuracy_table(lines: list[Evaluated], limit: int | None = None) -> Table:
     """Accuracies in %, their mean, and that in % of the first model's; a line for each model."""
-    table = Table(box=None, padding=(0, 1), header_style="bold", title="accuracy, %", title_justify="left")
+    title = f"accuracy, %, on the first {limit} questions of each" if limit else "accuracy, %"
+    table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left")
     table.add_column("model", overflow="fold", min_width=12)
     for task in lines[0].accuracy:
         table.add_column(_TITLES.get(task, task), justify="right")
@@ -160,8 +167,11 @@ def accuracy_table(lines: list[Evaluated]) -> Table:
     return table
 
 
-def write_json(lines: list[Evaluated], text: str | None, path: Path) -> None:
-    """The figures, and the text they are of, as a new file."""
-    content = {"text": text or "bundled", "models": [dataclasses.asdict(line) for line in lines]}
+def write_json(lines: list[Evaluated], text: str | None, path: Path, settings: dict[str, Any]) -> None:
+    """The figures, the text they are of, further settings of theirs and the versions, as a new file."""
+    content = {
+        "text": text or "bundled", **settings, "versions": versions(),
+        "models": [dataclasses.asdict(line) for line in lines],
+    }  # fmt: skip
     with path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,8 @@ def run_sweep(
     }  # fmt: skip
     file = out / POINTS
     done = _read(file, settings, resume)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {out} cannot be made: {error.strerror}.") from None
     tokens = evaluation_tokens(open_checkpoint(model).tokenizer(), text, (max_windows or 2048) * eval_len)
-    with PruneDisplay(console, quiet) as display:
+    with PruneDisplay(console, quiet) as display, _folder(out):
 
         def on_point(point: Swept) -> None:
             try:
@@ -71,14 +69,30 @@ def run_sweep(
         return
     console.print(sweep_table(points))
     console.print(
-        "* no other point has fewer parameters and a lower perplexity. Speeds are over the dense model's, in turns; s: of "
-        f"pruning. All figures, and the picture: {out}",
+        "* no other point has a lower perplexity with no more parameters. Speeds are over the dense model's, in turns; "
+        f"s: of pruning. All figures, and the picture: {out}",
         style="dim", highlight=False,
     )  # fmt: skip
 
 
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """The folder, which is removed again if nothing comes into it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {out} cannot be made: {error.strerror}.") from None
+    try:
+        yield
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
+
+
 def _read(file: Path, settings: dict[str, Any], resume: bool) -> list[Swept]:
     if not file.exists():
+        if file.parent.is_dir() and any(file.parent.iterdir()):
+            raise InputError(f"The folder {file.parent} is not empty and holds no sweep; give another one.")
         return []
     if not resume:
         raise InputError(f"{file.parent} holds a sweep already; add --resume to go on with it, or give another folder.")
@@ -112,7 +126,12 @@ def sweep_table(points: list[Swept]) -> Table:
         table.add_column(title, justify="left" if title == "preset" else "right", no_wrap=True)
     front = on_front(points)
     for point in points:
-        cells = [f"{point.parameters / 1e6:,.1f}", f"{point.perplexity:.2f}", f"{point.log_increase:.3f}"]
+        millions = point.parameters / 1e6
+        cells = [
+            f"{millions:,.1f}" if millions >= 10 else f"{millions:.3g}",
+            f"{point.perplexity:.2f}",
+            f"{point.log_increase:.3f}",
+        ]
         cells += [f"{point.prefill_speedup:.2f} ×", f"{point.decode_speedup:.2f} ×", f"{point.prune_s:.1f}"]
         table.add_row(
             point.preset, f"{point.ratio:g}", *cells, "*" if (point.preset, point.ratio) in front else ""

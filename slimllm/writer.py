@@ -23,8 +23,10 @@ from slimllm.journal import Journal, damaged, last_stage, lock, sync
 
 def check_new_file(path: Path | None) -> None:
     """Raise ValueError (as InputError) where a file of results would replace another or has no folder; None: no file."""
-    if path is not None and (path.exists() or not path.parent.is_dir()):
-        raise InputError(f"{path} must be a new file in a folder that exists; give another name.")
+    if path is not None and path.exists():
+        raise InputError(f"{path} is there already; give the name of a new file.")
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"There is no folder {path.parent} for {path.name}; make it, or give another.")
 
 
 def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
@@ -53,7 +55,10 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
         raise InputError(f"The output folder {out} is a mount point or the current directory; give a folder inside it.")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise InputError(f"The output folder {out} is not empty; give another one, or --overwrite to replace it.")
+            raise InputError(
+                f"The output folder {out} is not empty; give another one, or --overwrite (in Python, overwrite=True) to "
+                "replace it."
+            )
         if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
             raise InputError(
                 f"The output folder {out} holds no model (config.json and safetensors), so it will not be overwritten."

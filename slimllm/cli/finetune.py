@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import REMOVED, Quiet, app, console, errors, write_page_unasked
+from slimllm.cli.options import REMOVED, Quiet, app, console, errors, watch_for_other_work, write_page_unasked
 from slimllm.finetune.report import FinetuneReport
 from slimllm.report import REPORT_NAME
 
@@ -58,7 +58,7 @@ def finetune_command(
         batch_size=batch_size, micro_batch=micro_batch, seq_len=seq_len, held_out=held_out, max_steps=max_steps,
         save_every=save_every, seed=seed, dtype=dtype, device=device,
     )  # fmt: skip
-    with PruneDisplay(console, quiet) as display:
+    with watch_for_other_work(quiet), PruneDisplay(console, quiet) as display:
         stop = SafeStop(lambda sentence: errors.print(sentence.replace("layer", "step")), Ranks())
 
         def progress(stage: str, index: int, number: int, about: dict[str, float] | None) -> None:
@@ -85,8 +85,9 @@ def finetune_command(
 
 
 def _summary(report: FinetuneReport) -> None:
+    steps = f"{len(report.loss)} step{'s' if len(report.loss) > 1 else ''}"
     console.print(
-        f"{len(report.loss)} steps over {report.examples:,} examples in {report.elapsed_s:.0f} s; "
+        f"{steps} over {report.examples:,} examples in {report.elapsed_s:.0f} s; "
         f"{report.trainable:,} of {report.parameters:,} parameters were trained.",
         highlight=False,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from slimllm.cli.options import (
     app,
     console,
     errors,
+    watch_for_other_work,
 )
 from slimllm.interrupts import SIGNALS, leave
 
@@ -54,9 +55,10 @@ def compare_command(
         ratio=0.5, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
         compute_dtype=compute_dtype, device=device,
     )  # fmt: skip
-    run_compare(
-        console, model, ratio or [0.2, 0.5], config, method, text, eval_len, max_windows or None, workdir, out, quiet
-    )
+    with watch_for_other_work(quiet):
+        run_compare(
+            console, model, ratio or [0.2, 0.5], config, method, text, eval_len, max_windows or None, workdir, out, quiet
+        )
 
 
 @app.command("sweep")
@@ -97,10 +99,11 @@ def sweep_command(
         device=device,
     )  # fmt: skip
     try:
-        run_sweep(
-            console, model, ratios, preset or ["default"], config, text, eval_len, max_windows or None, prompt, new_tokens,
-            rounds, out, keep, workdir, resume, quiet,
-        )  # fmt: skip
+        with watch_for_other_work(quiet):
+            run_sweep(
+                console, model, ratios, preset or ["default"], config, text, eval_len, max_windows or None, prompt,
+                new_tokens, rounds, out, keep, workdir, resume, quiet,
+            )  # fmt: skip
     except SystemExit:
         errors.print(f"Interrupted; with --resume the sweep in {out} goes on.", style="bold red", highlight=False)
         raise
@@ -158,10 +161,16 @@ def eval_command(
     )  # fmt: skip
     if len(lines) > 1:
         console.print(evaluation_table(lines))
+    if others := [line.model for line in lines if not line.log_increase]:
+        console.print(
+            f"The tokenizer of {', '.join(others)} cuts the text in another way than that of {lines[0].model}: these "
+            "perplexities cannot be compared.", highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if names:
-        console.print(accuracy_table(lines))
+        console.print(accuracy_table(lines, limit))
     if out is not None:
-        write_json(lines, text, out)
+        settings = {"max_windows": max_windows, "few_shot": few_shot, "limit": limit, "dtype": dtype, "device": device}
+        write_json(lines, text, out, settings)
 
 
 @app.command("latency")
@@ -190,11 +199,11 @@ def latency_command(
     All models are in memory at once, each in a process of its own.
     """
     from slimllm.latency import measure_latency
-    from slimllm.latency.display import latency_progress, model_table, speed_table
+    from slimllm.latency.display import about_speeds, latency_progress, model_table, speed_table
     from slimllm.writer import check_new_file
 
     check_new_file(out)
-    with latency_progress(errors, quiet) as progress:
+    with watch_for_other_work(quiet), latency_progress(errors, quiet) as progress:
         found = measure_latency(
             models, batch_sizes=batch_size or [1], prompts=prompt or [128, 512], new_tokens=new_tokens, rounds=rounds,
             dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress,
@@ -202,12 +211,7 @@ def latency_command(
     if not quiet:
         console.print(model_table(found))
         console.print(speed_table(found))
-        console.print(
-            f"{found.dtype} on {found.device}, {found.threads} threads, {new_tokens} new tokens: medians of {rounds} "
-            f"rounds, ± half of their range{'; × the first model, in turns' if len(models) > 1 else ''}. Millions of "
-            "multiply-adds a token; memory with the weights.",
-            style="dim", highlight=False,
-        )  # fmt: skip
+        console.print(about_speeds(found), style="dim", highlight=False)
     if out is not None:
         found.write(out)
 

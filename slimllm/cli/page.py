@@ -12,7 +12,7 @@ from slimllm.cli.options import Quiet, app, console
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="What slimllm prune or finetune has written.")],
+    folder: Annotated[Path, typer.Argument(help="What slimllm prune has written, or finetune from that.")],
     dense: Annotated[
         str | None, typer.Option(help="The model before, to show what it writes, too: a folder, a GGUF file or a hub id.")
     ] = None,

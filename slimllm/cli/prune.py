@@ -24,6 +24,7 @@ from slimllm.cli.options import (
     app,
     console,
     errors,
+    watch_for_other_work,
     write_page_unasked,
 )
 from slimllm.errors import InputError, LostRankError, OutputError
@@ -121,7 +122,8 @@ def prune_command(
             stop.progress(stage, index, num_layers, layer)
 
         try:
-            with PruneDisplay(console, quiet or not ranks.first) as display:
+            silent = quiet or not ranks.first
+            with watch_for_other_work(silent), PruneDisplay(console, silent) as display:
                 settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
                 settings |= {"command": command, "group": group}
                 if len(ratio) == 1:

@@ -33,14 +33,23 @@ def speed_table(found: Latency) -> Table:
         cells = [
             Path(line.model).resolve().name,
             f"{line.shape.batch_size} × {line.shape.prompt}",
-            f"{1000 * statistics.median(line.first_token_s):,.0f} ms {_spread(line.first_token_s)}",
+            f"{1000 * statistics.median(line.first_token_s):,.0f} ms {_spread(line.first_token_s)}".rstrip(),
             f"{statistics.median(line.prefill_rates):,.0f}",
         ]
         cells += [f"{found.speedup(line, 'prefill_rates'):.2f}"] if several else []
-        cells += [f"{statistics.median(line.decode_rates):,.1f} {_spread(line.next_tokens_s)}"]
+        cells += [f"{statistics.median(line.decode_rates):,.1f} {_spread(line.next_tokens_s)}".rstrip()]
         cells += [f"{found.speedup(line, 'decode_rates'):.2f}"] if several else []
         table.add_row(*cells)
     return table
+
+
+def about_speeds(found: Latency) -> str:
+    """What the two tables are of."""
+    rounds = len(found.lines[0].first_token_s)
+    words = f"{found.dtype} on {found.device}, {found.threads} threads, {found.lines[0].shape.new_tokens} new tokens: "
+    words += f"medians of {rounds} rounds, ± half of their range" if rounds > 1 else "of a single round"
+    words += "; × the first model, in turns" if len(found.memory_gib) > 1 else ""
+    return f"{words}. Millions of multiply-adds a token; memory with the weights."
 
 
 def _table(*titles: str) -> Table:
@@ -52,7 +61,9 @@ def _table(*titles: str) -> Table:
 
 
 def _spread(values: list[float]) -> str:
-    """Half of the range in % of the median."""
+    """Half of the range in % of the median; nothing of a single one."""
+    if len(values) == 1:
+        return ""
     return f"±{50 * (max(values) - min(values)) / statistics.median(values):.0f}%"
 
 

@@ -21,6 +21,7 @@ from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
 from slimllm.evaluate import locate
 from slimllm.latency.worker import Shape, serve
+from slimllm.report import versions
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,14 @@ class Latency:
         return statistics.median(own / dense for own, dense in zip(getattr(line, rates), getattr(first, rates)))
 
     def write(self, path: Path) -> None:
-        """Everything, as a new JSON file."""
+        """Everything, and the medians, as a new JSON file."""
+        content = dataclasses.asdict(self) | {"versions": versions()}
+        for row, line in zip(content["lines"], self.lines):
+            for name in ("prefill", "decode"):
+                row[f"{name}_per_s"] = statistics.median(getattr(line, f"{name}_rates"))
+                row[f"{name}_speedup"] = self.speedup(line, f"{name}_rates")
         with path.open("x", encoding="utf-8") as file:
-            file.write(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+            file.write(json.dumps(content, indent=1) + "\n")
 
 
 def measure_latency(

@@ -73,7 +73,8 @@ def check_length(config: PretrainedConfig, name: str, shape: Shape) -> None:
     """Raise ValueError (as InputError) where a model takes fewer tokens."""
     if shape.prompt + shape.new_tokens > (longest := longest_input(config)):
         raise InputError(
-            f"{shape.prompt} tokens and {shape.new_tokens} new ones are more than {name} takes, which is {longest}."
+            f"A prompt of {shape.prompt} tokens and {shape.new_tokens} new ones are more than {name} takes, which is "
+            f"{longest}; give shorter ones (--prompt, --new-tokens)."
         )
 
 

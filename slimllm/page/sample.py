@@ -33,15 +33,25 @@ def make_sample(
     """Let a pruned model go on with a prompt, and the dense one if it is given; one of them in memory at a time.
 
     Raises:
-        ValueError: (as InputError) the prompt is empty, or a model cannot be loaded.
+        ValueError: (as InputError) the prompt is empty, or a model cannot be loaded, or the dense one is another.
     """
     if not prompt.strip():
         raise InputError("The prompt of the sample is empty; give some words.")
-    return Sample(prompt, _written(pruned, prompt, device), None if dense is None else _written(dense, prompt, device))
+    after, shape = _written(pruned, prompt, device)
+    if dense is None:
+        return Sample(prompt, after, None)
+    before, dense_shape = _written(dense, prompt, device)
+    for name, value in shape.items():
+        if dense_shape[name] != value:
+            raise InputError(
+                f"{dense} is not what {pruned} was pruned from: its {name} is {dense_shape[name]} instead of {value}."
+            )
+    return Sample(prompt, after, before)
 
 
 @torch.no_grad()
-def _written(model: str | Path, prompt: str, device: str | None) -> str:
+def _written(model: str | Path, prompt: str, device: str | None) -> tuple[str, dict[str, int]]:
+    """How a model goes on with a prompt, and those of its sizes that pruning does not change."""
     loaded, tokenizer = load(model, device=device)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
     longest = longest_input(loaded.config)
@@ -54,6 +64,7 @@ def _written(model: str | Path, prompt: str, device: str | None) -> str:
         repetition_penalty=REPETITION_PENALTY, pad_token_id=0,
     )  # fmt: skip
     text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
+    shape = {name: getattr(loaded.config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
     del loaded
     release()
-    return str(text)
+    return str(text), shape
