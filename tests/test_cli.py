@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,7 @@ def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.Ca
     found = json.loads((tmp_path / "found.json").read_text())
     dense, pruned = found["models"]
     assert found["text"] == "bundled" and dense["parameters"] > pruned["parameters"]
+    assert found["max_windows"] == 5 and found["versions"]["torch"] == torch.__version__
     model, tokenizer = slimllm.load(tmp_path / "out")
     tokens = tokenize(tokenizer, [bundled_text("evaluation")])
     for length in (64, 128):
@@ -245,9 +247,39 @@ def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.Ca
         assert dense["log_increase"][str(length)] == 0 and pruned["windows"][str(length)] == 5
         assert f"{wanted:.2f}" in out and f"{increase:.3f}" in out
     code, _, err = call(capsys, "eval", stories_path, "--out", tmp_path / "found.json")
-    assert code == 2 and "must be a new file" in err
+    assert code == 2 and "found.json is there already" in err
+    code, _, err = call(capsys, "eval", stories_path, "--out", tmp_path / "no" / "found.json")
+    assert code == 2 and "There is no folder" in err
     code, out, err = call(capsys, "eval", stories_path, tmp_path / "nowhere")
     assert code == 2 and "There is no folder or file" in err and "perplexity" not in out
+
+
+def test_eval_of_different_tokenizers(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(stories_path, tmp_path / "lower")
+    tokenizer = json.loads((stories_path / "tokenizer.json").read_text())
+    tokenizer["normalizer"]["normalizers"].append({"type": "Lowercase"})
+    (tmp_path / "lower" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    options = ["--max-windows", "2", "--out", tmp_path / "found.json"]
+    code, out, _ = call(capsys, "eval", stories_path, tmp_path / "lower", *options)
+    assert code == 0 and "these perplexities cannot be compared" in " ".join(out.split())
+    _, other = json.loads((tmp_path / "found.json").read_text())["models"]
+    assert other["log_increase"] == {} and f"{other['perplexity']['128']:.2f}" in out
+
+
+def test_other_work_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it wants the cores that this process computes on."""
+    from slimllm.cli.options import watch_for_other_work
+
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        for quiet in (False, True):
+            with watch_for_other_work(quiet):
+                time.sleep(1.2)
+            assert ("Other work kept" in capsys.readouterr().err) == (not quiet)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

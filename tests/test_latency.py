@@ -63,8 +63,15 @@ def test_command(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     options = ["--prompt", "8", "--new-tokens", "3", "--rounds", "1", "--out", str(out)]
     code, words, _ = call(capsys, "latency", STORIES, pruned, *options)
     assert code == 0 and "half" in words and "float32 on cpu" in words
+    assert "of a single round" in words and "±" not in words
     content = json.loads(out.read_text())
     assert [line["model"] for line in content["lines"]] == [str(STORIES), str(pruned)]
+    for line in content["lines"]:
+        assert (
+            line["prefill_per_s"] == 8 / line["first_token_s"][0] and line["decode_per_s"] == 2 / line["next_tokens_s"][0]
+        )
+    dense, half = content["lines"]
+    assert dense["decode_speedup"] == 1 and half["prefill_speedup"] == half["prefill_per_s"] / dense["prefill_per_s"]
     before = out.read_bytes()
     code, _, words = call(capsys, "latency", STORIES, *options)
     assert code == 2 and "latency.json" in words and out.read_bytes() == before

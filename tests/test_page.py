@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shutil
 import struct
@@ -75,6 +76,7 @@ def test_it_needs_nothing_else(folder: Path) -> None:
 
 def test_what_it_says(folder: Path) -> None:
     report, page = PruneReport.read(folder), Parsed((folder / "report.html").read_text())
+    assert page.words.count(" % and trained") == 2 and "without the training" in page.words  # title and heading
     for number in (
         f"{report.parameters['before']:,}",
         f"{report.parameters['after']:,}",
@@ -170,6 +172,13 @@ def test_the_command_and_prune_write_it(tmp_path: Path, capsys: pytest.CaptureFi
     code, words, _ = call(capsys, "report", tmp_path / "other", "--dense", STORIES, "--prompt", "One day, Tim")
     assert code == 0 and "report.html" in words
     assert "One day, Tim" in (tmp_path / "other" / "report.html").read_text()
+    before = (tmp_path / "other" / "report.html").read_bytes()
+    shutil.copytree(STORIES, tmp_path / "deeper")
+    changed = json.loads((STORIES / "config.json").read_text()) | {"num_hidden_layers": 4}
+    (tmp_path / "deeper" / "config.json").write_text(json.dumps(changed))
+    code, _, words = call(capsys, "report", tmp_path / "other", "--dense", tmp_path / "deeper")
+    assert code == 2 and "its num_hidden_layers is 4 instead of 5" in words
+    assert (tmp_path / "other" / "report.html").read_bytes() == before
     (tmp_path / "other" / "report" / "training.png").touch()  # of an earlier page
     assert call(capsys, "report", tmp_path / "other", "--no-sample")[0] == 0
     assert not (tmp_path / "other" / "report" / "training.png").exists()

@@ -114,6 +114,19 @@ def test_refused_before_anything_is_pruned(token_ids: torch.Tensor, settings: di
         sweep(STORIES, [0.2], config(token_ids), token_ids.flatten(), progress=progress, **settings)
 
 
+def test_folders_that_are_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another's folder is refused as it is, and a sweep that failed leaves none."""
+    out = tmp_path / "sweep"
+    code, _, words = call(capsys, "sweep", STORIES, "--preset", "bets", "--out", out, "--max-windows", "2")
+    assert code == 2 and "preset must be one of" in words and not out.exists()
+    out.mkdir()
+    (out / "letter.txt").write_text("mine")
+    for more in ([], ["--resume"]):
+        code, _, words = call(capsys, "sweep", STORIES, "--out", out, *more)
+        assert code == 2 and "is not empty and holds no sweep" in words
+        assert [path.name for path in out.iterdir()] == ["letter.txt"]
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     options = [
