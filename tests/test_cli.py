@@ -287,6 +287,7 @@ def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureF
     short.write_text("Once upon a time")
     cases: list[tuple[list[str | Path], str]] = [
         ([tmp_path / "nowhere"], "There is no folder or file"),
+        (["no-one/of-this-name-here"], "There is no folder or file no-one/of-this-name-here, and the hub"),
         ([tmp_path], "holds no config.json"),
         ([stories_path, "--max-windows", "0"], "max_windows must be at least 1, got 0"),
         ([stories_path, "--text", short], "fewer than one window"),
