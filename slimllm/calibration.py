@@ -143,8 +143,8 @@ def windows_of(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
 
 def longest_input(model_config: PretrainedConfig) -> float:
     """Tokens that a model takes at most; inf if it has no bound, like BLOOM."""
-    longest: float = getattr(model_config, "max_position_embeddings", math.inf)
-    return longest
+    longest: int | None = getattr(model_config, "max_position_embeddings", None)
+    return math.inf if longest is None else longest
 
 
 def check_seq_len(seq_len: int, model_config: PretrainedConfig) -> None:

@@ -229,11 +229,11 @@ def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path
         return Path(snapshot_download(model, allow_patterns=list(only) or patterns))
     except HFValidationError:
         raise InputError(f"There is no folder or file {model}, and it cannot be the name of a model on the hub.") from None
-    except LocalEntryNotFoundError:
-        reason = "the hub, where it may be a model, cannot be reached."
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = f"the hub gave no model of that name ({first_line(error)})"
-    raise InputError(f"There is no folder or file {model}, and {reason}")
+        if type(error) is LocalEntryNotFoundError and not isinstance(error.__cause__, HfHubHTTPError):
+            reason = "the hub, where it may be a model, cannot be reached (or is not to be: HF_HUB_OFFLINE)."
+        raise InputError(f"There is no folder or file {model}, and {reason}") from None
 
 
 def read_config(path: Path) -> PretrainedConfig:

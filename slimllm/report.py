@@ -114,7 +114,7 @@ def read_report(kind: type[_Report], path: Path, of_what: str) -> _Report:
     try:
         return kind(**json.loads(path.read_text(encoding="utf-8")))
     except TypeError:
-        raise InputError(f"{path} is not the report of {of_what}, or of another version: it has other keys.") from None
+        raise InputError(f"{path} is not the report of {of_what}, or is that of another version of slimllm.") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not the report of {of_what}: {error}") from None
 

@@ -29,12 +29,13 @@ class Evaluated:
         model: As it was given.
         parameters: Of the whole model; embeddings that are also the head count once.
         perplexity: By tokens in a window.
-        log_increase: Of its logarithm over the first model's, by tokens in a window; empty where its tokenizer cuts the
-            text in another way, so that they cannot be compared.
+        log_increase: Of its logarithm over the first model's, by tokens in a window; empty where its tokenizer
+            gives other token ids, so that they cannot be compared.
         windows: How many, by tokens in a window.
         accuracy: From 0 to 1, by task.
         mean_accuracy: Over the tasks; None: there are none.
         retention: That mean in % of the first model's.
+        dtype, device: It was computed in, and on.
         seconds: Of loading and measuring.
     """
 
@@ -46,6 +47,8 @@ class Evaluated:
     accuracy: dict[str, float]
     mean_accuracy: float | None
     retention: float | None
+    dtype: str
+    device: str
     seconds: float
 
 
@@ -118,6 +121,8 @@ def evaluate(
                 accuracy=accuracy,
                 mean_accuracy=mean,
                 retention=100 * mean / dense if mean is not None and dense else None,
+                dtype=str(loaded.dtype).removeprefix("torch."),
+                device=str(loaded.device),
                 seconds=time.perf_counter() - started,
             )
         )

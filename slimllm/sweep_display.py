@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,9 @@ def run_sweep(
         "slimllm": versions()["slimllm"],
     }  # fmt: skip
     file = out / POINTS
+    others = [path.name for path in out.iterdir() if path.name not in presets] if out.is_dir() else []
+    if others and not file.exists():  # of the presets there may be kept models of a sweep without a point yet
+        raise InputError(f"The folder {out} is not empty ({others[0]}) and holds no sweep; give another one.")
     done = _read(file, settings, resume)
     tokens = evaluation_tokens(open_checkpoint(model).tokenizer(), text, (max_windows or 2048) * eval_len)
     with PruneDisplay(console, quiet) as display, _folder(out):
@@ -77,7 +80,8 @@ def run_sweep(
 
 @contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """The folder, which is removed again if nothing comes into it."""
+    """The folder; one that was not there is removed again if nothing comes into it."""
+    made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,14 +89,13 @@ def _folder(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not any(out.iterdir()):
-            out.rmdir()
+        if made:
+            with suppress(OSError):  # there is something in it
+                out.rmdir()
 
 
 def _read(file: Path, settings: dict[str, Any], resume: bool) -> list[Swept]:
     if not file.exists():
-        if file.parent.is_dir() and any(file.parent.iterdir()):
-            raise InputError(f"The folder {file.parent} is not empty and holds no sweep; give another one.")
         return []
     if not resume:
         raise InputError(f"{file.parent} holds a sweep already; add --resume to go on with it, or give another folder.")

@@ -236,7 +236,8 @@ def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.Ca
     found = json.loads((tmp_path / "found.json").read_text())
     dense, pruned = found["models"]
     assert found["text"] == "bundled" and dense["parameters"] > pruned["parameters"]
-    assert found["max_windows"] == 5 and found["versions"]["torch"] == torch.__version__
+    assert (found["max_windows"], dense["dtype"], dense["device"]) == (5, "float32", "cpu")
+    assert found["versions"]["torch"] == torch.__version__
     model, tokenizer = slimllm.load(tmp_path / "out")
     tokens = tokenize(tokenizer, [bundled_text("evaluation")])
     for length in (64, 128):
@@ -266,20 +267,29 @@ def test_eval_of_different_tokenizers(stories_path: Path, tmp_path: Path, capsys
     assert other["log_increase"] == {} and f"{other['perplexity']['128']:.2f}" in out
 
 
-def test_other_work_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    """Where it wants the cores that this process computes on."""
-    from slimllm.cli.options import watch_for_other_work
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="not Linux")
+def test_other_work(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is counted, and said where the threads had no cores of their own."""
+    from slimllm.cli.busy import other_work_s, verdict, watch_for_other_work
 
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
-    try:
-        for quiet in (False, True):
-            with watch_for_other_work(quiet):
-                time.sleep(1.2)
-            assert ("Other work kept" in capsys.readouterr().err) == (not quiet)
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
+    before = other_work_s()
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    time.sleep(1.5)
+    elsewhere = other_work_s()
+    process.kill()
+    process.wait()
+    assert before is not None and elsewhere is not None and elsewhere - before > 0.3  # not every core was idle
+
+    assert verdict(0.1, 2, 2) is None and verdict(1.0, 2, 1) is None and verdict(1.5, 64, 64) is None
+    assert "1.0 of 2 cores" in str(verdict(1.0, 2, 2)) and "OMP_NUM_THREADS=1" in str(verdict(2.0, 2, 2))
+    assert "OMP_NUM_THREADS=12" in str(verdict(4.0, 16, 16))
+
+    seconds = iter([0.0, 1000.0, 0.0, 1000.0, 0.0, 0.0])
+    monkeypatch.setattr("slimllm.cli.busy.other_work_s", lambda: next(seconds))
+    for quiet, said in ((False, True), (True, False), (False, False)):
+        with watch_for_other_work(quiet, "cpu"):
+            time.sleep(1.1)
+        assert ("Other work kept" in capsys.readouterr().err) == said
 
 
 def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,7 +297,7 @@ def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureF
     short.write_text("Once upon a time")
     cases: list[tuple[list[str | Path], str]] = [
         ([tmp_path / "nowhere"], "There is no folder or file"),
-        (["no-one/of-this-name-here"], "There is no folder or file no-one/of-this-name-here, and the hub"),
+        (["no-one/of-this-name-here"], "the hub, where it may be a model, cannot be reached"),
         ([tmp_path], "holds no config.json"),
         ([stories_path, "--max-windows", "0"], "max_windows must be at least 1, got 0"),
         ([stories_path, "--text", short], "fewer than one window"),

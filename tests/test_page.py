@@ -173,10 +173,10 @@ def test_the_command_and_prune_write_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 0 and "report.html" in words
     assert "One day, Tim" in (tmp_path / "other" / "report.html").read_text()
     before = (tmp_path / "other" / "report.html").read_bytes()
-    shutil.copytree(STORIES, tmp_path / "deeper")
+    shutil.copytree(STORIES, tmp_path / "flatter")
     changed = json.loads((STORIES / "config.json").read_text()) | {"num_hidden_layers": 4}
-    (tmp_path / "deeper" / "config.json").write_text(json.dumps(changed))
-    code, _, words = call(capsys, "report", tmp_path / "other", "--dense", tmp_path / "deeper")
+    (tmp_path / "flatter" / "config.json").write_text(json.dumps(changed))
+    code, _, words = call(capsys, "report", tmp_path / "other", "--dense", tmp_path / "flatter")
     assert code == 2 and "its num_hidden_layers is 4 instead of 5" in words
     assert (tmp_path / "other" / "report.html").read_bytes() == before
     (tmp_path / "other" / "report" / "training.png").touch()  # of an earlier page

@@ -123,8 +123,28 @@ def test_folders_that_are_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixt
     (out / "letter.txt").write_text("mine")
     for more in ([], ["--resume"]):
         code, _, words = call(capsys, "sweep", STORIES, "--out", out, *more)
-        assert code == 2 and "is not empty and holds no sweep" in words
+        assert code == 2 and "is not empty (letter.txt) and holds no sweep" in words
         assert [path.name for path in out.iterdir()] == ["letter.txt"]
+
+
+def test_kept_models_before_the_first_point(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted there, a sweep has no points yet, and can be gone on with."""
+    options = ["--ratio", "0.2", "--out", tmp_path / "out", "--samples", "4", "--seq-len", "32", "--max-windows", "2"]
+    options += ["--prompt", "8", "--new-tokens", "2", "--rounds", "1", "--keep", "--resume"]
+
+    def fail(*arguments: object, **settings: object) -> None:
+        raise InputError("The power failed.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slimllm.sweep.measure_latency", fail)
+        code, _, words = call(capsys, "sweep", STORIES, *options)
+    assert code == 2 and "The power failed" in words
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["default"]
+    code, _, words = call(capsys, "sweep", STORIES, *options)
+    assert code == 0, words
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"default", "sweep.jsonl", "sweep.png"}
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import REMOVED, Quiet, app, console, errors, watch_for_other_work, write_page_unasked
+from slimllm.cli.busy import watch_for_other_work
+from slimllm.cli.options import REMOVED, Quiet, app, console, errors, write_page_unasked
 from slimllm.finetune.report import FinetuneReport
 from slimllm.report import REPORT_NAME
 
@@ -58,7 +59,7 @@ def finetune_command(
         batch_size=batch_size, micro_batch=micro_batch, seq_len=seq_len, held_out=held_out, max_steps=max_steps,
         save_every=save_every, seed=seed, dtype=dtype, device=device,
     )  # fmt: skip
-    with watch_for_other_work(quiet), PruneDisplay(console, quiet) as display:
+    with watch_for_other_work(quiet, device), PruneDisplay(console, quiet) as display:
         stop = SafeStop(lambda sentence: errors.print(sentence.replace("layer", "step")), Ranks())
 
         def progress(stage: str, index: int, number: int, about: dict[str, float] | None) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import (
     CalibrationText,
     EvalLen,
@@ -21,7 +22,6 @@ from slimllm.cli.options import (
     app,
     console,
     errors,
-    watch_for_other_work,
 )
 from slimllm.interrupts import SIGNALS, leave
 
@@ -55,7 +55,7 @@ def compare_command(
         ratio=0.5, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
         compute_dtype=compute_dtype, device=device,
     )  # fmt: skip
-    with watch_for_other_work(quiet):
+    with watch_for_other_work(quiet, device):
         run_compare(
             console, model, ratio or [0.2, 0.5], config, method, text, eval_len, max_windows or None, workdir, out, quiet
         )
@@ -99,7 +99,7 @@ def sweep_command(
         device=device,
     )  # fmt: skip
     try:
-        with watch_for_other_work(quiet):
+        with watch_for_other_work(quiet, device):
             run_sweep(
                 console, model, ratios, preset or ["default"], config, text, eval_len, max_windows or None, prompt,
                 new_tokens, rounds, out, keep, workdir, resume, quiet,
@@ -163,13 +163,13 @@ def eval_command(
         console.print(evaluation_table(lines))
     if others := [line.model for line in lines if not line.log_increase]:
         console.print(
-            f"The tokenizer of {', '.join(others)} cuts the text in another way than that of {lines[0].model}: these "
-            "perplexities cannot be compared.", highlight=False, soft_wrap=True,
+            f"The tokenizer of {', '.join(others)} gives other token ids than that of {lines[0].model}: these perplexities "
+            "cannot be compared.", highlight=False, soft_wrap=True,
         )  # fmt: skip
     if names:
         console.print(accuracy_table(lines, limit))
     if out is not None:
-        settings = {"max_windows": max_windows, "few_shot": few_shot, "limit": limit, "dtype": dtype, "device": device}
+        settings = {"max_windows": max_windows, "few_shot": few_shot, "limit": limit}
         write_json(lines, text, out, settings)
 
 
@@ -203,7 +203,7 @@ def latency_command(
     from slimllm.writer import check_new_file
 
     check_new_file(out)
-    with watch_for_other_work(quiet), latency_progress(errors, quiet) as progress:
+    with watch_for_other_work(quiet, device), latency_progress(errors, quiet) as progress:
         found = measure_latency(
             models, batch_sizes=batch_size or [1], prompts=prompt or [128, 512], new_tokens=new_tokens, rounds=rounds,
             dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -54,35 +50,6 @@ CalibrationText = Annotated[str | None, typer.Option(help="As for prune. Default
 Samples = Annotated[int, typer.Option(help="Calibration windows.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draw of the windows.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-
-
-@contextmanager
-def watch_for_other_work(quiet: bool) -> Iterator[None]:
-    """Say behind a command that takes time if other programs wanted the cores it computed on, which slows it many times."""
-    import torch
-
-    before, began = _busy_elsewhere(), time.monotonic()
-    yield
-    after, seconds, cores = _busy_elsewhere(), time.monotonic() - began, os.cpu_count() or 1
-    if quiet or before is None or after is None or seconds < 1:
-        return
-    others = (after - before) / seconds
-    if others + torch.get_num_threads() > cores + max(0.3, 0.05 * cores):
-        errors.print(
-            f"Other work kept {others:.1f} of {cores} cores busy meanwhile, so that this took longer than on an idle "
-            "machine; OMP_NUM_THREADS of the cores that are free may be much faster.",
-            style="dim", highlight=False, soft_wrap=True,
-        )  # fmt: skip
-
-
-def _busy_elsewhere() -> float | None:
-    """Seconds that all cores have worked since the start of the machine, but for this process and those it waited for."""
-    try:
-        with open("/proc/stat", encoding="ascii") as file:
-            user, nice, system, _, _, interrupts, soft = map(int, file.readline().split()[1:8])
-        return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
-    except (OSError, ValueError):  # not Linux
-        return None
 
 
 def write_page_unasked(folder: Path, quiet: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import (
     REMOVED,
     AllocationName,
@@ -24,7 +25,6 @@ from slimllm.cli.options import (
     app,
     console,
     errors,
-    watch_for_other_work,
     write_page_unasked,
 )
 from slimllm.errors import InputError, LostRankError, OutputError
@@ -122,8 +122,11 @@ def prune_command(
             stop.progress(stage, index, num_layers, layer)
 
         try:
-            silent = quiet or not ranks.first
-            with watch_for_other_work(silent), PruneDisplay(console, silent) as display:
+            several = group is not None  # to each of them the others are other work
+            with (
+                watch_for_other_work(quiet or several, device),
+                PruneDisplay(console, quiet or not ranks.first) as display,
+            ):
                 settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
                 settings |= {"command": command, "group": group}
                 if len(ratio) == 1:

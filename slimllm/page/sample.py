@@ -37,22 +37,20 @@ def make_sample(
     """
     if not prompt.strip():
         raise InputError("The prompt of the sample is empty; give some words.")
-    after, shape = _written(pruned, prompt, device)
-    if dense is None:
-        return Sample(prompt, after, None)
-    before, dense_shape = _written(dense, prompt, device)
-    for name, value in shape.items():
-        if dense_shape[name] != value:
-            raise InputError(
-                f"{dense} is not what {pruned} was pruned from: its {name} is {dense_shape[name]} instead of {value}."
-            )
-    return Sample(prompt, after, before)
+    after, sizes = _written(pruned, prompt, device)
+    return Sample(prompt, after, None if dense is None else _written(dense, prompt, device, sizes)[0])
 
 
 @torch.no_grad()
-def _written(model: str | Path, prompt: str, device: str | None) -> tuple[str, dict[str, int]]:
-    """How a model goes on with a prompt, and those of its sizes that pruning does not change."""
+def _written(
+    model: str | Path, prompt: str, device: str | None, wanted: dict[str, Any] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """How a model goes on with a prompt, and those of its sizes that pruning does not change, which may be given."""
     loaded, tokenizer = load(model, device=device)
+    sizes = {name: getattr(loaded.config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+    for name, value in (wanted or sizes).items():
+        if sizes[name] != value:
+            raise InputError(f"{model} is not what was pruned: its {name} is {sizes[name]} instead of {value}.")
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
     longest = longest_input(loaded.config)
     if ids.shape[1] + NEW_TOKENS > longest:
@@ -64,7 +62,6 @@ def _written(model: str | Path, prompt: str, device: str | None) -> tuple[str, d
         repetition_penalty=REPETITION_PENALTY, pad_token_id=0,
     )  # fmt: skip
     text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
-    shape = {name: getattr(loaded.config, name) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
     del loaded
     release()
-    return str(text), shape
+    return str(text), sizes

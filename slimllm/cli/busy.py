@@ -1,0 +1,55 @@
+"""Whether other programs want the cores that a command computes on, which slows it many times."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from slimllm.cli.options import errors
+
+
+@contextmanager
+def watch_for_other_work(quiet: bool, device: str | None) -> Iterator[None]:
+    """Say, when the work is done, if the cores were busy with something else; on Linux, and for work on the CPU.
+
+    Args:
+        quiet: Say nothing.
+        device: As for `PruneConfig`.
+    """
+    import torch
+
+    from slimllm.config import parse_device
+
+    before_s, began = other_work_s(), time.monotonic()
+    yield
+    after_s, seconds = other_work_s(), time.monotonic() - began
+    if quiet or before_s is None or after_s is None or seconds < 1 or parse_device(device).type != "cpu":
+        return
+    sentence = verdict((after_s - before_s) / seconds, len(os.sched_getaffinity(0)), torch.get_num_threads())
+    if sentence:
+        errors.print(sentence, style="dim", highlight=False, soft_wrap=True)
+
+
+def verdict(others: float, cores: int, threads: int) -> str | None:
+    """What there is to be said of `others`, the cores that were busy elsewhere; None where the threads had enough."""
+    if others + threads <= cores + max(0.3, 0.05 * cores):
+        return None
+    return (
+        f"Other work kept {others:.1f} of {cores} cores busy meanwhile, so that this took longer than on an idle machine; "
+        f"OMP_NUM_THREADS={max(1, round(cores - others))} may be much faster then."
+    )
+
+
+def other_work_s() -> float | None:
+    """Seconds that this process's cores have worked since the machine began, but for it and the processes it waited for."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            rows = {name: values for name, *values in map(str.split, file) if name.startswith("cpu")}
+        own = [rows[f"cpu{core}"] for core in os.sched_getaffinity(0)]
+        # user, nice, system, (idle, waiting,) interrupts: in ticks
+        ticks = sum(int(row[column]) for row in own for column in (0, 1, 2, 5, 6))
+        return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+    except (OSError, AttributeError, KeyError):  # not Linux
+        return None
