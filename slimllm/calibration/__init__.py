@@ -1,0 +1,17 @@
+"""Calibration and evaluation text: from a file or a dataset to windows of token ids."""
+
+from slimllm.calibration.texts import bundled_text, read_texts
+from slimllm.calibration.windows import (
+    calibration_name,
+    calibration_windows,
+    check_seq_len,
+    draw_windows,
+    longest_input,
+    tokenize,
+    windows_of,
+)
+
+__all__ = [
+    "bundled_text", "calibration_name", "calibration_windows", "check_seq_len", "draw_windows", "longest_input",
+    "read_texts", "tokenize", "windows_of",
+]  # fmt: skip
