@@ -54,6 +54,7 @@ class Compared:
         parameters: Of the whole model.
         seconds: Of pruning, as if it were alone: with the dense pass, which it may have taken from another one (`shared`).
         dense_pass_s: Of computing in one dense pass.
+        bos_token_id: What the windows of the text begin with; None: no BOS.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Compared:
     seconds: float
     dense_pass_s: float
     shared: bool
+    bos_token_id: int | None
 
 
 def compare(
@@ -75,6 +77,7 @@ def compare(
     methods: Sequence[str] = tuple(METHODS),
     seq_len: int = 128,
     max_windows: int | None = None,
+    bos_token_id: int | None = None,
     workdir: Path | None = None,
     progress: ProgressCallback | None = None,
     notice: Notice | None = None,
@@ -91,6 +94,7 @@ def compare(
         methods: Names in `METHODS`.
         seq_len: Tokens per window of the text.
         max_windows: So many windows from its beginning; None: all.
+        bos_token_id: As for `perplexity`.
         workdir: Where the model at work is written, and deleted again; None: the system's temporary folder.
         progress, notice: As for `prune`.
         on_line: Told every line as soon as it is there.
@@ -115,7 +119,9 @@ def compare(
     lines: list[Compared] = []
 
     def measure(folder: str | Path) -> float:
-        return perplexity_of(folder, token_ids, seq_len=seq_len, max_windows=max_windows, device=config.device)
+        return perplexity_of(
+            folder, token_ids, seq_len=seq_len, max_windows=max_windows, bos_token_id=bos_token_id, device=config.device
+        )
 
     def add(line: Compared) -> None:
         lines.append(line)
@@ -132,11 +138,11 @@ def compare(
             value = measure(out)
             shutil.rmtree(out)  # the next one may be as large
             if not lines:
-                add(Compared("dense", 0.0, dense, 0.0, report.parameters["before"], 0.0, report.dense_pass_s, False))
+                before = report.parameters["before"]
+                add(Compared("dense", 0.0, dense, 0.0, before, 0.0, report.dense_pass_s, False, bos_token_id))
             add(Compared(
                 name, ratio, value, math.log(value / dense), report.parameters["after"], report.seconds_alone,
-                report.dense_pass_s,
-                report.dense_pass_shared,
+                report.dense_pass_s, report.dense_pass_shared, bos_token_id,
             ))  # fmt: skip
 
         prune_all(checkpoint, jobs, False, False, progress, notice, None, Ranks(), on_report)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from slimllm.calibration import about_bos, window_bos
 from slimllm.checkpoint import open_checkpoint
 from slimllm.compare import METHODS, Compared, compare
 from slimllm.config import PruneConfig
@@ -27,7 +28,9 @@ def run_compare(
         ValueError: (as InputError) as `compare`, or `out` exists or its folder does not.
     """
     check_new_file(out)
-    tokens = evaluation_tokens(open_checkpoint(model).tokenizer(), text, (max_windows or 2048) * eval_len)
+    tokenizer = open_checkpoint(model).tokenizer()
+    tokens = evaluation_tokens(tokenizer, text, (max_windows or 2048) * eval_len)
+    bos_token_id = window_bos(tokenizer, config.bos)
     with PruneDisplay(console, quiet) as display:
 
         def on_line(line: Compared) -> None:
@@ -39,14 +42,15 @@ def run_compare(
 
         lines = compare(
             model, ratios, config, tokens, methods=methods or tuple(METHODS), seq_len=eval_len, max_windows=max_windows,
-            workdir=workdir, progress=display.progress, on_line=on_line,
+            bos_token_id=bos_token_id, workdir=workdir, progress=display.progress, on_line=on_line,
         )  # fmt: skip
     console.print(compare_table(lines))
 
 
 def compare_table(lines: list[Compared]) -> Table:
     """A line for each method, best first at each ratio, below the dense model."""
-    table = Table(box=None, padding=(0, 1), header_style="bold")
+    title = f"perplexity in windows {about_bos(lines[0].bos_token_id)}"
+    table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left")
     for title in ("ratio", "method", "perplexity", "log incr.", "parameters", "s", "x dense"):
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)
     for line in sorted(lines, key=lambda line: (line.ratio, line.perplexity)):

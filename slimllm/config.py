@@ -25,6 +25,7 @@ ALLOCATIONS = ("layer-importance", "uniform", "auto", "flap")
 MEASURED = ("auto", "flap")  # the allocations that need more of the dense pass than how similar it leaves its input
 RECOVERIES = ("affine", "lstsq", "bias", "none")
 TOKEN_WEIGHTS = ("none", "norm")
+BOS_CHOICES = ("auto", "always", "never")
 FEATURE_SPACES = ("eigh", "function")
 GIB = 2**30
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
@@ -62,10 +63,12 @@ class PruneConfig:
             fitted to what it put out itself. Takes a second stream through the dense layers.
         calibration: A text file (.txt), a file of JSON lines with a "text" field (.jsonl), the name of a hub dataset
             as `name`, `name:config`, … to `name:config:split:column` (a folder of data files is one, too), or token ids
-            (samples, seq_len) int64, which then are the windows: `samples`, `seq_len` and `seed` do not apply. None: the
-            bundled public-domain text.
+            (samples, seq_len) int64, which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
+            None: the bundled public-domain text.
+        bos: Whether every calibration window begins with the tokenizer's BOS. `auto`: where the tokenizer adds one to a
+            text by itself (the preset `paper` never does, as published). `always`, `never`.
         samples: Number of calibration windows.
-        seq_len: Tokens per window.
+        seq_len: Tokens per window, the BOS included.
         seed: Seed of the draw of the windows, and of the criterion `random`; nothing else in a run is random.
         batch_size: Windows that go through a layer together; None chooses about 1024 tokens.
         pruned_layers: n, how many layers are pruned (those of highest importance c); None: by the ratio, as published.
@@ -96,6 +99,7 @@ class PruneConfig:
     dense_target: float = 0.0
     head_unit: str = "kv-group"
     calibration: str | Path | torch.Tensor | None = field(default=None, repr=False)
+    bos: str = "auto"
     samples: int = 32
     seq_len: int = 128
     seed: int = 0
@@ -126,6 +130,7 @@ class PruneConfig:
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
         check_choice("recovery", self.recovery, RECOVERIES)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
+        check_choice("bos", self.bos, BOS_CHOICES)
         for name, choices in (
             ("feature_space", FEATURE_SPACES), ("dtype", tuple(DTYPES)), ("compute_dtype", tuple(DTYPES))
         ):  # fmt: skip

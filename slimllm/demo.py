@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimllm.calibration import bundled_text, tokenize
+from slimllm.calibration import about_bos, bundled_text, tokenize, window_bos
 from slimllm.config import PruneConfig
 from slimllm.display import PruneDisplay
 from slimllm.engine import prune
@@ -85,11 +85,11 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
 def _measure(candidates: list[_Candidate], prompt: str) -> None:
     """Perplexity, continuation and speed; speeds are medians over rounds in which the candidates take turns."""
     tokenizer = candidates[0].tokenizer
-    tokens = tokenize(tokenizer, [bundled_text("evaluation")])
+    tokens, bos_token_id = tokenize(tokenizer, [bundled_text("evaluation")]), window_bos(tokenizer, "auto")
     prompt_ids = tokenize(tokenizer, [prompt])[None].to(candidates[0].model.device)
     prefill_ids = tokens[None, :_PREFILL_TOKENS].to(candidates[0].model.device)
     for candidate in candidates:
-        candidate.perplexity = perplexity(candidate.model, tokens, max_windows=_EVAL_WINDOWS)
+        candidate.perplexity = perplexity(candidate.model, tokens, max_windows=_EVAL_WINDOWS, bos_token_id=bos_token_id)
         ids = _generate(candidate.model, prompt_ids)
         candidate.text = tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
     prefill_s: list[list[float]] = [[] for _ in candidates]
@@ -139,7 +139,8 @@ def _print_table(console: Console, report: PruneReport, before: _Candidate, afte
 
     row("parameters", parameters["before"], parameters["after"], ",")
     row("  of the decoder layers", parameters["layers_before"], parameters["layers_after"], ",")
-    row("perplexity, held-out text", before.perplexity, after.perplexity, ".2f")
+    begin = about_bos(window_bos(before.tokenizer, "auto"))
+    row(f"perplexity, held-out text, {begin}", before.perplexity, after.perplexity, ".2f")
     size_before = bytes_per_parameter * parameters["before"]
     row(f"weights at {8 * bytes_per_parameter:.0f} bits, MB", size_before / 1e6, written / 1e6, ".1f")
     row(f"prefill of {_PREFILL_TOKENS}, tokens/s", before.prefill_per_s, after.prefill_per_s, ".0f")

@@ -174,6 +174,6 @@ def _prepare(
     if isinstance(given, torch.Tensor):
         config = dataclasses.replace(config, calibration=given)
     tokenizer = None if isinstance(given, torch.Tensor) else given
-    token_ids = calibration_windows(config, tokenizer, source.config, notice)
+    calibration = calibration_windows(config, tokenizer, source.config, notice)
     memory.warm_up(source.device)
-    return Run(source, token_ids, config, notice, started, memory.resident_gib() * GIB, ranks=ranks)
+    return Run(source, calibration, config, notice, started, memory.resident_gib() * GIB, ranks=ranks)

@@ -94,11 +94,17 @@ def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, text: str | None, want
 
 
 def perplexity_of(
-    model: str | Path, token_ids: torch.Tensor, *, seq_len: int, max_windows: int | None, device: str | None
+    model: str | Path,
+    token_ids: torch.Tensor,
+    *,
+    seq_len: int,
+    max_windows: int | None,
+    bos_token_id: int | None,
+    device: str | None,
 ) -> float:
     """`perplexity` of a model that is loaded for it, and let go again, its memory with it."""
     loaded, _ = load(model, device=device)
-    value = perplexity(loaded, token_ids, seq_len=seq_len, max_windows=max_windows)
+    value = perplexity(loaded, token_ids, seq_len=seq_len, max_windows=max_windows, bos_token_id=bos_token_id)
     del loaded
     release()
     return value
@@ -112,11 +118,12 @@ def perplexity(
     seq_len: int = 128,
     batch_size: int = 8,
     max_windows: int | None = None,
+    bos_token_id: int | None = None,
 ) -> float:
     """exp of the mean next-token negative log-likelihood over non-overlapping windows.
 
     Each window is scored on its own, its first token only as context, so that seq_len - 1 tokens of each count: the
-    protocol of the SlimLLM paper with seq_len 128, and the common one with 2048.
+    protocol of the SlimLLM paper with seq_len 128, and the common one with 2048. With a BOS, that is the first token.
 
     Args:
         model: A causal language model.
@@ -124,6 +131,7 @@ def perplexity(
         seq_len: Tokens in a window, from 2 to the longest the model takes.
         batch_size: Windows in a forward pass; it changes the result by rounding only.
         max_windows: Take only so many windows from the beginning.
+        bos_token_id: What every window begins with, as `slimllm.calibration.window_bos` finds it; None: the text alone.
 
     Raises:
         ValueError: (as InputError) the text is shorter than a window, or a setting is out of range.
@@ -132,7 +140,7 @@ def perplexity(
         if value is not None and value < least:
             raise InputError(f"{name} must be at least {least}, got {value}.")
     check_seq_len(seq_len, model.config)
-    windows = windows_of(token_ids, seq_len)[:max_windows]
+    windows = windows_of(token_ids, seq_len, bos_token_id)[:max_windows]
     if len(windows) == 0:
         raise InputError(f"The text has {len(token_ids)} tokens, fewer than one window of {seq_len}; give more text.")
     total = 0.0

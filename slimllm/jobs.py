@@ -75,7 +75,7 @@ def prune_all(
         for _, wanted in jobs:
             check_settings(source, wanted)
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
-        token_ids = calibration_windows(config, tokenizer, source.config, notice)
+        calibration = calibration_windows(config, tokenizer, source.config, notice)
     memory.warm_up(device)
     runtime = max(ranks.everyone(memory.resident_gib() * GIB))
     reports: list[PruneReport] = []
@@ -83,7 +83,7 @@ def prune_all(
     for out, wanted in jobs:
         begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
         with ranks.together():
-            run = Run(source, token_ids, wanted, notice, started, runtime, partial_folder(out), begun, ranks)
+            run = Run(source, calibration, wanted, notice, started, runtime, partial_folder(out), begun, ranks)
         if dense and not dense.serves(run.plan.config, run.plan.placement):
             dense = None
         if len(jobs) > 1:

@@ -40,7 +40,7 @@ FFN channels are gone, {"without recovery" if report.config["recovery"] == "none
 | perplexity on {calibration["perplexity_tokens"]} calibration tokens | {calibration["perplexity_dense"]:.2f} | {calibration["perplexity_pruned"]:.2f} | |
 
 The perplexity is in-sample (calibration: {calibration["text"]}, {calibration["samples"]} x {calibration["seq_len"]}
-tokens, seed {report.config["seed"]}); measure on your own text with `slimllm eval`. {loading}
+tokens, {calibration["bos"]}, seed {report.config["seed"]}); measure on your own text with `slimllm eval`. {loading}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -28,7 +28,8 @@ class PruneReport:
         out: The folder written, or None for a model in memory.
         config: The settings (`PruneConfig.to_dict`).
         allocation: target_params, pruned_layers (n), alpha, round_to and notes.
-        calibration: text, samples, seq_len, tokens, perplexity_tokens and the perplexity of the first so many calibration
+        calibration: text, bos (`with BOS`, `no BOS`, or `as given` of token ids), bos_token_id, samples, seq_len, tokens,
+            perplexity_tokens and the perplexity of the first so many calibration
             tokens before and after (`perplexity_dense`, `perplexity_pruned`).
         parameters: before, after (whole model), layers_before, layers_after (decoder layers).
         achieved_ratio: Fraction of the layers' parameters removed; `achieved_ratio_model` of the whole model.

@@ -15,7 +15,7 @@ import torch
 from slimllm import memory, ops
 from slimllm.account import batch_windows, sizes_of
 from slimllm.allocation import Allocation
-from slimllm.calibration import calibration_name
+from slimllm.calibration import Calibration, calibration_name
 from slimllm.checkpoint import Checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig
 from slimllm.dense import DensePass, perplexity_windows
@@ -43,7 +43,7 @@ class Run:
     def __init__(
         self,
         source: ModelSource,
-        token_ids: torch.Tensor,
+        calibration: Calibration,
         config: PruneConfig,
         notice: Notice,
         started: float,
@@ -53,13 +53,15 @@ class Run:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
+        token_ids = calibration.token_ids
         if len(token_ids) < self.ranks.size:
             raise InputError(
                 f"{len(token_ids)} calibration windows cannot be shared by {self.ranks.size} processes; give more samples, "
                 "or start fewer processes."
             )
         check_settings(source, config)
-        self.source, self.token_ids, self.config, self.notice = source, token_ids, config, notice
+        self.source, self.config, self.notice = source, config, notice
+        self.calibration, self.token_ids = calibration, token_ids
         self.backend = ops.backend(source.device, OPERATIONS)
         self.format: OutputFormat
         self.sizes = source.sizes()
@@ -121,6 +123,8 @@ class Run:
             },
             calibration={
                 "text": calibration_name(config),
+                "bos": self.calibration.bos,
+                "bos_token_id": self.calibration.bos_token_id,
                 "samples": self.token_ids.shape[0],
                 "seq_len": self.token_ids.shape[1],
                 "tokens": self.token_ids.numel(),

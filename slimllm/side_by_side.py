@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from slimllm.calibration import about_bos, window_bos, windows_of
 from slimllm.errors import InputError
 from slimllm.evaluate import evaluation_tokens, load, locate, perplexity
 from slimllm.memory import release
@@ -32,6 +33,7 @@ class Evaluated:
         log_increase: Of its logarithm over the first model's, by tokens in a window; empty where its tokenizer
             gives other token ids, so that they cannot be compared.
         windows: How many, by tokens in a window.
+        bos_token_id: What every window begins with; None: no BOS.
         accuracy: From 0 to 1, by task.
         mean_accuracy: Over the tasks; None: there are none.
         retention: That mean in % of the first model's.
@@ -44,6 +46,7 @@ class Evaluated:
     perplexity: dict[int, float]
     log_increase: dict[int, float]
     windows: dict[int, int]
+    bos_token_id: int | None
     accuracy: dict[str, float]
     mean_accuracy: float | None
     retention: float | None
@@ -59,6 +62,7 @@ def evaluate(
     seq_lens: Sequence[int] = (128,),
     batch_size: int = 8,
     max_windows: int | None = None,
+    bos: str = "auto",
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -77,6 +81,7 @@ def evaluate(
         text: FILE.txt, FILE.jsonl or a dataset; None: the bundled one.
         seq_lens: Tokens in a window: 128 as in the paper, 2048 as is common now.
         batch_size, max_windows: As for `perplexity`.
+        bos: As for `PruneConfig`.
         dtype, device, trust_remote_code: As for `load`.
         tasks, few_shot, limit, include_path: As for `zero_shot`; no tasks: only perplexity.
         on_model: Told about every model as soon as it is done.
@@ -96,13 +101,15 @@ def evaluate(
         started = time.perf_counter()
         loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         tokens = evaluation_tokens(tokenizer, text, (max_windows or 2048) * max(seq_lens))
-        found, windows = {}, {}
+        bos_token_id, found, windows = window_bos(tokenizer, bos), {}, {}
         for seq_len in seq_lens:
-            found[seq_len] = perplexity(loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows)
-            windows[seq_len] = min(len(tokens) // seq_len, max_windows or len(tokens))
+            found[seq_len] = perplexity(
+                loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows, bos_token_id=bos_token_id
+            )
+            windows[seq_len] = len(windows_of(tokens, seq_len, bos_token_id)[:max_windows])
         if not done:
-            first, first_tokens = found, tokens
-        alike = torch.equal(tokens, first_tokens)
+            first, first_tokens, first_bos = found, tokens, bos_token_id
+        alike = torch.equal(tokens, first_tokens) and bos_token_id == first_bos
         increase = {seq_len: math.log(value / first[seq_len]) for seq_len, value in found.items() if alike}
         accuracy: dict[str, float] = {}
         if tasks:
@@ -118,6 +125,7 @@ def evaluate(
                 perplexity=found,
                 log_increase=increase,
                 windows=windows,
+                bos_token_id=bos_token_id,
                 accuracy=accuracy,
                 mean_accuracy=mean,
                 retention=100 * mean / dense if mean is not None and dense else None,
@@ -135,7 +143,9 @@ def evaluate(
 
 def evaluation_table(lines: list[Evaluated]) -> Table:
     """A line for each model, by the last part of its name; the increases are over the first one."""
-    table = Table(box=None, padding=(0, 1), header_style="bold", title="perplexity in windows of …", title_justify="left")
+    begin = ", ".join(dict.fromkeys(about_bos(line.bos_token_id) for line in lines))
+    title = f"perplexity in windows ({begin}) of …"
+    table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left")
     table.add_column("model", overflow="fold", min_width=12)
     lengths = list(lines[0].perplexity)
     titles = [title for length in lengths for title in (f"at {length}", "log incr.")]

@@ -91,6 +91,7 @@ def sweep(
     presets: Sequence[str] = ("default",),
     seq_len: int = 128,
     max_windows: int | None = None,
+    bos_token_id: int | None = None,
     prompt: int = 128,
     new_tokens: int = 32,
     rounds: int = 5,
@@ -109,7 +110,7 @@ def sweep(
         config: Calibration, memory, device; the preset sets criterion, allocation, recovery and token weights.
         token_ids: The text to measure on, (num_tokens,) int64; not the calibration's.
         presets: Each is pruned by at all ratios, with one dense pass.
-        seq_len, max_windows: Of that text, as for `perplexity`.
+        seq_len, max_windows, bos_token_id: Of that text, as for `perplexity`.
         prompt, new_tokens, rounds: As for `measure_latency`.
         keep: A folder for the pruned models, PRESET/RATIO; None: each is deleted when it has been measured.
         workdir: Where the one at work is otherwise written; None: the system's temporary folder.
@@ -142,7 +143,9 @@ def sweep(
             on_point(point)
 
     def measured(folder: str | Path) -> float:
-        return perplexity_of(folder, token_ids, seq_len=seq_len, max_windows=max_windows, device=config.device)
+        return perplexity_of(
+            folder, token_ids, seq_len=seq_len, max_windows=max_windows, bos_token_id=bos_token_id, device=config.device
+        )
 
     def on_report(report: PruneReport, out: Path) -> None:
         preset, ratio = report.config["preset"], report.config["ratio"]

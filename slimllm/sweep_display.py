@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimllm.bench.run import machine
+from slimllm.calibration import about_bos, window_bos
 from slimllm.checkpoint import open_checkpoint
 from slimllm.config import PruneConfig, parse_device
 from slimllm.display import PruneDisplay
@@ -38,10 +39,12 @@ def run_sweep(
             other settings.
     """
     device = parse_device(config.device)
+    tokenizer = open_checkpoint(model).tokenizer()
+    bos_token_id = window_bos(tokenizer, config.bos)
     settings = {
-        "model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows, "prompt": prompt,
-        "new_tokens": new_tokens, "calibration": config.to_dict()["calibration"], "samples": config.samples,
-        "seq_len": config.seq_len, "seed": config.seed, "head_unit": config.head_unit,
+        "model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows, "bos": config.bos,
+        "bos_token_id": bos_token_id, "prompt": prompt, "new_tokens": new_tokens,
+        "calibration": config.to_dict()["calibration"], "samples": config.samples, "seq_len": config.seq_len, "seed": config.seed, "head_unit": config.head_unit,
         "rounds": rounds, "device": machine(str(device)), "threads": torch.get_num_threads(),
         "slimllm": versions()["slimllm"],
     }  # fmt: skip
@@ -50,7 +53,7 @@ def run_sweep(
     if others and not file.exists():  # of the presets there may be kept models of a sweep without a point yet
         raise InputError(f"The folder {out} is not empty ({others[0]}) and holds no sweep; give another one.")
     done = _read(file, settings, resume)
-    tokens = evaluation_tokens(open_checkpoint(model).tokenizer(), text, (max_windows or 2048) * eval_len)
+    tokens = evaluation_tokens(tokenizer, text, (max_windows or 2048) * eval_len)
     with PruneDisplay(console, quiet) as display, _folder(out):
 
         def on_point(point: Swept) -> None:
@@ -63,17 +66,17 @@ def run_sweep(
             display.notice(f"{about}: perplexity {point.perplexity:.2f}, decoding x {point.decode_speedup:.2f}")
 
         points = sweep(
-            model, ratios, config, tokens, presets=presets, seq_len=eval_len, max_windows=max_windows, prompt=prompt,
-            new_tokens=new_tokens, rounds=rounds, keep=out if keep else None, workdir=workdir, done=done,
-            progress=display.progress, on_point=on_point,
+            model, ratios, config, tokens, presets=presets, seq_len=eval_len, max_windows=max_windows,
+            bos_token_id=bos_token_id, prompt=prompt, new_tokens=new_tokens, rounds=rounds, keep=out if keep else None,
+            workdir=workdir, done=done, progress=display.progress, on_point=on_point,
         )  # fmt: skip
     draw(points, out / PICTURE)
     if quiet:
         return
     console.print(sweep_table(points))
     console.print(
-        "* no other point has a lower perplexity with no more parameters. Speeds are over the dense model's, in turns; "
-        f"s: of pruning. All figures, and the picture: {out}",
+        f"Perplexity in windows {about_bos(bos_token_id)}. * no other point has a lower perplexity with no more parameters. "
+        f"Speeds are over the dense model's, in turns; s: of pruning. All figures, and the picture: {out}",
         style="dim", highlight=False,
     )  # fmt: skip
 

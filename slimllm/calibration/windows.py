@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from slimllm.calibration.texts import bundled_text, read_texts
-from slimllm.config import PruneConfig
+from slimllm.config import BOS_CHOICES, PruneConfig, check_choice
 from slimllm.errors import InputError
 
 
@@ -22,14 +23,43 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def draw_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Calibration windows: `samples` of the non-overlapping windows of the stream, drawn without replacement.
+def window_bos(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
+    """Return the token that every window of a text begins with, or None.
 
-    The stream is cut into windows of seq_len tokens from its beginning, the last incomplete one is dropped, and the
-    first `samples` entries of `torch.randperm(num_windows)` with a CPU generator seeded with `seed` are taken, in order.
+    A model whose tokenizer puts a BOS before every text has never seen a text without one: Gemma 3 270M has perplexity
+    323 on windows of WikiText-2 without and 32 with it.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        choice: `auto`: the BOS if the tokenizer adds one to a text by itself. `always`: the BOS. `never`: None.
+
+    Raises:
+        ValueError: (as InputError) the choice is not known, or it is `always` and the tokenizer has no BOS.
+    """
+    check_choice("bos", choice, BOS_CHOICES)
+    bos: int | None = tokenizer.bos_token_id
+    if choice == "never":
+        return None
+    if choice == "auto":
+        return bos if bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else None
+    if bos is None:
+        raise InputError("bos is always, but the tokenizer of this model has no BOS token; give auto or never.")
+    return bos
+
+
+def draw_windows(
+    tokens: torch.Tensor, samples: int, seq_len: int, seed: int, bos_token_id: int | None = None
+) -> torch.Tensor:
+    """Draw calibration windows: `samples` of the windows that `windows_of` gives, without replacement.
+
+    Takes the first `samples` entries of `torch.randperm(num_windows)` by a CPU generator seeded with `seed`, in order.
 
     Args:
         tokens: (num_tokens,) int64.
+        samples: Number of windows.
+        seq_len: Tokens per window.
+        seed: Seed of the draw.
+        bos_token_id: The first token of every window; None: the stream is cut as it is.
 
     Returns:
         (samples, seq_len) int64.
@@ -37,7 +67,7 @@ def draw_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int) ->
     Raises:
         ValueError: (as InputError) the text is too short.
     """
-    windows = windows_of(tokens, seq_len)
+    windows = windows_of(tokens, seq_len, bos_token_id)
     if len(windows) < samples:
         raise InputError(
             f"The text has {len(tokens)} tokens, that is {len(windows)} windows of {seq_len}, but {samples} are asked "
@@ -47,10 +77,50 @@ def draw_windows(tokens: torch.Tensor, samples: int, seq_len: int, seed: int) ->
     return windows[torch.randperm(len(windows), generator=generator)[:samples]]
 
 
-def windows_of(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """All non-overlapping windows of the stream, (num_windows, seq_len); the rest at the end is dropped."""
+def windows_of(tokens: torch.Tensor, seq_len: int, bos_token_id: int | None = None) -> torch.Tensor:
+    """Cut a stream into non-overlapping windows from its beginning; the incomplete one at the end is dropped.
+
+    With a BOS every window is that token and seq_len - 1 tokens of the text, so that a model never sees more than seq_len;
+    the one BOS that a tokenizer has put before the whole stream is left out.
+
+    Args:
+        tokens: (num_tokens,) int64.
+        seq_len: Tokens per window, at least 2.
+        bos_token_id: The first token of every window; None: the stream is cut as it is.
+
+    Returns:
+        (num_windows, seq_len) int64.
+    """
+    if bos_token_id is not None:
+        text = windows_of(tokens[1:] if tokens[:1].eq(bos_token_id).all() else tokens, seq_len - 1)
+        return torch.cat([text.new_full((len(text), 1), bos_token_id), text], 1)
     count = len(tokens) // seq_len
     return tokens[: count * seq_len].view(count, seq_len)
+
+
+def about_bos(bos_token_id: int | None) -> str:
+    """Say what windows begin with, beside a perplexity of theirs."""
+    return "no BOS" if bos_token_id is None else "with BOS"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration windows, and what they begin with.
+
+    Attributes:
+        token_ids: (samples, seq_len) int64, on the CPU.
+        bos_token_id: The BOS that was put before every window; None: none was.
+        given: Whether the user gave the windows as token ids, with whatever they begin with.
+    """
+
+    token_ids: torch.Tensor
+    bos_token_id: int | None = None
+    given: bool = False
+
+    @property
+    def bos(self) -> str:
+        """What the windows begin with, in words."""
+        return "as given" if self.given else about_bos(self.bos_token_id)
 
 
 def longest_input(model_config: PretrainedConfig) -> float:
@@ -70,14 +140,14 @@ def calibration_windows(
     tokenizer: PreTrainedTokenizerBase | None,
     model_config: PretrainedConfig,
     notice: Callable[[str], None],
-) -> torch.Tensor:
-    """The windows that the settings ask for, (samples, seq_len) int64.
+) -> Calibration:
+    """Make the windows that the settings ask for.
 
     Raises:
         ValueError: (as InputError) the text cannot be had or is too short, or a window is longer than the model takes.
     """
     if isinstance(config.calibration, torch.Tensor):
-        return _check_token_ids(config.calibration, model_config)
+        return Calibration(_check_token_ids(config.calibration, model_config), given=True)
     check_seq_len(config.seq_len, model_config)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"expected a tokenizer or a tensor of token ids, got {type(tokenizer).__name__}.")
@@ -86,8 +156,15 @@ def calibration_windows(
         documents = [bundled_text("calibration")]
     else:
         documents = read_texts(config.calibration, config.samples * config.seq_len)
-    tokens = tokenize(tokenizer, documents)
-    return _check_token_ids(draw_windows(tokens, config.samples, config.seq_len, config.seed), model_config)
+    as_published = config.preset == "paper" and config.bos == "auto"
+    bos = window_bos(tokenizer, "never" if as_published else config.bos)
+    if as_published and window_bos(tokenizer, "auto") is not None:
+        notice(
+            "The preset paper puts no BOS before the calibration windows, as published, though this model's tokenizer adds "
+            "one to every text; --bos always puts it there."
+        )
+    windows = draw_windows(tokenize(tokenizer, documents), config.samples, config.seq_len, config.seed, bos)
+    return Calibration(_check_token_ids(windows, model_config), bos)
 
 
 def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) -> torch.Tensor:

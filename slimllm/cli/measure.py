@@ -10,6 +10,7 @@ import typer
 
 from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import (
+    Bos,
     CalibrationText,
     EvalLen,
     EvalText,
@@ -36,6 +37,7 @@ def compare_command(
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
+    bos: Bos = "auto",
     calibration: CalibrationText = None,
     samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
@@ -52,7 +54,7 @@ def compare_command(
     from slimllm.config import PruneConfig
 
     config = PruneConfig(
-        ratio=0.5, calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
+        ratio=0.5, calibration=calibration, bos=bos, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
         compute_dtype=compute_dtype, device=device,
     )  # fmt: skip
     with watch_for_other_work(quiet, device):
@@ -72,6 +74,7 @@ def sweep_command(
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
+    bos: Bos = "auto",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt when the speed is measured.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated then.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed's measurement.")] = 5,
@@ -95,7 +98,7 @@ def sweep_command(
         signal(number, leave)
     ratios = parse_ratios(ratio or ["0.1:0.6:0.1"])
     config = PruneConfig(
-        ratio=ratios[0], calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
+        ratio=ratios[0], calibration=calibration, bos=bos, samples=samples, seq_len=seq_len, seed=seed, head_unit=head_unit,
         device=device,
     )  # fmt: skip
     try:
@@ -123,6 +126,7 @@ def eval_command(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows, or answers of a task, in a forward pass.")] = 8,
     max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the beginning.")] = None,
+    bos: Bos = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU, the checkpoint's on GPU.")
     ] = None,
@@ -139,6 +143,7 @@ def eval_command(
     out: Annotated[Path | None, typer.Option(help="A new file for the figures, as JSON.")] = None,
 ) -> None:
     """Perplexity of models, pruned or not, over windows of a text, and accuracy on tasks; several side by side."""
+    from slimllm.calibration import about_bos
     from slimllm.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json
     from slimllm.writer import check_new_file
     from slimllm.zeroshot import PAPER_TASKS
@@ -150,14 +155,14 @@ def eval_command(
     def on_model(line: Evaluated) -> None:
         name = f"{line.model}: " if len(models) > 1 else ""
         for length, value in line.perplexity.items():
-            about = f"{line.windows[length]} windows of {length} tokens"
+            about = f"{line.windows[length]} windows of {length} tokens, {about_bos(line.bos_token_id)}"
             console.print(f"{name}perplexity {value:.4f}   ({about})", highlight=False)
 
     names = PAPER_TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else ()
     lines = evaluate(
-        models, text, seq_lens=seq_len or [128], batch_size=batch_size, max_windows=max_windows, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code, tasks=names, few_shot=few_shot, limit=limit, include_path=include_path,
-        on_model=on_model,
+        models, text, seq_lens=seq_len or [128], batch_size=batch_size, max_windows=max_windows, bos=bos,
+        dtype=dtype, device=device, trust_remote_code=trust_remote_code, tasks=names, few_shot=few_shot, limit=limit,
+        include_path=include_path, on_model=on_model,
     )  # fmt: skip
     if len(lines) > 1:
         console.print(evaluation_table(lines))
@@ -169,7 +174,7 @@ def eval_command(
     if names:
         console.print(accuracy_table(lines, limit))
     if out is not None:
-        settings = {"max_windows": max_windows, "few_shot": few_shot, "limit": limit}
+        settings = {"max_windows": max_windows, "bos": bos, "few_shot": few_shot, "limit": limit}
         write_json(lines, text, out, settings)
 
 

@@ -44,6 +44,9 @@ DenseTarget = Annotated[
 EvalText = Annotated[
     str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
 ]
+Bos = Annotated[
+    str, typer.Option(help="BOS before every window. auto: where the tokenizer adds one to a text; always; or never.")
+]
 EvalLen = Annotated[int, typer.Option(help="Tokens per window of that text.")]
 MaxWindows = Annotated[int, typer.Option(help="So many windows of it; 0: all.")]
 CalibrationText = Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")]

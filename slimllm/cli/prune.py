@@ -13,6 +13,7 @@ from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import (
     REMOVED,
     AllocationName,
+    Bos,
     Criterion,
     DenseTarget,
     Model,
@@ -55,6 +56,7 @@ def prune_command(
         str | None,
         typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split[:column]]]. Default: bundled text."),
     ] = None,
+    bos: Bos = "auto",
     samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     seed: Seed = 0,
@@ -110,7 +112,7 @@ def prune_command(
             config = PruneConfig(
                 ratio=ratio[0], preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,
                 token_weights=token_weights, dense_target=dense_target, head_unit=head_unit, calibration=calibration,
-                samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers,
+                bos=bos, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers,
                 alpha=alpha, keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype,
                 compute_dtype=compute_dtype, device=device, host_memory=host_memory, gpu_memory=gpu_memory,
             )  # fmt: skip
