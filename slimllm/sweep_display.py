@@ -44,7 +44,8 @@ def run_sweep(
     settings = {
         "model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows, "bos": config.bos,
         "bos_token_id": bos_token_id, "prompt": prompt, "new_tokens": new_tokens,
-        "calibration": config.to_dict()["calibration"], "samples": config.samples, "seq_len": config.seq_len, "seed": config.seed, "head_unit": config.head_unit,
+        "calibration": config.to_dict()["calibration"], "samples": config.samples,
+        "seq_len": config.seq_len, "seed": config.seed, "head_unit": config.head_unit,
         "rounds": rounds, "device": machine(str(device)), "threads": torch.get_num_threads(),
         "slimllm": versions()["slimllm"],
     }  # fmt: skip
@@ -75,8 +76,8 @@ def run_sweep(
         return
     console.print(sweep_table(points))
     console.print(
-        f"Perplexity in windows {about_bos(bos_token_id)}. * no other point has a lower perplexity with no more parameters. "
-        f"Speeds are over the dense model's, in turns; s: of pruning. All figures, and the picture: {out}",
+        f"Perplexity in windows {about_bos(bos_token_id)}. * no other point has a lower perplexity with no more parameters."
+        f" Speeds are over the dense model's, in turns; s: of pruning. All figures, and the picture: {out}",
         style="dim", highlight=False,
     )  # fmt: skip
 

@@ -241,7 +241,7 @@ def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.Ca
     model, tokenizer = slimllm.load(tmp_path / "out")
     tokens = tokenize(tokenizer, [bundled_text("evaluation")])
     for length in (64, 128):
-        wanted = slimllm.perplexity(model, tokens, seq_len=length, max_windows=5)
+        wanted = slimllm.perplexity(model, tokens, seq_len=length, max_windows=5, bos_token_id=tokenizer.bos_token_id)
         assert pruned["perplexity"][str(length)] == pytest.approx(wanted, rel=1e-9)
         increase = math.log(wanted / dense["perplexity"][str(length)])
         assert pruned["log_increase"][str(length)] == pytest.approx(increase, rel=1e-9) and increase > 0.1
