@@ -10,20 +10,24 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.errors import HopelessError, InputError
-from slimllm.families import layer_spec
-from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
-
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+from slimllm.families import LayerSpec, layer_spec
+from slimllm.folder import (
+    SAFETENSORS_DTYPES,
+    Headers,
+    first_line,
+    load_tokenizer,
+    name_some,
+    read_config,
+    weight_files,
+)
 
 _MAPPED_BYTES = 64 * 2**20  # of a file that is open
 
@@ -57,7 +61,8 @@ class Checkpoint(ABC):
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]: ...
 
     @abstractmethod
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+        """Load the tokenizer; code that comes with it runs only if it is trusted."""
 
     @abstractmethod
     def write_companions(self, folder: Path) -> None:
@@ -78,64 +83,70 @@ class Checkpoint(ABC):
                 )
         return tensors
 
-    def check(self, expected: dict[str, tuple[int, ...]], layers: str) -> list[str]:
-        """Compare the headers with what the configuration says, before anything is read.
+    def check(self, expected: dict[str, tuple[int, ...]], spec: LayerSpec) -> None:
+        """Compare the headers with what the configuration says, before any weight is read.
+
+        What a checkpoint holds besides must be without meaning: tables of the rotary embedding, biases that are zero, a
+        stored output head that equals the embeddings it is tied to.
 
         Args:
             expected: Names and shapes of the model's tensors.
-            layers: Name of the decoder layers' list, `model.layers`.
-
-        Returns:
-            Names of tensors in the checkpoint that the model has no place for.
+            spec: Names of its family.
 
         Raises:
-            ValueError: (as InputError) a tensor is missing or has another shape, or a decoder layer has one, such as a
-                bias, that the configuration says nothing of; names it.
+            ValueError: (as InputError) tensors are missing, have another shape or dtype, or have no place in the model; the
+                sentence names the first and counts the rest.
         """
         found = self.shapes()
-        for name, shape in expected.items():
-            if name not in found:
-                raise InputError(f"Tensor {name} is missing in {self.path}; is the checkpoint complete?")
-            if found[name] != shape:
-                raise InputError(
-                    f"Tensor {name} in {self.path} has shape {found[name]}, but its config.json asks for {shape}."
-                )
-        unexpected = sorted(set(found) - set(expected))
-        for name in unexpected:
-            # Old checkpoints hold the tables of the rotary embedding, which follow from the configuration.
-            if name.startswith(f"{layers}.") and not name.endswith("rotary_emb.inv_freq"):
-                raise InputError(
-                    f"Tensor {name} of {self.path} has no place in the model that its configuration describes; "
-                    "without it the result would be wrong."
-                )
-        return unexpected
+        if missing := [name for name in expected if name not in found]:
+            other = next((name for name in found if name.endswith(f".{missing[0]}")), None)
+            instead = f"; it is there as {other}: save the model inside of that one" if other else ""
+            raise InputError(f"Tensor {name_some(missing)} is missing in {self.path}; is the checkpoint complete?{instead}")
+        if other_shape := [name for name in expected if found[name] != expected[name]]:
+            name = other_shape[0]
+            raise InputError(
+                f"Tensor {name_some(other_shape)} in {self.path} has shape {found[name]}, but its config.json asks for "
+                f"{expected[name]}."
+            )
+        for name in expected:
+            self.storage_dtype(name)  # refuses what is quantised
+        unexpected = [name for name in sorted(set(found) - set(expected)) if not self._is_meaningless(name, spec)]
+        if unexpected:
+            raise InputError(
+                f"Tensor {name_some(unexpected)} of {self.path} has no place in the model that its configuration describes;"
+                " without it the result would be wrong."
+            )
+
+    def _is_meaningless(self, name: str, spec: LayerSpec) -> bool:
+        if name.endswith("rotary_emb.inv_freq"):  # it follows from the configuration
+            return True
+        if name == f"{spec.head}.weight":  # one that differs from the embeddings is not tied, see `CheckpointModel`
+            return self.config.tie_word_embeddings
+        return name.endswith(".bias") and not self.read([name])[name].any()
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A Hugging Face folder with one or many safetensors shards."""
+    """A Hugging Face folder with one or many safetensors shards.
+
+    Tensors that are named as those of the decoder alone, without the language model around it, are found as well.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
         self.config = read_config(path)
-        self._shard_of: dict[str, Path] = {}
-        self._shape_of: dict[str, tuple[int, ...]] = {}
-        self._dtype_of: dict[str, str] = {}
-        for shard in _shards(path):
-            try:
-                with safe_open(shard, framework="pt") as file:
-                    for tensor in file.keys():
-                        view = file.get_slice(tensor)
-                        self._shard_of[tensor] = shard
-                        self._shape_of[tensor] = tuple(view.get_shape())
-                        self._dtype_of[tensor] = view.get_dtype()
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
+        self._headers = Headers(weight_files(path))
+        self._headers.check(path)
+        spec = layer_spec(self.config.model_type)
+        prefix = f"{spec.layers.partition('.')[0]}."
+        stored = self._headers.shape_of
+        bare = not any(name.startswith(prefix) for name in stored)
+        self._stored = {name if not bare or name.startswith(f"{spec.head}.") else prefix + name: name for name in stored}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shape_of)
+        return {name: self._headers.shape_of[stored] for name, stored in self._stored.items()}
 
     def storage_dtype(self, name: str) -> torch.dtype:
-        stored = self._dtype_of.get(name) or self._dtype_of[name.removesuffix("bias") + "weight"]
+        stored = self._headers.dtype_of[self._stored.get(name) or self._stored[name.removesuffix("bias") + "weight"]]
         dtype = SAFETENSORS_DTYPES.get(stored)
         if dtype is None:
             raise InputError(
@@ -145,25 +156,23 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}
-        for shard in sorted({self._shard_of[name] for name in names}):
-            waiting = [name for name in names if self._shard_of[name] == shard]
+        shard_of = {name: self._headers.file_of[self._stored[name]] for name in names}
+        for shard in sorted(set(shard_of.values())):
+            waiting = [name for name in names if shard_of[name] == shard]
             try:
                 while waiting:
                     with safe_open(shard, framework="pt") as file:
                         mapped = 0
                         while waiting and mapped < _MAPPED_BYTES:  # the mapped file counts as memory, too
                             name = waiting.pop()
-                            result[name] = file.get_tensor(name).clone()
+                            result[name] = file.get_tensor(self._stored[name]).clone()
                             mapped += result[name].nbytes
             except (SafetensorError, OSError) as error:
                 raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
         return result
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
-            raise InputError(f"The tokenizer in {self.path} cannot be loaded: {first_line(error)}") from error
+    def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path, trust_remote_code)
 
     def write_companions(self, folder: Path) -> None:
         for file in sorted({file for pattern in _COMPANIONS for file in self.path.glob(pattern)}):
@@ -217,16 +226,17 @@ def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path
     """The folder of a model of the hub, fetched if it is not there yet; with its code only if `code`.
 
     Args:
-        model: The hub id.
+        model: The hub id, `NAME` or `NAME@REVISION`.
         code: Fetch its Python files, too.
         only: Fetch these files and no others.
 
     Raises:
         ValueError: (as InputError) there is no such model, or the hub cannot be reached.
     """
+    name, _, revision = model.partition("@")
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_COMPANIONS, *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(model, allow_patterns=list(only) or patterns))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(only) or patterns))
     except HFValidationError:
         raise InputError(f"There is no folder or file {model}, and it cannot be the name of a model on the hub.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -234,66 +244,3 @@ def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path
         if type(error) is LocalEntryNotFoundError and not isinstance(error.__cause__, HfHubHTTPError):
             reason = "the hub, where it may be a model, cannot be reached (or is not to be: HF_HUB_OFFLINE)."
         raise InputError(f"There is no folder or file {model}, and {reason}") from None
-
-
-def read_config(path: Path) -> PretrainedConfig:
-    """The configuration in a folder.
-
-    Raises:
-        ValueError: (as InputError) there is none, or it is not of an unquantised causal language model that can be pruned.
-    """
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
-    try:
-        raw: Any = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path / 'config.json'} is not valid JSON: {error}.") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path / 'config.json'} is not a JSON object.")
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "quantised") if isinstance(quantization, dict) else "quantised"
-        raise InputError(f"{path} holds {method} weights; prune the unquantised model and quantise the result.")
-    layer_spec(str(raw.get("model_type")))
-    architectures = raw.get("architectures") or []
-    architectures = architectures if isinstance(architectures, list) else [architectures]
-    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
-        raise InputError(f"{path} is no causal language model, but {', '.join(map(str, architectures))}.")
-    try:
-        return _with_known_rope(AutoConfig.from_pretrained(path))
-    except Exception as error:  # its settings are checked by transformers, with many types of errors
-        raise InputError(f"The configuration in {path} cannot be used: {first_line(error)}") from error
-
-
-def _with_known_rope(config: PretrainedConfig) -> PretrainedConfig:
-    """Under transformers 4, the rotary settings of a configuration that version 5 wrote, which it would ignore silently."""
-    if not knows_rope_parameters() and getattr(config, "rope_parameters", None):
-        for name, value in rope_of_transformers_4(config.rope_parameters).items():
-            setattr(config, name, value)
-        del config.rope_parameters
-    return config
-
-
-def _shards(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is no index of shards ({first_line(error)}).") from None
-    else:
-        shards = [path / "model.safetensors"]
-    for shard in shards:
-        if not shard.is_file():
-            if any(path.glob("*.bin")):
-                raise InputError(
-                    f"{path} holds its weights as pickled .bin files, which are never read; convert them to safetensors."
-                )
-            raise InputError(f"Shard {shard} is missing.")
-    return shards
-
-
-def first_line(error: BaseException) -> str:
-    """An error of another library as the end of a sentence of ours; it may say what matters in its second line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]).rstrip(".") + "."

@@ -25,27 +25,23 @@ class FusedCheckpoint(Checkpoint):
         fused: The checkpoint as it is on the disk.
         config: Of what it is read as.
         rows: By the name of a fused projection in a layer, its parts, and which of its rows each of them has.
-        prefix: What names of tensors lack on the disk.
     """
 
-    def __init__(
-        self, fused: Checkpoint, config: PretrainedConfig, rows: dict[str, dict[str, Rows]], prefix: str = ""
-    ) -> None:
-        self._fused, self.name, self.path, self.config, self._prefix = fused, fused.name, fused.path, config, prefix
+    def __init__(self, fused: Checkpoint, config: PretrainedConfig, rows: dict[str, dict[str, Rows]]) -> None:
+        self._fused, self.name, self.path, self.config = fused, fused.name, fused.path, config
         self._places = {part: (whole, own) for whole, parts in rows.items() for part, own in parts.items()}
         self._parts = {whole: list(parts) for whole, parts in rows.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         result: dict[str, tuple[int, ...]] = {}
-        for stored, shape in self._fused.shapes().items():
-            name = self._named(stored)
+        for name, shape in self._fused.shapes().items():
             module, _, kind = name.rpartition(".")
             for whole, parts in self._parts.items():
                 if module.endswith(f".{whole}"):
                     numbers = [_length(self._places[part][1]) for part in parts]
                     if (asked := sum(numbers)) != shape[0]:
                         raise InputError(
-                            f"Tensor {stored} in {self.path} has {shape[0]} rows, but its config.json asks for {asked}."
+                            f"Tensor {name} in {self.path} has {shape[0]} rows, but its config.json asks for {asked}."
                         )
                     for part, number in zip(parts, numbers):
                         result[f"{module.removesuffix(whole)}{part}.{kind}"] = (number, *shape[1:])
@@ -57,19 +53,13 @@ class FusedCheckpoint(Checkpoint):
     def storage_dtype(self, name: str) -> torch.dtype:
         return self._fused.storage_dtype(self._place(name)[0])
 
-    def _named(self, stored: str) -> str:
-        """A tensor's whole name; that of the output head is whole in any file."""
-        head = layer_spec(self.config.model_type).head
-        return stored if stored.startswith(f"{head}.") else self._prefix + stored
-
     def _place(self, name: str) -> tuple[str, Rows | None]:
         """The tensor on the disk that holds one of ours, and which of its rows; None: all."""
         module, _, kind = name.rpartition(".")
         for part, (whole, rows) in self._places.items():
             if module.endswith(f".{part}"):
-                stored = f"{module.removesuffix(part)}{whole}.{kind}"
-                return stored.removeprefix(self._prefix), rows
-        return name.removeprefix(self._prefix), None
+                return f"{module.removesuffix(part)}{whole}.{kind}", rows
+        return name, None
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         places = {name: self._place(name) for name in names}
@@ -80,8 +70,8 @@ class FusedCheckpoint(Checkpoint):
             result[name] = part.clone() if isinstance(rows, slice) else part  # a slice would keep all of it in memory
         return result
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._fused.tokenizer()
+    def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+        return self._fused.tokenizer(trust_remote_code)
 
     def write_companions(self, folder: Path) -> None:
         self._fused.write_companions(folder)
@@ -147,10 +137,7 @@ def _one_behind_the_other(parts: tuple[str, ...], numbers: tuple[int, ...]) -> d
 
 
 class BloomCheckpoint(FusedCheckpoint):
-    """BLOOM, whose q, k and v are interleaved by head, with the slopes of its position bias, one for each head.
-
-    The hub's files have the names of the decoder alone.
-    """
+    """BLOOM, whose q, k and v are interleaved by head, with the slopes of its position bias, one for each head."""
 
     def __init__(self, fused: Checkpoint, config: PretrainedConfig, spec: LayerSpec) -> None:
         heads = config.num_attention_heads
@@ -158,8 +145,7 @@ class BloomCheckpoint(FusedCheckpoint):
         qkv: dict[str, Rows] = {
             part: rows[:, i].flatten() for i, part in enumerate((spec.q_proj, spec.k_proj, spec.v_proj))
         }
-        bare = any(name.startswith("h.0.") for name in fused.shapes())
-        super().__init__(fused, config, {"self_attention.query_key_value": qkv}, "transformer." if bare else "")
+        super().__init__(fused, config, {"self_attention.query_key_value": qkv})
         biases = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)  # slope times position
         self._slopes = biases.view(heads, 2)[:, 1].clone()
         self._names = [f"{spec.layers}.{i}.{spec.slopes}" for i in range(config.num_hidden_layers)]

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from slimllm.checkpoint import Checkpoint, first_line, settle_tokenizer_class
+from slimllm.checkpoint import Checkpoint, settle_tokenizer_class
 from slimllm.errors import InputError
 from slimllm.families import GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, layer_spec
+from slimllm.folder import first_line
 
 _FLOAT_TYPES = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -111,7 +112,7 @@ class GGUFCheckpoint(Checkpoint):
             return _undo_rope_order(tensor, self.config.num_key_value_heads)
         return tensor
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         return self._tokenizer
 
     def write_companions(self, folder: Path) -> None:

@@ -6,13 +6,23 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimllm.calibration import bundled_text, check_seq_len, read_texts, tokenize, windows_of
-from slimllm.checkpoint import Checkpoint, download, first_line, open_checkpoint
+from slimllm.checkpoint import Checkpoint, download, open_checkpoint
 from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
+from slimllm.folder import (
+    Headers,
+    check_padding,
+    first_line,
+    load_tokenizer,
+    name_some,
+    quantisation_of,
+    read_settings,
+    weight_files,
+)
 from slimllm.memory import release
 from slimllm.skeleton import expected_tensors, meta_model
 
@@ -28,10 +38,11 @@ def load(
         model: The model; of any family that transformers knows.
         dtype: `float32`, `float16` or `bfloat16`; None: float32 on a CPU, the checkpoint's own on a GPU.
         device: `cpu`, `cuda`, …; None: a GPU if there is one.
-        trust_remote_code: Run code that comes with the model.
+        trust_remote_code: Run Python code that comes with the model. Without it nothing of the folder is executed.
 
     Raises:
-        ValueError: (as InputError) there is no such model, or it cannot be loaded.
+        ValueError: (as InputError) there is no such model, it cannot be loaded, or tensors are missing, reshaped or left
+            over.
     """
     where = parse_device(device)
     if dtype is not None:
@@ -41,20 +52,42 @@ def load(
     if path.is_file():
         checkpoint = open_checkpoint(path)
         return _fill(checkpoint, wanted).to(where), checkpoint.tokenizer()
+    return _from_folder(path, str(model), wanted, trust_remote_code).to(where).eval(), load_tokenizer(
+        path, trust_remote_code
+    )
+
+
+def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Load the model of a folder by transformers, all of whose tensors have to be there and to be read."""
+    settings = read_settings(path, trust_remote_code)
+    quantised = quantisation_of(path, settings) is not None
+    headers = Headers(weight_files(path))
+    if not quantised:
+        headers.check(path)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=wanted or "auto", trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_padding(config, path)
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except InputError:
+        raise
     except Exception as error:  # transformers and its back ends raise many types for one fact: it cannot be loaded
-        raise InputError(f"{model} cannot be loaded: {first_line(error)}") from error
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:
+        needs_code = bool(settings.get("auto_map")) and not trust_remote_code
+        hint = " It may need its own Python code, which --trust-remote-code runs." if needs_code else ""
+        raise InputError(f"{name} cannot be loaded: {first_line(error)}{hint}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"Tensor {name_some(missing)} is missing in {path}; is the checkpoint complete?")
+    if reshaped := sorted(str(entry[0]) for entry in found["mismatched_keys"]):
+        raise InputError(f"Tensor {name_some(reshaped)} in {path} has another shape than its config.json asks for.")
+    unexpected = sorted(key for key in found["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
+    if unexpected and not quantised:
         raise InputError(
-            f"The tokenizer of {model} cannot be loaded; save it in the same folder with tokenizer.save_pretrained. "
-            f"It said: {first_line(error)}"
-        ) from error
-    return loaded.to(where).eval(), tokenizer
+            f"Tensor {name_some(unexpected)} of {path} has no place in the model that its configuration describes; "
+            "without it the result would be wrong."
+        )
+    return loaded
 
 
 def locate(model: str | Path, *, code: bool = False, only: tuple[str, ...] = ()) -> Path:
@@ -66,8 +99,8 @@ def locate(model: str | Path, *, code: bool = False, only: tuple[str, ...] = ())
     path = Path(model).expanduser()
     if not path.exists():
         path = download(str(model), code=code, only=only)
-    if not path.is_file() and not (path / "config.json").is_file():
-        raise InputError(f"{path} holds no config.json; give the folder of a Hugging Face model.")
+    if not path.is_file():
+        read_settings(path, code)
     return path
 
 
@@ -76,7 +109,7 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     model = meta_model(checkpoint.config)
     spec = layer_spec(checkpoint.config.model_type)
     names = expected_tensors(model, spec)
-    checkpoint.check(names, spec.layers)
+    checkpoint.check(names, spec)
     for name in names:
         tensor = checkpoint.read([name])[name].to(dtype or checkpoint.storage_dtype(name))
         model.load_state_dict({name: tensor}, strict=False, assign=True)

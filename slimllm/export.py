@@ -53,9 +53,6 @@ def export(
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file already; give the folder that slimllm prune wrote.")
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
-    lost = [name for name in source.unexpected if not name.endswith("rotary_emb.inv_freq")]
-    if lost:
-        raise InputError(f"Tensor {lost[0]} of {model} has no place in its architecture, so it would be lost.")
     if to == "gguf":
         return write_gguf(source, out, overwrite, progress)
     sizes = source.sizes()

@@ -15,6 +15,7 @@ from slimllm.calibration import calibration_windows
 from slimllm.checkpoint import Checkpoint, open_checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
 from slimllm.dense import DensePass
+from slimllm.folder import tokenizer_code
 from slimllm.journal import begun_with, fingerprint
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
@@ -69,12 +70,11 @@ def prune_all(
                 check_destination(out, inputs, overwrite or in_place)
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
-        if source.unexpected:
-            first, number = source.unexpected[0], len(source.unexpected)
-            notice(f"{number} tensors of the checkpoint have no place in the model and are left out ({first}, …).")
         for _, wanted in jobs:
             check_settings(source, wanted)
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
+        if tokenizer and (code := tokenizer_code(checkpoint.path)):
+            notice(f"The tokenizer's own Python code ({code}) is not run; its tokenizer.json is used without it.")
         calibration = calibration_windows(config, tokenizer, source.config, notice)
     memory.warm_up(device)
     runtime = max(ranks.everyone(memory.resident_gib() * GIB))

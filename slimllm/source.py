@@ -130,7 +130,7 @@ class CheckpointModel(ModelSource):
         self.checkpoint = checkpoint
         # Only what the model has a place for is ever read or written.
         self._shapes = expected_tensors(self.model, self.spec)
-        self.unexpected = checkpoint.check(self._shapes, self.spec.layers)
+        checkpoint.check(self._shapes, self.spec)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes

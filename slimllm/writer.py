@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slimllm.checkpoint import SAFETENSORS_DTYPES
 from slimllm.errors import HopelessError, InputError, OutputError
+from slimllm.folder import SAFETENSORS_DTYPES
 from slimllm.journal import Journal, damaged, last_stage, lock, sync
 
 

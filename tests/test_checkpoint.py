@@ -163,7 +163,7 @@ def test_rope_of_a_config_written_by_transformers_5(stories_path: Path, tmp_path
         ({"hidden_size": "wide"}, "cannot be used"),
         ({"hidden_act": "nonsense"}, "cannot be used"),
         ({"num_hidden_layers": 0}, "no decoder layers"),
-        ({"architectures": "LlamaModel"}, "no causal language model, but LlamaModel"),
+        ({"architectures": "LlamaModel"}, "not a causal language model, but LlamaModel"),
     ],
 )
 def test_configurations_that_cannot_be_used(
@@ -187,6 +187,7 @@ def test_index_that_is_none(stories_path: Path, tmp_path: Path, index: str) -> N
     import shutil
 
     shutil.copytree(stories_path, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()  # it would be read instead, as transformers does
     (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
     with pytest.raises(InputError, match="no index of shards"):
         open_checkpoint(tmp_path / "model")

@@ -125,11 +125,11 @@ def bad_inputs(stories: Path, tmp: Path) -> list[tuple[str, list[str | Path], st
         (
             "no causal LM",
             [broken(stories, tmp / "cls", architectures=["LlamaForSequenceClassification"])],
-            "no causal language",
+            "not a causal language",
         ),
         ("unknown family", [broken(stories, tmp / "gpt2", model_type="gpt2")], "supported types are bloom"),
         ("quantised", [broken(stories, tmp / "q", quantization_config={"quant_method": "gptq"})], "gptq weights"),
-        ("missing shard", [unsharded], "is missing"),
+        ("no weights", [unsharded], "holds no weights"),
         ("pickled", [pickled], "never read"),
         ("truncated shard", [truncated], "damaged or truncated"),
         ("missing tensor", [with_tensor(broken(stories, tmp / "m"), Q_PROJ, "missing")], f"{Q_PROJ} is missing"),
@@ -244,7 +244,7 @@ def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.Ca
         wanted = slimllm.perplexity(model, tokens, seq_len=length, max_windows=5, bos_token_id=tokenizer.bos_token_id)
         assert pruned["perplexity"][str(length)] == pytest.approx(wanted, rel=1e-9)
         increase = math.log(wanted / dense["perplexity"][str(length)])
-        assert pruned["log_increase"][str(length)] == pytest.approx(increase, rel=1e-9) and increase > 0.1
+        assert pruned["log_increase"][str(length)] == pytest.approx(increase, rel=1e-9) and increase > 0.01
         assert dense["log_increase"][str(length)] == 0 and pruned["windows"][str(length)] == 5
         assert f"{wanted:.2f}" in out and f"{increase:.3f}" in out
     code, _, err = call(capsys, "eval", stories_path, "--out", tmp_path / "found.json")

@@ -12,7 +12,7 @@ import slimllm
 PACKAGE = Path(slimllm.__file__).parent
 # The way of the data: a module imports only from those before it.
 ORDER = [
-    "errors", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling", "registration",
+    "errors", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling", "registration", "folder",
     "kernels", "ops", "statistics", "importance", "criteria", "selection", "recovery", "elimination", "spending",
     "allocation", "slicing", "states", "native", "progress", "layer", "measure", "sensitivity", "attention", "ffn",
     "account", "plan", "journal", "record", "skeleton", "checkpoint", "checkpoint_gguf", "checkpoint_fused",

@@ -13,11 +13,12 @@ from transformers import PretrainedConfig
 from slimllm.account import Parts, sizes_of, traffic
 from slimllm.bench.shapes import SHAPES
 from slimllm.bench.work import measure_rates, stage_work
-from slimllm.checkpoint import download, open_checkpoint, read_config
+from slimllm.checkpoint import download, open_checkpoint
 from slimllm.checkpoint_fused import read_as
 from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
+from slimllm.folder import read_config
 from slimllm.memory import resident_gib
 from slimllm.native import head_dim_of
 from slimllm.pipeline import check_for_family

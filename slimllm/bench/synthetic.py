@@ -69,7 +69,7 @@ class RandomCheckpoint(Checkpoint):
             part.copy_(numbers[: len(part)])
         return flat.view(shape)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         raise InputError(f"{self.name} has random weights and no tokenizer; give token ids, (samples, seq_len), instead.")
 
     def write_companions(self, folder: Path) -> None:
@@ -119,7 +119,7 @@ class FirstLayers(Checkpoint):
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
         return self._whole.read(names)
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         return self._whole.tokenizer()
 
     def write_companions(self, folder: Path) -> None:

@@ -57,7 +57,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors."
 
 def write_page_unasked(folder: Path, quiet: bool) -> None:
     """The page of a model that has just been written; where that fails it is said, and the model is as good as before."""
-    from slimllm.checkpoint import first_line
+    from slimllm.folder import first_line
     from slimllm.page import write_page_of
 
     try:

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from slimllm import memory
 from slimllm.calibration import longest_input
-from slimllm.checkpoint import first_line
 from slimllm.errors import InputError
 from slimllm.evaluate import load
+from slimllm.folder import first_line
 from slimllm.interrupts import leave_interrupts_to_parent
 
 

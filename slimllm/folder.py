@@ -1,0 +1,255 @@
+"""A model's folder: its settings, its weights and its tokenizer, or a sentence that says what the folder holds instead.
+
+Nothing in a folder is executed unless the user trusts its code, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
+from slimllm.errors import InputError
+from slimllm.families import layer_spec
+from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
+
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_QUANTISED_ENDINGS = (
+    ".qweight", ".qzeros", ".scales", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB",
+)  # fmt: skip
+# What other programs put before the names of a model's tensors.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "base_model.model.": "peft",
+}
+
+
+def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Read config.json as it is.
+
+    Raises:
+        ValueError: (as InputError) the folder holds none, or something that is not a model, or the file is not a JSON
+            object, or it asks for code that is not part of transformers.
+    """
+    file = path / "config.json"
+    if (path / "adapter_config.json").is_file():
+        raise InputError(
+            f"{path} is an adapter of peft, not a model; merge it into its model (merge_and_unload, then save_pretrained) "
+            "and give that folder."
+        )
+    if not file.is_file():
+        raise InputError(f"{path} holds no config.json{_instead(path)}; give the folder of a Hugging Face model.")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{file} is not valid JSON: {first_line(error)}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"{file} is not a JSON object.")
+    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if "/" in str(settings.get(name)) and not trust_remote_code:
+            raise InputError(
+                f"{file} asks for code of the hub ({name} is {settings[name]!r}), which is not run; remove that entry."
+            )
+    if weights := settings.get("transformers_weights"):
+        raise InputError(
+            f"{file} asks for weights in {weights!r}, which is not read; rename that file to {SINGLE} and remove the entry."
+        )
+    return settings
+
+
+def quantisation_of(path: Path, settings: dict[str, Any]) -> str | None:
+    """Name how the weights in a folder are quantised, by its settings and its files; None: they are not."""
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    for part in parts:
+        for name in ("quantization_config", "compression_config"):
+            if found := part.get(name):
+                return str(found.get("quant_method") or "quantised") if isinstance(found, dict) else "quantised"
+    return next(("quantised" for name in _QUANTISED_FILES if (path / name).is_file()), None)
+
+
+def read_config(path: Path) -> PretrainedConfig:
+    """Read the configuration of a model that can be pruned.
+
+    Raises:
+        ValueError: (as InputError) as `read_settings`, or it is not of an unquantised causal language model of a supported
+            family.
+    """
+    settings = read_settings(path)
+    if kind := quantisation_of(path, settings):
+        raise InputError(f"{path} holds {kind} weights; prune the unquantised model and quantise the result.")
+    layer_spec(str(settings.get("model_type")))
+    architectures = settings.get("architectures") or []
+    architectures = architectures if isinstance(architectures, list) else [architectures]
+    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+        raise InputError(f"{path} is not a causal language model, but {', '.join(map(str, architectures))}.")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # its settings are checked by transformers, with many types of errors
+        raise InputError(f"The configuration in {path} cannot be used: {first_line(error)}") from error
+    check_padding(config, path)
+    return _with_known_rope(config)
+
+
+def check_padding(config: PretrainedConfig, path: Path) -> None:
+    """Raise ValueError (as InputError) if the padding token is not one of the vocabulary, which torch would not take."""
+    padding, entries = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
+    if isinstance(padding, int) and isinstance(entries, int) and padding >= entries:
+        raise InputError(
+            f"pad_token_id in {path / 'config.json'} is {padding}, but the vocabulary has the tokens 0 to {entries - 1}; "
+            "transformers cannot load the model either; set it to null or to one of these."
+        )
+
+
+def _with_known_rope(config: PretrainedConfig) -> PretrainedConfig:
+    """Under transformers 4, the rotary settings of a configuration that version 5 wrote, which it would ignore silently."""
+    if not knows_rope_parameters() and getattr(config, "rope_parameters", None):
+        for name, value in rope_of_transformers_4(config.rope_parameters).items():
+            setattr(config, name, value)
+        del config.rope_parameters
+    return config
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Find the files of weights that transformers would read: model.safetensors, or else the shards of the index.
+
+    Raises:
+        ValueError: (as InputError) there are none, or one is missing; the sentence says what is there.
+    """
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    index = path / INDEX
+    if not index.is_file():
+        raise InputError(f"{path} holds no weights ({SINGLE}, or shards with {INDEX}){_instead(path)}.")
+    try:
+        shards = [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is no index of shards ({first_line(error)}).") from None
+    if not shards:
+        raise InputError(f"{index} names no shards.")
+    for shard in shards:
+        if not shard.is_file():
+            raise InputError(f"Shard {shard.name}, which {index} names, is missing.")
+    return shards
+
+
+def _instead(path: Path) -> str:
+    """Say what a folder without weights, or without a configuration, holds, as the end of a sentence."""
+
+    def first(*patterns: str) -> str | None:
+        return next((file.name for pattern in patterns for file in sorted(path.glob(pattern))), None)
+
+    if name := first("consolidated*.safetensors", "consolidated*.pth", "params.json"):
+        return f", but {name}: it is in the format of the model's authors, which has to be converted to Hugging Face's"
+    if name := first("model-*-of-*.safetensors"):
+        return f", but {name}: its shards have lost their index; save the model again, or fetch {INDEX}"
+    if name := first("*.safetensors"):
+        return f", but {name}, which transformers does not read by itself; if it is the model, rename it to {SINGLE}"
+    if name := first("*.gguf", "*.GGUF"):
+        return f", but {name}: give that file"
+    if name := first("*.bin", "*.pt", "*.pth", "*.ckpt"):
+        return f", but {name}: pickled files are never read; convert them to safetensors"
+    return ""
+
+
+class Headers:
+    """The headers of safetensors files: of every tensor the file, shape and dtype.
+
+    Attributes:
+        file_of, shape_of: By the tensor's stored name.
+        dtype_of: By the same, as safetensors names them.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.file_of: dict[str, Path] = {}
+        self.shape_of: dict[str, tuple[int, ...]] = {}
+        self.dtype_of: dict[str, str] = {}
+        for shard in files:
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    for tensor in file.keys():
+                        view = file.get_slice(tensor)
+                        self.file_of[tensor] = shard
+                        self.shape_of[tensor] = tuple(view.get_shape())
+                        self.dtype_of[tensor] = view.get_dtype()
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
+
+    def check(self, path: Path) -> None:
+        """Raise ValueError (as InputError) if names or dtypes tell that the tensors are not a plain model's."""
+        for name, dtype in self.dtype_of.items():
+            if name.endswith(_QUANTISED_ENDINGS):
+                raise InputError(
+                    f"{path} holds quantised weights ({name}, …) that its config.json says nothing of; take the unquantised"
+                    " model."
+                )
+            for prefix, wrapper in _WRAPPERS.items():
+                if name.startswith(prefix):
+                    raise InputError(
+                        f"The names of the tensors in {path} begin with {prefix!r} ({name}, …), as {wrapper} leaves them; "
+                        "save the model inside of it with save_pretrained."
+                    )
+            if dtype not in SAFETENSORS_DTYPES and (dtype.startswith("F") or name.endswith(".weight")):
+                raise InputError(
+                    f"Tensor {name} of {path} is stored as {dtype}; only unquantised float weights "
+                    f"({', '.join(SAFETENSORS_DTYPES)}) are read."
+                )
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder.
+
+    One that comes with Python code is read without it, from its tokenizer.json, where the folder has that.
+
+    Raises:
+        ValueError: (as InputError) there is none, or it cannot be had without running code that is not trusted.
+    """
+    try:
+        if not trust_remote_code and (code := tokenizer_code(path)):
+            if not (path / "tokenizer.json").is_file():
+                raise InputError(
+                    f"The tokenizer in {path} is Python code ({code}), which is not run; save a fast tokenizer there "
+                    "(tokenizer.json), or allow the code with --trust-remote-code where the command has it."
+                )
+            return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
+        raise InputError(
+            f"The tokenizer in {path} cannot be loaded; save it in the folder with tokenizer.save_pretrained. "
+            f"It said: {first_line(error)}"
+        ) from error
+
+
+def tokenizer_code(path: Path) -> str | None:
+    """Name the class of a folder's own code that its tokenizer asks for; None: it asks for none."""
+    try:
+        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
+        asked = settings.get("auto_map") or {}
+        asked = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
+        names = asked if isinstance(asked, list) else [asked]
+    except (OSError, ValueError, AttributeError):
+        return None
+    return next((str(name) for name in reversed(names) if name), None)
+
+
+def name_some(names: Iterable[str]) -> str:
+    """Name the first of several tensors and count the others."""
+    first, *others = names
+    return f"{first} and {len(others)} more" if others else first
+
+
+def first_line(error: BaseException) -> str:
+    """Give an error of another library as the end of a sentence; it may say what matters in its second line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]).rstrip(".") + "."
