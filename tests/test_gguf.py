@@ -54,6 +54,8 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     tokens = [b"<unk>", b"<s>", b"</s>"] + [f"<0x{i:02X}>".encode() for i in range(config.vocab_size - 3)]
     writer.add_tokenizer_model("llama")
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_types([2, 3, 3] + [6] * (len(tokens) - 3))
@@ -245,6 +247,7 @@ def test_other_architectures_are_refused(stories: Any, tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.skipif(not knows_rope_parameters(), reason="transformers 4 reads no tokenizer from a file with this name")
 def test_a_model_called_mistral_has_no_windows(stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
     """transformers takes it for a Mistral with windows of 4096, which llama.cpp does not know of."""
     path = write_gguf(stories, tmp_path / "m.gguf", settings={"general.name": "mistral"})
