@@ -208,8 +208,6 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """
     path = Path(model).expanduser()
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is a file, but not a .gguf file; give a model folder, a GGUF file or a hub id.")
         from slimllm.checkpoint_gguf import GGUFCheckpoint
 
         return GGUFCheckpoint(path)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from slimllm.checkpoint import Checkpoint, settle_tokenizer_class
 from slimllm.errors import InputError
-from slimllm.families import GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, layer_spec
+from slimllm.families import EXPERTS, GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, layer_spec
 from slimllm.folder import first_line
+from slimllm.gguf_file import GGUFFile
+from slimllm.gguf_rope import ROPE_FREQS, rope_rule
+from slimllm.modeling.slim_layers import knows_rope_parameters
+from slimllm.native import head_dim_of
 
 _FLOAT_TYPES = {
     gguf.GGMLQuantizationType.F32: torch.float32,
@@ -22,65 +26,64 @@ _FLOAT_TYPES = {
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
-_ROWS_AT_ONCE = 2048
 _LAYERS = layer_spec("llama").layers
 _Q_PROJ, _K_PROJ = GGUF_LAYER_NAMES["attn_q"], GGUF_LAYER_NAMES["attn_k"]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where a tensor lies in the file; `shape` is in torch order."""
-
-    offset: int
-    num_bytes: int
-    kind: gguf.GGMLQuantizationType
-    shape: tuple[int, ...]
-
-
 class GGUFCheckpoint(Checkpoint):
-    """A GGUF file of the LLaMA architecture, quantised or not."""
+    """A GGUF file of the LLaMA architecture, quantised or not, in one file or in parts.
+
+    Args:
+        path: The file; of a split one any part.
+
+    Raises:
+        ValueError: (as InputError) it is no GGUF file, is damaged or incomplete, or holds another model than LLaMA.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, path.stem
-        try:
-            reader = gguf.GGUFReader(path)
-        except (ValueError, OSError, IndexError) as error:
-            raise InputError(f"{path} cannot be read as GGUF ({error}); it is damaged or truncated.") from None
-        field = reader.get_field("general.architecture")
-        architecture = field.contents() if field else None
+        self._file = GGUFFile(path)
+        self.path, self.name = self._file.path, self._file.name
+        architecture = self._file.settings.get("general.architecture")
         if architecture not in GGUF_ARCHITECTURES:
             raise InputError(
                 f"GGUF files of architecture {architecture!r} are not supported; "
                 f"supported are {', '.join(GGUF_ARCHITECTURES)}."
             )
-        scaling = reader.get_field(f"{architecture}.rope.scaling.type")
-        scaled = scaling is not None and scaling.contents() != "none"
-        if scaled or any(tensor.name.startswith("rope_") for tensor in reader.tensors):
-            raise InputError(
-                f"{path} scales its rotary embedding, by a rule that cannot be read back from GGUF; "
-                "prune the model's Hugging Face folder instead."
-            )
-        self._entries = {}
-        for tensor in reader.tensors:
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            entry = _Entry(tensor.data_offset, int(tensor.n_bytes), tensor.tensor_type, shape)
-            self._entries[_hugging_face_name(tensor.name)] = entry
-        del reader  # with it goes the mapping of the file
+        experts = any("_exps." in name or ".ffn_gate_inp." in name for name in self._file.entries)
+        if experts or self._file.settings.get(f"{architecture}.expert_count", 0) > 0:
+            raise InputError(f"The model in {path} is not supported ({EXPERTS}).")
+        self._names = {_hugging_face_name(name): name for name in self._file.entries if name != ROPE_FREQS}
         try:
-            self.config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            self._tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            with _alone(self.path) as (folder, name):
+                self.config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
+                self._tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         except Exception as error:  # whatever transformers raises, the file lacks what it needs
             raise InputError(f"The configuration or tokenizer in {path} cannot be used: {first_line(error)}") from error
         for leftover in ("_model_name_or_path", "unk_token_id"):
             if hasattr(self.config, leftover):
                 delattr(self.config, leftover)
-        self.config.tie_word_embeddings = "lm_head.weight" not in self._entries
+        if hasattr(self.config, "sliding_window"):  # transformers makes a Mistral of a model with this name
+            self.config.sliding_window = None  # which llama.cpp computes without windows
+        self.config.tie_word_embeddings = "lm_head.weight" not in self._names
+        self._scale_rope(architecture)
+
+    def _scale_rope(self, architecture: str) -> None:
+        """Put the scaling of the rotary embedding into the configuration, where transformers leaves it out."""
+        theta = float((getattr(self.config, "rope_parameters", None) or vars(self.config))["rope_theta"])
+        rule = rope_rule(self._file, architecture, theta, head_dim_of(self.config))
+        if rule["rope_type"] == "default":
+            return
+        if knows_rope_parameters():
+            self.config.rope_parameters = {"rope_theta": theta, **rule}
+        else:
+            self.config.rope_scaling = rule
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: entry.shape for name, entry in self._entries.items()}
+        return {name: self._file.entries[theirs].shape for name, theirs in self._names.items()}
 
     def storage_dtype(self, name: str) -> torch.dtype:
-        kinds = {_FLOAT_TYPES.get(entry.kind, torch.bfloat16) for entry in self._entries.values() if len(entry.shape) > 1}
+        entries = [entry for entry in self._file.entries.values() if len(entry.shape) > 1]
+        kinds = {_FLOAT_TYPES.get(entry.kind, torch.bfloat16) for entry in entries}
         # GGUF keeps norms in fp32 whatever the weights are; a model has one dtype.
         return kinds.pop() if len(kinds) == 1 else torch.bfloat16
 
@@ -88,24 +91,10 @@ class GGUFCheckpoint(Checkpoint):
         return torch.float32
 
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        return {name: self._read_tensor(name, self._entries[name]) for name in names}
+        return {name: self._read_tensor(name) for name in names}
 
-    def _read_tensor(self, name: str, entry: _Entry) -> torch.Tensor:
-        rows = entry.shape[0] if len(entry.shape) > 1 else 1
-        values = np.empty((rows, math.prod(entry.shape) // rows), dtype=np.float32)
-        bytes_per_row = entry.num_bytes // rows
-        # A few rows at a time: dequantising takes several times the memory of its result.
-        for start in range(0, rows, _ROWS_AT_ONCE):
-            block = values[start : start + _ROWS_AT_ONCE]
-            offset, count = entry.offset + start * bytes_per_row, len(block) * bytes_per_row
-            raw = np.fromfile(self.path, dtype=np.uint8, count=count, offset=offset)
-            if raw.size != count:
-                raise InputError(f"{self.path} ends inside tensor {name}; it is truncated.")
-            if entry.kind == gguf.GGMLQuantizationType.F32:
-                block[:] = raw.view(np.float32).reshape(block.shape)
-            else:
-                block[:] = gguf.quants.dequantize(raw.reshape(len(block), bytes_per_row), entry.kind)
-        tensor = torch.from_numpy(values).view(entry.shape)
+    def _read_tensor(self, name: str) -> torch.Tensor:
+        tensor = self._file.read(self._names[name])
         if name.endswith(f"{_Q_PROJ}.weight"):
             return _undo_rope_order(tensor, self.config.num_attention_heads)
         if name.endswith(f"{_K_PROJ}.weight"):
@@ -118,6 +107,17 @@ class GGUFCheckpoint(Checkpoint):
     def write_companions(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(folder)
         settle_tokenizer_class(folder)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[tuple[str, str]]:
+    """Give a folder in which a file is by itself, and its name there.
+
+    transformers would also read what lies beside the file, such as the tokenizer_config.json of another model.
+    """
+    with tempfile.TemporaryDirectory(prefix="slimllm-") as folder:
+        (Path(folder) / "model.gguf").symlink_to(path.resolve())
+        yield folder, "model.gguf"
 
 
 def _hugging_face_name(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from slimllm.checkpoint import open_checkpoint
 from slimllm.config import check_choice
 from slimllm.errors import InputError
 from slimllm.export_gguf import write_gguf
+from slimllm.export_source import ExportSource
 from slimllm.journal import begun_with
 from slimllm.native import OutputFormat, heads_fit, is_llama, output_format, write_config
 from slimllm.padding import pad_layer, padded_sizes
@@ -25,7 +27,13 @@ TARGETS = ("stock", "padded", "gguf")
 
 
 def export(
-    model: str | Path, out: str | Path, to: str, *, overwrite: bool = False, progress: ProgressCallback | None = None
+    model: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> str:
     """Write a model in another form, a layer in memory at a time.
 
@@ -34,12 +42,16 @@ def export(
     speed and the memory of pruning back. `gguf`: a file for llama.cpp, with sizes by layer, tokenizer and chat template,
     in the dtype of the model.
 
+    Tensors that change nothing are left out where the form has no place for them: a copy of the embeddings as the head of a
+    tied model, biases that are 0 in every layer.
+
     Args:
         model: A Hugging Face folder, pruned or not, or a hub id.
         out: The folder, or for `gguf` the file, to make. It appears when it is complete.
         to: `stock`, `padded` or `gguf`.
         overwrite: Replace what is in its place already, if that is a model.
         progress: Told about everything that is written.
+        notice: Called with a sentence about matrices that llama.cpp cannot quantise as it is told to.
 
     Returns:
         The architecture that was written.
@@ -52,16 +64,33 @@ def export(
     checkpoint, out = open_checkpoint(model), Path(out).expanduser().resolve()
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file already; give the folder that slimllm prune wrote.")
-    source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
+    source = ExportSource(checkpoint)
     if to == "gguf":
-        return write_gguf(source, out, overwrite, progress)
-    sizes = source.sizes()
+        return write_gguf(source, out, overwrite, progress, notice)
     check_destination(out, [checkpoint.path], overwrite)
-    wanted = _padded(source, sizes) if to == "padded" else None
-    form = stock_format(source, [wanted] * len(sizes) if wanted else sizes)
+    form, wanted = _form(source, to)
+    sizes = source.sizes()
     check_space(out, _bytes(source, sizes, wanted))
     _write(source, sizes, wanted, form, out, overwrite, progress)
     return form.name
+
+
+def _form(source: ExportSource, to: str) -> tuple[OutputFormat, LayerSizes | None]:
+    """The format to write, and the sizes that layers are padded to; of the source it leaves out what has no place in it.
+
+    Raises:
+        ValueError: (as InputError) no format holds the model without a loss; says why it does not hold the whole.
+    """
+    refused = None
+    for _ in source.fewer_and_fewer():
+        sizes = source.sizes()
+        wanted = _padded(source, sizes) if to == "padded" else None
+        try:
+            return stock_format(source, [wanted] * len(sizes) if wanted else sizes), wanted
+        except InputError as error:
+            refused = refused or error
+    assert refused
+    raise refused
 
 
 def _padded(source: CheckpointModel, sizes: list[LayerSizes]) -> LayerSizes:
@@ -82,16 +111,16 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
     Raises:
         ValueError: (as InputError) there is none, or it has no place for a bias, or for so many heads.
     """
-    dtype = source.checkpoint.storage_dtype(f"{source.spec.embedding}.weight")
-    form = output_format(source.config, sizes, dtype)
-    if not form.name.startswith("slim_"):
-        return form
     first, family = sizes[0], source.spec.family
     if source.spec.slopes:
         raise InputError(
             f"transformers' {family} computes the slopes of its position bias from the number of heads, and would give "
             "heads that are left other ones; only the native format, which slimllm prune writes, keeps them."
         )
+    dtype = source.checkpoint.storage_dtype(f"{source.spec.embedding}.weight")
+    form = output_format(source.config, sizes, dtype)
+    if not form.name.startswith("slim_"):
+        return form
     if any(_alike(size) != _alike(first) for size in sizes):
         raise InputError(
             "The layers have sizes of their own, which no architecture of transformers holds; give --to padded, or prune "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from slimllm.checkpoint_gguf import rope_order
 from slimllm.errors import InputError, OutputError
+from slimllm.export_source import ExportSource
 from slimllm.families import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
 from slimllm.gguf_vocabulary import add_vocabulary
 from slimllm.journal import sync
@@ -39,13 +40,22 @@ _TYPES = {
 }
 
 
-def write_gguf(source: CheckpointModel, out: Path, overwrite: bool, progress: ProgressCallback | None = None) -> str:
+def write_gguf(
+    source: ExportSource,
+    out: Path,
+    overwrite: bool,
+    progress: ProgressCallback | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> str:
     """Write the file, and give the architecture; see `slimllm.export`."""
+    source.leave_out(set().union(*source.zero_biases()))
     sizes = source.sizes()
     _check(source, sizes, out, overwrite)
     alike = all(size == sizes[0] for size in sizes)
     biases = any(size.qkv_bias or size.attention_out_bias or size.gate_bias or size.ffn_out_bias for size in sizes)
     architecture = "llama" if alike and not biases else "deci"
+    if notice and (sentence := _about_row_lengths(source)):
+        notice(sentence)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         check_space(out, sum(math.prod(shape) * _dtype(source, name).itemsize for name, shape in source.shapes().items()))
@@ -58,6 +68,23 @@ def write_gguf(source: CheckpointModel, out: Path, overwrite: bool, progress: Pr
     except OSError as error:
         raise OutputError(f"The disk failed while {out} was being made: {error}.") from error
     return architecture
+
+
+def _about_row_lengths(source: CheckpointModel) -> str | None:
+    """Which matrices llama.cpp's quantisation will not take as it is told to: its k-quants have blocks of 256 in a row."""
+    rows = {name: shape[-1] for name, shape in source.shapes().items() if len(shape) > 1}
+    odd = {name: length for name, length in rows.items() if length % 256}
+    if not odd:
+        return None
+    sentence = (
+        f"{len(odd)} of {len(rows)} matrices have rows whose length is not a multiple of 256, so llama-quantize falls back "
+        "from k-quants (Q4_K_M, …) to larger types for them"
+    )
+    if unquantised := sum(length % 32 > 0 for length in odd.values()):
+        sentence += f", and leaves {unquantised}, whose rows are not a multiple of 32 either, in 16 bits"
+    if any(f".{source.spec.down_proj}." in name for name in odd):
+        sentence += "; --round-to 256 when pruning keeps the widths of the FFNs multiples of it"
+    return f"{sentence}."
 
 
 def _dtype(source: CheckpointModel, name: str) -> torch.dtype:

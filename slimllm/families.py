@@ -124,10 +124,10 @@ FAMILIES: dict[str, LayerSpec] = {
 # Families that are read as what they compute, see `slimllm.checkpoint.open_checkpoint`.
 READ_AS = {"phi3": "mistral", "bloom": "slim_bloom"}
 
-_EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
+EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
 _REASONS = {
     "gpt_neox": "its attention and its FFN run beside each other rather than one behind the other",
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), _EXPERTS),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), EXPERTS),
     **dict.fromkeys(("gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "mistral3"), "it is more than a language model"),
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +64,24 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
         writer.add_tokenizer_pre(_pre_tokenizer(tokenizer))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size).add_to_gguf(
-        writer, quiet=True
-    )
+    with _silent_about_pairs():
+        special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
+    special.add_to_gguf(writer, quiet=True)
+
+
+@contextmanager
+def _silent_about_pairs() -> Iterator[None]:
+    """Without gguf's warnings about how a tokenizer joins two texts, which no causal language model is given."""
+
+    def matters(record: logging.LogRecord) -> bool:
+        return "TemplateProcessing<pair>" not in record.getMessage()
+
+    logger = logging.getLogger("gguf.vocab")
+    logger.addFilter(matters)
+    try:
+        yield
+    finally:
+        logger.removeFilter(matters)
 
 
 def _token_type(index: int, texts: dict[int, str], added: dict[int, dict[str, Any]], bytes_too: bool) -> gguf.TokenType:

@@ -3,106 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.checkpoint import open_checkpoint
-
-
-def write_gguf(model: Any, path: Path, kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32) -> Path:
-    """A LLaMA as llama.cpp stores it: other names, rotary rows of q and k side by side."""
-    config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = [b"<unk>", b"<s>", b"</s>"] + [f"<0x{i:02X}>".encode() for i in range(config.vocab_size - 3)]
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([2, 3, 3] + [6] * (len(tokens) - 3))
-    names = {
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
-    for name, tensor in state.items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:
-            halves = tensor.view(heads, 2, tensor.shape[0] // heads // 2, -1)
-            tensor = halves.transpose(1, 2).reshape(tensor.shape)
-        target = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}.get(name)
-        if name.startswith("model.layers."):
-            _, _, index, rest = name.split(".", 3)
-            target = f"blk.{index}.{names[rest.removesuffix('.weight')]}.weight"
-        if target:
-            data = tensor.contiguous().numpy()
-            if kind != gguf.GGMLQuantizationType.F32 and tensor.ndim == 2 and tensor.shape[1] % 32 == 0:
-                writer.add_tensor(target, gguf.quants.quantize(data, kind), raw_dtype=kind)
-            else:
-                writer.add_tensor(target, data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.fixture
-def gguf_path(stories: Any, tmp_path: Path) -> Path:
-    return write_gguf(stories, tmp_path / "stories.gguf")
-
-
-def test_gguf_holds_the_same_tensors(gguf_path: Path, stories: Any) -> None:
-    checkpoint = open_checkpoint(gguf_path)
-    state = stories.state_dict()
-    for name, tensor in checkpoint.read(checkpoint.shapes()).items():
-        assert torch.equal(tensor, state[name]), name
-    assert set(checkpoint.shapes()) == set(state) - {"lm_head.weight"}
-
-
-def test_gguf_loads_prunes_and_gives_the_same_as_the_folder(
-    gguf_path: Path, stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path
-) -> None:
-    loaded, _ = slimllm.load(gguf_path)
-    with torch.no_grad():
-        assert torch.allclose(loaded(token_ids[:2]).logits, stories(token_ids[:2]).logits, atol=1e-5)
-    config = PruneConfig(ratio=0.3, calibration=token_ids)
-    slimllm.prune(gguf_path, tmp_path / "a", config)
-    slimllm.prune(stories_path, tmp_path / "b", config)
-    for shard in (tmp_path / "b").glob("*.safetensors"):
-        assert shard.read_bytes() == (tmp_path / "a" / shard.name).read_bytes()
-    assert AutoTokenizer.from_pretrained(tmp_path / "a")
-
-
-def test_quantised_gguf_is_written_as_bfloat16(stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
-    path = write_gguf(stories, tmp_path / "q8.gguf", gguf.GGMLQuantizationType.Q8_0)
-    slimllm.prune(path, tmp_path / "out", PruneConfig(ratio=0.3, calibration=token_ids))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype="auto")
-    assert model.dtype == torch.bfloat16
-    with torch.no_grad():
-        assert torch.isfinite(model(token_ids[:1]).logits).all()
-
-
-def test_damaged_gguf(gguf_path: Path, tmp_path: Path) -> None:
-    short = tmp_path / "short.gguf"
-    short.write_bytes(gguf_path.read_bytes()[:200_000])
-    with pytest.raises(InputError, match="damaged or truncated"):
-        open_checkpoint(short)
-    (tmp_path / "text.gguf").write_text("no GGUF at all, but longer than a header would be")
-    with pytest.raises(InputError, match="cannot be read as GGUF"):
-        open_checkpoint(tmp_path / "text.gguf")
 
 
 def test_many_shards_give_the_same_as_one(

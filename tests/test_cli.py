@@ -121,7 +121,7 @@ def bad_inputs(stories: Path, tmp: Path) -> list[tuple[str, list[str | Path], st
     return [
         ("no such folder", [tmp / "nowhere"], "There is no folder or file"),
         ("no config", [empty], "holds no config.json"),
-        ("a file that is no GGUF", [tmp / "notes.md"], "not a .gguf file"),
+        ("a file that is no GGUF", [tmp / "notes.md"], "neither a folder nor a GGUF file"),
         (
             "no causal LM",
             [broken(stories, tmp / "cls", architectures=["LlamaForSequenceClassification"])],

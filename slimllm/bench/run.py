@@ -146,7 +146,7 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
     floors = {stage: rates.floor_s(needed) for stage, needed in work.items()}
     seconds, floor = report["elapsed_s"], sum(floors.values())
     return {
-        "model": checkpoint.path.stem if gguf else checkpoint.name,
+        "model": checkpoint.name,
         **{name: value for name, value in dataclasses.asdict(setting).items() if name not in ("model", "device")},
         "recovery": report["config"]["recovery"],
         "weights": ("safetensors" if setting.on_disk else "generated") if setting.model in SHAPES else _kind(checkpoint),
@@ -164,7 +164,7 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    return "GGUF" if checkpoint.path.suffix == ".gguf" else "safetensors"
+    return "GGUF" if checkpoint.path.is_file() else "safetensors"
 
 
 def _checkpoint(setting: Setting, folder: Path) -> Checkpoint:

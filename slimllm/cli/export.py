@@ -26,6 +26,6 @@ def export_command(
     from slimllm.export import export
 
     with PruneDisplay(console, quiet) as display:
-        name = export(model, out, to, overwrite=overwrite, progress=display.progress)
+        name = export(model, out, to, overwrite=overwrite, progress=display.progress, notice=display.notice)
     if not quiet:
         console.print(f"{out} is written, of the architecture {name}.", highlight=False)
