@@ -16,10 +16,10 @@ ORDER = [
     "kernels", "ops", "statistics", "importance", "criteria", "selection", "recovery", "elimination", "spending",
     "allocation", "slicing", "states", "native", "progress", "layer", "measure", "sensitivity", "attention", "ffn",
     "account", "plan", "journal", "record", "skeleton", "checkpoint", "checkpoint_gguf", "checkpoint_fused",
-    "calibration", "source", "dense", "pipeline", "report", "modelcard", "writer", "run", "jobs", "engine", "padding",
-    "gguf_vocabulary", "export_gguf", "export", "bench", "evaluate", "zeroshot", "side_by_side", "latency", "finetune",
-    "page", "doctor", "display", "demo", "compare", "compare_display", "sweep", "sweep_display", "cli", "__main__",
-    "__init__",
+    "calibration", "source", "dense", "pipeline", "report", "tensor_parallel", "modelcard", "writer", "run", "jobs",
+    "engine", "padding", "gguf_vocabulary", "export_gguf", "export", "bench", "evaluate", "zeroshot", "side_by_side",
+    "latency", "finetune", "page", "doctor", "display", "demo", "compare", "compare_display", "sweep", "sweep_display",
+    "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 
