@@ -6,7 +6,6 @@ Only the tensors asked for are read, and no mapping of the file outlives the cal
 from __future__ import annotations
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
+from slimllm.companions import PATTERNS, copy_companions, files_to_fetch
 from slimllm.errors import HopelessError, InputError
 from slimllm.families import layer_spec
 from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
@@ -26,12 +26,6 @@ from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transfor
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 _MAPPED_BYTES = 64 * 2**20  # of a file that is open
-
-# What comes along with the weights when a model is written anew.
-_COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 class Checkpoint(ABC):
@@ -166,11 +160,7 @@ class SafetensorsCheckpoint(Checkpoint):
             raise InputError(f"The tokenizer in {self.path} cannot be loaded: {first_line(error)}") from error
 
     def write_companions(self, folder: Path) -> None:
-        for file in sorted({file for pattern in _COMPANIONS for file in self.path.glob(pattern)}):
-            if file.is_dir():
-                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, folder / file.name)
+        copy_companions(self.path, folder)
         settle_tokenizer_class(folder)
 
 
@@ -224,9 +214,14 @@ def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path
     Raises:
         ValueError: (as InputError) there is no such model, or the hub cannot be reached.
     """
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_COMPANIONS, *(["*.py"] if code else [])]
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *PATTERNS, *(["*.py"] if code else [])]
     try:
-        return Path(snapshot_download(model, allow_patterns=list(only) or patterns))
+        folder = Path(snapshot_download(model, allow_patterns=list(only) or patterns))
+        asked: set[str] = set()
+        while not only and (more := files_to_fetch(folder) - asked):  # code that has come may name more code
+            folder = Path(snapshot_download(model, allow_patterns=sorted(more)))
+            asked |= more
+        return folder
     except HFValidationError:
         raise InputError(f"There is no folder or file {model}, and it cannot be the name of a model on the hub.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

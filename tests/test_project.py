@@ -15,7 +15,7 @@ ORDER = [
     "errors", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling", "registration",
     "kernels", "ops", "statistics", "importance", "criteria", "selection", "recovery", "elimination", "spending",
     "allocation", "slicing", "states", "native", "progress", "layer", "measure", "sensitivity", "attention", "ffn",
-    "account", "plan", "journal", "record", "skeleton", "checkpoint", "checkpoint_gguf", "checkpoint_fused",
+    "account", "plan", "journal", "record", "skeleton", "companions", "checkpoint", "checkpoint_gguf", "checkpoint_fused",
     "calibration", "source", "dense", "pipeline", "report", "tensor_parallel", "modelcard", "writer", "run", "jobs",
     "engine", "padding", "gguf_vocabulary", "export_gguf", "export", "bench", "evaluate", "zeroshot", "side_by_side",
     "latency", "finetune", "page", "doctor", "display", "demo", "compare", "compare_display", "sweep", "sweep_display",
