@@ -87,14 +87,18 @@ def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
         target_ratio = config.ratio
     target = round(target_ratio * total)
     at_once = num_layers if config.allocation == "uniform" else 1  # layers that are rounded alike
-    round_to = config.round_to or (1 if config.preset == "paper" else _default_rounding(target / at_once, shapes))
+    round_to = config.round_to or (
+        1 if config.preset == "paper" else _default_rounding(target / at_once, shapes, config.heads_multiple_of)
+    )
     narrowest = min(shape.channels for shape in shapes)
     if round_to > narrowest:
         raise InputError(f"round_to is {round_to}, but the FFN is only {narrowest} channels wide; give less.")
     most = sum(most_removable(shape, round_to) for shape in shapes)
     if most < target:
+        step = max(shape.unit_step for shape in shapes)
+        units = "one head unit" if step == 1 else f"{step} head units"
         raise InputError(
-            f"A ratio of {target_ratio:.4g} is more than this model can give while every layer keeps one head unit and "
+            f"A ratio of {target_ratio:.4g} is more than this model can give while every layer keeps {units} and "
             f"{round_to} channels; the most is {most / total:.3f}."
         )
     return Target(target, round_to, n, alpha, notes)
@@ -155,10 +159,15 @@ def allocate(
     return Allocation(rounded, target, n, wanted.alpha, round_to, notes, coarse)
 
 
-def _default_rounding(target: float, shapes: list[LayerShape]) -> int:
-    """The largest power of two up to 64 whose half step, the error that remains, is within 0.5 % of the target."""
+def _default_rounding(target: float, shapes: list[LayerShape], multiple_of: int) -> int:
+    """The step of widths whose half, the error that remains, is within 0.5 % of the target.
+
+    It is the least common multiple of `multiple_of` and the largest power of two up to 64 for which that holds, or else
+    `multiple_of`: what splits the heads over several devices splits the channels, too.
+    """
     channel_params = max(shape.channel_params for shape in shapes)
-    return next((step for step in (64, 32, 16, 8, 4, 2) if step * channel_params / 2 <= 0.005 * target), 1)
+    steps = (math.lcm(step, multiple_of) for step in (64, 32, 16, 8, 4, 2))
+    return next((step for step in steps if step * channel_params / 2 <= 0.005 * target), multiple_of)
 
 
 def _softmax_budgets(
@@ -205,12 +214,9 @@ def _round_budgets(budgets: list[float], shapes: list[LayerShape], target: int, 
             result.append(LayerBudget(0.0, 0, 0))
             continue
         ratio = budget / shape.params
-        units = min(round(ratio * shape.units), shape.units - 1)
-        # The biases of the recovery are parameters too, and are made up for.
-        left = budget + carry + shape.attention_bias_params * (units > 0) - units * shape.unit_params
-        channels = _round_channels((left + shape.ffn_bias_params) / shape.channel_params, shape.channels, round_to)
-        carry = left + shape.ffn_bias_params * (channels > 0) - channels * shape.channel_params
-        result.append(LayerBudget(ratio, units, channels))
+        units = shape.unit_step * min(round(ratio * shape.units / shape.unit_step), shape.units // shape.unit_step - 1)
+        entry, carry = _fill_up(ratio, units, budget + carry, shape, round_to)
+        result.append(entry)
     for _ in range(2):  # what clamped widths at the end could not take, earlier layers do
         for i, (entry, shape) in enumerate(zip(result, shapes)):
             if abs(carry) <= round_to * shape.channel_params / 2 or not entry.pruned:
@@ -218,7 +224,23 @@ def _round_budgets(budgets: list[float], shapes: list[LayerShape], target: int, 
             channels = _round_channels(entry.channels + carry / shape.channel_params, shape.channels, round_to)
             carry -= (channels - entry.channels) * shape.channel_params
             result[i] = LayerBudget(entry.ratio, entry.units, channels)
+    for i, (entry, shape) in enumerate(zip(result, shapes)):  # and where no channels are left to do so, heads
+        units = entry.units + (shape.unit_step if carry > 0 else -shape.unit_step)
+        missed = abs(carry) > round_to * shape.channel_params / 2 + 1  # not by the rounding of a float
+        if missed and entry.pruned and 0 <= units < shape.units:
+            other, left = _fill_up(entry.ratio, units, removed_params(entry, shape) + carry, shape, round_to)
+            if abs(left) < abs(carry):
+                result[i], carry = other, left
     return result
+
+
+def _fill_up(ratio: float, units: int, wanted: float, shape: LayerShape, round_to: int) -> tuple[LayerBudget, float]:
+    """A layer that gives so many units, and channels for the rest of `wanted` parameters; and what is left of them."""
+    # The biases of the recovery are parameters too, and are made up for.
+    left = wanted + shape.attention_bias_params * (units > 0) - units * shape.unit_params
+    channels = _round_channels((left + shape.ffn_bias_params) / shape.channel_params, shape.channels, round_to)
+    left += shape.ffn_bias_params * (channels > 0) - channels * shape.channel_params
+    return LayerBudget(ratio, units, channels), left
 
 
 def _round_channels(removed: float, channels: int, round_to: int) -> int:

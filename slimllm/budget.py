@@ -12,7 +12,7 @@ class LayerShape:
     `units` are KV groups (`kv-group`) or query heads per group (`query`), of `unit_params` parameters each;
     `channels` are FFN channels of `channel_params` each; `params` is the layer's whole number of parameters.
     `attention_bias_params` and `ffn_bias_params` are what recovery would add to each sub-layer as a bias; `grouped` says
-    that query heads share KV heads.
+    that query heads share KV heads. Units are removed `unit_step` at a time, of which `units` is a multiple.
     """
 
     units: int
@@ -23,6 +23,7 @@ class LayerShape:
     attention_bias_params: int
     ffn_bias_params: int
     grouped: bool
+    unit_step: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def removed_params(budget: LayerBudget, shape: LayerShape) -> int:
 
 
 def most_removable(shape: LayerShape, round_to: int) -> int:
-    """The most that a layer can give: it keeps one unit and `round_to` channels."""
+    """The most that a layer can give: it keeps one step of units and `round_to` channels."""
     channels = max(shape.channels - round_to, 0)
-    attention = (shape.units - 1) * shape.unit_params - shape.attention_bias_params * (shape.units > 1)
+    units = shape.units - shape.unit_step
+    attention = units * shape.unit_params - shape.attention_bias_params * (units > 0)
     return attention + channels * shape.channel_params - shape.ffn_bias_params * (channels > 0)

@@ -6,7 +6,6 @@ Only the tensors asked for are read, and no mapping of the file outlives the cal
 from __future__ import annotations
 
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from slimllm.companions import PATTERNS, copy_companions, files_to_fetch
 from slimllm.errors import HopelessError, InputError
 from slimllm.families import LayerSpec, layer_spec
 from slimllm.folder import (
@@ -30,12 +30,6 @@ from slimllm.folder import (
 )
 
 _MAPPED_BYTES = 64 * 2**20  # of a file that is open
-
-# What comes along with the weights when a model is written anew.
-_COMPANIONS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "chat_template*", "additional_chat_templates", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 class Checkpoint(ABC):
@@ -175,11 +169,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return load_tokenizer(self.path, trust_remote_code)
 
     def write_companions(self, folder: Path) -> None:
-        for file in sorted({file for pattern in _COMPANIONS for file in self.path.glob(pattern)}):
-            if file.is_dir():
-                shutil.copytree(file, folder / file.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(file, folder / file.name)
+        copy_companions(self.path, folder)
         settle_tokenizer_class(folder)
 
 
@@ -232,9 +222,18 @@ def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path
         ValueError: (as InputError) there is no such model, or the hub cannot be reached.
     """
     name, _, revision = model.partition("@")
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *_COMPANIONS, *(["*.py"] if code else [])]
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *PATTERNS, *(["*.py"] if code else [])]
+
+    def fetch(wanted: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
+
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(only) or patterns))
+        folder = fetch(list(only) or patterns)
+        asked: set[str] = set()
+        while not only and (more := files_to_fetch(folder) - asked):  # code that has come may name more code
+            folder = fetch(sorted(more))
+            asked |= more
+        return folder
     except HFValidationError:
         raise InputError(f"There is no folder or file {model}, and it cannot be the name of a model on the hub.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -74,6 +74,10 @@ class PruneConfig:
         pruned_layers: n, how many layers are pruned (those of highest importance c); None: by the ratio, as published.
         alpha: Temperature of the softmax over layer importances; None: by the ratio, as published. 0 is uniform.
         keep_lowest: Fraction of the least important channels that are kept all the same; None: 0 (paper: 0.01).
+        heads_multiple_of: In every layer the number of kept KV heads (head_unit `query`: of kept query heads) is a
+            multiple of this, so that tensor parallelism over so many devices can split them. The model's own number must
+            be a multiple. The default of `round_to` becomes a multiple of it, too. Not with the preset `paper`, whose
+            numbers of heads are the published ones.
         round_to: FFN widths are multiples of this; None: the largest power of two up to 64 that still meets the
             target within 0.5 % (paper: 1).
         feature_space: How channels are weighed in the feature space of the output: `eigh`, by eigenvectors, or
@@ -107,6 +111,7 @@ class PruneConfig:
     pruned_layers: int | None = None
     alpha: float | None = None
     keep_lowest: float | None = None
+    heads_multiple_of: int = 1
     round_to: int | None = None
     feature_space: str | None = None
     dtype: str | None = None
@@ -136,7 +141,7 @@ class PruneConfig:
         ):  # fmt: skip
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), choices)
-        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0)):
+        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("heads_multiple_of", 1)):
             check_number(name, getattr(self, name), int, least)
         if self.seed >= 2**63:
             raise InputError(f"seed must be below 2 to the power of 63, got {self.seed}.")
@@ -149,6 +154,10 @@ class PruneConfig:
             for name in ("pruned_layers", "alpha"):
                 if getattr(self, name) is not None:
                     raise InputError(f"{name} belongs to the allocation layer-importance, not to {self.allocation}.")
+        if self.heads_multiple_of > 1 and self.preset == "paper":
+            raise InputError(
+                f"heads_multiple_of {self.heads_multiple_of} is not the paper's; leave it out, or take another preset."
+            )
         if self.criterion == "obs" and self.recovery == "none":
             raise InputError(
                 "criterion obs chooses what the rest can stand in for; give a recovery: lstsq, affine or bias."

@@ -13,6 +13,7 @@ from slimllm.bench.forecast import Forecast
 from slimllm.config import GIB
 from slimllm.doctor import Diagnosis
 from slimllm.report import PruneReport
+from slimllm.tensor_parallel import tensor_parallel_of
 
 
 class PruneDisplay:
@@ -85,6 +86,7 @@ def print_summary(console: Console, report: PruneReport) -> None:
     ]
     if report.peak_gpu_gib:
         lines.append(f"GPU     {report.peak_gpu_gib:.2f} GiB at most")
+    lines.append(tensor_parallel_of(report))
     lines.append(f"saved   {report.out} ({report.format}); details in report.json")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 

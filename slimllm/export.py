@@ -21,6 +21,7 @@ from slimllm.padding import pad_layer, padded_sizes
 from slimllm.progress import ProgressCallback
 from slimllm.slicing import LayerSizes
 from slimllm.source import CheckpointModel
+from slimllm.tensor_parallel import tensor_parallel_line, tensor_parallel_sizes
 from slimllm.writer import CheckpointWriter, check_destination, check_space, partial_folder
 
 TARGETS = ("stock", "padded", "gguf")
@@ -51,7 +52,8 @@ def export(
         to: `stock`, `padded` or `gguf`.
         overwrite: Replace what is in its place already, if that is a model.
         progress: Told about everything that is written.
-        notice: Called with a sentence about matrices that llama.cpp cannot quantise as it is told to.
+        notice: Called with a sentence: for `stock` and `padded` over how many devices tensor parallelism can split the
+            model, for `gguf` which matrices llama.cpp cannot quantise as it is told to.
 
     Returns:
         The architecture that was written.
@@ -71,6 +73,8 @@ def export(
     form, wanted = _form(source, to)
     sizes = source.sizes()
     check_space(out, _bytes(source, sizes, wanted))
+    if notice:
+        notice(f"{tensor_parallel_line(tensor_parallel_sizes(map(_alike, [wanted] if wanted else sizes)))}.")
     _write(source, sizes, wanted, form, out, overwrite, progress)
     return form.name
 

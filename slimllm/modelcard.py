@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slimllm.report import PruneReport
+from slimllm.tensor_parallel import tensor_parallel_of
 
 
 def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
@@ -48,6 +49,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
 tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 ```
+
+{tensor_parallel_of(report).capitalize()} (numbers of GPUs that divide the heads, KV heads and FFN channels of every layer).
 
 Made from `{name}` by
 

@@ -164,6 +164,7 @@ def _prune_layer(
         "index": index,
         "ratio": budget.ratio,
         "num_heads_before": sizes.num_heads,
+        "num_kv_heads_before": sizes.num_kv_heads,
         "intermediate_size_before": sizes.intermediate_size,
     }
     if budget.units:
@@ -227,4 +228,5 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
         attention_bias_params=0 if size.attention_out_bias else new_bias,
         ffn_bias_params=0 if size.ffn_out_bias else new_bias,
         grouped=size.group_size > 1,
+        unit_step=size.unit_step(config.head_unit, config.heads_multiple_of),
     )

@@ -46,10 +46,12 @@ class PruneReport:
         backend, device, compute_dtype, format: What ran, and the architecture written.
         versions: Of python, torch, triton (where it is installed), transformers, slimllm.
         layers: One entry per layer: index, similarity (c), ratio, num_heads, num_kv_heads, intermediate_size (and
-            num_heads_before, intermediate_size_before),
+            num_heads_before, num_kv_heads_before, intermediate_size_before),
             kept_heads, kept_kv_heads, kept_channels, parameters_before, parameters_after, elapsed_s, peak_host_gib,
             and for pruned parts head_importance (by unit), channel_importance, attention_error_before/_after and
             ffn_error_before/_after (output error relative to the output's variance, without and with recovery).
+        tensor_parallel: Numbers of devices, from 2 on, over which tensor parallelism can split every layer; see
+            `slimllm.tensor_parallel`.
         resumed_steps: Layers (of both passes) that were done before the run was interrupted and gone on with. Seconds are
             those of all parts together.
     """
@@ -75,6 +77,7 @@ class PruneReport:
     format: str
     versions: dict[str, str]
     layers: list[dict[str, Any]] = field(default_factory=list)
+    tensor_parallel: list[int] = field(default_factory=list)
     resumed_steps: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
     dense_pass_shared: bool = False

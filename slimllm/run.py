@@ -31,6 +31,7 @@ from slimllm.progress import ProgressCallback, Stopwatch
 from slimllm.record import Record
 from slimllm.report import PruneReport, versions
 from slimllm.source import CheckpointModel, ModelSource
+from slimllm.tensor_parallel import tensor_parallel_sizes
 
 Notice = Callable[[str], None]
 WEIGHTS = "weights, by checksum"
@@ -155,6 +156,9 @@ class Run:
             format=self.format.name,
             versions=versions(),
             layers=outcome.layers,
+            tensor_parallel=tensor_parallel_sizes(
+                (layer["num_heads"], layer["num_kv_heads"], layer["intermediate_size"]) for layer in outcome.layers
+            ),
             resumed_steps=self.resumed_steps,
         )
 

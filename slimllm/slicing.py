@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from slimllm.errors import InputError
 from slimllm.families import LayerSpec
 from slimllm.recovery import OutputChange
 
@@ -42,6 +44,23 @@ class LayerSizes:
     def units(self, head_unit: str) -> tuple[int, int]:
         """What heads are pruned in: how many units, and of how many groups as many of each go (1: any may)."""
         return (self.num_kv_heads, 1) if self.by_group(head_unit) else (self.num_heads, self.num_kv_heads)
+
+    def unit_step(self, head_unit: str, multiple_of: int) -> int:
+        """How many of the units (of each group) go at a time, so that the kept heads are a multiple of `multiple_of`.
+
+        Those are KV heads where whole KV groups go, and otherwise query heads.
+
+        Raises:
+            ValueError: (as InputError) the number of all heads is not a multiple of it.
+        """
+        by_group = self.by_group(head_unit)
+        number, kind = (self.num_kv_heads, "KV") if by_group else (self.num_heads, "query")
+        if number % multiple_of:
+            raise InputError(
+                f"heads_multiple_of is {multiple_of}, but a layer of the model has {number} {kind} heads, which is not a "
+                f"multiple of it; give a divisor of {number}."
+            )
+        return multiple_of if by_group else multiple_of // math.gcd(multiple_of, self.num_kv_heads)
 
     def without(self, units: int, channels: int, head_unit: str, new_bias: bool) -> LayerSizes:
         """After giving up so many units and channels; `params` is left to be counted when the tensors are there."""

@@ -58,7 +58,7 @@ def spend(curves: list[Curves], shapes: list[LayerShape], target: int, round_to:
         curves: Of every layer.
         shapes: Their sizes.
         target: Parameters to remove, biases of the recovery made up for.
-        round_to: Widths are multiples of this, and every layer keeps so many channels, and one unit.
+        round_to: Widths are multiples of this, and every layer keeps so many channels, and one step of units.
     """
     of_layers = (_steps(i, curve, shape, round_to) for i, (curve, shape) in enumerate(zip(curves, shapes)))
     steps = sorted(step for of_layer in of_layers for step in of_layer)
@@ -101,7 +101,7 @@ def _take_another_unit(taken: list[_Step], skipped: list[_Step], left: int) -> N
 
 
 def _steps(layer: int, curve: Curves, shape: LayerShape, round_to: int) -> Iterable[_Step]:
-    units = range(shape.units)
+    units = range(0, shape.units, shape.unit_step)
     widths = range((shape.channels - 1) // round_to * round_to, 0, -round_to)
     channels = [0, *(shape.channels - width for width in widths)]
     for part, values, counts, total, params, bias in (

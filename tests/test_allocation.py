@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slimllm
-from slimllm.allocation import Allocation, LayerShape, allocate, paper_settings
+from slimllm.allocation import Allocation, LayerShape, allocate, find_target, paper_settings
+from slimllm.budget import most_removable
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
+from slimllm.pipeline import _shape
+from slimllm.slicing import LayerSizes
+from slimllm.spending import Curves
 
 LLAMA_7B = LayerShape(32, 4 * 128 * 4096, 11008, 3 * 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 4096, 4096, False)
 SMOLLM2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 576, 576, True)
@@ -40,6 +48,104 @@ def test_the_target_is_met(ratio: float, similarity: list[float], shape: LayerSh
     assert abs(removed(allocation, shapes) / total - ratio) <= 0.005 * ratio + 1e-9
     for budget in allocation.budgets:
         assert (shape.channels - budget.channels) % allocation.round_to == 0
+
+
+def layer(heads: int, kv_heads: int, channels: int) -> LayerSizes:
+    """Of a model of which `shape_of` knows the rest."""
+    params = 2 * 64 * (heads * 64 + kv_heads * 64) + 3 * 64 * channels
+    return LayerSizes(heads, kv_heads, channels, False, False, params)
+
+
+def shape_of(size: LayerSizes, settings: PruneConfig) -> LayerShape:
+    source: Any = SimpleNamespace(head_dim=64, config=SimpleNamespace(hidden_size=64))
+    return _shape(source, size, settings)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    data=st.data(),
+    allocation=st.sampled_from(["layer-importance", "uniform", "auto", "flap"]),
+    head_unit=st.sampled_from(["kv-group", "query"]),
+    heads=st.sampled_from([(12, 12), (32, 32), (24, 8), (32, 8), (12, 4), (8, 2), (6, 6), (6, 1)]),
+    part=st.floats(0.05, 0.95),
+)
+def test_kept_heads_are_a_multiple(
+    data: st.DataObject, allocation: str, head_unit: str, heads: tuple[int, int], part: float
+) -> None:
+    """In every layer, at least that many; and channels make up for the heads."""
+    size = layer(*heads, 1536)
+    split = heads[1] if size.by_group(head_unit) else heads[0]
+    multiple_of = data.draw(st.sampled_from([n for n in range(1, split + 1) if split % n == 0]))
+    num_layers = data.draw(st.integers(3, 8))
+    config = PruneConfig(0.5, allocation=allocation, head_unit=head_unit, heads_multiple_of=multiple_of)
+    shapes = [shape_of(size, config)] * num_layers
+    total = sum(shape.params for shape in shapes)
+    most = sum(most_removable(shape, math.lcm(64, multiple_of)) for shape in shapes)
+    config = dataclasses.replace(config, ratio=part * most / total)
+    cost = st.floats(0, 1)
+    curves = None
+    if allocation in ("auto", "flap"):
+        units = shapes[0].units
+        drawn = [data.draw(st.lists(cost, min_size=units + 16, max_size=units + 16)) for _ in shapes]
+        curves = [
+            Curves([0.0, *itertools.accumulate(one[:units])], [0.0, *itertools.accumulate(one[units:])]) for one in drawn
+        ]
+    similarity = data.draw(st.lists(cost, min_size=num_layers, max_size=num_layers))
+    found = allocate(similarity, shapes, config, curves)
+    for budget in found.budgets:
+        kept = size.without(budget.units, budget.channels, head_unit, True)
+        number = kept.num_kv_heads if size.by_group(head_unit) else kept.num_heads
+        assert number >= multiple_of and number % multiple_of == 0
+        assert kept.intermediate_size % found.round_to == 0 and found.round_to % multiple_of == 0
+        assert kept.num_kv_heads == heads[1] or size.by_group(head_unit)
+    at_once = num_layers if allocation == "uniform" else 1
+    half_step = at_once * found.round_to * shapes[0].channel_params / 2
+    bias = at_once * (shapes[0].attention_bias_params + shapes[0].ffn_bias_params)
+    assert abs(removed(found, shapes) - found.target_params) <= half_step + bias
+
+
+def test_heads_give_way_where_channels_cannot() -> None:
+    """Four heads at once are more than what is wanted of a layer, whose heads have most of its parameters."""
+    config = PruneConfig(0.05, alpha=0.0, pruned_layers=2, heads_multiple_of=4)
+    shapes = [shape_of(layer(32, 32, 1536), config)] * 3
+    found = allocate([0.5, 0.5, 0.5], shapes, config)
+    assert sorted(budget.units for budget in found.budgets) == [0, 0, 4]
+    assert removed(found, shapes) == pytest.approx(found.target_params, abs=4 * 192 / 2 + 1) and not found.coarse
+
+
+def test_heads_that_are_no_multiple_are_refused() -> None:
+    for heads, head_unit, multiple_of, words in (
+        ((6, 6), "kv-group", 4, "heads_multiple_of is 4, but a layer of the model has 6 KV heads.*a divisor of 6"),
+        ((8, 4), "kv-group", 8, "8, but a layer of the model has 4 KV heads"),
+        ((8, 4), "query", 3, "3, but a layer of the model has 8 query heads"),
+        ((8, 8), "query", 3, "3, but a layer of the model has 8 KV heads"),
+    ):
+        settings = PruneConfig(0.2, head_unit=head_unit, heads_multiple_of=multiple_of)
+        with pytest.raises(InputError, match=words):
+            shape_of(layer(*heads, 2048), settings)
+
+
+@pytest.mark.parametrize(
+    ("head_unit", "multiple_of", "step"),
+    [("kv-group", 1, 1), ("kv-group", 4, 4), ("query", 2, 1), ("query", 8, 1), ("query", 16, 2), ("query", 32, 4)],
+)
+def test_the_step_in_which_units_go(head_unit: str, multiple_of: int, step: int) -> None:
+    """Of 32 query heads in 8 groups of 4."""
+    assert layer(32, 8, 2048).unit_step(head_unit, multiple_of) == step
+
+
+def test_the_most_that_whole_steps_can_give() -> None:
+    shape = dataclasses.replace(SMOLLM2, units=4, unit_step=2, params=SMOLLM2.params + 294_912)
+    assert most_removable(shape, 64) == 2 * 294_912 - 576 + (1536 - 64) * 1728 - 576
+    with pytest.raises(InputError, match="while every layer keeps 2 head units and 64 channels"):
+        find_target([shape] * 8, PruneConfig(ratio=0.95, round_to=64))
+
+
+def test_widths_can_be_split_as_the_heads() -> None:
+    """Where the rounding is left to slimllm."""
+    for ratio, step in ((0.5, 192), (0.0002, 3)):
+        shapes = [dataclasses.replace(SMOLLM2, unit_step=3)] * 32
+        assert find_target(shapes, PruneConfig(ratio=ratio, heads_multiple_of=3)).round_to == step
 
 
 def test_softmax_as_published() -> None:

@@ -15,13 +15,11 @@ ORDER = [
     "errors", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling", "registration", "folder",
     "kernels", "ops", "statistics", "importance", "criteria", "selection", "recovery", "elimination", "spending",
     "allocation", "slicing", "states", "native", "progress", "layer", "measure", "sensitivity", "attention", "ffn",
-    "account", "plan", "journal", "record", "skeleton", "checkpoint", "gguf_file", "gguf_rope",
-    "checkpoint_gguf", "checkpoint_fused",
-    "calibration", "source", "dense", "pipeline", "report", "modelcard", "writer", "run", "jobs", "engine", "padding",
-    "gguf_vocabulary", "export_source", "export_gguf", "export",
-    "bench", "evaluate", "zeroshot", "side_by_side", "latency", "finetune",
-    "page", "doctor", "display", "demo", "compare", "compare_display", "sweep", "sweep_display", "cli", "__main__",
-    "__init__",
+    "account", "plan", "journal", "record", "skeleton", "companions", "checkpoint", "gguf_file", "gguf_rope",
+    "checkpoint_gguf", "checkpoint_fused", "calibration", "source", "dense", "pipeline", "report", "tensor_parallel",
+    "modelcard", "writer", "run", "jobs", "engine", "padding", "gguf_vocabulary", "export_source", "export_gguf", "export",
+    "bench", "evaluate", "zeroshot", "side_by_side", "latency", "finetune", "page", "doctor", "display", "demo", "compare",
+    "compare_display", "sweep", "sweep_display", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

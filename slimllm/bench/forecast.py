@@ -56,7 +56,8 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         for_gpu: Plan for a GPU, whether this machine has one or not; its time is not known then.
 
     Raises:
-        ValueError: (as InputError) there is no such model, or it cannot be done within the budgets.
+        ValueError: (as InputError) there is no such model, or it cannot be done within the budgets, or its heads
+            are no multiple of what was asked for.
     """
     check_config(config)
     if not 1 <= ranks <= config.samples:
@@ -70,6 +71,8 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     check_for_family(spec, config)
     shapes = expected_tensors(meta_model(model_config), spec)
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
+    for layer in layers:
+        layer.unit_step(config.head_unit, config.heads_multiple_of)  # refuses what the run would refuse
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
     dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
     sizes = sizes_of(model_config, layers, head_dim, params, dtypes, (config.samples, config.seq_len), device, ranks)

@@ -41,6 +41,9 @@ TokenWeights = Annotated[
 DenseTarget = Annotated[
     float, typer.Option(help="Of lstsq, 0 to 1: how much of the way to the dense model's own stream to aim for.")
 ]
+HeadsMultipleOf = Annotated[
+    int, typer.Option(help="Keep a multiple of this many KV heads in every layer, to split them over as many GPUs.")
+]
 EvalText = Annotated[
     str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
 ]

@@ -16,6 +16,7 @@ from slimllm.cli.options import (
     Bos,
     Criterion,
     DenseTarget,
+    HeadsMultipleOf,
     Model,
     Preset,
     Quiet,
@@ -70,6 +71,7 @@ def prune_command(
     keep_lowest: Annotated[
         float | None, typer.Option(help="Fraction of the least important channels kept. Default: 0, paper: 0.01.")
     ] = None,
+    heads_multiple_of: HeadsMultipleOf = 1,
     round_to: Annotated[
         int | None, typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
     ] = None,
@@ -113,8 +115,9 @@ def prune_command(
                 ratio=ratio[0], preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,
                 token_weights=token_weights, dense_target=dense_target, head_unit=head_unit, calibration=calibration,
                 bos=bos, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers,
-                alpha=alpha, keep_lowest=keep_lowest, round_to=round_to, feature_space=feature_space, dtype=dtype,
-                compute_dtype=compute_dtype, device=device, host_memory=host_memory, gpu_memory=gpu_memory,
+                alpha=alpha, keep_lowest=keep_lowest, heads_multiple_of=heads_multiple_of, round_to=round_to,
+                feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype, device=device,
+                host_memory=host_memory, gpu_memory=gpu_memory,
             )  # fmt: skip
         tell = errors.print if ranks.first else _say_nothing
         stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
@@ -158,6 +161,7 @@ def plan_command(
     allocation: AllocationName = None,
     recovery: Recovery = None,
     dense_target: DenseTarget = 0.0,
+    heads_multiple_of: HeadsMultipleOf = 1,
     samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="dtype of the written weights.")] = None,
@@ -176,8 +180,9 @@ def plan_command(
 
     config = PruneConfig(
         ratio=ratio, preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,
-        dense_target=dense_target, samples=samples, seq_len=seq_len, dtype=dtype, compute_dtype=compute_dtype,
-        device=None if device == "cuda" else device, host_memory=host_memory, gpu_memory=gpu_memory,
+        dense_target=dense_target, heads_multiple_of=heads_multiple_of, samples=samples, seq_len=seq_len, dtype=dtype,
+        compute_dtype=compute_dtype, device=None if device == "cuda" else device, host_memory=host_memory,
+        gpu_memory=gpu_memory,
     )  # fmt: skip
     print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))
 

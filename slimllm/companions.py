@@ -1,0 +1,133 @@
+"""What travels with the weights of a model: all files of its tokenizer, whatever they are called, and its licence.
+
+Most have names that are known. Others are named by tokenizer_config.json, by the tokenizer's class in transformers, or, as
+code, by `auto_map`; that is copied as it is and never run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+_log = logging.getLogger("slimllm")
+
+# Patterns of names, for a folder as for a download.
+PATTERNS = (
+    "generation_config.json", "tokenizer*", "special_tokens_map*.json", "added_tokens*.json", "tekken*.json", "vocab.*",
+    "vocab*.json", "vocab*.txt", "*vocab.json", "*vocab.txt", "*.vocab", "merges*.txt", "*.model", "*.tiktoken", "*.bpe",
+    "*.spm", "bpe.codes", "chat_template*", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+# Weights, and what every result has of its own: never copied, whoever names it.
+_NEVER = re.compile(
+    r"(.*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|npz|pkl|pickle)|.*\.index\.json|config\.json|readme\.md"
+    r"|report\.(json|html)|finetune\.json|(modeling|configuration)_.*\.py|slim_layers\.py)",
+    re.IGNORECASE,
+)
+_PLAIN = re.compile(r"\w[\w.+ -]*")  # a file's own name: not a path, not a pattern, not hidden
+_RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a model's folder that travel with the weights, relative to it and sorted.
+
+    A link that leads out of the folder is followed into the hub's cache, where every file is one, and to a file of the same
+    name: a link of another name may be there to have a file of the user's published.
+    """
+    named = named_files(folder)
+    found = []
+    for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
+        name = path.relative_to(folder).as_posix()
+        wanted = name in named or (not name.endswith(".py") and _matches(name))
+        if not wanted or _NEVER.fullmatch(name) or not path.is_file():
+            continue
+        if _is_own(path, folder):
+            found.append(path.relative_to(folder))
+        else:
+            _log.warning("%s is a link that leads out of its folder, so it is not copied; put a copy in its place.", path)
+    return found
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what travels with the weights from one folder into another."""
+    for file in companions(source):
+        (target / file).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / file, target / file)
+
+
+def files_to_fetch(folder: Path) -> set[str]:
+    """Files that a downloaded tokenizer's settings name, but that no pattern has fetched into its folder."""
+    return {name for name in named_files(folder) if not _matches(name) and not (folder / name).exists()}
+
+
+def named_files(folder: Path) -> set[str]:
+    """Names of files, whether they are there or not, by tokenizer_config.json, the tokenizer's class and its code."""
+    settings = _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / "config.json")
+    found = set(_strings(settings.values()))
+    found |= set(_vocabulary_files(settings.get("tokenizer_class") or config.get("tokenizer_class")))
+    found = {name for name in found if not name.endswith(".py")}
+    return {name for name in found | _code(folder, settings) if _PLAIN.fullmatch(name) and not _NEVER.fullmatch(name)}
+
+
+def _matches(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    target = path.resolve()
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    same_name = path.is_symlink() and target.name == path.name
+    return in_cache or same_name or target.is_relative_to(folder.resolve())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is none, about which whoever needs it will complain."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _strings(values: Iterable[Any]) -> list[str]:
+    """Those among some values, and in lists among them."""
+    every = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return [item for item in every if isinstance(item, str)]
+
+
+def _vocabulary_files(class_name: Any) -> list[str]:
+    """What a class of transformers calls its files."""
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    if not isinstance(class_name, str):
+        return []
+    try:
+        names = getattr(tokenizer_class_from_name(class_name), "vocab_files_names", None)
+    except ImportError:  # it needs a library that is not installed
+        return []
+    return _strings(names.values()) if isinstance(names, dict) else []
+
+
+def _code(folder: Path, settings: dict[str, Any]) -> set[str]:
+    """The Python files of a tokenizer of its own, and those that they import from beside them."""
+    auto_map = settings.get("auto_map")
+    classes = _strings([auto_map.get("AutoTokenizer")]) if isinstance(auto_map, dict) else _strings([auto_map])
+    waiting = [f"{name.split('.')[0]}.py" for name in classes if "--" not in name]  # with -- it is another repository's
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        path = folder / name
+        if name in found or not _PLAIN.fullmatch(name) or _NEVER.fullmatch(name):
+            continue
+        found.add(name)
+        if path.is_file() and _is_own(path, folder):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            waiting += [f"{module}.py" for module in _RELATIVE_IMPORT.findall(text)]
+    return found
