@@ -155,7 +155,8 @@ def test_a_download_fetches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     here = tmp_path / "here"
     calls = []
 
-    def snapshot_download(model: str, allow_patterns: list[str]) -> str:
+    def snapshot_download(model: str, allow_patterns: list[str], revision: str | None) -> str:
+        assert (model, revision) == ("me/mine", "v1.0")
         calls.append(allow_patterns)
         for path in hub.rglob("*"):
             name = path.relative_to(hub).as_posix()
@@ -165,12 +166,12 @@ def test_a_download_fetches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return str(here)
 
     monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
-    assert checkpoint.download("me/mine") == here
+    assert checkpoint.download("me/mine@v1.0") == here
     fetched = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()}
     assert {*KNOWN, *named} <= fetched
     assert not fetched & {"thesis.txt", "notes.json", "modeling_mine.py", "configuration_mine.py", "pytorch_model.bin"}
     assert len(calls) == 3 and calls[2] == ["helper.py"]
     assert found(here) == {*KNOWN, *named}
     calls.clear()
-    checkpoint.download("me/mine", only=("config.json",))
+    checkpoint.download("me/mine@v1.0", only=("config.json",))
     assert calls == [["config.json"]]
