@@ -87,9 +87,9 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
 def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, text: str | None, wanted: int) -> torch.Tensor:
     """A text to measure on as token ids, (num_tokens,) int64: a file or a dataset, or None for the bundled one.
 
-    `wanted` bounds how much of a dataset is read.
+    `wanted` bounds how much of a dataset or a long file is read: so many tokens at least, if there are so many.
     """
-    documents = [bundled_text("evaluation")] if text is None else read_texts(text, wanted)
+    documents = [bundled_text("evaluation")] if text is None else read_texts(text, wanted, tokenizer=tokenizer)
     return tokenize(tokenizer, documents)
 
 

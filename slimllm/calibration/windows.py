@@ -85,7 +85,9 @@ def calibration_windows(
         notice("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
         documents = [bundled_text("calibration")]
     else:
-        documents = read_texts(config.calibration, config.samples * config.seq_len)
+        documents = read_texts(
+            config.calibration, config.samples * config.seq_len, seed=config.seed, tokenizer=tokenizer, notice=notice
+        )
     tokens = tokenize(tokenizer, documents)
     return _check_token_ids(draw_windows(tokens, config.samples, config.seq_len, config.seed), model_config)
 
