@@ -146,8 +146,11 @@ class TextFile:
             raise InputError(
                 f"{where} of {shown(self.path)} is no valid JSON: {error.msg} (column {error.colno})."
             ) from None
-        except (ValueError, RecursionError) as error:  # a number with thousands of digits; lists in lists without an end
-            raise InputError(f"{where or 'The text'} of {shown(self.path)} is no valid JSON: {error}.") from None
+        except (ValueError, RecursionError):
+            raise InputError(
+                f"{where or 'The text'} of {shown(self.path)} is no valid JSON: it has numbers of thousands of digits, or "
+                "thousands of lists in each other."
+            ) from None
 
     def _rows(self, stream: io.TextIOWrapper) -> Iterator[tuple[str, dict[str, str | None]]]:
         csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))  # it is one for the process

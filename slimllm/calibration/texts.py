@@ -78,7 +78,7 @@ def read_texts(
     try:
         file = _file(source)
     except OSError as error:
-        raise InputError(f"The text in {name} cannot be read: {error}.") from None
+        raise InputError(f"The text in {name} cannot be read: {error.strerror}.") from None
     if file:
         characters = max(characters, _FILE_CHARACTERS)
     while True:
@@ -103,6 +103,8 @@ def read_texts(
 def _file(source: str | Path) -> TextFile | None:
     """The file, None if the source is a dataset."""
     path = Path(os.path.expanduser(source))
+    if str(source) == "":
+        raise InputError("The name of the text is empty; give a file or a dataset.")
     check_regular(path)
     if path.is_file():
         return recognise(path)

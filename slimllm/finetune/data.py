@@ -72,7 +72,7 @@ def read_examples(
         file = recognise(path)
         numbered = [("The text", {"text": file.text()})] if file.kind == "text" else list(file.entries())
     except OSError as error:
-        raise InputError(f"{name} cannot be read: {error}.") from None
+        raise InputError(f"{name} cannot be read: {error.strerror}.") from None
     records = _checked(numbered, name)
     clean = [(place, record) for place, record in records if is_unicode(_everything(record))]
     if broken := len(records) - len(clean):
