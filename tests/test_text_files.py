@@ -90,11 +90,12 @@ def test_content_decides(
         ("a.csv", "text\nOne, two.\n", "Entry 1 of .*has 2 fields, but the header 1"),
         ("a.csv", 'text\n"One.\nTwo.\n', "not a row of a table"),
         ("a.json", '["One."]', 'Entry 1 of .*is a string, not a JSON object with a "text"'),
-        ("a.jsonl", '{"text": 3.5}', 'Entry 1 of .*has a number as "text"'),
-        ("a.jsonl", LINES + json.dumps({"text": TALK}), 'Entry 3 of .*has a list as "text"'),
+        ("a.jsonl", '{"text": 3.5}', 'Line 1 of .*has a number as "text"'),
+        ("a.jsonl", LINES + json.dumps({"text": TALK}), 'Line 3 of .*has a list as "text"'),
         ("a.jsonl", '{"text": {"a": 1}}', 'has an object as "text"'),
         ("a.jsonl", '{"text": true}', 'has true or false as "text"'),
         ("a.jsonl", '{"content": "a", "\\ud800": 1}', r'the fields "content", "\\ud800"; a field "text" .* "messages"'),
+        ("a.jsonl", LINES + '{"n": 1}\n{"words": "b"}\n', 'Line 4 of .*has the fields "words"; a field "text"'),
         ("a.jsonl", '{"text": null}\n' * 3, "holds no text"),
         ("a.jsonl", '{"text": "\\ud800"}', "holds no text"),
         ("a.jsonl", "", "holds no text"),
@@ -167,7 +168,7 @@ def test_zstd(library: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
     """Some writers leave out what is null, also in the first object."""
     told: list[str] = []
-    content = '{"id": 1}\n{"text": null}\n' + LINES + '{"text": ""}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n'
+    content = '{"n": 1}\n{"text": null}\n' + LINES + '{"text": ""}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n'
     assert read_texts(written(tmp_path, "a.jsonl", content), 10, notice=told.append) == ["One.", "Two.", "", "\U0001f600"]
     assert [sentence.partition(" (")[0] for sentence in told] == [
         "2 of 7 documents have no text and are skipped",

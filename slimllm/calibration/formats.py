@@ -46,6 +46,11 @@ class TextFile:
     size: int
 
     @property
+    def unit(self) -> str:
+        """What `entries` numbers."""
+        return "Line" if self.kind == "lines" else "Entry"
+
+    @property
     def has_blocks(self) -> bool:
         """Whether it can be entered in the middle."""
         return self.kind in ("text", "lines") and self.compression is None
@@ -61,10 +66,10 @@ class TextFile:
         check_no_nul(self.path, "\0" in text)
         return text
 
-    def entries(self) -> Iterator[tuple[str, Any]]:
-        """Yield what a file that is not plain text holds, from the beginning, each with the place where it is.
+    def entries(self) -> Iterator[tuple[int, Any]]:
+        """Yield what a file that is not plain text holds, from the beginning, each entry with its number.
 
-        Entries are numbered from 1: JSON lines with the blank lines, the rows of a table without the header.
+        They are numbered from 1: JSON lines with the blank lines, the rows of a table without the header.
 
         Raises:
             ValueError: (as InputError) the file cannot be read, or is not what it seems to be.
@@ -76,7 +81,7 @@ class TextFile:
             elif self.kind == "lines":
                 for number, line in enumerate(self._lines(stream), 1):
                     if line := line.strip().lstrip(_BYTE_ORDER_MARK):
-                        yield f"Entry {number}", self._parsed(line, f"Line {number}")
+                        yield number, self._parsed(line, f"Line {number}")
             else:
                 content = stream.read(_LONGEST + 1)
                 if len(content) > _LONGEST:
@@ -86,10 +91,14 @@ class TextFile:
                     )
                 parsed = self._parsed(content, "") if content.strip() else []
                 for number, entry in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
-                    yield f"Entry {number}", entry
+                    yield number, entry
 
-    def block_entries(self, block: int) -> Iterator[tuple[str, Any]]:
-        """Yield the entries of JSON lines that begin in a block, from byte `block * BLOCK_BYTES`; as `entries`."""
+    def block_entries(self, block: int) -> Iterator[tuple[int, Any]]:
+        """Yield the JSON lines that begin in a block, from byte `block * BLOCK_BYTES`, each with the byte where it begins.
+
+        Raises:
+            ValueError: (as InputError) as `entries`.
+        """
         begin = block * BLOCK_BYTES
         with opened(self.path, None) as stream:
             if begin:
@@ -99,7 +108,7 @@ class TextFile:
             while (at := stream.tell()) < begin + BLOCK_BYTES and (raw := stream.readline(_LONGEST + 1)):
                 self._check_length(raw, f"at byte {at}")
                 if line := raw.decode("utf-8").strip().lstrip(_BYTE_ORDER_MARK):
-                    yield f"The entry at byte {at}", self._parsed(line, f"The line at byte {at}")
+                    yield at, self._parsed(line, f"The line at byte {at}")
 
     def block_text(self, block: int) -> str:
         """The plain text of a block, from byte `block * BLOCK_BYTES`, without the words that its borders cut.
@@ -152,7 +161,7 @@ class TextFile:
                 "thousands of lists in each other."
             ) from None
 
-    def _rows(self, stream: io.TextIOWrapper) -> Iterator[tuple[str, dict[str, str | None]]]:
+    def _rows(self, stream: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, str | None]]]:
         csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))  # it is one for the process
         # What is quoted wrongly would silently swallow what comes after it, so it is an error.
         reader = csv.reader(self._lines(stream), delimiter=_DELIMITERS[_suffix(self.path)], strict=True)
@@ -166,7 +175,7 @@ class TextFile:
                     )
                 check_no_nul(self.path, any("\0" in field for field in row))
                 # A table has no other way to say that there is nothing.
-                yield f"Entry {number}", {name: field or None for name, field in zip(names, row)}
+                yield number, {name: field or None for name, field in zip(names, row)}
         except csv.Error as error:
             raise InputError(f"Line {reader.line_num} of {shown(self.path)} is not a row of a table: {error}.") from None
 

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from slimllm.calibration.files import shown
 from slimllm.errors import InputError
 
-# Some writers leave out what is null, so a few records without a text say nothing about the others.
-_UNKNOWN_AT_FIRST = 100
+# So many records are read before one that has neither field is refused: some writers leave out what is null.
+_READ_FIRST = 100
 _FIELDS_SHOWN = 12
 
 
@@ -31,8 +31,8 @@ class Records:
     read: int = 0
     _empty: int = 0
     _not_unicode: int = 0
-    _known: bool = False
-    _unknown: str = field(default="", repr=False)
+    _fields: set[str] = field(default_factory=set)
+    _odd: list[tuple[set[str], str]] = field(default_factory=list)
 
     def text(self, place: str, record: Any) -> str | None:
         """The text of the record at a place in the source, None if it has none or is not valid Unicode.
@@ -53,10 +53,9 @@ class Records:
         """Say how many records were skipped.
 
         Raises:
-            ValueError: (as InputError) none of the records had one of the fields.
+            ValueError: (as InputError) a record had neither field, and has others than those with a text.
         """
-        if self._unknown and not self._known:
-            raise InputError(self._unknown)
+        self._check_odd()
         for count, what in ((self._empty, "have no text"), (self._not_unicode, "are not valid Unicode")):
             if count and notice:
                 notice(f"{count} of {self.read} documents {what} and are skipped ({self.source}).")
@@ -64,22 +63,27 @@ class Records:
     def _text(self, place: str, record: Any) -> str | None:
         if not isinstance(record, dict):
             raise InputError(f'{place} of {self.source} is {kind_of(record)}, not a JSON object with a "text" field.')
-        self._known = self._known or "text" in record or "messages" in record
+        if "text" in record or "messages" in record:
+            self._fields.update(record)
+        elif not self._fields.issuperset(record):
+            needed = 'a field "text" (a string) or "messages" (a conversation) is needed'
+            self._odd.append((set(record), f"{place} of {self.source} has {fields_of(record)}; {needed}."))
+            if self.read >= _READ_FIRST:
+                self._check_odd()
         text, messages = record.get("text"), record.get("messages")
         if text is None and messages is None:
-            if not ("text" in record or "messages" in record):
-                self._unknown = self._unknown or (
-                    f'{place} of {self.source} has {fields_of(record)}; a field "text" (a string) or "messages" (a '
-                    "conversation) is needed."
-                )
-                if not self._known and self.read >= _UNKNOWN_AT_FIRST:
-                    self.finish(None)
             return None
         if text is None:
             return rendered(messages, self.tokenizer, f"{place} of {self.source}")
         if not isinstance(text, str):
             raise InputError(f'{place} of {self.source} has {kind_of(text)} as "text"; it must be a string.')
         return text
+
+    def _check_odd(self) -> None:
+        for fields, sentence in self._odd:
+            if not fields <= self._fields:
+                raise InputError(sentence)
+        self._odd.clear()
 
 
 def rendered(messages: Any, tokenizer: PreTrainedTokenizerBase | None, where: str, *, answer: bool = False) -> str | None:

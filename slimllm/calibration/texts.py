@@ -84,13 +84,13 @@ def read_texts(
     while True:
         records = Records(name, tokenizer)
         if file is None:
-            documents, more = _first(_dataset_entries(str(source)), records, characters)
+            documents, more = _first(_dataset_entries(str(source)), "Row", records, characters)
         elif seed is not None and file.has_blocks and file.size > characters:
             documents, more = _drawn(file, records, characters, seed)
         elif file.kind == "text":
             documents, more = _beginning(file, characters)
         else:
-            documents, more = _first(file.entries(), records, characters)
+            documents, more = _first(file.entries(), file.unit, records, characters)
         if not more or tokenizer is None or _has_tokens(documents, tokenizer, tokens_wanted):
             break
         characters *= 2
@@ -125,7 +125,7 @@ def _drawn(file: TextFile, records: Records, characters: int, seed: int) -> tupl
         if file.kind == "text":
             documents = [file.block_text(block)]
         else:
-            texts = (records.text(place, record) for place, record in file.block_entries(block))
+            texts = (records.text(f"The line at byte {at}", record) for at, record in file.block_entries(block))
             documents = [text for text in texts if text is not None]
         blocks[block] = documents
         length += sum(map(len, documents))
@@ -143,14 +143,14 @@ def _beginning(file: TextFile, characters: int) -> tuple[list[str], bool]:
     return [text[: -len(word[0])] if word else text[:-1]], True
 
 
-def _first(entries: Iterator[tuple[str, Any]], records: Records, characters: int) -> tuple[list[str], bool]:
+def _first(entries: Iterator[tuple[int, Any]], unit: str, records: Records, characters: int) -> tuple[list[str], bool]:
     """The first documents, and whether there are more."""
     documents: list[str] = []
     length = 0
-    for place, record in entries:
+    for number, record in entries:
         if length >= characters:
             return documents, True
-        text = records.text(place, record)
+        text = records.text(f"{unit} {number}", record)
         if text is not None:
             documents.append(text)
             length += len(text)
@@ -168,7 +168,7 @@ def _has_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase, tokens
     return False
 
 
-def _dataset_entries(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _dataset_entries(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a dataset, of each the column that is asked for as "text"."""
     folder = Path(name).is_dir()
     missing = f"{shown(name)} is a folder" if folder else f"There is no file {shown(name)}"
@@ -191,7 +191,7 @@ def _dataset_entries(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     f'The dataset {shown(name)} has no column "{shown(column or "text")}"; name the one with the text: '
                     f"NAME:CONFIG:SPLIT:COLUMN (it has {fields_of(row)})."
                 )
-            yield f"Row {number}", {"messages" if column == "messages" else "text": row[column]} if column else row
+            yield number, {"messages" if column == "messages" else "text": row[column]} if column else row
     except InputError:
         raise
     except Exception as error:  # datasets raises many types for one fact: it cannot be had

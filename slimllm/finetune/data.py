@@ -70,11 +70,11 @@ def read_examples(
         if not path.is_file():
             raise InputError(f"There is no file {name} to train on; give a .jsonl, .json or .txt file.")
         file = recognise(path)
-        numbered = [("The text", {"text": file.text()})] if file.kind == "text" else list(file.entries())
+        numbered = [(1, {"text": file.text()})] if file.kind == "text" else list(file.entries())
     except OSError as error:
         raise InputError(f"{name} cannot be read: {error.strerror}.") from None
     records = _checked(numbered, name)
-    clean = [(place, record) for place, record in records if is_unicode(_everything(record))]
+    clean = [(number, record) for number, record in records if is_unicode(_everything(record))]
     if broken := len(records) - len(clean):
         notice(f"{broken} of {len(records)} examples are not valid Unicode and are left out.")
     kinds = {_kind(record) for _, record in records}
@@ -86,7 +86,9 @@ def read_examples(
         examples = [Example(tuple(window.tolist())) for window in windows]
     else:
         make = _conversation if kinds == {"messages"} else _alpaca
-        examples = [one for place, record in clean if (one := make(record, f"{place} of {name}", tokenizer, seq_len))]
+        examples = [
+            one for number, record in clean if (one := make(record, f"Entry {number} of {name}", tokenizer, seq_len))
+        ]
         if left_out := len(clean) - len(examples):
             notice(f"{left_out} of {len(records)} examples have no answer, or no room for it in {seq_len} tokens.")
     if not examples:
@@ -115,12 +117,12 @@ def _kind(record: dict[str, Any]) -> str:
     return next((kind for kind in ("text", "messages") if kind in record), "instruction")
 
 
-def _checked(numbered: list[tuple[str, Any]], name: str) -> list[tuple[str, dict[str, Any]]]:
+def _checked(numbered: list[tuple[int, Any]], name: str) -> list[tuple[int, dict[str, Any]]]:
     """The records, if they are objects of a known kind; an answer may be missing, but not all of them."""
     if not numbered:
         raise InputError(f"{name} holds no list of JSON objects.")
     answered = any(isinstance(record, dict) and "output" in record for _, record in numbered)
-    for place, record in numbered:
+    for number, record in numbered:
         fields: dict[str, Any] = record if isinstance(record, dict) else {}
         # Messages are checked where they are rendered.
         wanted = {"text": ("text",), "messages": (), "instruction": ("instruction",)}[_kind(fields)]
@@ -130,8 +132,8 @@ def _checked(numbered: list[tuple[str, Any]], name: str) -> list[tuple[str, dict
         if not strings or not isinstance(record, dict) or (optional and not answered):
             has = f" (it has {fields_of(record)})" if isinstance(record, dict) else ""
             raise InputError(
-                f'{place} of {name} is not a JSON object with "instruction" and "output", or with "text", as text, or with '
-                f'"messages"{has}.'
+                f'Entry {number} of {name} is not a JSON object with "instruction" and "output", or with "text", as text, '
+                f'or with "messages"{has}.'
             )
     return numbered
 
