@@ -29,9 +29,9 @@ def run_compare(
     """
     check_new_file(out)
     tokenizer = open_checkpoint(model).tokenizer()
-    tokens = evaluation_tokens(tokenizer, text, (max_windows or 2048) * eval_len)
     bos_token_id = window_bos(tokenizer, config.bos)
     with PruneDisplay(console, quiet) as display:
+        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, display.notice)
 
         def on_line(line: Compared) -> None:
             where = f" at {line.ratio:g}" if line.ratio else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +26,9 @@ from slimllm.folder import (
 )
 from slimllm.memory import release
 from slimllm.skeleton import expected_tensors, meta_model
+
+_DATASET_WINDOWS = 2048
+_EVERYTHING = 2**40  # tokens
 
 
 def load(
@@ -117,13 +121,34 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def evaluation_tokens(tokenizer: PreTrainedTokenizerBase, text: str | None, wanted: int) -> torch.Tensor:
-    """A text to measure on as token ids, (num_tokens,) int64: a file or a dataset, or None for the bundled one.
+def evaluation_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | None,
+    seq_len: int,
+    max_windows: int | None,
+    notice: Callable[[str], None] | None = None,
+) -> torch.Tensor:
+    """Read a text to measure on, as a stream of token ids.
 
-    `wanted` bounds how much of a dataset is read.
+    Args:
+        tokenizer: The model's.
+        text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled one.
+        seq_len, max_windows: Windows that are wanted of it; None: all of a file, and of a dataset, which may have no end, as
+            much as gives 2048 windows.
+        notice: Called with a sentence if documents are skipped.
+
+    Returns:
+        (num_tokens,) int64.
+
+    Raises:
+        ValueError: (as InputError) as `read_texts`.
     """
-    documents = [bundled_text("evaluation")] if text is None else read_texts(text, wanted)
-    return tokenize(tokenizer, documents)
+    if text is None:
+        return tokenize(tokenizer, [bundled_text("evaluation")])
+    wanted = (max_windows or _DATASET_WINDOWS) * seq_len
+    if max_windows is None and Path(text).expanduser().is_file():
+        wanted = _EVERYTHING
+    return tokenize(tokenizer, read_texts(text, wanted, tokenizer=tokenizer, notice=notice))
 
 
 def perplexity_of(

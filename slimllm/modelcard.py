@@ -60,4 +60,5 @@ Made from `{name}` by
 
 {notes}Versions: {versions}. Computed in {report.compute_dtype} on {report.device}. Everything per layer is in `report.json`.
 """
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    # A path may hold bytes that are not UTF-8.
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -54,8 +54,8 @@ def run_sweep(
     if others and not file.exists():  # of the presets there may be kept models of a sweep without a point yet
         raise InputError(f"The folder {out} is not empty ({others[0]}) and holds no sweep; give another one.")
     done = _read(file, settings, resume)
-    tokens = evaluation_tokens(tokenizer, text, (max_windows or 2048) * eval_len)
     with PruneDisplay(console, quiet) as display, _folder(out):
+        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, display.notice)
 
         def on_point(point: Swept) -> None:
             try:

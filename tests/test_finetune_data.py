@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +66,18 @@ def test_what_is_no_example(tmp_path: Path) -> None:
         ("nonsense\n", "no valid JSON"),
         ("", "holds no list of JSON objects"),
         ('{"text": "few words"}\n', "gives no example of 256 tokens"),
+        ('{"instruction": "a", "output": 3}\n', "Entry 1 of"),
+        ('{"instruction": "a", "input": [1], "output": "b"}\n', "Entry 1 of"),
+        ('{"instruction": "a", "output": null}\n', "gives no example of 256 tokens"),
+        ('{"instruction": "a\\udfff", "output": "b"}\n', "gives no example of 256 tokens"),
+        ('{"conversations": [{"from": "human", "value": "a"}]}\n', r'"messages" \(it has the fields "conversations"\)'),
+        ('{"prompt": "a", "completion": "b"}\n', r'it has the fields "prompt", "completion"'),
+        ('{"messages": [{"role": "user"}]}\n', 'has "messages" that are not a list of objects'),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+            "has no chat template",
+        ),
+        ('{"messages": []}\n{"instruction": "a", "output": "b"}\n', 'objects with "messages" and others without'),
     ],
 )
 def test_data_that_cannot_be(tmp_path: Path, content: str, sentence: str) -> None:
@@ -71,3 +85,58 @@ def test_data_that_cannot_be(tmp_path: Path, content: str, sentence: str) -> Non
     path.write_text(content)
     with pytest.raises(InputError, match=sentence):
         read_examples(path, open_checkpoint(STORIES).tokenizer(), 256)
+
+
+def test_what_is_null_or_not_unicode(tmp_path: Path) -> None:
+    """Nothing for an input is no input; without an answer there is nothing to learn."""
+    tokenizer, path, told = open_checkpoint(STORIES).tokenizer(), tmp_path / "alpaca.txt", []
+    given = {"instruction": "Say hello.", "output": "Hello."}
+    records = [
+        given, {**given, "input": None}, {**given, "output": None}, {"instruction": "None."}, {**given, "input": "\ud800"},
+    ]  # fmt: skip
+    path.write_bytes(gzip.compress(("\ufeff" + "\n".join(map(json.dumps, records))).encode()))
+    first, second = read_examples(path, tokenizer, 200, told.append)
+    assert first == second and "Input" not in tokenizer.decode(first.ids)
+    assert told == [
+        "1 of 5 examples are not valid Unicode and are left out.",
+        "2 of 5 examples have no answer, or no room for it in 200 tokens.",
+    ]
+    table = tmp_path / "alpaca.csv"
+    table.write_text("instruction,input,output\nSay hello.,,Hello.\n")
+    assert read_examples(table, tokenizer, 200) == [first]
+
+
+@pytest.mark.parametrize("end", ["{{ eos_token }}\n", "<end>\n"])
+def test_conversations(end: str, tmp_path: Path) -> None:
+    """The last answer is learnt, with what the template writes after it, and all that is before it is given."""
+    tokenizer, told = open_checkpoint(STORIES).tokenizer(), []
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}" + end + "{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+
+    def said(*contents: str) -> dict[str, Any]:
+        roles = ["user", "assistant"] * 2
+        return {"messages": [{"role": role, "content": content} for role, content in zip(roles, contents)]}
+
+    records = [
+        said("a", "b", "c", "d"),
+        said("a", "b", "c"),
+        said("a"),
+        said("a", " "),
+        {"messages": None},
+        said("a", "\ud800"),
+    ]
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps(records))
+    two, one = read_examples(path, tokenizer, 200, told.append)
+    assert told == [
+        "1 of 6 examples are not valid Unicode and are left out.",
+        "3 of 6 examples have no answer, or no room for it in 200 tokens.",
+    ]
+    mark = "" if "eos" in end else "<end>"
+    for example, answer in ((two, "d"), (one, "b")):
+        assert tokenizer.decode(example.ids[example.given :]).strip() == answer + mark + tokenizer.eos_token
+        assert example.ids.count(tokenizer.bos_token_id) == 1 == example.ids[0]
+    given = tokenizer.decode(two.ids[: two.given])
+    assert [given.count(part) for part in ("[user] a", "[assistant] b", "[user] c")] == [1, 1, 1]

@@ -1,5 +1,8 @@
 """Calibration and evaluation text: from a file or a dataset to windows of token ids."""
 
+from slimllm.calibration.files import check_regular, shown
+from slimllm.calibration.formats import recognise
+from slimllm.calibration.records import check_messages, fields_of, is_unicode, rendered
 from slimllm.calibration.texts import bundled_text, read_texts
 from slimllm.calibration.windows import (
     Calibration,
@@ -15,6 +18,7 @@ from slimllm.calibration.windows import (
 )
 
 __all__ = [
-    "Calibration", "about_bos", "bundled_text", "calibration_name", "calibration_windows", "check_seq_len", "draw_windows",
-    "longest_input", "read_texts", "tokenize", "window_bos", "windows_of",
+    "Calibration", "about_bos", "bundled_text", "calibration_name", "calibration_windows", "check_messages",
+    "check_regular", "check_seq_len", "draw_windows", "fields_of", "is_unicode", "longest_input", "read_texts", "recognise",
+    "rendered", "shown", "tokenize", "window_bos", "windows_of",
 ]  # fmt: skip

@@ -155,7 +155,9 @@ def calibration_windows(
         notice("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
         documents = [bundled_text("calibration")]
     else:
-        documents = read_texts(config.calibration, config.samples * config.seq_len)
+        documents = read_texts(
+            config.calibration, config.samples * config.seq_len, seed=config.seed, tokenizer=tokenizer, notice=notice
+        )
     as_published = config.preset == "paper" and config.bos == "auto"
     bos = window_bos(tokenizer, "never" if as_published else config.bos)
     if as_published and window_bos(tokenizer, "auto") is not None:

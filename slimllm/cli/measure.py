@@ -118,7 +118,7 @@ def eval_command(
         list[str], typer.Argument(help="Folders, GGUF files or hub ids; the first is what the others are compared with.")
     ],
     text: Annotated[
-        str | None, typer.Option(help="FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
+        str | None, typer.Option(help="A file (text, JSON lines, CSV, .gz), a dataset, wikitext2 or ptb. Default: bundled.")
     ] = None,
     seq_len: Annotated[
         list[int] | None,
@@ -162,7 +162,7 @@ def eval_command(
     lines = evaluate(
         models, text, seq_lens=seq_len or [128], batch_size=batch_size, max_windows=max_windows, bos=bos,
         dtype=dtype, device=device, trust_remote_code=trust_remote_code, tasks=names, few_shot=few_shot, limit=limit,
-        include_path=include_path, on_model=on_model,
+        include_path=include_path, on_model=on_model, notice=errors.print,
     )  # fmt: skip
     if len(lines) > 1:
         console.print(evaluation_table(lines))

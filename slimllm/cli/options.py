@@ -45,7 +45,8 @@ HeadsMultipleOf = Annotated[
     int, typer.Option(help="Keep a multiple of this many KV heads in every layer, to split them over as many GPUs.")
 ]
 EvalText = Annotated[
-    str | None, typer.Option(help="To measure on: FILE.txt, FILE.jsonl, a dataset, wikitext2 or ptb. Default: bundled.")
+    str | None,
+    typer.Option(help="To measure on: a file (text, JSON lines, CSV, .gz), a dataset, wikitext2 or ptb. Default: bundled."),
 ]
 Bos = Annotated[
     str, typer.Option(help="BOS before every window. auto: where the tokenizer adds one to a text; always; or never.")

@@ -55,7 +55,9 @@ def prune_command(
     head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
     calibration: Annotated[
         str | None,
-        typer.Option(help="FILE.txt, FILE.jsonl or a dataset name[:config[:split[:column]]]. Default: bundled text."),
+        typer.Option(
+            help="A file (text, JSON lines, CSV, .gz) or a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]]. Default: bundled text."
+        ),
     ] = None,
     bos: Bos = "auto",
     samples: Samples = 32,

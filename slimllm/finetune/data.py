@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from slimllm.calibration import tokenize, windows_of
+from slimllm.calibration import (
+    check_messages,
+    check_regular,
+    fields_of,
+    is_unicode,
+    recognise,
+    rendered,
+    shown,
+    tokenize,
+    window_bos,
+    windows_of,
+)
 from slimllm.errors import InputError
 from slimllm.run import Notice, say_nothing
 
@@ -37,40 +49,52 @@ class Example:
 def read_examples(
     data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, notice: Notice = say_nothing
 ) -> list[Example]:
-    """The examples of a file.
+    """Read the examples of a file.
 
     Args:
-        data: FILE.jsonl or FILE.json, of objects with "instruction", "output" and, if it is not empty, "input", as Alpaca
-            has them, each of which is an example, whose answer alone is learnt; or of objects with "text"; or FILE.txt.
-            Text is cut into windows, all of whose tokens are learnt.
+        data: A file of JSON lines, a JSON list, a table (.csv, .tsv) or plain text, also compressed with gzip or zstd. The
+            objects have "instruction", "output" and, if there is one, "input", as Alpaca has them, and each is an example,
+            whose answer alone is learnt; or "messages", of which the last one of the role "assistant" is learnt, and what
+            comes before it is given, as the model's chat template writes it; or "text". Text is cut into windows, all of
+            whose tokens are learnt.
         tokenizer: The model's.
         seq_len: Tokens of an example at most. Longer answers are cut off; what leaves no room for its answer, or has none,
-            is left out.
+            is left out, as is what is not valid Unicode.
         notice: Told how many are.
 
     Raises:
         ValueError: (as InputError) there is no such file, it cannot be read, or gives no example.
     """
-    path = Path(data).expanduser()
-    if not path.is_file():
-        raise InputError(f"There is no file {data} to train on; give a .jsonl, .json or .txt file.")
+    path, name = Path(os.path.expanduser(data)), shown(data)
     try:
-        is_json = path.suffix in (".jsonl", ".json")
-        records = _records(path) if is_json else [{"text": path.read_text(encoding="utf-8")}]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{data} cannot be read: {error}.") from None
-    kinds = {"text" if "text" in record else "instruction" for record in records}
+        check_regular(path)
+        if not path.is_file():
+            raise InputError(f"There is no file {name} to train on; give a .jsonl, .json or .txt file.")
+        file = recognise(path)
+        numbered = [(1, {"text": file.text()})] if file.kind == "text" else list(file.entries())
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}.") from None
+    records = _checked(numbered, name)
+    clean = [(number, record) for number, record in records if is_unicode(_everything(record))]
+    if broken := len(records) - len(clean):
+        notice(f"{broken} of {len(records)} examples are not valid Unicode and are left out.")
+    kinds = {_kind(record) for _, record in records}
     if len(kinds) > 1:
-        raise InputError(f'{data} has objects with "text" and others without; give one kind.')
+        kind = "text" if "text" in kinds else "messages"
+        raise InputError(f'{name} has objects with "{kind}" and others without; give one kind.')
     if kinds == {"text"}:
-        windows = windows_of(tokenize(tokenizer, [record["text"] for record in records]), seq_len)
+        stream = tokenize(tokenizer, [record["text"] for _, record in clean])
+        windows = windows_of(stream, seq_len, window_bos(tokenizer, "auto"))
         examples = [Example(tuple(window.tolist())) for window in windows]
     else:
-        examples = [one for record in records if (one := _alpaca(record, tokenizer, seq_len))]
-        if left_out := len(records) - len(examples):
+        make = _conversation if kinds == {"messages"} else _alpaca
+        examples = [
+            one for number, record in clean if (one := make(record, f"Entry {number} of {name}", tokenizer, seq_len))
+        ]
+        if left_out := len(clean) - len(examples):
             notice(f"{left_out} of {len(records)} examples have no answer, or no room for it in {seq_len} tokens.")
     if not examples:
-        raise InputError(f"{data} gives no example of {seq_len} tokens; give more text, or another seq_len.")
+        raise InputError(f"{name} gives no example of {seq_len} tokens; give more text, or another seq_len.")
     return examples
 
 
@@ -91,38 +115,71 @@ def learnt(labels: torch.Tensor) -> torch.Tensor:
     return labels[:, 1:] != _IGNORED
 
 
-def _records(path: Path) -> list[dict[str, str]]:
-    """The objects of a file, of which all that is read is text."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix == ".json":
-                parsed = json.load(file)
-                numbered = list(enumerate(parsed if isinstance(parsed, list) else [], 1))
-            else:
-                number, numbered = 0, []
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        numbered.append((number, json.loads(line)))
-    except json.JSONDecodeError as error:
-        where = f"Line {number} of {path}" if path.suffix == ".jsonl" else str(path)
-        raise InputError(f"{where} is no valid JSON: {error}.") from None
-    for number, record in numbered:
-        wanted = ("text",) if isinstance(record, dict) and "text" in record else ("instruction", "output")
-        if not isinstance(record, dict) or not all(isinstance(record.get(name), str) for name in wanted):
-            raise InputError(
-                f'Entry {number} of {path} is not a JSON object with "instruction" and "output", or with "text", as text.'
-            )
+def _kind(record: dict[str, Any]) -> str:
+    return next((kind for kind in ("text", "messages") if kind in record), "instruction")
+
+
+def _checked(numbered: list[tuple[int, Any]], name: str) -> list[tuple[int, dict[str, Any]]]:
+    """The records, if they are objects of a known kind; an answer may be missing, but not all of them."""
     if not numbered:
-        raise InputError(f"{path} holds no list of JSON objects.")
-    return [record for _, record in numbered]
+        raise InputError(f"{name} holds no list of JSON objects.")
+    answered = any(isinstance(record, dict) and "output" in record for _, record in numbered)
+    for number, record in numbered:
+        fields: dict[str, Any] = record if isinstance(record, dict) else {}
+        # Messages are checked where they are rendered.
+        wanted = {"text": ("text",), "messages": (), "instruction": ("instruction",)}[_kind(fields)]
+        optional = ("input", "output") if wanted == ("instruction",) else ()
+        strings = all(isinstance(fields.get(field), str) for field in wanted)
+        strings = strings and all(isinstance(fields.get(field), str | None) for field in optional)
+        if not strings or not isinstance(record, dict) or (optional and not answered):
+            has = f" (it has {fields_of(record)})" if isinstance(record, dict) else ""
+            raise InputError(
+                f'Entry {number} of {name} is not a JSON object with "instruction" and "output", or with "text", as text, '
+                f'or with "messages"{has}.'
+            )
+    return numbered
 
 
-def _alpaca(record: dict[str, str], tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
+def _everything(record: dict[str, Any]) -> str:
+    """What is read of a record, as one string."""
+    fields = ("text", "instruction", "input", "output")
+    messages = record.get("messages")
+    parts = [record.get(field) for field in fields] + [
+        message.get(field)
+        for message in (messages if isinstance(messages, list) else [])
+        if isinstance(message, dict)
+        for field in ("role", "content")
+    ]
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _alpaca(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
     template = _WITH_INPUT if record.get("input") else _ALONE
-    prompt = template.format(instruction=record["instruction"], input=record.get("input", ""))
+    prompt = template.format(instruction=record["instruction"], input=record.get("input"))
+    return _example(prompt, record.get("output") or "", tokenizer, seq_len)
+
+
+def _conversation(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
+    messages = record["messages"]
+    if messages is None:
+        return None
+    check_messages(messages, where)
+    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    answer = messages[last]["content"]
+    if last == 0 or not answer.strip():
+        return None
+    given = rendered(messages[:last], tokenizer, where, answer=True) or ""
+    whole = rendered(messages[: last + 1], tokenizer, where) or ""
+    # With what the template writes after an answer, which the model must learn; some templates change what comes before it.
+    if whole.startswith(given):
+        answer = whole[len(given) :].rstrip()
+    return _example(given, answer.removesuffix(tokenizer.eos_token or ""), tokenizer, seq_len)
+
+
+def _example(prompt: str, output: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
     given = tokenizer(prompt, verbose=False)["input_ids"]
     # Apart from the instruction, so that where it ends is known; the end, if the tokenizer has one, is learnt too.
-    answer = tokenizer(record["output"], verbose=False, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(output, verbose=False, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if len(given) >= seq_len or not answer:
         return None

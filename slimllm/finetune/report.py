@@ -83,4 +83,5 @@ By LoRA (rank {config["rank"]}, learning rate {config["learning_rate"]:g}, batch
 {config["batch_size"]}) on `{Path(report.data).name}`: {len(report.loss)} steps over {report.examples} examples; the factors
 are merged into the weights.{held_out}{pruned} Every step is in `finetune.json`.
 """
-    card.write_text(card.read_text(encoding="utf-8").rstrip() + "\n" + text, encoding="utf-8")
+    text = card.read_text(encoding="utf-8").rstrip() + "\n" + text
+    card.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold bytes that are not UTF-8

@@ -72,7 +72,7 @@ def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
                 else:
                     place.unlink(missing_ok=True)  # of an earlier page
             written = Path(beside) / PAGE_NAME
-            written.write_text(text, encoding="utf-8")
+            written.write_text(text, encoding="utf-8", errors="backslashreplace")
             os.replace(written, folder / PAGE_NAME)
     except OSError as error:
         raise InputError(f"The page cannot be written to {folder}: {error.strerror}.") from None
