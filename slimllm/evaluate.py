@@ -133,8 +133,8 @@ def evaluation_tokens(
     Args:
         tokenizer: The model's.
         text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled one.
-        seq_len, max_windows: Windows that are wanted of it; None: all of a file, and of a dataset, which may have no end, as
-            much as gives 2048 windows.
+        seq_len, max_windows: Windows that are wanted of it; None: all of a file, and 2048 of a dataset, which may have no
+            end.
         notice: Called with a sentence if documents are skipped.
 
     Returns:

@@ -79,7 +79,7 @@ def evaluate(
 
     Args:
         models: Folders, GGUF files or hub ids; the first is what the others are compared with.
-        text: FILE.txt, FILE.jsonl or a dataset; None: the bundled one.
+        text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled one.
         seq_lens: Tokens in a window: 128 as in the paper, 2048 as is common now.
         batch_size, max_windows: As for `perplexity`.
         bos: As for `PruneConfig`.

@@ -162,7 +162,7 @@ def eval_command(
     lines = evaluate(
         models, text, seq_lens=seq_len or [128], batch_size=batch_size, max_windows=max_windows, bos=bos,
         dtype=dtype, device=device, trust_remote_code=trust_remote_code, tasks=names, few_shot=few_shot, limit=limit,
-        include_path=include_path, on_model=on_model, notice=errors.print,
+        include_path=include_path, on_model=on_model, notice=lambda sentence: errors.print(sentence, highlight=False, soft_wrap=True, markup=False),
     )  # fmt: skip
     if len(lines) > 1:
         console.print(evaluation_table(lines))
