@@ -24,10 +24,12 @@ from slimllm.folder import (
     read_settings,
     weight_files,
 )
-from slimllm.memory import release
+from slimllm.memory import exhausted, free_bytes, release
 from slimllm.skeleton import expected_tensors, meta_model
 
 _DATASET_WINDOWS = 2048
+_LOGITS_BYTES = 2**30  # of the windows that go through a model together
+_SCORED_ROWS = 256  # of logits at a time, whose copies in float32 are as large again
 _EVERYTHING = 2**40  # tokens
 
 
@@ -78,6 +80,8 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
     except InputError:
         raise
     except Exception as error:  # transformers and its back ends raise many types for one fact: it cannot be loaded
+        if exhausted(error):
+            raise
         needs_code = bool(settings.get("auto_map")) and not trust_remote_code
         hint = " It may need its own Python code, which --trust-remote-code runs." if needs_code else ""
         raise InputError(f"{name} cannot be loaded: {first_line(error)}{hint}") from error
@@ -85,7 +89,7 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
         raise InputError(f"Tensor {name_some(missing)} is missing in {path}; is the checkpoint complete?")
     if reshaped := sorted(str(entry[0]) for entry in found["mismatched_keys"]):
         raise InputError(f"Tensor {name_some(reshaped)} in {path} has another shape than its config.json asks for.")
-    unexpected = sorted(key for key in found["unexpected_keys"] if not key.endswith("rotary_emb.inv_freq"))
+    unexpected = [name for name in sorted(found["unexpected_keys"]) if not headers.is_meaningless(name)]
     if unexpected and not quantised:
         raise InputError(
             f"Tensor {name_some(unexpected)} of {path} has no place in the model that its configuration describes; "
@@ -187,7 +191,8 @@ def perplexity(
         model: A causal language model.
         token_ids: The text, (num_tokens,) int64; what does not fill a window at the end is left out.
         seq_len: Tokens in a window, from 2 to the longest the model takes.
-        batch_size: Windows in a forward pass; it changes the result by rounding only.
+        batch_size: Windows in a forward pass at most, fewer where their logits would take more than 1 GiB or a quarter of
+            the free memory; it changes the result by rounding only.
         max_windows: Take only so many windows from the beginning.
         bos_token_id: What every window begins with, as `slimllm.calibration.window_bos` finds it; None: the text alone.
 
@@ -202,10 +207,20 @@ def perplexity(
     if len(windows) == 0:
         raise InputError(f"The text has {len(token_ids)} tokens, fewer than one window of {seq_len}; give more text.")
     total = 0.0
-    for batch in windows.split(batch_size):
+    for batch in windows.split(min(batch_size, _windows_at_once(model, seq_len))):
         batch = batch.to(model.device)
         logits = model(batch, use_cache=False).logits
         for scores, ids in zip(logits, batch):
-            loss = torch.nn.functional.cross_entropy(scores[:-1].float(), ids[1:], reduction="sum")
-            total += float(loss.double())
+            for rows, targets in zip(scores[:-1].split(_SCORED_ROWS), ids[1:].split(_SCORED_ROWS)):
+                loss = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
+                total += float(loss.double())
+        del logits, scores  # before the next ones are there
     return math.exp(min(total / (len(windows) * (seq_len - 1)), 700.0))
+
+
+def _windows_at_once(model: PreTrainedModel, seq_len: int) -> int:
+    """How many windows go through a model together, by the memory that their logits take."""
+    vocabulary = model.get_output_embeddings()
+    entries = model.config.vocab_size if vocabulary is None else vocabulary.weight.shape[0]
+    allowed = min(_LOGITS_BYTES, free_bytes(model.device) / 4)
+    return max(1, int(allowed // (seq_len * entries * model.dtype.itemsize)))

@@ -204,6 +204,15 @@ class Headers:
                     f"({', '.join(SAFETENSORS_DTYPES)}) are read."
                 )
 
+    def is_meaningless(self, name: str) -> bool:
+        """Whether a tensor that a model has no place for changes nothing: a table that follows from the settings, a zero bias."""
+        if name.endswith("rotary_emb.inv_freq"):
+            return True
+        if not name.endswith(".bias") or name not in self.file_of:
+            return False
+        with safe_open(self.file_of[name], framework="pt") as file:
+            return not file.get_tensor(name).any()
+
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import sys
 from pathlib import Path
 
@@ -43,6 +44,28 @@ def warm_up(device: torch.device) -> None:
     square = torch.ones(1024, 1024, device=device)
     square @ square
     torch.linalg.eigh(torch.eye(512, dtype=torch.float64, device=device))
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory of a device that is free now; infinity where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024.0
+    except OSError:
+        pass
+    return math.inf
+
+
+def exhausted(error: BaseException) -> str | None:
+    """Name the memory that an error says is not enough, `CPU` or `GPU`; None if it says something else."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "GPU"
+    # torch has no type of its own for it on the CPU.
+    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return "CPU" if told or isinstance(error, MemoryError) else None
 
 
 def resident_gib() -> float:

@@ -95,7 +95,7 @@ def evaluate(
     if not models or not seq_lens:
         raise InputError("Give at least one model and one length of windows.")
     for model in models:
-        locate(model, only=("config.json",))
+        locate(model, code=trust_remote_code, only=("config.json",))
     if tasks:
         task_manager(tasks, include_path)
     done: list[Evaluated] = []

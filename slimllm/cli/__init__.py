@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import sys
 from signal import signal
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from slimllm.cli import prune, export, measure, finetune, page  # isort: skip
 from slimllm.cli.options import REMOVED, app, console, errors
 from slimllm.errors import InputError, OtherRankError
 from slimllm.interrupts import SIGNALS, leave
+from slimllm.memory import exhausted
 from slimllm.parallel import end
 
 __all__ = ["app", "export", "finetune", "main", "measure", "page", "prune"]
@@ -39,6 +41,23 @@ def _interrupted(number: int, frame: object) -> None:
     leave(number)
 
 
+# What takes less memory, by command.
+_LESS_MEMORY = {
+    "prune": "give a budget with --host-memory or --gpu-memory, or lower --samples, --seq-len or --batch-size",
+    "compare": "lower --samples, --seq-len or --eval-len",
+    "sweep": "lower --samples, --seq-len, --eval-len or --prompt",
+    "eval": "lower --batch-size or --seq-len, or give --dtype bfloat16",
+    "latency": "lower --batch-size or --prompt, or give fewer models",
+    "finetune": "lower --micro-batch or --seq-len",
+    "report": "give --no-sample",
+    "bench": "lower --samples, --seq-len or --layers",
+}
+
+
+def _say(sentence: str) -> None:
+    errors.print(f"Error: {sentence}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+
+
 def main() -> None:
     """Entry point of the command `slimllm`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -55,6 +74,12 @@ def main() -> None:
     except OtherRankError:
         code = 2
     except InputError as error:
-        errors.print(f"Error: {error}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+        _say(str(error))
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        memory = exhausted(error)
+        if memory is None:
+            raise
+        _say(f"The memory of the {memory} is not enough; {_LESS_MEMORY.get(sys.argv[1], 'free some')}.")
         code = 2
     end(code)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
-from slimllm.cli.options import REMOVED, Quiet, app, console, errors, write_page_unasked
+from slimllm.cli.options import REMOVED, Quiet, TrustRemoteCode, app, console, errors, write_page_unasked
 from slimllm.finetune.report import FinetuneReport
 from slimllm.report import REPORT_NAME
 
@@ -17,7 +17,8 @@ from slimllm.report import REPORT_NAME
 def finetune_command(
     model: Annotated[str, typer.Argument(help="A Hugging Face folder, such as slimllm prune writes.")],
     data: Annotated[
-        Path, typer.Option(help="Alpaca-style .jsonl or .json (instruction, input, output), or text: .jsonl or .txt.")
+        Path,
+        typer.Option(help="JSON lines, a JSON list or CSV: instruction, input, output as in Alpaca; or messages; or text."),
     ],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     rank: Annotated[int, typer.Option(help="r of LoRA.")] = 4,
@@ -41,6 +42,7 @@ def finetune_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that was interrupted.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Train a pruned model by LoRA, with the paper's settings, and write it, merged, in its own format.
@@ -69,7 +71,15 @@ def finetune_command(
 
         try:
             report = finetune(
-                model, data, out, config, overwrite=overwrite, resume=resume, progress=progress, notice=display.notice
+                model,
+                data,
+                out,
+                config,
+                overwrite=overwrite,
+                resume=resume,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+                notice=display.notice,
             )
         except SystemExit:
             left = "the same command with --resume goes on from here"

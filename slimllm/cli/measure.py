@@ -20,6 +20,7 @@ from slimllm.cli.options import (
     Quiet,
     Samples,
     Seed,
+    TrustRemoteCode,
     app,
     console,
     errors,
@@ -131,9 +132,7 @@ def eval_command(
         str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU, the checkpoint's on GPU.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks of lm-eval, boolq,piqa,…, or paper: the paper's seven. Default: none.")
     ] = None,
@@ -162,7 +161,8 @@ def eval_command(
     lines = evaluate(
         models, text, seq_lens=seq_len or [128], batch_size=batch_size, max_windows=max_windows, bos=bos,
         dtype=dtype, device=device, trust_remote_code=trust_remote_code, tasks=names, few_shot=few_shot, limit=limit,
-        include_path=include_path, on_model=on_model, notice=lambda sentence: errors.print(sentence, highlight=False, soft_wrap=True, markup=False),
+        include_path=include_path, on_model=on_model,
+        notice=lambda sentence: errors.print(sentence, highlight=False, soft_wrap=True, markup=False),
     )  # fmt: skip
     if len(lines) > 1:
         console.print(evaluation_table(lines))
@@ -193,9 +193,7 @@ def latency_command(
         str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU, the checkpoint's on GPU.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     out: Annotated[Path | None, typer.Option(help="A new file for all figures, as JSON.")] = None,
     quiet: Quiet = False,
 ) -> None:

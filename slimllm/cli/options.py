@@ -51,6 +51,7 @@ EvalText = Annotated[
 Bos = Annotated[
     str, typer.Option(help="BOS before every window. auto: where the tokenizer adds one to a text; always; or never.")
 ]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 EvalLen = Annotated[int, typer.Option(help="Tokens per window of that text.")]
 MaxWindows = Annotated[int, typer.Option(help="So many windows of it; 0: all.")]
 CalibrationText = Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import Quiet, app, console
+from slimllm.cli.options import Quiet, TrustRemoteCode, app, console
 
 
 @app.command("report")
@@ -18,6 +18,7 @@ def report_command(
     ] = None,
     prompt: Annotated[str, typer.Option(help="What the sample goes on with.")] = "The old house at the end of the street",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     sample: Annotated[bool, typer.Option(help="Load the model and show what it writes.")] = True,
     quiet: Quiet = False,
 ) -> None:
@@ -26,6 +27,6 @@ def report_command(
     from slimllm.report import PruneReport
 
     PruneReport.read(folder)  # or it is refused before a model is loaded
-    page = write_page(folder, make_sample(folder, dense, prompt, device) if sample else None)
+    page = write_page(folder, make_sample(folder, dense, prompt, device, trust_remote_code) if sample else None)
     if not quiet:
         console.print(f"The page is {page}.", highlight=False, soft_wrap=True)

@@ -38,6 +38,7 @@ def finetune(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
     notice: Notice = say_nothing,
 ) -> FinetuneReport:
@@ -50,6 +51,7 @@ def finetune(
         config: The settings; None: the defaults.
         overwrite: Replace a model that is in `out` already.
         resume: Go on with the training that was interrupted, if one was: the result becomes what it would have been.
+        trust_remote_code: Run Python code that comes with the model, such as that of its tokenizer.
         progress: Told about every step ("train", with its loss) and, in the end, every layer that is written ("export"). An
             exception of its stops the training there, with its state on the disk.
         notice: Told, in sentences, what is worth knowing.
@@ -79,7 +81,7 @@ def finetune(
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file; give the folder of a Hugging Face model, such as slimllm prune writes.")
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
-    examples, held_out = _examples(data, checkpoint.tokenizer(), config, source, notice)
+    examples, held_out = _examples(data, checkpoint.tokenizer(trust_remote_code), config, source, notice)
     compute_dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     identity = _identity(source, examples + held_out, config, compute_dtype)
     if resume and not can_resume(out) and (out / FINETUNE_NAME).is_file():
@@ -93,7 +95,7 @@ def finetune(
         if writer.journal.done("finished"):
             writer.finish()
             return FinetuneReport.read(out)
-        loaded, _ = load(checkpoint.path, dtype=compute_dtype, device=config.device)
+        loaded, _ = load(checkpoint.path, dtype=compute_dtype, device=config.device, trust_remote_code=trust_remote_code)
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
         training = Training(loaded, source.spec.layers, examples, config)
         missing = [name for name in training.projections if f"{name}.weight" not in source.shapes()]

@@ -128,7 +128,7 @@ def measure_latency(
         check_choice("dtype", dtype, tuple(DTYPES))
     where = str(parse_device(device))
     for model in models:
-        locate(model, only=("config.json",))
+        locate(model, code=trust_remote_code, only=("config.json",))
     shapes = list(dict.fromkeys(Shape(batch, prompt, new_tokens) for batch in batch_sizes for prompt in prompts))
     lines, total, done = [], len(shapes) * (rounds + 1) * len(models), 0
     with _workers(models, dtype, where, trust_remote_code) as workers:

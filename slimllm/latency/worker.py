@@ -61,11 +61,12 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
             connection.send(("done", answer))
     except InputError as error:
         connection.send(("refused", str(error)))
-    except torch.OutOfMemoryError:
-        connection.send(("refused", f"The memory of {device} is not enough for {name}; take fewer models or tokens."))
     except EOFError:
         pass
     except Exception as error:  # of the model's own code, or torch's
+        if memory.exhausted(error):
+            connection.send(("refused", f"The memory of {device} is not enough for {name}; take fewer models or tokens."))
+            return
         connection.send(("refused", f"{name} cannot be timed: {type(error).__name__}: {first_line(error)}"))
 
 

@@ -28,7 +28,11 @@ class Sample:
 
 
 def make_sample(
-    pruned: str | Path, dense: str | Path | None = None, prompt: str = PROMPT, device: str | None = None
+    pruned: str | Path,
+    dense: str | Path | None = None,
+    prompt: str = PROMPT,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Sample:
     """Let a pruned model go on with a prompt, and the dense one if it is given; one of them in memory at a time.
 
@@ -37,16 +41,16 @@ def make_sample(
     """
     if not prompt.strip():
         raise InputError("The prompt of the sample is empty; give some words.")
-    after, sizes = _written(pruned, prompt, device)
-    return Sample(prompt, after, None if dense is None else _written(dense, prompt, device, sizes)[0])
+    after, sizes = _written(pruned, prompt, device, trust_remote_code)
+    return Sample(prompt, after, None if dense is None else _written(dense, prompt, device, trust_remote_code, sizes)[0])
 
 
 @torch.no_grad()
 def _written(
-    model: str | Path, prompt: str, device: str | None, wanted: dict[str, Any] | None = None
+    model: str | Path, prompt: str, device: str | None, trust_remote_code: bool, wanted: dict[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
     """How a model goes on with a prompt, and those of its sizes that pruning does not change, which may be given."""
-    loaded, tokenizer = load(model, device=device)
+    loaded, tokenizer = load(model, device=device, trust_remote_code=trust_remote_code)
     sizes = {name: getattr(loaded.config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
     for name, value in (wanted or sizes).items():
         if sizes[name] != value:
