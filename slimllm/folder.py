@@ -205,7 +205,7 @@ class Headers:
                 )
 
     def is_meaningless(self, name: str) -> bool:
-        """Whether a tensor that a model has no place for changes nothing: a table that follows from the settings, a zero bias."""
+        """Whether a tensor without a place in the model changes nothing: a table of the rotary embedding, a zero bias."""
         if name.endswith("rotary_emb.inv_freq"):
             return True
         if not name.endswith(".bias") or name not in self.file_of:
