@@ -94,21 +94,21 @@ class Checkpoint(ABC):
         found = self.shapes()
         if missing := [name for name in expected if name not in found]:
             other = next((name for name in found if name.endswith(f".{missing[0]}")), None)
-            instead = f"; it is there as {other}: save the model inside of that one" if other else ""
-            raise InputError(f"Tensor {name_some(missing)} is missing in {self.path}; is the checkpoint complete?{instead}")
+            advice = f"it has {other}: save the model inside of that one" if other else "is the checkpoint complete?"
+            raise InputError(f"{name_some(missing, 'is', 'are')} missing in {self.path}; {advice}")
         if other_shape := [name for name in expected if found[name] != expected[name]]:
-            name = other_shape[0]
+            name, *more = other_shape
+            others = f"; {len(more)} more do not fit either" if more else ""
             raise InputError(
-                f"Tensor {name_some(other_shape)} in {self.path} has shape {found[name]}, but its config.json asks for "
-                f"{expected[name]}."
+                f"Tensor {name} in {self.path} has shape {found[name]}, but its config.json asks for {expected[name]}{others}."
             )
         for name in expected:
             self.storage_dtype(name)  # refuses what is quantised
         unexpected = [name for name in sorted(set(found) - set(expected)) if not self._is_meaningless(name, spec)]
         if unexpected:
             raise InputError(
-                f"Tensor {name_some(unexpected)} of {self.path} has no place in the model that its configuration describes;"
-                " without it the result would be wrong."
+                f"{name_some(unexpected, 'has', 'have')} no place in the model that the configuration in {self.path} "
+                "describes; left out, the result would be wrong."
             )
 
     def _is_meaningless(self, name: str, spec: LayerSpec) -> bool:
@@ -133,7 +133,7 @@ class SafetensorsCheckpoint(Checkpoint):
         spec = layer_spec(self.config.model_type)
         prefix = f"{spec.layers.partition('.')[0]}."
         stored = self._headers.shape_of
-        bare = not any(name.startswith(prefix) for name in stored)
+        bare = any(name.startswith(f"{spec.layers.removeprefix(prefix)}.") for name in stored)
         self._stored = {name if not bare or name.startswith(f"{spec.head}.") else prefix + name: name for name in stored}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -86,14 +86,14 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
         hint = " It may need its own Python code, which --trust-remote-code runs." if needs_code else ""
         raise InputError(f"{name} cannot be loaded: {first_line(error)}{hint}") from error
     if missing := sorted(found["missing_keys"]):
-        raise InputError(f"Tensor {name_some(missing)} is missing in {path}; is the checkpoint complete?")
+        raise InputError(f"{name_some(missing, 'is', 'are')} missing in {path}; is the checkpoint complete?")
     if reshaped := sorted(str(entry[0]) for entry in found["mismatched_keys"]):
-        raise InputError(f"Tensor {name_some(reshaped)} in {path} has another shape than its config.json asks for.")
+        raise InputError(f"{name_some(reshaped, 'has', 'have')} another shape in {path} than its config.json asks for.")
     unexpected = [name for name in sorted(found["unexpected_keys"]) if not headers.is_meaningless(name)]
     if unexpected and not quantised:
         raise InputError(
-            f"Tensor {name_some(unexpected)} of {path} has no place in the model that its configuration describes; "
-            "without it the result would be wrong."
+            f"{name_some(unexpected, 'has', 'have')} no place in the model that the configuration in {path} describes; "
+            "left out, the result would be wrong."
         )
     return loaded
 

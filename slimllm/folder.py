@@ -50,7 +50,7 @@ def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]
     if not file.is_file():
         raise InputError(f"{path} holds no config.json{_instead(path)}; give the folder of a Hugging Face model.")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise InputError(f"{file} is not valid JSON: {first_line(error)}") from None
     if not isinstance(settings, dict):
@@ -158,6 +158,8 @@ def _instead(path: Path) -> str:
         return f", but {name}: give that file"
     if name := first("*.bin", "*.pt", "*.pth", "*.ckpt"):
         return f", but {name}: pickled files are never read; convert them to safetensors"
+    if path.parent.name == "snapshots":
+        return "; of a repository of the hub with pickled files alone nothing is fetched"
     return ""
 
 
@@ -252,13 +254,14 @@ def tokenizer_code(path: Path) -> str | None:
     return next((str(name) for name in reversed(names) if name), None)
 
 
-def name_some(names: Iterable[str]) -> str:
-    """Name the first of several tensors and count the others."""
+def name_some(names: Iterable[str], one: str, several: str) -> str:
+    """Begin a sentence about tensors, `one` and `several` being its verb: name the first and count the others."""
     first, *others = names
-    return f"{first} and {len(others)} more" if others else first
+    return f"Tensors {first} and {len(others)} more {several}" if others else f"Tensor {first} {one}"
 
 
 def first_line(error: BaseException) -> str:
     """Give an error of another library as the end of a sentence; it may say what matters in its second line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]).rstrip(".") + "."

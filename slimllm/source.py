@@ -212,6 +212,11 @@ class InMemoryModel(ModelSource):
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
                 raise InputError(f"Parameter {name} of the model holds NaN or infinite values.")
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+        if len(dtypes) > 1:
+            raise InputError(
+                f"The model has parameters in {' and '.join(dtypes)}; give all one dtype, such as model.to(torch.float32)."
+            )
         embedding = model.get_input_embeddings().weight
         super().__init__(model, embedding.device, embedding.dtype)
 

@@ -65,7 +65,7 @@ def test_tensors_that_change_something_are_not(tmp_path: Path, to: str, name: st
     tensor = torch.zeros(512)
     tensor[-1] = 1e-3 if name.endswith("bias") else 0  # of a weight it is not known what zeros would do
     change_weights(tmp_path / "model", lambda tensors: tensors | {name: tensor})
-    with pytest.raises(InputError, match=f"Tensor {name} of .* has no place in the model"):
+    with pytest.raises(InputError, match=f"Tensor {name} has no place in the model"):
         export(tmp_path / "model", tmp_path / "out.gguf", to)
 
 
