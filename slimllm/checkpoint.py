@@ -100,7 +100,8 @@ class Checkpoint(ABC):
             name, *more = other_shape
             others = f"; {len(more)} more do not fit either" if more else ""
             raise InputError(
-                f"Tensor {name} in {self.path} has shape {found[name]}, but its config.json asks for {expected[name]}{others}."
+                f"Tensor {name} in {self.path} has shape {found[name]}, but its config.json asks for {expected[name]}"
+                f"{others}."
             )
         for name in expected:
             self.storage_dtype(name)  # refuses what is quantised
