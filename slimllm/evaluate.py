@@ -75,7 +75,7 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
         check_padding(config, path)
         loaded, found = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True,
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # what does not match is said below
         )  # fmt: skip
     except InputError:
         raise

@@ -1,4 +1,4 @@
-"""What a model's folder holds: the files that transformers reads, or a sentence, in prune and wherever a model is loaded."""
+"""What a model's folder holds: what transformers reads, or a sentence, in prune and wherever a model is loaded."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ CHANGED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
         lambda t: t | {f"mtp.{i}.weight": torch.ones(2) for i in range(3)}, r"mtp\.0\.weight and 2 more have no place"
     ),
     "GPTQ": (
-        lambda t: {k.replace("down_proj.weight", "down_proj.qweight"): v for k, v in t.items()}, r"quantised weights .*qweight"
+        lambda t: {k.replace("down_proj.weight", "down_proj.qweight"): v for k, v in t.items()}, r"quantised .*qweight"
     ),
     "fp8": (
         lambda t: {k: v.to(torch.float8_e4m3fn) if "proj" in k else v for k, v in t.items()}, "is stored as F8_E4M3; only"
@@ -107,11 +107,9 @@ def test_weights_that_do_not_match(case: str, tmp_path: Path, token_ids: torch.T
 
 def test_reshaped(tmp_path: Path, token_ids: torch.Tensor) -> None:
     folder = with_tensors(tmp_path / "m", lambda t: t | {DOWN_PROJ: t[DOWN_PROJ][:, :-1].contiguous()})
-    with pytest.raises(
-        InputError, match=rf"{DOWN_PROJ} in .* has shape \(64, 171\), but its config.json asks for \(64, 172\)"
-    ):
+    with pytest.raises(InputError, match=rf"{DOWN_PROJ} in .* has shape \(64, 171\), but its .* asks for \(64, 172\)"):
         slimllm.prune(folder, tmp_path / "out", config(token_ids))
-    with pytest.raises(InputError, match="cannot be loaded|another shape"):
+    with pytest.raises(InputError, match=f"Tensor {DOWN_PROJ} has another shape"):
         slimllm.load(folder)
 
 
@@ -235,9 +233,9 @@ def test_a_revision_of_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
         return str(STORIES)
 
     monkeypatch.setattr("slimllm.checkpoint.snapshot_download", snapshot_download)
-    assert open_checkpoint("someone/model@v1.0").name == "someone/model@v1.0" and asked == [("someone/model", "v1.0")]
+    assert open_checkpoint("someone/model@v1.0").name == "someone/model@v1.0" and set(asked) == {("someone/model", "v1.0")}
     slimllm.load("someone/model@main")
-    assert asked[1] == ("someone/model", "main")
+    assert asked[-1] == ("someone/model", "main")
 
 
 def test_a_model_in_memory_of_two_dtypes(stories: torch.nn.Module, token_ids: torch.Tensor) -> None:
