@@ -129,7 +129,7 @@ def evaluation_tokens(
     tokenizer: PreTrainedTokenizerBase,
     text: str | None,
     seq_len: int,
-    max_windows: int | None,
+    max_windows: int | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> torch.Tensor:
     """Read a text to measure on, as a stream of token ids.
