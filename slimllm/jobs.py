@@ -38,7 +38,15 @@ from slimllm.run import (
     weight_dtype,
 )  # fmt: skip
 from slimllm.source import CheckpointModel
-from slimllm.writer import CheckpointWriter, can_resume, check_destination, check_interrupted, check_space, partial_folder
+from slimllm.writer import (
+    CheckpointWriter,
+    can_resume,
+    check_destination,
+    check_interrupted,
+    check_space,
+    partial_folder,
+    remove_leftover,
+)
 
 
 def prune_all(
@@ -89,6 +97,8 @@ def prune_all(
         if len(jobs) > 1:
             notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
         if ranks.tell(out in maybe_complete) and (report := _complete(run, out, inputs, overwrite)):
+            if ranks.first:
+                remove_leftover(out)
             notice(f"{out} is complete already.")
             reports.append(report)
             if on_report:

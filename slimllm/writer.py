@@ -251,6 +251,19 @@ def partial_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
+def remove_leftover(out: Path) -> None:
+    """Remove what a run that was killed while it tidied up has left beside its complete result.
+
+    Raises:
+        ValueError: (as InputError) another run is at work there.
+    """
+    partial = partial_folder(out)
+    if partial.is_dir() and last_stage(partial) is None:
+        held = lock(partial)
+        _remove(partial)
+        os.close(held)
+
+
 def _remove(partial: Path) -> None:
     """Remove an unfinished folder: the journal late, while which is there all of this can be repeated, the lock last."""
     last = ("journal.jsonl", "lock")

@@ -390,3 +390,16 @@ def test_signals(tmp_path: Path, number: signal.Signals) -> None:
     assert done.returncode == 0 and "Going on behind layer" in done.stdout, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "--resume" not in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("left", ["nothing", "the lock"])
+def test_what_is_left_beside_a_complete_result_goes(left: str, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """A run may be killed between its last file and its folder."""
+    prune(STORIES, tmp_path / "out", config(token_ids))
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    if left == "the lock":
+        (partial / "lock").touch()
+    before = contents(tmp_path / "out")
+    prune(STORIES, tmp_path / "out", config(token_ids), resume=True)
+    assert not partial.exists() and contents(tmp_path / "out") == before

@@ -27,7 +27,14 @@ from slimllm.progress import ProgressCallback
 from slimllm.report import REPORT_NAME, versions
 from slimllm.run import Notice, checksum_of, environment_of, say_changes, say_nothing
 from slimllm.source import CheckpointModel
-from slimllm.writer import CheckpointWriter, can_resume, check_destination, check_interrupted, check_space
+from slimllm.writer import (
+    CheckpointWriter,
+    can_resume,
+    check_destination,
+    check_interrupted,
+    check_space,
+    remove_leftover,
+)
 
 
 def finetune(
@@ -87,6 +94,7 @@ def finetune(
     if resume and not can_resume(out) and (out / FINETUNE_NAME).is_file():
         report = FinetuneReport.read(out)
         if report.identity == json.loads(json.dumps(identity)):
+            remove_leftover(out)
             notice(f"{out} is complete already.")
             return report
     check_destination(out, [checkpoint.path, Path(data).expanduser()], overwrite or in_place)
