@@ -30,7 +30,6 @@ from slimllm.skeleton import expected_tensors, meta_model
 _DATASET_WINDOWS = 2048
 _LOGITS_BYTES = 2**30  # of the windows that go through a model together
 _SCORED_ROWS = 256  # of logits at a time, whose copies in float32 are as large again
-_EVERYTHING = 2**40  # tokens
 
 
 def load(
@@ -149,9 +148,9 @@ def evaluation_tokens(
     """
     if text is None:
         return tokenize(tokenizer, [bundled_text("evaluation")])
-    wanted = (max_windows or _DATASET_WINDOWS) * seq_len
+    wanted: float = (max_windows or _DATASET_WINDOWS) * seq_len
     if max_windows is None and Path(text).expanduser().is_file():
-        wanted = _EVERYTHING
+        wanted = math.inf
     return tokenize(tokenizer, read_texts(text, wanted, tokenizer=tokenizer, notice=notice))
 
 

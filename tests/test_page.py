@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import STORIES, config
 from matplotlib import image
+from safetensors.torch import load_file, save_file
 from test_cli import call
 
 from slimllm import prune
@@ -176,6 +177,9 @@ def test_the_command_and_prune_write_it(tmp_path: Path, capsys: pytest.CaptureFi
     shutil.copytree(STORIES, tmp_path / "flatter")
     changed = json.loads((STORIES / "config.json").read_text()) | {"num_hidden_layers": 4}
     (tmp_path / "flatter" / "config.json").write_text(json.dumps(changed))
+    tensors = load_file(STORIES / "model.safetensors")
+    left = {name: tensor for name, tensor in tensors.items() if "layers.4." not in name}
+    save_file(left, tmp_path / "flatter" / "model.safetensors", metadata={"format": "pt"})
     code, _, words = call(capsys, "report", tmp_path / "other", "--dense", tmp_path / "flatter")
     assert code == 2 and "its num_hidden_layers is 4 instead of 5" in words
     assert (tmp_path / "other" / "report.html").read_bytes() == before

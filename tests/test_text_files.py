@@ -333,8 +333,9 @@ def test_no_fewer_windows_than_there_are(tmp_path: Path, monkeypatch: pytest.Mon
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     text = " ".join(["=" * 59] * 10_000)
     path = written(tmp_path, "a.txt", text)
-    assert 5000 <= len(evaluation_tokens(tokenizer, str(path), 5000)) < 9000
-    assert len(evaluation_tokens(tokenizer, str(path), 20_000)) == 10_000
+    assert 5000 <= len(evaluation_tokens(tokenizer, str(path), 50, 100)) < 9000
+    assert len(evaluation_tokens(tokenizer, str(path), 200, 100)) == 10_000
+    assert len(evaluation_tokens(tokenizer, str(path), 50)) == 10_000  # all of it
     lines = written(tmp_path, "a.jsonl", "\n".join(json.dumps({"text": "=" * 600}) for _ in range(1000)))
     for source, tokens in ((path, 5000), (lines, 500)):
         texts = read_texts(source, tokens, seed=0, tokenizer=tokenizer)

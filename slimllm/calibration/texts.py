@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -38,7 +39,7 @@ def bundled_text(name: str) -> str:
 
 def read_texts(
     source: str | Path,
-    tokens_wanted: int,
+    tokens_wanted: float,
     *,
     seed: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -66,7 +67,7 @@ def read_texts(
 
     Args:
         source: The file, or the dataset.
-        tokens_wanted: How many tokens the documents should give, if there are so many.
+        tokens_wanted: How many tokens the documents should give, if there are so many; infinity: all.
         seed: Of the places in a long file; None: from its beginning.
         tokenizer: The model's; "messages" need it.
         notice: Called with a sentence if documents are skipped: those without a text, and those that are not valid Unicode.
@@ -115,7 +116,7 @@ def _file(source: str | Path) -> TextFile | None:
     return None
 
 
-def _drawn(file: TextFile, records: Records, characters: int, seed: int) -> tuple[list[str], bool]:
+def _drawn(file: TextFile, records: Records, characters: float, seed: int) -> tuple[list[str], bool]:
     """Documents from drawn blocks, and whether there are more."""
     count = -(-file.size // BLOCK_BYTES)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
@@ -134,16 +135,16 @@ def _drawn(file: TextFile, records: Records, characters: int, seed: int) -> tupl
     return [document for block in sorted(blocks) for document in blocks[block]], len(blocks) < count
 
 
-def _beginning(file: TextFile, characters: int) -> tuple[list[str], bool]:
+def _beginning(file: TextFile, characters: float) -> tuple[list[str], bool]:
     """The plain text at the beginning up to the end of a word, and whether there is more."""
-    text = file.text(characters + 1)
+    text = file.text(None if characters == math.inf else int(characters) + 1)
     if len(text) <= characters:
         return [text], False
     word = re.search(r"\s\S*\Z", text[-1024:])
     return [text[: -len(word[0])] if word else text[:-1]], True
 
 
-def _first(entries: Iterator[tuple[int, Any]], unit: str, records: Records, characters: int) -> tuple[list[str], bool]:
+def _first(entries: Iterator[tuple[int, Any]], unit: str, records: Records, characters: float) -> tuple[list[str], bool]:
     """The first documents, and whether there are more."""
     documents: list[str] = []
     length = 0
@@ -157,7 +158,7 @@ def _first(entries: Iterator[tuple[int, Any]], unit: str, records: Records, char
     return documents, False
 
 
-def _has_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase, tokens_wanted: int) -> bool:
+def _has_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase, tokens_wanted: float) -> bool:
     """Whether a text surely has so many tokens; no more of it is tokenized than that takes."""
     text, tokens = "\n\n".join(documents), 0
     for begin in range(0, len(text), _COUNTED_CHARACTERS):
