@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import slimllm
-from slimllm.calibration import bundled_text, draw_windows, tokenize
+from slimllm.calibration import bundled_text, draw_windows, tokenize, window_bos
 from slimllm.statistics import ColumnStatistics, GramStatistics
 
 Statistics = TypeVar("Statistics", ColumnStatistics, GramStatistics)
@@ -70,9 +70,11 @@ def run(prune: Callable[[PreTrainedModel, torch.Tensor], None]) -> None:
         model, tokenizer = slimllm.load(parser.parse_args().model)
     except slimllm.InputError as error:
         parser.error(str(error))
-    calibration = draw_windows(tokenize(tokenizer, [bundled_text("calibration")]), samples=32, seq_len=128, seed=0)
+    bos = window_bos(tokenizer, "auto")  # a model that knows no text without one is not itself without it
+    text = tokenize(tokenizer, [bundled_text("calibration")])
+    calibration = draw_windows(text, samples=32, seq_len=128, seed=0, bos_token_id=bos)
     held_out = tokenize(tokenizer, [bundled_text("evaluation")])
-    before = slimllm.perplexity(model, held_out, max_windows=32)
+    before = slimllm.perplexity(model, held_out, max_windows=32, bos_token_id=bos)
     with torch.no_grad():
         prune(model, calibration.to(model.device))
-    print(f"perplexity {before:.2f} -> {slimllm.perplexity(model, held_out, max_windows=32):.2f}")
+    print(f"perplexity {before:.2f} -> {slimllm.perplexity(model, held_out, max_windows=32, bos_token_id=bos):.2f}")

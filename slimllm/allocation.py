@@ -227,7 +227,8 @@ def _round_budgets(budgets: list[float], shapes: list[LayerShape], target: int, 
     for i, (entry, shape) in enumerate(zip(result, shapes)):  # and where no channels are left to do so, heads
         units = entry.units + (shape.unit_step if carry > 0 else -shape.unit_step)
         missed = abs(carry) > round_to * shape.channel_params / 2 + 1  # not by the rounding of a float
-        if missed and entry.pruned and 0 <= units < shape.units:
+        # Single units are never so coarse that channels could not make up for them.
+        if shape.unit_step > 1 and missed and entry.pruned and 0 <= units < shape.units:
             other, left = _fill_up(entry.ratio, units, removed_params(entry, shape) + carry, shape, round_to)
             if abs(left) < abs(carry):
                 result[i], carry = other, left

@@ -134,7 +134,9 @@ class SafetensorsCheckpoint(Checkpoint):
         spec = layer_spec(self.config.model_type)
         prefix = f"{spec.layers.partition('.')[0]}."
         stored = self._headers.shape_of
-        bare = any(name.startswith(f"{spec.layers.removeprefix(prefix)}.") for name in stored)
+        bare = any(name.startswith(f"{spec.layers.removeprefix(prefix)}.") for name in stored) and not any(
+            name.startswith(prefix) for name in stored
+        )
         self._stored = {name if not bare or name.startswith(f"{spec.head}.") else prefix + name: name for name in stored}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -225,14 +227,11 @@ def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path
     name, _, revision = model.partition("@")
     patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *PATTERNS, *(["*.py"] if code else [])]
 
-    def fetch(wanted: list[str]) -> Path:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-
     try:
-        folder = fetch(list(only) or patterns)
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(only) or patterns))
         asked: set[str] = set()
         while not only and (more := files_to_fetch(folder) - asked):  # code that has come may name more code
-            folder = fetch(sorted(more))
+            snapshot_download(name, revision=folder.name, allow_patterns=sorted(more))  # of the same commit
             asked |= more
         return folder
     except HFValidationError:

@@ -15,7 +15,7 @@ from slimllm.checkpoint import Checkpoint, settle_tokenizer_class
 from slimllm.errors import InputError
 from slimllm.families import EXPERTS, GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, layer_spec
 from slimllm.folder import first_line
-from slimllm.gguf_file import GGUFFile
+from slimllm.gguf_file import GGUFFile, number_of
 from slimllm.gguf_rope import ROPE_FREQS, rope_rule
 from slimllm.modeling.slim_layers import knows_rope_parameters
 from slimllm.native import head_dim_of
@@ -50,7 +50,7 @@ class GGUFCheckpoint(Checkpoint):
                 f"supported are {', '.join(GGUF_ARCHITECTURES)}."
             )
         experts = any("_exps." in name or ".ffn_gate_inp." in name for name in self._file.entries)
-        if experts or self._file.settings.get(f"{architecture}.expert_count", 0) > 0:
+        if experts or number_of(self._file.settings, f"{architecture}.expert_count", 0, path) > 0:
             raise InputError(f"The model in {path} is not supported ({EXPERTS}).")
         self._names = {_hugging_face_name(name): name for name in self._file.entries if name != ROPE_FREQS}
         try:
@@ -69,7 +69,9 @@ class GGUFCheckpoint(Checkpoint):
 
     def _scale_rope(self, architecture: str) -> None:
         """Put the scaling of the rotary embedding into the configuration, where transformers leaves it out."""
-        theta = float((getattr(self.config, "rope_parameters", None) or vars(self.config))["rope_theta"])
+        # transformers has a base of its own where the file names none.
+        default = float((getattr(self.config, "rope_parameters", None) or vars(self.config))["rope_theta"])
+        theta = number_of(self._file.settings, f"{architecture}.rope.freq_base", default, self.path)
         rule = rope_rule(self._file, architecture, theta, head_dim_of(self.config))
         if rule["rope_type"] == "default":
             return

@@ -38,7 +38,7 @@ def companions(folder: Path) -> list[Path]:
     """The files of a model's folder that travel with the weights, relative to it and sorted.
 
     A link that leads out of the folder is followed into the hub's cache, where every file is one, and to a file of the same
-    name: a link of another name may be there to have a file of the user's published.
+    known name: another link may be there to have a file of the user's published.
     """
     named = named_files(folder)
     found = []
@@ -63,7 +63,8 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def files_to_fetch(folder: Path) -> set[str]:
     """Files that a downloaded tokenizer's settings name, but that no pattern has fetched into its folder."""
-    return {name for name in named_files(folder) if not _matches(name) and not (folder / name).exists()}
+    names = {name for name in named_files(folder) if "." in name}
+    return {name for name in names if not _matches(name) and not (folder / name).exists()}
 
 
 def named_files(folder: Path) -> set[str]:
@@ -83,7 +84,7 @@ def _matches(name: str) -> bool:
 def _is_own(path: Path, folder: Path) -> bool:
     target = path.resolve()
     in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    same_name = path.is_symlink() and target.name == path.name
+    same_name = path.is_symlink() and target.name == path.name and _matches(path.name)
     return in_cache or same_name or target.is_relative_to(folder.resolve())
 
 
@@ -91,7 +92,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where the file is none, about which whoever needs it will complain."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

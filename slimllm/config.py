@@ -62,8 +62,9 @@ class PruneConfig:
             regression aims for, so that what earlier layers have lost is made good and not passed on. 0: each sub-layer is
             fitted to what it put out itself. Takes a second stream through the dense layers.
         calibration: A file (plain text, or JSON lines, a JSON list or a table with the field "text", also compressed with
-            gzip), of which a part is drawn by `seed` if it is long, see `slimllm.calibration.read_texts`; the name of a hub
-            dataset as `name` to `name:config:split:column` (a folder of data files is one, too); or token ids
+            gzip), of which a part is drawn by `seed` if it is long, see `slimllm.calibration.read_texts` (the preset
+            `paper` draws its windows from all of it); the name of a hub dataset as `name` to
+            `name:config:split:column` (a folder of data files is one, too); or token ids
             (samples, seq_len) int64, which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
             None: the bundled public-domain text.
         bos: Whether every calibration window begins with the tokenizer's BOS. `auto`: where the tokenizer adds one to a

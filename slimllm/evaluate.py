@@ -22,6 +22,7 @@ from slimllm.folder import (
     name_some,
     quantisation_of,
     read_settings,
+    stored_head_differs,
     weight_files,
 )
 from slimllm.memory import exhausted, free_bytes, release
@@ -65,13 +66,15 @@ def load(
 def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
     """Load the model of a folder by transformers, all of whose tensors have to be there and to be read."""
     settings = read_settings(path, trust_remote_code)
-    quantised = quantisation_of(path, settings) is not None
+    quantised = quantisation_of(settings) is not None
     headers = Headers(weight_files(path))
     if not quantised:
         headers.check(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         check_padding(config, path)
+        if stored_head_differs(config, headers):  # transformers 5 unties it then, and 4 would leave it out
+            config.tie_word_embeddings = False
         loaded, found = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,  # what does not match is said below
@@ -196,7 +199,7 @@ def perplexity(
         bos_token_id: What every window begins with, as `slimllm.calibration.window_bos` finds it; None: the text alone.
 
     Raises:
-        ValueError: (as InputError) the text is shorter than a window, or a setting is out of range.
+        ValueError: (as InputError) the text is shorter than a window, a setting is out of range, or the model gives NaN.
     """
     for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
         if value is not None and value < least:
@@ -214,6 +217,11 @@ def perplexity(
                 loss = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
                 total += float(loss.double())
         del logits, scores  # before the next ones are there
+    if math.isnan(total):
+        raise InputError(
+            f"The model's outputs are not numbers when computed in {str(model.dtype).removeprefix('torch.')}; compute in "
+            "float32, or look for NaN in its weights."
+        )
     return math.exp(min(total / (len(windows) * (seq_len - 1)), 700.0))
 
 

@@ -6,6 +6,7 @@ Nothing in a folder is executed unless the user trusts its code, and nothing is 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.errors import InputError
-from slimllm.families import layer_spec
+from slimllm.families import FAMILIES, layer_spec
 from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -26,6 +27,8 @@ _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_confi
 _QUANTISED_ENDINGS = (
     ".qweight", ".qzeros", ".scales", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB",
 )  # fmt: skip
+# Of transformers 4 and 5, under which it also names kernels of the hub.
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 # What other programs put before the names of a model's tensors.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -51,15 +54,12 @@ def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]
         raise InputError(f"{path} holds no config.json{_instead(path)}; give the folder of a Hugging Face model.")
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{file} is not valid JSON: {first_line(error)}") from None
     if not isinstance(settings, dict):
         raise InputError(f"{file} is not a JSON object.")
-    for name in ("attn_implementation", "_attn_implementation", "experts_implementation"):
-        if "/" in str(settings.get(name)) and not trust_remote_code:
-            raise InputError(
-                f"{file} asks for code of the hub ({name} is {settings[name]!r}), which is not run; remove that entry."
-            )
+    if not trust_remote_code and (code := _hub_code(settings)):
+        raise InputError(f"{file} asks for code of the hub ({code}), which is not run; remove that entry.")
     if weights := settings.get("transformers_weights"):
         raise InputError(
             f"{file} asks for weights in {weights!r}, which is not read; rename that file to {SINGLE} and remove the entry."
@@ -67,14 +67,24 @@ def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]
     return settings
 
 
-def quantisation_of(path: Path, settings: dict[str, Any]) -> str | None:
-    """Name how the weights in a folder are quantised, by its settings and its files; None: they are not."""
+def _hub_code(settings: dict[str, Any]) -> str | None:
+    """Name an entry, of any depth, that has transformers fetch kernels from the hub and run them."""
+    for name, value in settings.items():
+        if _IMPLEMENTATION.fullmatch(name) and "/" in str(value):
+            return f"{name} is {value!r}"
+        if isinstance(value, dict) and (found := _hub_code(value)):
+            return found
+    return None
+
+
+def quantisation_of(settings: dict[str, Any]) -> str | None:
+    """Name how config.json says that the weights are quantised; None: they are not."""
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
     for part in parts:
         for name in ("quantization_config", "compression_config"):
             if found := part.get(name):
                 return str(found.get("quant_method") or "quantised") if isinstance(found, dict) else "quantised"
-    return next(("quantised" for name in _QUANTISED_FILES if (path / name).is_file()), None)
+    return None
 
 
 def read_config(path: Path) -> PretrainedConfig:
@@ -85,7 +95,9 @@ def read_config(path: Path) -> PretrainedConfig:
             family.
     """
     settings = read_settings(path)
-    if kind := quantisation_of(path, settings):
+    if kind := quantisation_of(settings) or next(
+        ("quantised" for name in _QUANTISED_FILES if (path / name).is_file()), None
+    ):
         raise InputError(f"{path} holds {kind} weights; prune the unquantised model and quantise the result.")
     layer_spec(str(settings.get("model_type")))
     architectures = settings.get("architectures") or []
@@ -133,7 +145,7 @@ def weight_files(path: Path) -> list[Path]:
     try:
         shards = [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is no index of shards ({first_line(error)}).") from None
+        raise InputError(f"{index} is not an index of shards ({first_line(error)}).") from None
     if not shards:
         raise InputError(f"{index} names no shards.")
     for shard in shards:
@@ -195,9 +207,9 @@ class Headers:
                     " model."
                 )
             for prefix, wrapper in _WRAPPERS.items():
-                if name.startswith(prefix):
+                if name.startswith(prefix) or (prefix == "_orig_mod." and prefix in name):
                     raise InputError(
-                        f"The names of the tensors in {path} begin with {prefix!r} ({name}, …), as {wrapper} leaves them; "
+                        f"The tensors in {path} have names with {prefix!r} ({name}, …), as {wrapper} leaves them; "
                         "save the model inside of it with save_pretrained."
                     )
             if dtype not in SAFETENSORS_DTYPES and (dtype.startswith("F") or name.endswith(".weight")):
@@ -207,35 +219,56 @@ class Headers:
                 )
 
     def is_meaningless(self, name: str) -> bool:
-        """Whether a tensor without a place in the model changes nothing: a table of the rotary embedding, a zero bias."""
-        if name.endswith("rotary_emb.inv_freq"):
+        """Whether a tensor without a place in the model changes nothing.
+
+        That are tables of the rotary embedding, the causal masks of old checkpoints (`attn.bias`, of four dimensions, and
+        `masked_bias`), and biases of zero.
+        """
+        if name.endswith(("rotary_emb.inv_freq", ".masked_bias")):
             return True
         if not name.endswith(".bias") or name not in self.file_of:
             return False
+        if len(self.shape_of[name]) == 4:
+            return True
+        return not self.read(name).any()
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a tensor by its stored name, on the CPU."""
         with safe_open(self.file_of[name], framework="pt") as file:
-            return not file.get_tensor(name).any()
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+
+def stored_head_differs(config: PretrainedConfig, headers: Headers) -> bool:
+    """Whether the output head of a supported family is stored, and not what the settings tie it to."""
+    if config.model_type not in FAMILIES or not getattr(config, "tie_word_embeddings", False):
+        return False
+    names = [f"{name}.weight" for name in (FAMILIES[config.model_type].head, FAMILIES[config.model_type].embedding)]
+    if not set(names) <= set(headers.file_of):
+        return False
+    head, embedding = (headers.read(name) for name in names)
+    return not torch.equal(head, embedding)
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
 
-    One that comes with Python code is read without it, from its tokenizer.json, where the folder has that.
+    One that comes with Python code is read without it: as transformers' own class of that name, or else from its
+    tokenizer.json.
 
     Raises:
         ValueError: (as InputError) there is none, or it cannot be had without running code that is not trusted.
     """
     try:
-        if not trust_remote_code and (code := tokenizer_code(path)):
-            if not (path / "tokenizer.json").is_file():
-                raise InputError(
-                    f"The tokenizer in {path} is Python code ({code}), which is not run; save a fast tokenizer there "
-                    "(tokenizer.json), or allow the code with --trust-remote-code where the command has it."
-                )
-            return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except InputError:
-        raise
     except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
+        if not trust_remote_code and (code := tokenizer_code(path)):
+            if (path / "tokenizer.json").is_file():
+                return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+            raise InputError(
+                f"The tokenizer in {path} is Python code ({code}), which is not run; save a fast tokenizer there "
+                "(tokenizer.json), or allow the code with --trust-remote-code where the command has it."
+            ) from None
         raise InputError(
             f"The tokenizer in {path} cannot be loaded; save it in the folder with tokenizer.save_pretrained. "
             f"It said: {first_line(error)}"
@@ -249,7 +282,7 @@ def tokenizer_code(path: Path) -> str | None:
         asked = settings.get("auto_map") or {}
         asked = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
         names = asked if isinstance(asked, list) else [asked]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return next((str(name) for name in reversed(names) if name), None)
 

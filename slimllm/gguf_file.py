@@ -99,6 +99,18 @@ class GGUFFile:
         return torch.from_numpy(values).view(entry.shape)
 
 
+def number_of(settings: dict[str, Any], name: str, default: float, path: Path) -> float:
+    """Give a setting that is a number.
+
+    Raises:
+        ValueError: (as InputError) it is something else, or not finite.
+    """
+    value = settings.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{path} has {value!r} as {name}, which is not a number; the file is damaged.")
+    return value
+
+
 def _check_magic(path: Path) -> None:
     """Raise ValueError (as InputError) where a file does not begin as GGUF does, and say what it is if that is known."""
     try:
@@ -146,10 +158,10 @@ def _parts(path: Path, settings: dict[str, Any]) -> list[Path]:
     Raises:
         ValueError: (as InputError) a part is missing, or the file is not named as parts are, so that it cannot be found.
     """
-    count = int(settings.get("split.count", 1))
+    count = int(number_of(settings, "split.count", 1, path))
     if count <= 1:
         return [path]
-    number = int(settings.get("split.no", 0)) + 1
+    number = int(number_of(settings, "split.no", 0, path)) + 1
     match = _PART.fullmatch(path.name)
     if match is None or (int(match[2]), int(match[3])) != (number, count):
         raise InputError(

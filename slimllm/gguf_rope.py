@@ -5,13 +5,14 @@ llama.cpp divides each frequency by a factor: one for all of them, a setting, ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from slimllm.errors import InputError
-from slimllm.gguf_file import GGUFFile
+from slimllm.gguf_file import GGUFFile, number_of
 
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -33,6 +34,8 @@ def rope_rule(file: GGUFFile, architecture: str, theta: float, head_dim: int) ->
     Raises:
         ValueError: (as InputError) transformers has no such rule, or this package does not read it; names it.
     """
+    if not (math.isfinite(theta) and theta > 0):
+        raise InputError(f"{file.path} has {theta} as the base of its rotary embedding, which must be above 0.")
     frequencies = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     divisors = np.full(len(frequencies), _linear_factor(file, f"{architecture}.rope"))
     if ROPE_FREQS in file.entries:
@@ -70,9 +73,10 @@ def _linear_factor(file: GGUFFile, prefix: str) -> float:
             f"{file.path} scales its rotary embedding by the rule {kind!r}, which is not read from GGUF; "
             "prune the model's Hugging Face folder instead."
         )
-    if file.settings.get(f"{prefix}.scaling.attn_factor", 1.0) not in (0.0, 1.0):
+    if number_of(file.settings, f"{prefix}.scaling.attn_factor", 1.0, file.path) not in (0.0, 1.0):
         raise InputError(f"{file.path} scales the output of its rotary embedding (attn_factor), which is not supported.")
-    factor = file.settings.get(f"{prefix}.scaling.factor", file.settings.get(f"{prefix}.scale_linear", 1.0))
+    old = number_of(file.settings, f"{prefix}.scale_linear", 1.0, file.path)
+    factor = number_of(file.settings, f"{prefix}.scaling.factor", old, file.path)
     return 1.0 if kind == "none" else float(factor) or 1.0
 
 

@@ -50,13 +50,16 @@ def free_bytes(device: torch.device) -> float:
     """Memory of a device that is free now; infinity where the system does not say."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    free = math.inf
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):
-                return int(line.split()[1]) * 1024.0
-    except OSError:
+                free = int(line.split()[1]) * 1024.0
+        group = Path("/sys/fs/cgroup")  # of a container
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # ValueError: no limit, "max"
         pass
-    return math.inf
+    return free
 
 
 def exhausted(error: BaseException) -> str | None:

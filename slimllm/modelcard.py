@@ -50,7 +50,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
 tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 ```
 
-{tensor_parallel_of(report).capitalize()} (numbers of GPUs that divide the heads, KV heads and FFN channels of every layer).
+{tensor_parallel_of(report).capitalize()} (numbers of GPUs over which vLLM can split every layer).
 
 Made from `{name}` by
 

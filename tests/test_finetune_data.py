@@ -49,7 +49,7 @@ def test_what_is_no_example(tmp_path: Path) -> None:
     path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records))
     assert len(read_examples(path, tokenizer, 200, told.append)) == 1
     assert told == ["2 of 3 examples have no answer, or no room for it in 200 tokens."]
-    path.write_text('{"text": "one"}\n\n{"text": null}\n')
+    path.write_text('{"text": "one"}\n\n{"text": 5}\n')
     with pytest.raises(InputError, match="Entry 3 of"):
         read_examples(path, tokenizer, 200)
     path.write_text('{"text": "one"}\n{"text"}\n')

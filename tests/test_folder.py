@@ -62,9 +62,9 @@ def without_prefix(tensors: Tensors) -> Tensors:
 
 
 RENAMED: list[tuple[str, str]] = [
-    ("_orig_mod.", "begin with '_orig_mod.' .* torch.compile"),
-    ("module.", "begin with 'module.' .* DistributedDataParallel"),
-    ("base_model.model.", "begin with 'base_model.model.' .* peft"),
+    ("_orig_mod.", "names with '_orig_mod.' .* torch.compile"),
+    ("module.", "names with 'module.' .* DistributedDataParallel"),
+    ("base_model.model.", "names with 'base_model.model.' .* peft"),
     ("language_model.", "Tensors model.embed_tokens.weight and 46 more are missing"),
 ]
 

@@ -1,19 +1,18 @@
 """Calibration and evaluation text: from a file or a dataset to windows of token ids."""
 
+from slimllm.calibration.bos import about_bos, window_bos
 from slimllm.calibration.files import check_regular, shown
 from slimllm.calibration.formats import recognise
 from slimllm.calibration.records import check_messages, fields_of, is_unicode, rendered
 from slimllm.calibration.texts import bundled_text, read_texts
 from slimllm.calibration.windows import (
     Calibration,
-    about_bos,
     calibration_name,
     calibration_windows,
     check_seq_len,
     draw_windows,
     longest_input,
     tokenize,
-    window_bos,
     windows_of,
 )
 

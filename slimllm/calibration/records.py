@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from slimllm.calibration.bos import window_bos
 from slimllm.calibration.files import shown
 from slimllm.errors import InputError
 
@@ -89,7 +90,7 @@ class Records:
 def rendered(messages: Any, tokenizer: PreTrainedTokenizerBase | None, where: str, *, answer: bool = False) -> str | None:
     """A conversation as the model's chat template writes it, None if it has no messages.
 
-    The template's own beginning of sequence is left out, since whoever makes token ids adds it.
+    A BOS at the beginning is left out if the tokenizer adds one to every text by itself.
 
     Args:
         messages: A list of objects with "role" and "content".
@@ -113,7 +114,7 @@ def rendered(messages: Any, tokenizer: PreTrainedTokenizerBase | None, where: st
     except Exception as error:  # a template is a program that comes with the model, and may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"The model's chat template does not take the messages of {where}: {shown(reason)}.") from error
-    return text.removeprefix(tokenizer.bos_token or "")
+    return text.removeprefix(tokenizer.bos_token) if window_bos(tokenizer, "auto") is not None else text
 
 
 def check_messages(messages: Any, where: str) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from slimllm.calibration.bos import about_bos, window_bos
 from slimllm.calibration.texts import bundled_text, read_texts
-from slimllm.config import BOS_CHOICES, PruneConfig, check_choice
+from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 
 
@@ -21,30 +23,6 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.
     """
     ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
-
-
-def window_bos(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
-    """Return the token that every window of a text begins with, or None.
-
-    A model whose tokenizer puts a BOS before every text has never seen a text without one: Gemma 3 270M has perplexity
-    323 on windows of WikiText-2 without and 32 with it.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        choice: `auto`: the BOS if the tokenizer adds one to a text by itself. `always`: the BOS. `never`: None.
-
-    Raises:
-        ValueError: (as InputError) the choice is not known, or it is `always` and the tokenizer has no BOS.
-    """
-    check_choice("bos", choice, BOS_CHOICES)
-    bos: int | None = tokenizer.bos_token_id
-    if choice == "never":
-        return None
-    if choice == "auto":
-        return bos if bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else None
-    if bos is None:
-        raise InputError("bos is always, but the tokenizer of this model has no BOS token; give auto or never.")
-    return bos
 
 
 def draw_windows(
@@ -96,11 +74,6 @@ def windows_of(tokens: torch.Tensor, seq_len: int, bos_token_id: int | None = No
         return torch.cat([text.new_full((len(text), 1), bos_token_id), text], 1)
     count = len(tokens) // seq_len
     return tokens[: count * seq_len].view(count, seq_len)
-
-
-def about_bos(bos_token_id: int | None) -> str:
-    """Say what windows begin with, beside a perplexity of theirs."""
-    return "no BOS" if bos_token_id is None else "with BOS"
 
 
 @dataclass(frozen=True)
@@ -155,9 +128,10 @@ def calibration_windows(
         notice("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
         documents = [bundled_text("calibration")]
     else:
-        documents = read_texts(
-            config.calibration, config.samples * config.seq_len, seed=config.seed, tokenizer=tokenizer, notice=notice
-        )
+        wanted: float = config.samples * config.seq_len
+        if config.preset == "paper" and Path(config.calibration).expanduser().is_file():
+            wanted = math.inf  # its windows are drawn from the whole text
+        documents = read_texts(config.calibration, wanted, seed=config.seed, tokenizer=tokenizer, notice=notice)
     as_published = config.preset == "paper" and config.bos == "auto"
     bos = window_bos(tokenizer, "never" if as_published else config.bos)
     if as_published and window_bos(tokenizer, "auto") is not None:

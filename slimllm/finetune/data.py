@@ -83,7 +83,10 @@ def read_examples(
         kind = "text" if "text" in kinds else "messages"
         raise InputError(f'{name} has objects with "{kind}" and others without; give one kind.')
     if kinds == {"text"}:
-        stream = tokenize(tokenizer, [record["text"] for _, record in clean])
+        texts = [record["text"] for _, record in clean if record["text"]]
+        if empty := len(clean) - len(texts):
+            notice(f"{empty} of {len(records)} examples have no text and are left out.")
+        stream = tokenize(tokenizer, texts)
         windows = windows_of(stream, seq_len, window_bos(tokenizer, "auto"))
         examples = [Example(tuple(window.tolist())) for window in windows]
     else:
@@ -129,7 +132,8 @@ def _checked(numbered: list[tuple[int, Any]], name: str) -> list[tuple[int, dict
         # Messages are checked where they are rendered.
         wanted = {"text": ("text",), "messages": (), "instruction": ("instruction",)}[_kind(fields)]
         optional = ("input", "output") if wanted == ("instruction",) else ()
-        strings = all(isinstance(fields.get(field), str) for field in wanted)
+        # A text may be null, and is left out then.
+        strings = all(isinstance(fields.get(field), str | None if field == "text" else str) for field in wanted)
         strings = strings and all(isinstance(fields.get(field), str | None) for field in optional)
         if not strings or not isinstance(record, dict) or (optional and not answered):
             has = f" (it has {fields_of(record)})" if isinstance(record, dict) else ""

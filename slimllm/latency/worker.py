@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
@@ -42,7 +42,7 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
         model, _ = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         memory.release()
         memory.reset_peak(where)  # loading may take more, and how much depends on the form of the files
-        model.generation_config.eos_token_id = None  # every token is generated
+        model.generation_config = GenerationConfig()  # nothing of the model's own: every token is generated, greedily
         parameters = sum(parameter.numel() for parameter in model.parameters())
         used = str(next(model.parameters()).dtype).removeprefix("torch.")
         connection.send(("done", {"parameters": parameters, "dtype": used, "threads": torch.get_num_threads()}))

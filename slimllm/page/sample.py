@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from slimllm.calibration import longest_input
 from slimllm.errors import InputError
@@ -59,6 +60,8 @@ def _written(
     longest = longest_input(loaded.config)
     if ids.shape[1] + NEW_TOKENS > longest:
         raise InputError(f"The prompt of the sample has {ids.shape[1]} tokens; give at most {longest - NEW_TOKENS}.")
+    # Of the model's own settings only where a text ends: others may not be greedy, or ask for code of the hub.
+    loaded.generation_config = GenerationConfig(eos_token_id=getattr(loaded.generation_config, "eos_token_id", None))
     generate: Any = loaded.generate
     # Greedy, so that it is the same every time; small models, dense ones too, repeat themselves without the penalty.
     written = generate(

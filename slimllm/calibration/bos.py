@@ -1,0 +1,40 @@
+"""The beginning of sequence (BOS) that a window of a text begins with, or none."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from slimllm.config import BOS_CHOICES, check_choice
+from slimllm.errors import InputError
+
+
+def window_bos(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
+    """Return the token that every window of a text begins with, or None.
+
+    A model whose tokenizer puts a BOS before every text has never seen a text without one: Gemma 3 270M has perplexity
+    323 on windows of WikiText-2 without and 32 with it.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        choice: `auto`: the BOS if the tokenizer adds one to a text by itself. `always`: the BOS. `never`: None.
+
+    Raises:
+        ValueError: (as InputError) the choice is not known, or it is `always` and the tokenizer has no BOS.
+    """
+    check_choice("bos", choice, BOS_CHOICES)
+    bos: int | None = tokenizer.bos_token_id
+    if choice == "never":
+        return None
+    if choice == "auto":
+        return bos if bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else None
+    if bos is None:
+        raise InputError("bos is always, but the tokenizer of this model has no BOS token; give auto or never.")
+    return bos
+
+
+def about_bos(bos_token_id: int | None) -> str:
+    """Say what windows begin with, beside a perplexity of theirs.
+
+    Without a BOS the stream is cut as it is: its very first window may still begin with the one that the tokenizer adds.
+    """
+    return "no BOS" if bos_token_id is None else "with BOS"
