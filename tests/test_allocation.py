@@ -224,3 +224,10 @@ def test_biases_that_the_format_adds_are_said(stories_path: Path, token_ids: tor
     (note,) = report.allocation["notes"]
     assert f"{report.achieved_ratio:.2%} smaller instead of 10.00%" in note and "biases of zero" in note
     assert f"{note}." in notices
+
+
+def test_single_heads_do_not_give_way() -> None:
+    """Without multiples the budgets are what they were: heads take their rounded share, and channels the rest."""
+    config = PruneConfig(0.2, alpha=0.0, pruned_layers=3, round_to=1)
+    shapes = [shape_of(layer(4, 4, 16), config)] * 3
+    assert [(one.units, one.channels) for one in allocate([0.5, 0.5, 0.4], shapes, config).budgets] == [(1, 0)] * 3

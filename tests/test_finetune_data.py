@@ -101,6 +101,9 @@ def test_what_is_null_or_not_unicode(tmp_path: Path) -> None:
         "1 of 5 examples are not valid Unicode and are left out.",
         "2 of 5 examples have no answer, or no room for it in 200 tokens.",
     ]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": null}\n' + json.dumps({"text": "Once upon a time there was a dog. " * 9}))
+    assert read_examples(texts, tokenizer, 16, told.append) and "1 of 2 examples have no text" in told[-1]
     table = tmp_path / "alpaca.csv"
     table.write_text("instruction,input,output\nSay hello.,,Hello.\n")
     assert read_examples(table, tokenizer, 200) == [first]

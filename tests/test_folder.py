@@ -12,12 +12,13 @@ import torch
 from conftest import STORIES, config
 from safetensors.torch import load_file, save_file
 from test_cli import call
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import slimllm
 from slimllm import InputError
 from slimllm.checkpoint import open_checkpoint
 from slimllm.folder import INDEX, SINGLE
+from slimllm.page import make_sample
 
 Tensors = dict[str, torch.Tensor]
 DOWN_PROJ = "model.layers.2.mlp.down_proj.weight"
@@ -243,3 +244,75 @@ def test_a_model_in_memory_of_two_dtypes(stories: torch.nn.Module, token_ids: to
     stories.model.norm.float()
     with pytest.raises(InputError, match="parameters in float16 and float32"):
         slimllm.prune_model(stories, token_ids, slimllm.PruneConfig(ratio=0.2))
+
+
+def test_causal_masks_of_old_checkpoints(tmp_path: Path) -> None:
+    """They follow from the architecture: transformers leaves them out, and so does eval."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, vocab_size=512, n_positions=32))
+    model.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(STORIES / name, tmp_path / name)
+    tensors = load_file(tmp_path / SINGLE)
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril().bool() for i in range(2)}
+    masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    save_file(tensors | masks, tmp_path / SINGLE, metadata={"format": "pt"})
+    loaded, _ = slimllm.load(tmp_path)
+    assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
+    save_file(tensors | {"transformer.h.0.attn.extra.bias": torch.ones(16)}, tmp_path / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"attn\.extra\.bias has no place"):
+        slimllm.load(tmp_path)
+
+
+def test_a_file_of_another_program_does_not_switch_the_checks_off(tmp_path: Path) -> None:
+    """transformers goes by config.json alone."""
+    folder = with_tensors(tmp_path / "m", CHANGED["left over"][0])
+    (folder / "quantize_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"k_scale has no place"):
+        slimllm.load(folder)
+
+
+def test_a_compiled_decoder(tmp_path: Path, token_ids: torch.Tensor) -> None:
+    folder = with_tensors(
+        tmp_path / "m", lambda tensors: {n.replace("model.", "model._orig_mod.", 1): t for n, t in tensors.items()}
+    )
+    both_refuse(folder, "names with '_orig_mod.'", tmp_path, token_ids)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"_attn_implementation_internal": "x/y"}, {"a": {"b": {"attn_implementation": "x/y"}}}]
+)
+def test_kernels_of_the_hub_in_any_entry(settings: dict[str, object], tmp_path: Path, token_ids: torch.Tensor) -> None:
+    both_refuse(copy_of(tmp_path / "m", **settings), "asks for code of the hub", tmp_path, token_ids)
+
+
+def test_settings_too_deep_to_be_read(tmp_path: Path, token_ids: torch.Tensor) -> None:
+    folder = copy_of(tmp_path / "m")
+    (folder / "config.json").write_text("[" * 100_000)
+    both_refuse(folder, "is not valid JSON", tmp_path, token_ids)
+
+
+def test_a_stored_head_that_differs_is_not_tied(tmp_path: Path, token_ids: torch.Tensor) -> None:
+    """Whatever the settings say, in prune as in eval."""
+    folder = with_tensors(tmp_path / "m", lambda t: t | {"lm_head.weight": 2 * t["model.embed_tokens.weight"]})
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+    with torch.no_grad():
+        twice, once = (slimllm.load(one)[0](token_ids[:1]).logits for one in (folder, STORIES))
+    assert torch.allclose(twice, 2 * once, rtol=1e-5, atol=1e-5)
+    assert slimllm.prune(folder, tmp_path / "out", config(token_ids)).calibration["perplexity_dense"] == pytest.approx(
+        slimllm.perplexity(slimllm.load(folder)[0], token_ids[:4].flatten(), seq_len=64), rel=1e-4
+    )
+
+
+def test_outputs_that_are_not_numbers(stories: torch.nn.Module, token_ids: torch.Tensor) -> None:
+    stories.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="outputs are not numbers when computed in float32"):
+        slimllm.perplexity(stories, token_ids.flatten(), seq_len=64)
+
+
+def test_generation_settings_of_the_model_do_not_matter(tmp_path: Path, token_ids: torch.Tensor) -> None:
+    """Contrastive search is code of the hub by now; the sample on the page is greedy, whatever the model asks for."""
+    folder = copy_of(tmp_path / "m")
+    plain = make_sample(STORIES).pruned
+    (folder / "generation_config.json").write_text(json.dumps({"penalty_alpha": 0.6, "top_k": 4, "num_beams": 2}))
+    assert make_sample(folder).pruned == plain and plain

@@ -69,6 +69,11 @@ def hostile(source: Path, folder: Path, mark: Path, fast: bool = True) -> Path:
     return folder
 
 
+COMMANDS = (
+    "prune", "prune, chat", "plan", "export", "compare", "sweep", "eval", "latency", "finetune", "report", "bench",
+)  # fmt: skip
+
+
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that any of the code makes; and a user who answers every question with yes."""
@@ -77,7 +82,8 @@ def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def commands(folder: Path, tmp_path: Path) -> dict[str, list[str | Path]]:
-    text = tmp_path / "chat.jsonl"
+    text, story = tmp_path / "chat.jsonl", tmp_path / "story.txt"
+    story.write_text("Once upon a time there was a girl. " * 400)
     chat = {"messages": [{"role": "user", "content": "Once upon a time there was a girl. " * 20}]}
     text.write_text("\n".join([json.dumps(chat)] * 40))
     few = ["--samples", "4", "--seq-len", "32"]
@@ -93,13 +99,17 @@ def commands(folder: Path, tmp_path: Path) -> dict[str, list[str | Path]]:
         ],
         "eval": ["eval", folder, "--max-windows", "2"],
         "latency": ["latency", folder, "--prompt", "8", "--new-tokens", "2", "--rounds", "1"],
-        "finetune": ["finetune", folder, "--data", text, "--out", tmp_path / "tuned", "--max-steps", "1"],
+        "finetune": ["finetune", folder, "--data", story, "--out", tmp_path / "tuned", "--max-steps", "1"],
         "report": ["report", folder],
         "bench": ["bench", folder, "--samples", "4", "--seq-len", "32", "--out", tmp_path / "bench.jsonl"],
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("command", commands(Path(), Path("/tmp")))
+# The slow ones load models as prune, eval and latency do.
+SLOW = ("sweep", "bench")
+
+
+@pytest.mark.parametrize("command", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COMMANDS])
 def test_no_command_runs_it(
     command: str, pruned: Path, tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -107,9 +117,9 @@ def test_no_command_runs_it(
     folder = hostile(pruned if command == "report" else STORIES, tmp_path / "m", mark)
     code, _, err = call(capsys, *commands(folder, tmp_path)[command])
     assert not mark.exists()
-    assert code in (0, 2) and "Traceback" not in err
-    # A template that wants out of the sandbox is refused, and so is a slim model in a folder whose settings are another's.
-    if command not in ("prune, chat", "finetune"):
+    if command == "prune, chat":  # a template that wants out of its sandbox
+        assert code == 2 and "chat template does not take the messages" in err
+    else:
         assert code == 0, err
 
 
@@ -127,11 +137,7 @@ def test_it_runs_when_it_is_trusted(
     command: str, pruned: Path, tmp_path: Path, mark: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = hostile(pruned if command == "report" else STORIES, tmp_path / "m", mark)
-    arguments = commands(folder, tmp_path)[command]
-    if command == "finetune":
-        (tmp_path / "text.txt").write_text("Once upon a time there was a girl. " * 400)
-        arguments[arguments.index("--data") + 1] = tmp_path / "text.txt"
-    _, _, err = call(capsys, *arguments, "--trust-remote-code")
+    _, _, err = call(capsys, *commands(folder, tmp_path)[command], "--trust-remote-code")
     assert mark.exists(), err
 
 

@@ -49,7 +49,8 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
+    if "llama.rope.freq_base" not in (settings or {}):
+        writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     tokens = [b"<unk>", b"<s>", b"</s>"] + [f"<0x{i:02X}>".encode() for i in range(config.vocab_size - 3)]
@@ -358,3 +359,20 @@ def test_scaling_of_llama_3(
     ids = torch.randint(3, 512, (2, 64), generator=torch.Generator().manual_seed(0))
     models = [slimllm.load(tmp_path / name)[0] for name in ("dense", "m.gguf")]
     assert torch.allclose(logits(models[0], ids), logits(models[1], ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"llama.expert_count": "many"}, "'many' as llama.expert_count, which is not a number"),
+        ({"split.count": "two"}, "'two' as split.count, which is not a number"),
+        ({"llama.rope.scaling.factor": "two"}, "which is not a number"),
+        ({"llama.rope.freq_base": 0.0}, "base of its rotary embedding, which must be above 0"),
+        ({"llama.rope.freq_base": float("nan")}, "which is not a number"),
+    ],
+)
+def test_settings_that_are_not_what_they_should_be(
+    settings: dict[str, Any], sentence: str, stories: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=sentence):
+        open_checkpoint(write_gguf(stories, tmp_path / "m.gguf", settings=settings))

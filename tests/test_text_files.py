@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.calibration import read_texts
+from slimllm.calibration import calibration_windows, draw_windows, read_texts, tokenize
 from slimllm.checkpoint import open_checkpoint
 from slimllm.evaluate import evaluation_tokens
 
@@ -351,3 +351,24 @@ def test_a_json_list_that_is_too_long(tmp_path: Path, monkeypatch: pytest.Monkey
             read_texts(written(tmp_path, name, content), 10)
     with pytest.raises(InputError, match=r"Line 2 of .* is longer than 1 MiB"):
         read_texts(written(tmp_path, "a.jsonl", LINES[:17] + content), 10)
+
+
+def test_a_template_keeps_a_bos_that_the_tokenizer_does_not_add(tokenizer: Any, tmp_path: Path) -> None:
+    """Of SmolLM2 and its like the BOS is what every turn begins with."""
+    path = written(tmp_path, "a.jsonl", json.dumps({"messages": TALK}))
+    template = "{% for m in messages %}<s>[{{ m.role }}] {{ m.content }}{% endfor %}"
+    without = Tokenizer(WordLevel({"<s>": 0, "other": 1}, unk_token="other"))
+    plain = PreTrainedTokenizerFast(tokenizer_object=without, bos_token="<s>", chat_template=template)
+    assert read_texts(path, 1, tokenizer=plain) == ["<s>[user] Hi.<s>[assistant] Hello."]
+    tokenizer.chat_template = template
+    assert read_texts(path, 1, tokenizer=tokenizer) == ["[user] Hi.<s>[assistant] Hello."]
+
+
+def test_the_preset_paper_draws_from_all_of_a_long_file(tokenizer: Any, stories_path: Path, tmp_path: Path) -> None:
+    """Its windows are what they were before long files were drawn by blocks."""
+    text = " ".join(f"Word {number} of a long story." for number in range(90_000))
+    path = written(tmp_path, "long.txt", text)
+    config = PruneConfig(ratio=0.2, preset="paper", calibration=path, samples=4, seq_len=32, seed=3)
+    wanted = draw_windows(tokenize(tokenizer, [text]), 4, 32, 3)
+    model_config = open_checkpoint(stories_path).config
+    assert torch.equal(calibration_windows(config, tokenizer, model_config, lambda said: None).token_ids, wanted)
