@@ -23,11 +23,11 @@ from slimllm.folder import (
     SAFETENSORS_DTYPES,
     Headers,
     first_line,
-    load_tokenizer,
     name_some,
     read_config,
     weight_files,
 )
+from slimllm.tokenizer import load_tokenizer
 
 _MAPPED_BYTES = 64 * 2**20  # of a file that is open
 

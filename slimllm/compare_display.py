@@ -31,25 +31,26 @@ def run_compare(
     tokenizer = open_checkpoint(model).tokenizer()
     bos_token_id = window_bos(tokenizer, config.bos)
     with PruneDisplay(console, quiet) as display:
-        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, display.notice)
+        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, display.notice, config.bos)
 
         def on_line(line: Compared) -> None:
             where = f" at {line.ratio:g}" if line.ratio else ""
             display.notice(f"{line.method}{where}: perplexity {line.perplexity:.2f}")
             if out is not None:
                 with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(dataclasses.asdict(line)) + "\n")
+                    about = {"model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows}
+                    file.write(json.dumps({**dataclasses.asdict(line), **about}) + "\n")
 
         lines = compare(
             model, ratios, config, tokens, methods=methods or tuple(METHODS), seq_len=eval_len, max_windows=max_windows,
             bos_token_id=bos_token_id, workdir=workdir, progress=display.progress, on_line=on_line,
         )  # fmt: skip
-    console.print(compare_table(lines))
+    console.print(compare_table(lines, eval_len))
 
 
-def compare_table(lines: list[Compared]) -> Table:
-    """A line for each method, best first at each ratio, below the dense model."""
-    title = f"perplexity in windows {about_bos(lines[0].bos_token_id)}"
+def compare_table(lines: list[Compared], eval_len: int) -> Table:
+    """A line for each method, best first at each ratio, below the dense model; measured in windows of `eval_len` tokens."""
+    title = f"perplexity in windows of {eval_len} tokens, {about_bos(lines[0].bos_token_id)}"
     table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left")
     for title in ("ratio", "method", "perplexity", "log incr.", "parameters", "s", "x dense"):
         table.add_column(title, justify="left" if title == "method" else "right", no_wrap=True)

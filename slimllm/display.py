@@ -72,7 +72,7 @@ def print_summary(console: Console, report: PruneReport) -> None:
         f"{report.achieved_ratio_model:.2%}",
     )  # fmt: skip
     table.add_row(
-        f"perplexity, calibration text, {calibration['bos']}",
+        f"perplexity, {calibration['perplexity_tokens']} calibration tokens, {calibration['bos']}",
         f"{calibration['perplexity_dense']:.2f}", f"{calibration['perplexity_pruned']:.2f}", "",
     )  # fmt: skip
     console.print(table)

@@ -18,7 +18,6 @@ from slimllm.folder import (
     Headers,
     check_padding,
     first_line,
-    load_tokenizer,
     name_some,
     quantisation_of,
     read_settings,
@@ -27,6 +26,7 @@ from slimllm.folder import (
 )
 from slimllm.memory import exhausted, free_bytes, release
 from slimllm.skeleton import expected_tensors, meta_model
+from slimllm.tokenizer import load_tokenizer
 
 _DATASET_WINDOWS = 2048
 _LOGITS_BYTES = 2**30  # of the windows that go through a model together
@@ -90,7 +90,11 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{name_some(missing, 'is', 'are')} missing in {path}; is the checkpoint complete?")
     if reshaped := sorted(str(entry[0]) for entry in found["mismatched_keys"]):
-        raise InputError(f"{name_some(reshaped, 'has', 'have')} another shape in {path} than its config.json asks for.")
+        shapes = next(tuple(map(tuple, entry[1:3])) for entry in found["mismatched_keys"] if str(entry[0]) == reshaped[0])
+        others = f"; {len(reshaped) - 1} more do not fit either" if len(reshaped) > 1 else ""
+        raise InputError(
+            f"Tensor {reshaped[0]} in {path} has shape {shapes[0]}, but its config.json asks for {shapes[1]}{others}."
+        )
     unexpected = [name for name in sorted(found["unexpected_keys"]) if not headers.is_meaningless(name)]
     if unexpected and not quantised:
         raise InputError(
@@ -133,6 +137,7 @@ def evaluation_tokens(
     seq_len: int,
     max_windows: int | None = None,
     notice: Callable[[str], None] | None = None,
+    bos: str = "auto",
 ) -> torch.Tensor:
     """Read a text to measure on, as a stream of token ids.
 
@@ -142,6 +147,7 @@ def evaluation_tokens(
         seq_len, max_windows: Windows that are wanted of it; None: all of a file, and 2048 of a dataset, which may have no
             end.
         notice: Called with a sentence if documents are skipped.
+        bos: As for `PruneConfig`.
 
     Returns:
         (num_tokens,) int64.
@@ -150,11 +156,11 @@ def evaluation_tokens(
         ValueError: (as InputError) as `read_texts`.
     """
     if text is None:
-        return tokenize(tokenizer, [bundled_text("evaluation")])
+        return tokenize(tokenizer, [bundled_text("evaluation")], bos)
     wanted: float = (max_windows or _DATASET_WINDOWS) * seq_len
     if max_windows is None and Path(text).expanduser().is_file():
         wanted = math.inf
-    return tokenize(tokenizer, read_texts(text, wanted, tokenizer=tokenizer, notice=notice))
+    return tokenize(tokenizer, read_texts(text, wanted, tokenizer=tokenizer, notice=notice), bos)
 
 
 def perplexity_of(

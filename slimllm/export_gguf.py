@@ -82,8 +82,11 @@ def _about_row_lengths(source: CheckpointModel) -> str | None:
     )
     if unquantised := sum(length % 32 > 0 for length in odd.values()):
         sentence += f", and leaves {unquantised}, whose rows are not a multiple of 32 either, in 16 bits"
-    if any(f".{source.spec.down_proj}." in name for name in odd):
-        sentence += "; --round-to 256 when pruning keeps the widths of the FFNs multiples of it"
+    helped = sum(f".{source.spec.down_proj}." in name and length > 256 for name, length in odd.items())
+    if helped:
+        sentence += (
+            f"; --round-to 256 when pruning keeps the widths of the FFNs multiples of it, which helps {helped} of them"
+        )
     return f"{sentence}."
 
 

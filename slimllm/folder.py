@@ -1,4 +1,4 @@
-"""A model's folder: its settings, its weights and its tokenizer, or a sentence that says what the folder holds instead.
+"""A model's folder: its settings and its weights, or a sentence that says what the folder holds instead.
 
 Nothing in a folder is executed unless the user trusts its code, and nothing is unpickled.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, PretrainedConfig
 
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.errors import InputError
@@ -99,7 +99,9 @@ def read_config(path: Path) -> PretrainedConfig:
         ("quantised" for name in _QUANTISED_FILES if (path / name).is_file()), None
     ):
         raise InputError(f"{path} holds {kind} weights; prune the unquantised model and quantise the result.")
-    layer_spec(str(settings.get("model_type")))
+    if "model_type" not in settings:
+        raise InputError(f"{path / 'config.json'} has no model_type; give the folder of a Hugging Face model.")
+    layer_spec(str(settings["model_type"]))
     architectures = settings.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
@@ -158,7 +160,8 @@ def _instead(path: Path) -> str:
     """Say what a folder without weights, or without a configuration, holds, as the end of a sentence."""
 
     def first(*patterns: str) -> str | None:
-        return next((file.name for pattern in patterns for file in sorted(path.glob(pattern))), None)
+        found = (file.name for pattern in patterns for file in sorted(path.glob(pattern)))
+        return next((name for name in found if name != SINGLE), None)
 
     if name := first("consolidated*.safetensors", "consolidated*.pth", "params.json"):
         return f", but {name}: it is in the format of the model's authors, which has to be converted to Hugging Face's"
@@ -196,6 +199,9 @@ class Headers:
                         self.shape_of[tensor] = tuple(view.get_shape())
                         self.dtype_of[tensor] = view.get_dtype()
             except (SafetensorError, OSError) as error:
+                with shard.open("rb") as start:
+                    if start.read(24) == b"version https://git-lfs.":
+                        raise InputError(f"{shard} is a pointer of Git LFS, not the file; run git lfs pull.") from None
                 raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
 
     def check(self, path: Path) -> None:
@@ -248,43 +254,6 @@ def stored_head_differs(config: PretrainedConfig, headers: Headers) -> bool:
         return False
     head, embedding = (headers.read(name) for name in names)
     return not torch.equal(head, embedding)
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder.
-
-    One that comes with Python code is read without it: as transformers' own class of that name, or else from its
-    tokenizer.json.
-
-    Raises:
-        ValueError: (as InputError) there is none, or it cannot be had without running code that is not trusted.
-    """
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
-        if not trust_remote_code and (code := tokenizer_code(path)):
-            if (path / "tokenizer.json").is_file():
-                return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
-            raise InputError(
-                f"The tokenizer in {path} is Python code ({code}), which is not run; save a fast tokenizer there "
-                "(tokenizer.json), or allow the code with --trust-remote-code where the command has it."
-            ) from None
-        raise InputError(
-            f"The tokenizer in {path} cannot be loaded; save it in the folder with tokenizer.save_pretrained. "
-            f"It said: {first_line(error)}"
-        ) from error
-
-
-def tokenizer_code(path: Path) -> str | None:
-    """Name the class of a folder's own code that its tokenizer asks for; None: it asks for none."""
-    try:
-        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
-        asked = settings.get("auto_map") or {}
-        asked = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
-        names = asked if isinstance(asked, list) else [asked]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    return next((str(name) for name in reversed(names) if name), None)
 
 
 def name_some(names: Iterable[str], one: str, several: str) -> str:

@@ -15,7 +15,6 @@ from slimllm.calibration import calibration_windows
 from slimllm.checkpoint import Checkpoint, open_checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
 from slimllm.dense import DensePass
-from slimllm.folder import tokenizer_code
 from slimllm.journal import begun_with, fingerprint
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
@@ -38,6 +37,7 @@ from slimllm.run import (
     weight_dtype,
 )  # fmt: skip
 from slimllm.source import CheckpointModel
+from slimllm.tokenizer import tokenizer_code
 from slimllm.writer import (
     CheckpointWriter,
     can_resume,

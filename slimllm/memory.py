@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import math
 import sys
@@ -66,8 +67,9 @@ def exhausted(error: BaseException) -> str | None:
     """Name the memory that an error says is not enough, `CPU` or `GPU`; None if it says something else."""
     if isinstance(error, torch.OutOfMemoryError):
         return "GPU"
-    # torch has no type of its own for it on the CPU.
-    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    # torch has no type of its own for it on the CPU, and maps files whose memory may not be had either.
+    told = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "Cannot allocate" in str(error))
+    told = told or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     return "CPU" if told or isinstance(error, MemoryError) else None
 
 

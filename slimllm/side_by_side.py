@@ -102,7 +102,7 @@ def evaluate(
     for model in models:
         started = time.perf_counter()
         loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        tokens = evaluation_tokens(tokenizer, text, max(seq_lens), max_windows, None if done else notice)
+        tokens = evaluation_tokens(tokenizer, text, max(seq_lens), max_windows, None if done else notice, bos)
         bos_token_id, found, windows = window_bos(tokenizer, bos), {}, {}
         for seq_len in seq_lens:
             found[seq_len] = perplexity(

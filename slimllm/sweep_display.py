@@ -55,7 +55,7 @@ def run_sweep(
         raise InputError(f"The folder {out} is not empty ({others[0]}) and holds no sweep; give another one.")
     done = _read(file, settings, resume)
     with PruneDisplay(console, quiet) as display, _folder(out):
-        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, display.notice)
+        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, display.notice, config.bos)
 
         def on_point(point: Swept) -> None:
             try:
@@ -76,8 +76,9 @@ def run_sweep(
         return
     console.print(sweep_table(points))
     console.print(
-        f"Perplexity in windows {about_bos(bos_token_id)}. * no other point has a lower perplexity with no more parameters."
-        f" Speeds are over the dense model's, in turns; s: of pruning. All figures, and the picture: {out}",
+        f"Perplexity in windows of {eval_len} tokens, {about_bos(bos_token_id)}. * no other point has a lower one "
+        "with no more parameters. Speeds are over the dense model's, in turns; s: of pruning. "
+        f"All figures, and the picture: {out}",
         style="dim", highlight=False,
     )  # fmt: skip
 

@@ -79,13 +79,12 @@ def test_calibration_windows(tokenizer: Any) -> None:
     stream = tokenize(tokenizer, [bundled_text("calibration")])
     with_bos, as_it_is = draw_windows(stream, 8, 32, 0, BOS), draw_windows(stream, 8, 32, 0)
     assert torch.equal(made(tokenizer)[0], with_bos) and torch.equal(made(tokenizer, bos="always")[0], with_bos)
-    assert torch.equal(made(tokenizer, bos="never")[0], as_it_is)
+    assert torch.equal(made(tokenizer, preset="paper")[0], as_it_is)
     assert int((with_bos[:, 0] == BOS).sum()) == 8 and int((as_it_is == BOS).sum()) <= 1
 
 
 def test_the_preset_paper_stays_as_published_and_says_so(tokenizer: Any, plain: Path) -> None:
-    windows, told = made(tokenizer, preset="paper")
-    assert torch.equal(windows, made(tokenizer, bos="never")[0])
+    _, told = made(tokenizer, preset="paper")
     assert any("paper puts no BOS before the calibration windows, as published" in sentence for sentence in told)
     windows, told = made(tokenizer, preset="paper", bos="always")
     assert torch.equal(windows, made(tokenizer)[0]) and not any("BOS" in sentence for sentence in told)
@@ -110,7 +109,7 @@ def test_the_reports_perplexity_is_that_of_the_windows(stories: Any, tokenizer: 
     stream = tokenize(tokenizer, [bundled_text("calibration")])
     for bos, begin, words in (("auto", BOS, "with BOS"), ("never", None, "no BOS")):
         report = reports[bos]
-        wanted = plain_perplexity(stories, draw_windows(stream, 4, 64, 0, begin))
+        wanted = plain_perplexity(stories, draw_windows(stream[1:], 4, 64, 0, begin))
         assert report.calibration["perplexity_dense"] == pytest.approx(wanted, rel=1e-4)
         assert (report.calibration["bos"], report.calibration["bos_token_id"]) == (words, begin)
         assert words in (tmp_path / bos / "README.md").read_text()
@@ -122,7 +121,7 @@ def test_the_reports_perplexity_is_that_of_the_windows(stories: Any, tokenizer: 
 def test_commands_say_it_beside_every_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few: list[str | Path] = ["--samples", "4", "--seq-len", "32"]
     code, out, err = call(capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.2", *few)
-    assert code == 0 and "perplexity, calibration text, with BOS" in out, err
+    assert code == 0 and "perplexity, 128 calibration tokens, with BOS" in out, err
     assert "(with BOS)" in (tmp_path / "out" / "report.html").read_text()
     found = {}
     for bos, words in (("auto", "with BOS"), ("never", "no BOS")):
@@ -138,7 +137,7 @@ def test_commands_say_it_beside_every_perplexity(tmp_path: Path, capsys: pytest.
         capsys, "compare", STORIES, "--ratio", "0.2", "--method", "random", "--max-windows", "4", *few,
         "--out", tmp_path / "lines.jsonl",
     )  # fmt: skip
-    assert code == 0 and "perplexity in windows with BOS" in out, err
+    assert code == 0 and "perplexity in windows of 128 tokens, with BOS" in out, err
     line = json.loads((tmp_path / "lines.jsonl").read_text().splitlines()[0])
     assert line["bos_token_id"] == BOS and line["perplexity"] == pytest.approx(
         found["auto"]["models"][0]["perplexity"]["128"]
@@ -154,3 +153,15 @@ def test_text_to_train_on(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Once upon a time there was a little dog. " * 50)
     examples = read_examples(tmp_path / "text.txt", tokenizer, 32)
     assert len(examples) > 5 and all(example.ids[0] == BOS and len(example.ids) == 32 for example in examples)
+
+
+def test_never_is_no_bos_at_all(stories: Any, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """The one that the tokenizer puts before the whole text is left out too; the preset paper keeps it, as published."""
+    text = bundled_text("evaluation")
+    with_own, without = tokenize(tokenizer, [text]), tokenize(tokenizer, [text], "never")
+    assert with_own[0] == BOS and torch.equal(without, with_own[1:]) and not bool((without == BOS).any())
+    wanted = plain_perplexity(stories, without[:64][None])
+    code, out, err = call(capsys, "eval", STORIES, "--max-windows", "1", "--seq-len", "64", "--bos", "never")
+    assert code == 0 and f"perplexity {wanted:.4f}   (1 windows of 64 tokens, no BOS)" in out, err
+    stream = tokenize(tokenizer, [bundled_text("calibration")])
+    assert torch.equal(made(tokenizer, bos="never")[0], draw_windows(stream[1:], 8, 32, 0))

@@ -13,6 +13,7 @@ PACKAGE = Path(slimllm.__file__).parent
 # The way of the data: a module imports only from those before it.
 ORDER = [
     "errors", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling", "registration", "folder",
+    "tokenizer",
     "kernels", "ops", "statistics", "importance", "criteria", "selection", "recovery", "elimination", "spending",
     "allocation", "slicing", "states", "native", "progress", "layer", "measure", "sensitivity", "attention", "ffn",
     "account", "plan", "journal", "record", "skeleton", "companions", "checkpoint", "gguf_file", "gguf_rope",

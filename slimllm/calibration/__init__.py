@@ -3,7 +3,7 @@
 from slimllm.calibration.bos import about_bos, window_bos
 from slimllm.calibration.files import check_regular, shown
 from slimllm.calibration.formats import recognise
-from slimllm.calibration.records import check_messages, fields_of, is_unicode, rendered
+from slimllm.calibration.records import check_messages, fields_of, has_empty, is_unicode, rendered
 from slimllm.calibration.texts import bundled_text, read_texts
 from slimllm.calibration.windows import (
     Calibration,
@@ -18,6 +18,6 @@ from slimllm.calibration.windows import (
 
 __all__ = [
     "Calibration", "about_bos", "bundled_text", "calibration_name", "calibration_windows", "check_messages",
-    "check_regular", "check_seq_len", "draw_windows", "fields_of", "is_unicode", "longest_input", "read_texts", "recognise",
-    "rendered", "shown", "tokenize", "window_bos", "windows_of",
+    "check_regular", "check_seq_len", "draw_windows", "fields_of", "has_empty", "is_unicode", "longest_input",
+    "read_texts", "recognise", "rendered", "shown", "tokenize", "window_bos", "windows_of",
 ]  # fmt: skip

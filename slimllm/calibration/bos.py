@@ -33,8 +33,5 @@ def window_bos(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
 
 
 def about_bos(bos_token_id: int | None) -> str:
-    """Say what windows begin with, beside a perplexity of theirs.
-
-    Without a BOS the stream is cut as it is: its very first window may still begin with the one that the tokenizer adds.
-    """
+    """Say what windows begin with, beside a perplexity of theirs."""
     return "no BOS" if bos_token_id is None else "with BOS"

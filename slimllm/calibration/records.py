@@ -88,7 +88,7 @@ class Records:
 
 
 def rendered(messages: Any, tokenizer: PreTrainedTokenizerBase | None, where: str, *, answer: bool = False) -> str | None:
-    """A conversation as the model's chat template writes it, None if it has no messages.
+    """A conversation as the model's chat template writes it, None if it has no messages, or one without content.
 
     A BOS at the beginning is left out if the tokenizer adds one to every text by itself.
 
@@ -101,6 +101,8 @@ def rendered(messages: Any, tokenizer: PreTrainedTokenizerBase | None, where: st
     Raises:
         ValueError: (as InputError) the messages are not such a list, or the template is missing or does not take them.
     """
+    if has_empty(messages):
+        return None
     check_messages(messages, where)
     if not messages:
         return None
@@ -115,6 +117,12 @@ def rendered(messages: Any, tokenizer: PreTrainedTokenizerBase | None, where: st
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"The model's chat template does not take the messages of {where}: {shown(reason)}.") from error
     return text.removeprefix(tokenizer.bos_token) if window_bos(tokenizer, "auto") is not None else text
+
+
+def has_empty(messages: Any) -> bool:
+    """Whether a message of a conversation has no content, such as one that calls a tool."""
+    entries = messages if isinstance(messages, list) else []
+    return any(isinstance(entry, dict) and "content" in entry and entry["content"] is None for entry in entries)
 
 
 def check_messages(messages: Any, where: str) -> None:

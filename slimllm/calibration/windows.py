@@ -16,13 +16,19 @@ from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> torch.Tensor:
-    """One stream of token ids, (num_tokens,) int64: the documents joined by blank lines and tokenized at once.
+def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], bos: str = "auto") -> torch.Tensor:
+    """Make one stream of token ids, (num_tokens,) int64: the documents joined by blank lines and tokenized at once.
 
     This is the usual protocol of perplexity on data sets by rows, such as WikiText-2.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        documents: The texts.
+        bos: As for `PruneConfig`; with `never` the BOS that the tokenizer puts before the stream is left out.
     """
     ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.int64)
+    own = bos == "never" and ids[:1] == [window_bos(tokenizer, "auto")]
+    return torch.tensor(ids[1:] if own else ids, dtype=torch.int64)
 
 
 def draw_windows(
@@ -139,7 +145,7 @@ def calibration_windows(
             "The preset paper puts no BOS before the calibration windows, as published, though this model's tokenizer adds "
             "one to every text; --bos always puts it there."
         )
-    windows = draw_windows(tokenize(tokenizer, documents), config.samples, config.seq_len, config.seed, bos)
+    windows = draw_windows(tokenize(tokenizer, documents, config.bos), config.samples, config.seq_len, config.seed, bos)
     return Calibration(_check_token_ids(windows, model_config), bos)
 
 

@@ -76,10 +76,13 @@ def main() -> None:
     except InputError as error:
         _say(str(error))
         code = 2
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         memory = exhausted(error)
-        if memory is None:
+        if memory is not None:
+            _say(f"The memory of the {memory} is not enough; {_LESS_MEMORY.get(sys.argv[1], 'free some')}.")
+        elif isinstance(error, OSError):
+            _say(f"Reading or writing failed: {error}.")
+        else:
             raise
-        _say(f"The memory of the {memory} is not enough; {_LESS_MEMORY.get(sys.argv[1], 'free some')}.")
         code = 2
     end(code)

@@ -14,6 +14,7 @@ from slimllm.calibration import (
     check_messages,
     check_regular,
     fields_of,
+    has_empty,
     is_unicode,
     recognise,
     rendered,
@@ -165,7 +166,7 @@ def _alpaca(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBa
 
 def _conversation(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
     messages = record["messages"]
-    if messages is None:
+    if messages is None or has_empty(messages):
         return None
     check_messages(messages, where)
     last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)

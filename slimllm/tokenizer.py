@@ -1,0 +1,48 @@
+"""The tokenizer in a model's folder, loaded without running code that is not trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from slimllm.errors import InputError
+from slimllm.folder import first_line
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder.
+
+    One that comes with Python code is read without it: as transformers' own class of that name, or else from its
+    tokenizer.json.
+
+    Raises:
+        ValueError: (as InputError) there is none, or it cannot be had without running code that is not trusted.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
+        if not trust_remote_code and (code := tokenizer_code(path)):
+            if (path / "tokenizer.json").is_file():
+                return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+            raise InputError(
+                f"The tokenizer in {path} is Python code ({code}), which is not run; save a fast tokenizer there "
+                "(tokenizer.json), or allow the code with --trust-remote-code where the command has it."
+            ) from None
+        raise InputError(
+            f"The tokenizer in {path} cannot be loaded; save it in the folder with tokenizer.save_pretrained. "
+            f"It said: {first_line(error)}"
+        ) from error
+
+
+def tokenizer_code(path: Path) -> str | None:
+    """Name the class of a folder's own code that its tokenizer asks for; None: it asks for none."""
+    try:
+        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
+        asked = settings.get("auto_map") or {}
+        asked = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
+        names = asked if isinstance(asked, list) else [asked]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return next((str(name) for name in reversed(names) if name), None)
