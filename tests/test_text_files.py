@@ -353,6 +353,14 @@ def test_a_json_list_that_is_too_long(tmp_path: Path, monkeypatch: pytest.Monkey
         read_texts(written(tmp_path, "a.jsonl", LINES[:17] + content), 10)
 
 
+def test_messages_without_content_are_skipped(tokenizer: Any, tmp_path: Path) -> None:
+    """Such as those that call a tool."""
+    rows = [{"messages": TALK}, {"messages": [*TALK, {"role": "assistant", "content": None}]}]
+    path, told = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))), []
+    assert len(read_texts(path, 1, tokenizer=tokenizer, notice=told.append)) == 1
+    assert told == [f"1 of 2 documents have no text and are skipped ({path})."]
+
+
 def test_a_template_keeps_a_bos_that_the_tokenizer_does_not_add(tokenizer: Any, tmp_path: Path) -> None:
     """Of SmolLM2 and its like the BOS is what every turn begins with."""
     path = written(tmp_path, "a.jsonl", json.dumps({"messages": TALK}))
