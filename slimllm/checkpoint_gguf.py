@@ -37,7 +37,7 @@ class GGUFCheckpoint(Checkpoint):
         path: The file; of a split one any part.
 
     Raises:
-        ValueError: (as InputError) it is no GGUF file, is damaged or incomplete, or holds another model than LLaMA.
+        ValueError: (as InputError) it is not a GGUF file, is damaged or incomplete, or holds another model than LLaMA.
     """
 
     def __init__(self, path: Path) -> None:

@@ -53,7 +53,7 @@ def test_what_is_no_example(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Entry 3 of"):
         read_examples(path, tokenizer, 200)
     path.write_text('{"text": "one"}\n{"text"}\n')
-    with pytest.raises(InputError, match=r"Line 2 of .* is no valid JSON"):
+    with pytest.raises(InputError, match=r"Line 2 of .* is not valid JSON"):
         read_examples(path, tokenizer, 200)
 
 
@@ -63,7 +63,7 @@ def test_what_is_no_example(tmp_path: Path) -> None:
         ('{"instruction": "a", "output": "b"}\n{"text": "c"}\n', 'objects with "text" and others without'),
         ('{"instruction": "a"}\n', "Entry 1 of .* is not a JSON object with"),
         ("[1]\n", "Entry 1 of"),
-        ("nonsense\n", "no valid JSON"),
+        ("nonsense\n", "not valid JSON"),
         ("", "holds no list of JSON objects"),
         ('{"text": "few words"}\n', "gives no example of 256 tokens"),
         ('{"instruction": "a", "output": 3}\n', "Entry 1 of"),

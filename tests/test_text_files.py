@@ -80,12 +80,12 @@ def test_content_decides(
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.json", "nonsense", "Line 1 of .*a.json is no valid JSON"),
-        ("a.jsonl", LINES + '{"text": "cut o', "Line 3 of .*a.jsonl is no valid JSON"),
-        ("a.ndjson", "One.\nTwo.", "Line 1 of .*is no valid JSON"),
-        ("a.json", '[{"text": "One."},\n{"text"]', "Line 2 of .*is no valid JSON"),
-        ("a.json", "[" * 100_000, "is no valid JSON"),
-        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", "is no valid JSON"),
+        ("a.json", "nonsense", "Line 1 of .*a.json is not valid JSON"),
+        ("a.jsonl", LINES + '{"text": "cut o', "Line 3 of .*a.jsonl is not valid JSON"),
+        ("a.ndjson", "One.\nTwo.", "Line 1 of .*is not valid JSON"),
+        ("a.json", '[{"text": "One."},\n{"text"]', "Line 2 of .*is not valid JSON"),
+        ("a.json", "[" * 100_000, "is not valid JSON"),
+        ("a.jsonl", '{"text": ' + "1" * 5000 + "}", "is not valid JSON"),
         ("a.csv", "id,body\n1,One.\n", 'the fields "id", "body"; a field "text"'),
         ("a.csv", "text\nOne, two.\n", "Entry 1 of .*has 2 fields, but the header 1"),
         ("a.csv", 'text\n"One.\nTwo.\n', "not a row of a table"),
@@ -306,7 +306,7 @@ def test_long_json_lines_are_drawn_from(tmp_path: Path) -> None:
                 break
         assert read_texts(path, 10, seed=seed) == [json.loads(lines[i])["text"] for i in sorted(wanted)]
     path.write_text("".join(line if i % 50 < 49 else "{nonsense}\n" for i, line in enumerate(lines)))
-    with pytest.raises(InputError, match=r"The line at byte \d+ of .* is no valid JSON"):
+    with pytest.raises(InputError, match=r"The line at byte \d+ of .* is not valid JSON"):
         read_texts(path, 10, seed=0)
 
 

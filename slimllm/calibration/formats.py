@@ -153,11 +153,11 @@ class TextFile:
         except json.JSONDecodeError as error:
             where = where or f"Line {error.lineno}"
             raise InputError(
-                f"{where} of {shown(self.path)} is no valid JSON: {error.msg} (column {error.colno})."
+                f"{where} of {shown(self.path)} is not valid JSON: {error.msg} (column {error.colno})."
             ) from None
         except (ValueError, RecursionError):
             raise InputError(
-                f"{where or 'The text'} of {shown(self.path)} is no valid JSON: it has numbers of thousands of digits, or "
+                f"{where or 'The text'} of {shown(self.path)} is not valid JSON: it has numbers of thousands of digits, or "
                 "thousands of lists in each other."
             ) from None
 
