@@ -190,6 +190,8 @@ def test_the_command_and_prune_write_it(tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 2 and "There is no" in words and "report.json" in words
     code, _, words = call(capsys, "report", out, "--prompt", " ")
     assert code == 2 and "prompt of the sample is empty" in words
+    with pytest.raises(InputError, match=r"caf\\udce9, is not valid Unicode"):  # as bytes of another encoding arrive
+        make_sample(STORIES, prompt="caf\udce9")
 
 
 def test_a_page_that_fails_costs_nothing(

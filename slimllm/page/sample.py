@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from slimllm.calibration import longest_input
+from slimllm.calibration import is_unicode, longest_input, shown
 from slimllm.errors import InputError
 from slimllm.evaluate import load
 from slimllm.memory import release
@@ -38,10 +38,13 @@ def make_sample(
     """Let a pruned model go on with a prompt, and the dense one if it is given; one of them in memory at a time.
 
     Raises:
-        ValueError: (as InputError) the prompt is empty, or a model cannot be loaded, or the dense one is another.
+        ValueError: (as InputError) the prompt is empty or not valid Unicode, a model cannot be loaded, or the dense one is
+            another.
     """
     if not prompt.strip():
         raise InputError("The prompt of the sample is empty; give some words.")
+    if not is_unicode(prompt):
+        raise InputError(f"The prompt of the sample, {shown(prompt)}, is not valid Unicode; give it in UTF-8.")
     after, sizes = _written(pruned, prompt, device, trust_remote_code)
     return Sample(prompt, after, None if dense is None else _written(dense, prompt, device, trust_remote_code, sizes)[0])
 
