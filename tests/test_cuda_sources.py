@@ -20,7 +20,7 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_HOME / "bin")
 
 
 @pytest.mark.skipif(not NVCC, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["80", "90a"])
+@pytest.mark.parametrize("architecture", [pytest.param("80", marks=pytest.mark.slow), "90a"])
 @pytest.mark.parametrize("source", sorted(path.name for path in (ROOT / "csrc").glob("*.cu")))
 def test_they_compile_without_spills(source: str, architecture: str, tmp_path: Path) -> None:
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):

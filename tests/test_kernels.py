@@ -111,7 +111,7 @@ def test_offsets_beyond_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("tokens", [65, 1000])
+@pytest.mark.parametrize("tokens", [65, pytest.param(1000, marks=pytest.mark.slow)])
 def test_gram_split_over_tokens(tokens: int, deterministic: bool) -> None:
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, 130, generator=generator).to(DEVICE)

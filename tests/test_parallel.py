@@ -128,8 +128,7 @@ def _statistics(group: Any, dtype: str, out: str) -> list[int]:
     return [gram.count, columns.count, pairs.count]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("size", "dtype"), [(2, "bfloat16"), (3, "float32")])
 def test_sums_over_ranks(tmp_path: Path, size: int, dtype: str) -> None:
     assert results(_statistics, size, tmp_path / "world", dtype, str(tmp_path / "sums")) == [[90, 90, 90]] * size
     x = _tokens(getattr(torch, dtype)).double()
@@ -201,7 +200,7 @@ def assert_close(folder: Path, other: Path) -> None:
         {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
     ],
 )
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_as_one_process(tmp_path: Path, size: int, settings: dict[str, Any]) -> None:
     found = results(_prune_with, size, tmp_path / "world", str(tmp_path / "out"), None, {"config": settings})
     assert all(one["kept"] == found[0]["kept"] and one["steps"] == 10 for one in found)
@@ -253,7 +252,10 @@ def test_ratios(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "states", "choice"),
-    [(["dense", 2], "device", {}), (["prune", 1], "disk", {"recovery": "lstsq", "dense_target": 0.5})],
+    [
+        pytest.param(["dense", 2], "device", {}, marks=pytest.mark.slow),
+        (["prune", 1], "disk", {"recovery": "lstsq", "dense_target": 0.5}),
+    ],
 )
 def test_resume(tmp_path: Path, stop: list[Any], states: str, choice: dict[str, Any]) -> None:
     """On as many ranks to the last bit, on others to rounding."""
@@ -274,7 +276,7 @@ def test_resume(tmp_path: Path, stop: list[Any], states: str, choice: dict[str, 
     assert_close(tmp_path / "expected", tmp_path / "one")
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
     results(_prune_with, 3, tmp_path / "whole", str(tmp_path / "expected"), None, {})
     world = World(_prune_with, 3, tmp_path / "world", str(tmp_path / "out"), None, {"slowly": True})

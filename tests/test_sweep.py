@@ -77,6 +77,7 @@ def test_points_are_those_of_single_runs(token_ids: torch.Tensor, tmp_path: Path
     assert again == points  # nothing is measured twice
 
 
+@pytest.mark.slow
 def test_interrupted_while_it_measures(token_ids: torch.Tensor, tmp_path: Path) -> None:
     """What is pruned and kept, but was not measured, is measured when the sweep goes on."""
     tokens = tokenize(open_checkpoint(STORIES).tokenizer(), [bundled_text("evaluation")[:5_000]])

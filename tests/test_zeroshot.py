@@ -61,7 +61,7 @@ def by_hand(folder: Path, tasks: Path, few_shot: int) -> dict[str, dict[str, flo
     return result
 
 
-@pytest.mark.parametrize(("few_shot", "grouped"), [(0, True), (0, False), (2, True)])
+@pytest.mark.parametrize(("few_shot", "grouped"), [pytest.param(0, True, marks=pytest.mark.slow), (0, False), (2, True)])
 def test_as_lm_eval_by_hand(
     stories_path: Path, token_ids: torch.Tensor, tasks: Path, tmp_path: Path, few_shot: int, grouped: bool
 ) -> None:

@@ -10,6 +10,9 @@ from slimllm.ops import columns, gram, heads, pearson, regression, tokens
 from slimllm.ops.checks import ACTIVATIONS
 from slimllm.ops.dispatch import forced
 
+# So many that a GPU splits them over programs; 300 are so few that it does not.
+MANY_TOKENS = 2048
+
 
 def difference(operation: str, device: torch.device, backend: str) -> float:
     """Largest difference between the kernel's results and torch's, relative to the largest result."""
@@ -30,8 +33,7 @@ def _run(operation: str, device: torch.device) -> list[torch.Tensor]:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
-    # So many tokens that a GPU splits them over programs, and so few that it does not.
-    x, weight = random(2048, 8 * 24), random(136, 8 * 24)
+    x, weight = random(MANY_TOKENS, 8 * 24), random(136, 8 * 24)
     if operation == "gram_":
         x = (4 * x).round()  # whole numbers, which no dtype rounds
         pivot = (64 * random(192)).round() / 64  # differences from it have more digits than bf16: the low parts count
@@ -61,7 +63,7 @@ def _run(operation: str, device: torch.device) -> list[torch.Tensor]:
             by_head = heads.head_covariance(weight, covariance, 8)
         return [pearson.pearson_greedy(by_head, 4)]
     if operation == "token_cosine":
-        return [tokens.token_cosine(x, x + random(2048, 192))]
+        return [tokens.token_cosine(x, x + random(len(x), 192))]
     if operation == "lstsq":
         results, lstsq = [], torch.ops.slimllm.lstsq
         for size, rights, dtype in ((64, 3, torch.float32), (33, 1, torch.float64), (8, 16, torch.float32)):

@@ -1,0 +1,112 @@
+"""Windows of the calibration text that nothing is fitted to: the perplexity of a run is of these."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES
+from test_cli import call
+from test_text import plain_perplexity
+from transformers import AutoModelForCausalLM
+
+import slimllm
+from slimllm import PruneConfig
+from slimllm.calibration import Calibration, calibration_windows, draw_windows, num_held_out, tokenize
+from slimllm.checkpoint import open_checkpoint
+from slimllm.pipeline import prune_layers
+from slimllm.progress import Stopwatch
+from slimllm.source import InMemoryModel
+from slimllm.states import Placement
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return open_checkpoint(STORIES).tokenizer()
+
+
+def drawn(tokenizer: Any, text: Path, samples: int, **settings: Any) -> tuple[Calibration, list[str]]:
+    told: list[str] = []
+    config = PruneConfig(ratio=0.2, calibration=text, samples=samples, seq_len=32, bos="never", **settings)
+    return calibration_windows(config, tokenizer, open_checkpoint(STORIES).config, told.append), told
+
+
+@pytest.mark.parametrize(("samples", "wanted"), [(1, 2), (8, 2), (20, 2), (21, 3), (32, 4), (128, 13)])
+def test_a_tenth_and_two_at_least(samples: int, wanted: int) -> None:
+    assert num_held_out(samples) == wanted
+
+
+def test_windows_in_the_statistics_do_not_depend_on_those_held_out(tokenizer: Any, tmp_path: Path) -> None:
+    """The text has 40 windows: for 38 of them two are left to hold out, for 39 one, for 40 none, which is said."""
+    stream = tokenize(tokenizer, ["word " * 4000], "never")[: 40 * 32 + 5]
+    text = tmp_path / "text.txt"
+    text.write_text(tokenizer.decode(stream))
+    stream = tokenize(tokenizer, [text.read_text()], "never")
+    count = len(stream) // 32
+    for samples, held_out in ((8, 2), (count - 2, 2), (count - 1, 1), (count, 0)):
+        calibration, told = drawn(tokenizer, text, samples, preset="paper")
+        assert torch.equal(calibration.token_ids, draw_windows(stream, samples, 32, 0))
+        every = torch.cat([calibration.token_ids, calibration.held_out])
+        assert torch.equal(every, draw_windows(stream, samples + held_out, 32, 0))
+        short = [sentence for sentence in told if "windows beside those for the statistics" in sentence]
+        assert len(short) == (held_out < num_held_out(samples))
+    assert "no windows beside" in short[0] and "is of windows it is fitted to" in short[0]
+
+
+@pytest.mark.parametrize("preset", ["paper", "best"])
+def test_held_out_windows_change_nothing_but_the_perplexity(
+    stories: Any, tokenizer: Any, tmp_path: Path, preset: str
+) -> None:
+    """The weights are those of the windows given as token ids; the perplexities those of the two models on what is left."""
+    settings: dict[str, Any] = {"preset": preset, "bos": "never"}
+    report = slimllm.prune(STORIES, tmp_path / "text", PruneConfig(ratio=0.4, samples=4, seq_len=64, **settings))
+    calibration = calibration_windows(
+        PruneConfig(ratio=0.4, samples=4, seq_len=64, **settings), tokenizer, stories.config, lambda sentence: None
+    )
+    given = slimllm.prune(
+        STORIES, tmp_path / "ids", PruneConfig(ratio=0.4, calibration=calibration.token_ids, preset=preset)
+    )
+    for path in sorted((tmp_path / "ids").glob("*.safetensors")):
+        digests = [hashlib.sha256((tmp_path / name / path.name).read_bytes()).digest() for name in ("text", "ids")]
+        assert digests[0] == digests[1], path.name
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "text", trust_remote_code=True).eval()
+    for one, windows in ((report, calibration.held_out), (given, calibration.token_ids)):
+        found = one.calibration
+        assert found["perplexity_dense"] == pytest.approx(plain_perplexity(stories, windows), rel=1e-4)
+        assert found["perplexity_pruned"] == pytest.approx(plain_perplexity(pruned, windows), rel=1e-4)
+        assert found["perplexity_tokens"] == windows.numel()
+    assert (report.calibration["held_out"], given.calibration["held_out"]) == (2, 0)
+    assert report.judged_by == "128 held-out tokens of the calibration text"
+    assert given.judged_by == "256 calibration tokens that it is fitted to"
+
+
+def test_it_is_the_same_wherever_hidden_states_live(stories: Any, token_ids: torch.Tensor) -> None:
+    losses = []
+    for place, batch_size in (("device", 1), ("disk", 3)):
+        outcome = prune_layers(
+            InMemoryModel(copy.deepcopy(stories)), Calibration(token_ids[:8], token_ids[8:13]),
+            PruneConfig(ratio=0.3, batch_size=batch_size), Placement(states=place), Stopwatch(torch.device("cpu")),
+            on_allocation=lambda allocation: None, store=lambda index, layer: 0,
+        )  # fmt: skip
+        losses.append((outcome.loss_dense, outcome.loss_pruned))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][1] > losses[0][0]
+
+
+def test_what_is_printed_and_written_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In-sample the 35 samples of 2 tokens look better than they are, and there are fewer tokens than channels."""
+    few = ("--samples", "8", "--seq-len", "16", "--preset", "best")
+    code, out, err = call(capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.3", *few)
+    words = "32 held-out tokens of the calibration text"
+    assert code == 0 and f"perplexity, {words}" in out, err
+    assert "128 calibration tokens are fewer than the 172 channels of an FFN that obs and lstsq fits" in out
+    assert "give at least 11 samples of 16 tokens" in out
+    for name in ("README.md", "report.html"):
+        assert words in (tmp_path / "out" / name).read_text(), name
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["held_out"] == 2
+    code, out, _ = call(capsys, "prune", STORIES, "--out", tmp_path / "more", "--ratio", "0.3", "--samples", "8")
+    assert code == 0 and "fewer than" not in out
