@@ -35,6 +35,7 @@ class Sizes:
         layer_params, params: Parameters of the largest layer and of the whole model.
         stored, computed, written: Bytes of a number as it is read, as it computes, and as it is written.
         samples, seq_len: Calibration windows, and tokens of each.
+        held_out: Windows beside them, which nothing is fitted to.
         ranks: Processes that share the windows; memory is of one of them.
         on_gpu: Whether the device has a memory of its own.
         biased_heads: Heads to whose scores a bias of all pairs of tokens is added, the most of any layer.
@@ -53,6 +54,7 @@ class Sizes:
     written: int
     samples: int
     seq_len: int
+    held_out: int
     on_gpu: bool
     ranks: int = 1
     biased_heads: int = 0
@@ -60,10 +62,10 @@ class Sizes:
 
 def sizes_of(
     config: PretrainedConfig, layers: list[LayerSizes], head_dim: int, params: int,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], windows: tuple[int, int], device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], windows: tuple[int, int, int], device: torch.device,
     ranks: int = 1,
 ) -> Sizes:  # fmt: skip
-    """The sizes of a model, of its numbers (read, computed and written), and of its windows (samples, seq_len)."""
+    """The sizes of a model, of its numbers (read, computed, written), and of its windows (samples, seq_len, held out)."""
     return Sizes(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -78,6 +80,7 @@ def sizes_of(
         written=dtypes[2].itemsize,
         samples=windows[0],
         seq_len=windows[1],
+        held_out=windows[2],
         on_gpu=device.type == "cuda",
         ranks=ranks,
         biased_heads=max(size.num_heads for size in layers) if layer_spec(config.model_type).slopes else 0,
@@ -109,6 +112,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
     kept = math.ceil((1 - config.ratio / 2) * i)  # in the layer that is pruned least, about
     tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
+    held_out = math.ceil(sizes.held_out / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
     lstsq, by_channels = config.recovery == "lstsq", config.by_channels
     # Beside the pruned model's stream that of the dense one, by how much it is ahead with the inputs in the Gram.
@@ -123,10 +127,11 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         stored = 2 * pinned if placement.read_ahead else sizes.layer_params * s
         host = {"layer, as stored": stored, **(host or {})}
         if placement.states == "device":
-            device |= {"hidden states": num_streams * tokens * d * c}
+            device |= {"hidden states": (num_streams * tokens + held_out) * d * c}
         elif placement.states == "host":
             of_batch = batch * d * c
-            host |= {"hidden states": num_streams * tokens / batch * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
+            batches = (num_streams * tokens + held_out) / batch
+            host |= {"hidden states": batches * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
         return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
 
     # A factor, its inverse and, on a GPU, what the inverse is made of; and the weights.
@@ -182,7 +187,9 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             needed = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
             yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
-    embedded = 0 if placement.states == "disk" or sizes.on_gpu else own * tokens * d * c
+    embedded = 0 if placement.states == "disk" or sizes.on_gpu else (own * tokens + held_out) * d * c
+    logits = 4 * max(sizes.seq_len, 2048) * 4096 * 4  # as `ModelSource.loss_sum` makes them
+    yield at("perplexity", own, {"logits": logits}, {"output head": sizes.vocab_size * d * s})
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})
 
 
@@ -207,7 +214,7 @@ def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
     own, ahead = (2, d) if config.dense_target else (1, 0)
     grams = 4 * ((a + ahead) ** 2 + (i + ahead if config.by_channels else d) ** 2)
     grams += 4 * (a**2 + i**2) if config.allocation == "auto" else 0
-    states = (1 + own) * sizes.samples * sizes.seq_len * d * sizes.computed
+    states = ((1 + own) * sizes.samples + 2 * sizes.held_out) * sizes.seq_len * d * sizes.computed
     solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
     parts = {"Grams": 2 * grams * others, "hidden states": states * others, "solutions": solutions * others}
     return {name: size for name, size in parts.items() if size}

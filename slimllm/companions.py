@@ -6,7 +6,6 @@ code, by `auto_map`; that is copied as it is and never run.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -14,6 +13,9 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from slimllm.errors import InputError
+from slimllm.foreign_json import MOST_BYTES, find_object
 
 _log = logging.getLogger("slimllm")
 
@@ -31,34 +33,61 @@ _NEVER = re.compile(
     re.IGNORECASE,
 )
 _PLAIN = re.compile(r"\w[\w.+ -]*")  # a file's own name: not a path, not a pattern, not hidden
+_DEVICE, _LARGE = "is a device or a pipe, not a file", "is larger than any such file"
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model's folder that travel with the weights, relative to it and sorted.
+    """The files of a model's folder that travel with the weights, relative to it and sorted."""
+    return [file for file, fault in _wanted(folder) if fault is None]
 
-    A link that leads out of the folder is followed into the hub's cache, where every file is one, and to a file of the same
-    known name: another link may be there to have a file of the user's published.
+
+def left_out(folder: Path) -> list[str]:
+    """Sentences about those that should travel but do not.
+
+    A link that leads out of the folder is followed only into the hub's cache of the same model, where every file is one: it
+    may be there to have a file of the user's published.
     """
+    return [f"{folder / file} {fault}, so it is not copied." for file, fault in _wanted(folder) if fault]
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what travels with the weights from one folder into another; a file that has gone meanwhile is left out."""
+    for file in companions(source):
+        (target / file).parent.mkdir(exist_ok=True)
+        try:
+            shutil.copyfile(source / file, target / file)
+        except FileNotFoundError:
+            _log.warning("%s has gone meanwhile, so it is not copied.", source / file)
+
+
+def check_regular_files(folder: Path) -> None:
+    """Raise ValueError (as InputError) if a file of the tokenizer is one that could be read without an end."""
+    for file, fault in _wanted(folder):
+        if fault in (_DEVICE, _LARGE):
+            raise InputError(f"{folder / file} {fault}; put the file in its place.")
+
+
+def _wanted(folder: Path) -> list[tuple[Path, str | None]]:
+    """All that should travel, and why it does not; None: it does."""
     named = named_files(folder)
     found = []
     for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
         name = path.relative_to(folder).as_posix()
         wanted = name in named or (not name.endswith(".py") and _matches(name))
-        if not wanted or _NEVER.fullmatch(name) or not path.is_file():
-            continue
-        if _is_own(path, folder):
-            found.append(path.relative_to(folder))
-        else:
-            _log.warning("%s is a link that leads out of its folder, so it is not copied; put a copy in its place.", path)
+        if wanted and not _NEVER.fullmatch(name) and not path.is_dir():
+            found.append((path.relative_to(folder), _fault(path, folder)))
     return found
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy what travels with the weights from one folder into another."""
-    for file in companions(source):
-        (target / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / file, target / file)
+def _fault(path: Path, folder: Path) -> str | None:
+    if not path.exists():
+        return "is a link to nothing"
+    if not path.is_file():
+        return _DEVICE
+    if not _is_own(path, folder):
+        return "is a link that leads out of its folder"
+    return _LARGE if path.stat().st_size > MOST_BYTES else None
 
 
 def files_to_fetch(folder: Path) -> set[str]:
@@ -69,8 +98,8 @@ def files_to_fetch(folder: Path) -> set[str]:
 
 def named_files(folder: Path) -> set[str]:
     """Names of files, whether they are there or not, by tokenizer_config.json, the tokenizer's class and its code."""
-    settings = _read_json(folder / "tokenizer_config.json")
-    config = _read_json(folder / "config.json")
+    settings = find_object(folder / "tokenizer_config.json")
+    config = find_object(folder / "config.json")
     found = set(_strings(settings.values()))
     found |= set(_vocabulary_files(settings.get("tokenizer_class") or config.get("tokenizer_class")))
     found = {name for name in found if not name.endswith(".py")}
@@ -78,23 +107,14 @@ def named_files(folder: Path) -> set[str]:
 
 
 def _matches(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in PATTERNS)
+    return any(fnmatchcase(name, pattern) for pattern in PATTERNS if pattern.count("/") == name.count("/"))
 
 
 def _is_own(path: Path, folder: Path) -> bool:
     target = path.resolve()
-    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
-    same_name = path.is_symlink() and target.name == path.name and _matches(path.name)
-    return in_cache or same_name or target.is_relative_to(folder.resolve())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is none, about which whoever needs it will complain."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    cache, place = target.parent.parent, folder.resolve()
+    in_cache = target.parent.name == "blobs" and cache.name.startswith("models--") and place.is_relative_to(cache)
+    return in_cache or target.is_relative_to(place)
 
 
 def _strings(values: Iterable[Any]) -> list[str]:

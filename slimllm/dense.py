@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from slimllm.budget import LayerShape
+from slimllm.calibration import Calibration
 from slimllm.config import MEASURED, PruneConfig
 from slimllm.errors import HopelessError, InputError
 from slimllm.importance import layer_similarity
 from slimllm.journal import fingerprint
-from slimllm.layer import Layer, run_layer
+from slimllm.layer import Layer, pass_held_out, run_layer
 from slimllm.measure import measure_layer
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
@@ -26,7 +27,7 @@ from slimllm.source import ModelSource
 from slimllm.spending import Curves
 from slimllm.states import Placement, Stream
 
-# So many calibration tokens give the perplexity before and after; the output head is too costly to run on all.
+# Where no windows are held out, so many calibration tokens give the perplexity before and after.
 PERPLEXITY_TOKENS = 256
 
 
@@ -37,15 +38,16 @@ class DensePass:
     Attributes:
         layers: For each layer its `similarity` c, the mean cosine over tokens of its input with its output, the
             checksum of its `weights`, and, for an allocation that is measured, its `curves`; for `auto`, the `damage` of
-            those probes that were made in it, and, of the last layer, the `factors` of all layers' curves.
-        final: The last hidden states of the first windows, (perplexity_windows, seq_len, D).
+            those probes that were made in it, and, of the last layer, the `loss` of the model and the `factors` of all
+            layers' curves.
+        loss: Of the dense model, see `mean_loss`.
         seconds: Of computing.
         stage_seconds: Of all of the pass, reading and measuring too.
         measured: What the curves depend on; None: there are none.
     """
 
     layers: list[dict[str, Any]]
-    final: torch.Tensor
+    loss: float
     seconds: float
     stage_seconds: float = 0.0
     measured: tuple[str | None, ...] | None = None
@@ -70,14 +72,15 @@ def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ..
 
 
 def run_dense_pass(
-    source: ModelSource, stream: Stream, shapes: list[LayerShape], config: PruneConfig, watch: Stopwatch,
-    progress: ProgressCallback | None, record: Record | None, probes: Probes | None = None,
+    source: ModelSource, stream: Stream, calibration: Calibration, shapes: list[LayerShape], config: PruneConfig,
+    watch: Stopwatch, progress: ProgressCallback | None, record: Record | None, probes: Probes | None = None,
 ) -> DensePass:  # fmt: skip
     """Let the residual stream pass the dense model, and see how much every layer matters.
 
     Args:
         source: The model.
         stream: The residual stream before the first layer.
+        calibration: The windows that it is of.
         shapes: The layers' sizes.
         config: The settings, which say what is measured.
         watch: Gathers seconds by stage.
@@ -89,7 +92,7 @@ def run_dense_pass(
     ranks = stream.ranks
     measured = config.allocation in MEASURED
     done = record.done("dense") if record else []
-    kept = ("similarity", "weights", *(("curves", "damage", "factors") if measured else ()))
+    kept = ("similarity", "weights", "loss", *(("curves", "damage", "factors") if measured else ()))
     layers = [{name: step[name] for name in kept if name in step} for step in done]
     if record and done:
         record.compare_weights(lambda index: fingerprint(source.weights(index)))
@@ -110,13 +113,17 @@ def run_dense_pass(
                 found["curves"] = dataclasses.asdict(curves)
             else:
                 total = _pass_layer(layer, stream, index, watch)
+            finite = pass_held_out(layer, stream, index, watch)
             with ranks.together():
-                if not bool(total.isfinite()):
+                if not (finite and bool(total.isfinite())):
                     raise overflow(source, index, "dense")
             if config.allocation == "auto":
                 found["damage"] = ranks.tell(found.get("damage"))
                 if index == source.num_layers - 1:
                     found["factors"] = ranks.made_by_first(partial(_factors, source, probes, watch))
+            if index == source.num_layers - 1:
+                with watch("perplexity"):
+                    found["loss"] = mean_loss(source, stream, calibration)
             layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": 0, **found})
             if record:
                 with watch("journal"):
@@ -129,7 +136,7 @@ def run_dense_pass(
     seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared
     return DensePass(
         layers,
-        perplexity_states(stream),
+        layers[-1]["loss"],
         seconds or watch.seconds["dense pass"],
         stage_seconds=time.perf_counter() - started,
         measured=_measured(config, stream.placement),
@@ -168,27 +175,37 @@ def _common(checksum: int, index: int, ranks: Ranks) -> int:
 
 def overflow(source: ModelSource, index: int, which: str) -> InputError:
     """The error of hidden states that are not finite behind a layer."""
+    dtype = str(source.dtype).removeprefix("torch.")
+    advice = "compute in float32" if dtype != "float32" else "its weights are out of all proportion, look at them"
     return HopelessError(
-        f"The hidden states behind layer {index} of the {which} model are not finite when computed in "
-        f"{str(source.dtype).removeprefix('torch.')}; compute in float32."
+        f"The hidden states behind layer {index} of the {which} model are not finite when computed in {dtype}; {advice}."
     )
 
 
-def perplexity_states(stream: Stream) -> torch.Tensor:
-    """A copy of the hidden states of the first windows, (perplexity_windows, seq_len, D), in host memory, on every rank."""
-    wanted = min(stream.samples, max(1, PERPLEXITY_TOKENS // stream.shape[1]))
-    states = torch.zeros(wanted, *stream.shape[1:], dtype=stream[0].hidden.dtype)
-    for windows, batch in zip(stream.windows(stream.ranks.rank), stream):
-        if windows.start < wanted:
-            part = states[windows.start : windows.stop]
-            part.copy_(batch.hidden.stored()[: len(part)])
-    if stream.ranks.size > 1:
-        summed = states.float()  # with zeros, which is exact
-        stream.ranks.sum_(summed)
-        states = summed.to(states.dtype)
-    return states
+def mean_loss(source: ModelSource, stream: Stream, calibration: Calibration) -> float:
+    """Next-token negative log-likelihood, in nats, of the windows of `perplexity_windows`, from the end of the stream.
+
+    All ranks call it, and all have it.
+    """
+    rank, held_out = stream.ranks.rank, stream.num_held_out
+    begin = stream.samples if held_out else 0
+    token_ids = perplexity_windows(calibration)
+    parts = zip(stream.held_out_windows(rank), stream.held_out) if held_out else zip(stream.windows(rank), stream)
+    own = [
+        (batch, token_ids[windows.start - begin : windows.stop - begin])
+        for windows, batch in parts
+        if windows.start - begin < len(token_ids)
+    ]
+    total = torch.zeros((), dtype=torch.float64)
+    with stream.ranks.together():
+        if own:
+            total += source.loss_sum((batch.hidden.load()[: len(ids)], ids) for batch, ids in own)
+    stream.ranks.sum_(total)
+    return float(total) / token_ids[:, 1:].numel()
 
 
-def perplexity_windows(token_ids: torch.Tensor) -> int:
-    """How many calibration windows the reported calibration perplexity is of."""
-    return min(len(token_ids), max(1, PERPLEXITY_TOKENS // token_ids.shape[1]))
+def perplexity_windows(calibration: Calibration) -> torch.Tensor:
+    """The windows that the reported perplexity is of, (windows, seq_len) int64: those held out, or else the first ones."""
+    if len(calibration.held_out):
+        return calibration.held_out
+    return calibration.token_ids[: max(1, PERPLEXITY_TOKENS // calibration.token_ids.shape[1])]

@@ -22,8 +22,9 @@ class PruneDisplay:
     def __init__(self, console: Console, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
         self._bar = Progress(
-            TextColumn("{task.description:<10}"), BarColumn(bar_width=16), MofNCompleteColumn(), 
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True), TextColumn("{task.fields[layer]}"),
+            TextColumn("{task.description:<10}"), BarColumn(bar_width=16), MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[layer]}", markup=False),
             console=console, disable=quiet,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
@@ -72,7 +73,7 @@ def print_summary(console: Console, report: PruneReport) -> None:
         f"{report.achieved_ratio_model:.2%}",
     )  # fmt: skip
     table.add_row(
-        f"perplexity, {calibration['perplexity_tokens']} calibration tokens, {calibration['bos']}",
+        f"perplexity, {report.judged_by}, {calibration['bos']}",
         f"{calibration['perplexity_dense']:.2f}", f"{calibration['perplexity_pruned']:.2f}", "",
     )  # fmt: skip
     console.print(table)

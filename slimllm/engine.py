@@ -15,6 +15,7 @@ from slimllm import memory
 from slimllm.calibration import calibration_windows
 from slimllm.checkpoint import Checkpoint
 from slimllm.config import GIB, PruneConfig, check_config
+from slimllm.destination import destination
 from slimllm.errors import InputError
 from slimllm.jobs import prune_all
 from slimllm.layer import Layer
@@ -62,7 +63,7 @@ def prune(
             disk is full or failed, or another process of the group is gone; the run can be resumed.
     """
     check_config(config)
-    jobs = [(Path(out).expanduser().resolve(), config)]
+    jobs = [(destination(out), config)]
     return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))[0]
 
 
@@ -100,7 +101,7 @@ def prune_ratios(
     if not ratios or len(set(ratios)) < len(ratios):
         raise InputError(f"ratios must be different from each other, and one at least, got {list(ratios)}.")
     jobs = [
-        (Path(out).expanduser().resolve() / str(ratio), dataclasses.replace(config, ratio=ratio)) for ratio in ratios
+        (destination(Path(out) / str(ratio)), dataclasses.replace(config, ratio=ratio)) for ratio in ratios
     ]  # fmt: skip
     return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))
 
@@ -137,7 +138,7 @@ def prune_model(
     with ranks.together():
         run = _prepare(model, tokenizer_or_token_ids, config, notice, started, ranks)
     source = run.source
-    compare_identities(identity_in_memory(source, run.token_ids, run.plan.config), ranks)
+    compare_identities(identity_in_memory(source, run.calibration, run.plan.config), ranks)
     training = model.training
     model.eval()
 

@@ -15,6 +15,7 @@ from slimllm.calibration import calibration_windows
 from slimllm.checkpoint import Checkpoint, open_checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
 from slimllm.dense import DensePass
+from slimllm.destination import check_destination, check_space
 from slimllm.journal import begun_with, fingerprint
 from slimllm.layer import Layer
 from slimllm.modelcard import write_model_card
@@ -41,9 +42,7 @@ from slimllm.tokenizer import tokenizer_code
 from slimllm.writer import (
     CheckpointWriter,
     can_resume,
-    check_destination,
     check_interrupted,
-    check_space,
     partial_folder,
     remove_leftover,
 )
@@ -80,6 +79,8 @@ def prune_all(
         source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
         for _, wanted in jobs:
             check_settings(source, wanted)
+        for sentence in checkpoint.left_out():
+            notice(sentence)
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
         if tokenizer and (code := tokenizer_code(checkpoint.path)):
             notice(f"The tokenizer's own Python code ({code}) is not run; its tokenizer.json is used without it.")
@@ -124,7 +125,7 @@ def _complete(run: Run, out: Path, inputs: list[Path], overwrite: bool) -> Prune
     with ranks.together():
         if ranks.first:
             report = PruneReport.read(out)
-            if report.identity != identity_of(source, run.token_ids, run.plan) | {WEIGHTS: weights}:
+            if report.identity != identity_of(source, run.calibration, run.plan) | {WEIGHTS: weights}:
                 check_destination(out, inputs, overwrite)
                 report = None
     return _told(report, ranks)
@@ -151,7 +152,7 @@ def _prune_one(
         return sum(tensor.numel() for tensor in tensors.values())
 
     with ranks.together():
-        identity = identity_of(source, run.token_ids, run.plan)
+        identity = identity_of(source, run.calibration, run.plan)
     compare_identities(identity, ranks)
     with ExitStack() as stack:
         with ranks.together():

@@ -115,6 +115,17 @@ def pass_sublayer(layer: Layer, projection: str, stream: Stream, index: int, wat
                 _pass_dense(layer, projection, batch, index)
 
 
+def pass_held_out(layer: Layer, stream: Stream, index: int, watch: Stopwatch) -> bool:
+    """Let the windows that are held out pass a whole layer, as it is now; whether they are finite behind it."""
+    finite = True
+    for batch in stream.held_out:
+        with watch("perplexity"):
+            hidden = run_layer(layer, batch.hidden.load(), batch.kwargs[index])
+            batch.hidden.save(hidden)
+            finite = finite and bool(hidden.isfinite().all())
+    return finite
+
+
 def dense_ahead(layer: Layer, projection: str, batch: Batch, index: int, output: torch.Tensor) -> torch.Tensor:
     """Let the dense model's stream pass a sub-layer: by how much it is ahead of this one behind it, (num_tokens, D).
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from slimllm.report import PruneReport
 from slimllm.tensor_parallel import tensor_parallel_of
+
+
+def in_line(text: str) -> str:
+    """A text of the user's within a line of Markdown, which it can neither format nor leave."""
+    plain = "".join(character if character.isprintable() else " " for character in text)
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", plain)
+
+
+def in_block(text: str) -> str:
+    """A text of the user's as a block of Markdown code, behind a fence that it does not have."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
 
 
 def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
@@ -21,6 +34,7 @@ def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     notes = "".join(f"- {note}\n" for note in report.allocation["notes"]) + "\n" * bool(report.allocation["notes"])
     name = Path(report.model).name
+    title, text_name = in_line(name.removesuffix(".gguf")), in_line(calibration["text"])
     text = f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -29,7 +43,7 @@ tags:
 - pruned
 ---
 
-# {name.removesuffix(".gguf")}, pruned by {report.achieved_ratio:.1%}
+# {title}, pruned by {report.achieved_ratio:.1%}
 
 Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
 FFN channels are gone, {"without recovery" if report.config["recovery"] == "none" else "outputs are recovered by linear regression"}.
@@ -38,10 +52,10 @@ FFN channels are gone, {"without recovery" if report.config["recovery"] == "none
 |---|---|---|---|
 | parameters | {parameters["before"]:,} | {parameters["after"]:,} | {report.achieved_ratio_model:.2%} |
 | of the decoder layers | {parameters["layers_before"]:,} | {parameters["layers_after"]:,} | {report.achieved_ratio:.2%} |
-| perplexity on {calibration["perplexity_tokens"]} calibration tokens | {calibration["perplexity_dense"]:.2f} | {calibration["perplexity_pruned"]:.2f} | |
+| perplexity on {report.judged_by} | {calibration["perplexity_dense"]:.2f} | {calibration["perplexity_pruned"]:.2f} | |
 
-The perplexity is in-sample (calibration: {calibration["text"]}, {calibration["samples"]} x {calibration["seq_len"]}
-tokens, {calibration["bos"]}, seed {report.config["seed"]}); measure on your own text with `slimllm eval`. {loading}
+Calibration: {text_name}, {calibration["samples"]} x {calibration["seq_len"]} tokens, {calibration["bos"]}, seed
+{report.config["seed"]}. On text of another kind the perplexity grows more; measure on your own with `slimllm eval`. {loading}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,11 +66,9 @@ tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 
 {tensor_parallel_of(report).capitalize()} (numbers of GPUs over which vLLM can split every layer).
 
-Made from `{name}` by
+Made from {in_line(name)} by
 
-```
-{command}
-```
+{in_block(command)}
 
 {notes}Versions: {versions}. Computed in {report.compute_dtype} on {report.device}. Everything per layer is in `report.json`.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from slimllm.account import batch_windows
 from slimllm.allocation import Allocation, allocate, find_target
 from slimllm.attention import prune_attention
 from slimllm.budget import LayerBudget, LayerShape
+from slimllm.calibration import Calibration
 from slimllm.config import MEASURED, PruneConfig
-from slimllm.dense import DensePass, overflow, perplexity_states, perplexity_windows, run_dense_pass
+from slimllm.dense import DensePass, mean_loss, overflow, run_dense_pass
 from slimllm.errors import InputError
 from slimllm.families import LayerSpec
 from slimllm.ffn import prune_ffn
-from slimllm.layer import Layer, pass_sublayer
+from slimllm.layer import Layer, pass_held_out, pass_sublayer
 from slimllm.memory import peak_host_gib, trim
 from slimllm.parallel import Ranks
 from slimllm.progress import ProgressCallback, Stopwatch
@@ -44,7 +45,7 @@ class Outcome:
 @torch.no_grad()
 def prune_layers(
     source: ModelSource,
-    token_ids: torch.Tensor,
+    calibration: Calibration,
     config: PruneConfig,
     placement: Placement,
     watch: Stopwatch,
@@ -59,7 +60,7 @@ def prune_layers(
 
     Args:
         source: The model.
-        token_ids: Calibration windows (samples, seq_len) int64, those of all ranks.
+        calibration: The windows of all ranks, and those held out of the statistics.
         config: The settings.
         placement: Where what is as large as all tokens lives.
         watch: Gathers seconds by stage.
@@ -74,9 +75,9 @@ def prune_layers(
     sizes = source.sizes()
     shapes = [_shape(source, size, config) for size in sizes]
     if dense is None:
-        stream = _stream(source, token_ids, config, placement, watch, ranks)
+        stream = _stream(source, calibration, config, placement, watch, ranks)
         probes = _probes(source, stream, config) if config.allocation == "auto" and ranks.first else None
-        dense = run_dense_pass(source, stream, shapes, config, watch, progress, record, probes)
+        dense = run_dense_pass(source, stream, calibration, shapes, config, watch, progress, record, probes)
         trim()
     elif record:
         weights = [layer["weights"] for layer in dense.layers]
@@ -89,11 +90,10 @@ def prune_layers(
     on_allocation(allocation)
     outcome = Outcome(dense, allocation)
 
-    stream = _stream(source, token_ids, config, placement, watch, ranks, with_dense=config.dense_target > 0)
+    stream = _stream(source, calibration, config, placement, watch, ranks, with_dense=config.dense_target > 0)
     if record and record.done("prune"):
         outcome.layers = [step["report"] for step in record.done("prune")]
-        final = record.restore(stream)
-        dense = outcome.dense = dense if final is None else replace(dense, final=final)
+        record.restore(stream)
     first = len(outcome.layers)
     with source.layers(first, placement.read_ahead) as load:
         for index in range(first, source.num_layers):
@@ -101,8 +101,9 @@ def prune_layers(
             with watch("read"), ranks.together():
                 layer = load(index)
             report = _prune_layer(layer, stream, index, allocation.budgets[index], config, watch)
+            finite = pass_held_out(layer, stream, index, watch)
             with ranks.together():
-                if not all(bool(batch.hidden.load().isfinite().all()) for batch in stream):
+                if not (finite and all(bool(batch.hidden.load().isfinite().all()) for batch in stream)):
                     raise overflow(source, index, "pruned")
             with watch("write"), ranks.together():
                 parameters_after = store(index, layer)
@@ -117,18 +118,12 @@ def prune_layers(
             outcome.layers.append(report)
             if record:
                 with watch("journal"):
-                    record.add("prune", stream, dense.final, report=report, **watch.so_far())
+                    record.add("prune", stream, report=report, **watch.so_far())
             if progress:
                 progress("prune", index, source.num_layers, report)
     with watch("perplexity"):
-        windows = token_ids[: perplexity_windows(token_ids)]
-        final_pruned = perplexity_states(stream)
+        outcome.loss_dense, outcome.loss_pruned = dense.loss, mean_loss(source, stream, calibration)
         del stream
-        trim()
-        with ranks.together():
-            if ranks.first:
-                outcome.loss_dense, outcome.loss_pruned = source.losses([dense.final, final_pruned], windows)
-        outcome.loss_dense, outcome.loss_pruned = ranks.tell([outcome.loss_dense, outcome.loss_pruned])
         trim()
     return outcome
 
@@ -188,21 +183,27 @@ def _prune_layer(
 
 
 def _stream(
-    source: ModelSource, token_ids: torch.Tensor, config: PruneConfig, placement: Placement, watch: Stopwatch, ranks: Ranks,
-    with_dense: bool = False,
+    source: ModelSource, calibration: Calibration, config: PruneConfig, placement: Placement, watch: Stopwatch,
+    ranks: Ranks, with_dense: bool = False,
 ) -> Stream:  # fmt: skip
     """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
-    samples, seq_len = token_ids.shape
-    stream = Stream(samples, batch_windows(samples, seq_len, config.batch_size), placement, ranks)
+    (samples, seq_len), held_out = calibration.token_ids.shape, len(calibration.held_out)
+    stream = Stream(samples, batch_windows(samples, seq_len, config.batch_size), placement, ranks, held_out)
     with watch("read"), ranks.together():
         embed = source.embedder()
-        for windows in stream.windows(ranks.rank):
-            own = token_ids[windows.start : windows.stop]
+
+        def batch_of(own: torch.Tensor, with_dense: bool) -> Batch:
             hidden, kwargs = record_layer_inputs(source.model, source.spec, embed(own))
             if stream.batches and hidden.shape == stream[0].hidden.shape:
                 kwargs = stream[0].kwargs  # they depend on the shape of a batch alone, and masks are large
             dense = stream.store(hidden.clone()) if with_dense else None
-            stream.batches.append(Batch(stream.store(hidden), kwargs, dense))
+            return Batch(stream.store(hidden), kwargs, dense)
+
+        for windows in stream.windows(ranks.rank):
+            stream.batches.append(batch_of(calibration.token_ids[windows.start : windows.stop], with_dense))
+        for windows in stream.held_out_windows(ranks.rank):
+            own = calibration.held_out[windows.start - samples : windows.stop - samples]
+            stream.held_out.append(batch_of(own, False))
     return stream
 
 

@@ -178,10 +178,12 @@ def _account(parts: Parts, runtime: float) -> Parts:
 
 def _disk(sizes: Sizes, config: PruneConfig, placement: Placement) -> Parts:
     """The result, which may be as large as the model, two states of the journal, and the files of hidden states."""
-    states = sizes.samples * sizes.seq_len * sizes.hidden_size * sizes.computed
+    window = sizes.seq_len * sizes.hidden_size * sizes.computed
+    states, held_out = sizes.samples * window, sizes.held_out * window
     own = 2 if config.dense_target else 1
     return {
         "result, at most": sizes.params * sizes.written,
-        "journal": 2 * max(own * states, states + (probe_bytes(sizes) if config.allocation == "auto" else 0)),
-        "files of hidden states": 2 * states if placement.states == "disk" else 0,  # lstsq has no outputs there
+        "journal": 2 * held_out
+        + 2 * max(own * states, states + (probe_bytes(sizes) if config.allocation == "auto" else 0)),
+        "files of hidden states": 2 * states + held_out if placement.states == "disk" else 0,  # lstsq has no outputs there
     }

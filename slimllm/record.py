@@ -55,7 +55,7 @@ class Record:
             try:
                 if self._journal:
                     extra = {} if final is None else {"final": (tuple(final.shape), final.dtype)}
-                    layout = {name: (stream.shape, stream[0].hidden.dtype) for name in stream.states} | extra
+                    layout = {name: (stream.shape_of(name), stream[0].hidden.dtype) for name in stream.states} | extra
                     pieces = _and_then(windows, final)
                     self._journal.record(stage, State(layout, pieces) if ready else None, **data)
             finally:
@@ -74,7 +74,7 @@ class Record:
                 state = self._journal.state()
         for name in stream.states:
             stored = state.get_slice(name) if state else None
-            for rank, windows, batch in stream.of_all_ranks():
+            for rank, windows, batch in stream.of_all_ranks(name):
                 if stored is not None:
                     piece = stored[windows.start : windows.stop]
                     if batch is None:
@@ -111,7 +111,7 @@ def gathered(stream: Stream) -> Iterator[torch.Tensor]:
     It has to be gone through to the end on every rank.
     """
     for name in stream.states:
-        for rank, windows, batch in stream.of_all_ranks():
+        for rank, windows, batch in stream.of_all_ranks(name):
             if batch is None and stream.ranks.first:
                 first = stream[0].hidden
                 yield stream.ranks.receive(rank, (len(windows), *first.shape[1:]), first.dtype)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,9 +15,41 @@ import torch
 
 from slimllm.config import MEASURED
 from slimllm.errors import InputError
+from slimllm.foreign_json import EVERY, POSITIVE, Shape, check_shape, read_object
 
 REPORT_NAME = "report.json"
 _Report = TypeVar("_Report")
+
+
+_NAMES = re.compile(r"[\w ,'()-]{1,80}")  # of parts, which pictures are labelled with
+_MOST_HEADS = 100_000
+
+# Of report.json as it is read: what others may have edited, and what displays rely on.
+_LAYER = {
+    "index": int, "ratio": float, "similarity": float, "parameters_before": POSITIVE, "parameters_after": int,
+    "num_heads": int, "num_kv_heads": int, "intermediate_size": int, "num_heads_before?": POSITIVE,
+    "num_kv_heads_before?": POSITIVE, "intermediate_size_before?": POSITIVE, "kept_heads": [int], "kept_kv_heads": [int],
+    "kept_channels": [int], "head_importance?": [float], "channel_importance?": [float], "attention_error_before?": float,
+    "attention_error_after?": float, "ffn_error_before?": float, "ffn_error_after?": float,
+}  # fmt: skip
+_SHAPE = {
+    "model": str, "out?": str,
+    "config": {
+        "ratio": float, "preset": str, "criterion": str, "allocation": str, "recovery": str, "seed": int,
+        "host_memory?": str, "gpu_memory?": str, "device?": str,
+    },
+    "allocation": {"notes": [str]},
+    "calibration": {
+        "text": str, "bos?": str, "samples": int, "seq_len": int, "held_out?": int, "perplexity_tokens": int,
+        "perplexity_dense": POSITIVE, "perplexity_pruned": POSITIVE,
+    },
+    "parameters": {"before": POSITIVE, "after": POSITIVE, "layers_before": POSITIVE, "layers_after": int},
+    "achieved_ratio": float, "achieved_ratio_model": float, "elapsed_s": float, "setup_s": float, "dense_pass_s": POSITIVE,
+    "stages_s": {EVERY: float}, "peak_host_gib": float, "peak_gpu_gib": float, "memory_gib": {EVERY: float},
+    "backend": str, "device": str, "compute_dtype": str, "format": str, "versions": {EVERY: str}, "layers": [_LAYER],
+    "tensor_parallel?": [int], "resumed_steps?": int, "identity?": dict, "dense_pass_shared?": bool,
+    "dense_stage_s?": float, "gpu_memory_gib?": {EVERY: float}, "plan?": dict,
+}  # fmt: skip
 
 
 @dataclass
@@ -28,9 +61,10 @@ class PruneReport:
         out: The folder written, or None for a model in memory.
         config: The settings (`PruneConfig.to_dict`).
         allocation: target_params, pruned_layers (n), alpha, round_to and notes.
-        calibration: text, bos (`with BOS`, `no BOS`, or `as given` of token ids), bos_token_id, samples, seq_len, tokens,
-            perplexity_tokens and the perplexity of the first so many calibration
-            tokens before and after (`perplexity_dense`, `perplexity_pruned`).
+        calibration: text, bos (`with BOS`, `no BOS`, or `as given` of token ids), bos_token_id, samples, seq_len, tokens;
+            held_out: how many more windows of the text were kept out of the statistics; and the perplexity before and after
+            (`perplexity_dense`, `perplexity_pruned`) of those, `perplexity_tokens` in all, or, where there are none, of the
+            first tokens in the statistics.
         parameters: before, after (whole model), layers_before, layers_after (decoder layers).
         achieved_ratio: Fraction of the layers' parameters removed; `achieved_ratio_model` of the whole model.
         elapsed_s: Seconds from the first weight read to the finished folder.
@@ -92,6 +126,14 @@ class PruneReport:
             return self.elapsed_s
         return self.elapsed_s + (self.dense_stage_s if self.config["allocation"] in MEASURED else self.dense_pass_s)
 
+    @property
+    def judged_by(self) -> str:
+        """Which tokens the perplexity is of, in words."""
+        tokens = self.calibration["perplexity_tokens"]
+        if self.calibration.get("held_out"):
+            return f"{tokens:,} held-out tokens of the calibration text"
+        return f"{tokens:,} calibration tokens that it is fitted to"
+
     def save(self, folder: Path) -> None:
         """Write report.json into the folder."""
         text = json.dumps(_rounded(dataclasses.asdict(self)), indent=1, allow_nan=False)
@@ -104,22 +146,48 @@ class PruneReport:
         Raises:
             ValueError: (as InputError) the folder holds no report.json, or none of ours.
         """
-        return read_report(cls, Path(folder) / REPORT_NAME, "a pruning run")
+        path = Path(folder) / REPORT_NAME
+        report = read_report(cls, path, "a pruning run", _SHAPE)
+        if fault := report._fault():
+            raise InputError(f"{path} is not the report of a pruning run: {fault}.")
+        return report
+
+    def _fault(self) -> str | None:
+        """What in it does not fit together, where a display would fail by it."""
+        if not self.layers:
+            return "it has no layers"
+        for index, layer in enumerate(self.layers):
+            heads, channels = layer.get("num_heads_before", 1), layer.get("intermediate_size_before")
+            if layer["index"] != index:
+                return f"layer {index} has the index {layer['index']}"
+            if heads > _MOST_HEADS or heads != int(heads):
+                return f"layer {index} has {heads} heads"
+            if channels and any(channel >= channels for channel in layer["kept_channels"]):
+                return f"layer {index} has kept a channel that it does not have"
+            if len(layer.get("channel_importance") or []) not in (0, channels):
+                return f"layer {index} has not as many importances as channels"
+            for part in ("attention", "ffn"):
+                if (f"{part}_error_before" in layer) != (f"{part}_error_after" in layer):
+                    return f"layer {index} has only one error of its {part}"
+        names = [*self.stages_s, *self.memory_gib, *self.gpu_memory_gib]
+        return next((f"{name[:40]!r} is no name of a part" for name in names if not _NAMES.fullmatch(name)), None)
 
 
-def read_report(kind: type[_Report], path: Path, of_what: str) -> _Report:
-    """A report from its JSON file, whose keys are the names of its fields.
+def read_report(kind: type[_Report], path: Path, of_what: str, shape: Shape) -> _Report:
+    """A report from its JSON file, whose keys are the names of its fields, and whose values have a shape (`check_shape`).
 
     Raises:
         ValueError: (as InputError) there is no such file, or it is no such report.
     """
     if not path.is_file():
         raise InputError(f"There is no {path}; give the folder that {of_what} has written.")
+    content = read_object(path)
     try:
-        return kind(**json.loads(path.read_text(encoding="utf-8")))
+        check_shape(content, shape, "")
+        return kind(**content)
     except TypeError:
         raise InputError(f"{path} is not the report of {of_what}, or is that of another version of slimllm.") from None
-    except (OSError, ValueError) as error:
+    except InputError as error:
         raise InputError(f"{path} is not the report of {of_what}: {error}") from None
 
 

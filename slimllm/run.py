@@ -54,7 +54,7 @@ class Run:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
-        token_ids = calibration.token_ids
+        token_ids, held_out = calibration.token_ids, len(calibration.held_out)
         if len(token_ids) < self.ranks.size:
             raise InputError(
                 f"{len(token_ids)} calibration windows cannot be shared by {self.ranks.size} processes; give more samples, "
@@ -68,9 +68,10 @@ class Run:
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
         memory.reset_peak(source.device)
-        self.plan = plan_of(source, token_ids.shape, config, runtime, folder, begun, self.ranks.size)
+        self.plan = plan_of(source, (*token_ids.shape, held_out), config, runtime, folder, begun, self.ranks.size)
         for choice in self.plan.choices:
             self.notice(f"To fit the budget, {choice}.")
+        self._say_if_few(token_ids)
         self.watch = Stopwatch(source.device)
         self.setup_s = time.perf_counter() - started
         self.resumed_steps = 0
@@ -89,9 +90,20 @@ class Run:
         dense: DensePass | None = None,
     ) -> Outcome:  # fmt: skip
         return prune_layers(
-            self.source, self.token_ids, self.plan.config, self.plan.placement, self.watch, self._settle, store, progress,
+            self.source, self.calibration, self.plan.config, self.plan.placement, self.watch, self._settle, store, progress,
             record, dense, self.ranks,
         )  # fmt: skip
+
+    def _say_if_few(self, token_ids: torch.Tensor) -> None:
+        """A fit of more unknowns than there are tokens describes the calibration text, and no other."""
+        unknowns = max(size.intermediate_size for size in self.sizes)
+        if self.config.by_channels and token_ids.numel() < unknowns:
+            which = " and ".join(name for name in (self.config.criterion, self.config.recovery) if name in ("obs", "lstsq"))
+            self.notice(
+                f"{token_ids.numel():,} calibration tokens are fewer than the {unknowns:,} channels of an FFN that {which} "
+                f"fits, so the result will be good on this text alone; give at least {-(-unknowns // token_ids.shape[1])} "
+                f"samples of {token_ids.shape[1]} tokens, better several times as many."
+            )
 
     def _settle(self, allocation: Allocation) -> None:
         for note in allocation.notes:
@@ -110,7 +122,7 @@ class Run:
         layers_after = sum(layer["parameters_after"] for layer in outcome.layers)
         for note in (added := allocation.note_of_biases(layers_before, layers_after, self.format.name)):
             self.notice(f"{note}.")
-        before, windows = self.parameters_before, perplexity_windows(self.token_ids)
+        before, judged_by = self.parameters_before, perplexity_windows(self.calibration)
         return PruneReport(
             model=model,
             out=out,
@@ -129,7 +141,8 @@ class Run:
                 "samples": self.token_ids.shape[0],
                 "seq_len": self.token_ids.shape[1],
                 "tokens": self.token_ids.numel(),
-                "perplexity_tokens": windows * self.token_ids.shape[1],
+                "held_out": len(self.calibration.held_out),
+                "perplexity_tokens": judged_by.numel(),
                 "perplexity_dense": _exp(outcome.loss_dense),
                 "perplexity_pruned": _exp(outcome.loss_pruned),
             },
@@ -164,32 +177,32 @@ class Run:
 
 
 def plan_of(
-    source: ModelSource, windows: tuple[int, ...], config: PruneConfig, runtime: float, folder: Path | None,
+    source: ModelSource, windows: tuple[int, int, int], config: PruneConfig, runtime: float, folder: Path | None,
     begun: dict[str, Any] | None, num_ranks: int,
 ) -> Plan:  # fmt: skip
-    """How to prune a model with calibration windows (samples, seq_len), within the budgets of the settings."""
+    """How to prune a model with calibration windows (samples, seq_len, held out), within the budgets of the settings."""
     stored = source.checkpoint.dtype_in_memory() if isinstance(source, CheckpointModel) else source.dtype
     params = sum(torch.Size(shape).numel() for shape in source.shapes().values())
     dtypes = stored, source.dtype, DTYPES[config.dtype] if config.dtype else _config_dtype(source)
     sizes = sizes_of(
-        source.config, source.sizes(), source.head_dim, params, dtypes, (windows[0], windows[1]), source.device, num_ranks
+        source.config, source.sizes(), source.head_dim, params, dtypes, windows, source.device, num_ranks
     )  # fmt: skip
     return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, begun)
 
 
-def identity_of(source: CheckpointModel, token_ids: torch.Tensor, plan: Plan) -> dict[str, Any]:
+def identity_of(source: CheckpointModel, calibration: Calibration, plan: Plan) -> dict[str, Any]:
     """What two runs must have in common for one to go on with the other; weights are compared layer by layer."""
     others = [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
     return {
-        **identity_in_memory(source, token_ids, plan.config),
+        **identity_in_memory(source, calibration, plan.config),
         **{name: getattr(plan.placement, name) for name in ROUNDINGS},
         "embeddings, by checksum": zlib.crc32(str(others).encode()),
     }
 
 
-def identity_in_memory(source: ModelSource, token_ids: torch.Tensor, config: PruneConfig) -> dict[str, Any]:
+def identity_in_memory(source: ModelSource, calibration: Calibration, config: PruneConfig) -> dict[str, Any]:
     """That without the weights."""
-    settings = config.to_dict()
+    settings, token_ids = config.to_dict(), calibration.token_ids
     for name in ("calibration", "device", "host_memory", "gpu_memory"):
         del settings[name]
     settings["batch_size"] = batch_windows(len(token_ids), token_ids.shape[1], config.batch_size)
@@ -201,7 +214,8 @@ def identity_in_memory(source: ModelSource, token_ids: torch.Tensor, config: Pru
         "slimllm": versions()["slimllm"],
         **settings,
         "compute_dtype": str(source.dtype).removeprefix("torch."),
-        "calibration text, by checksum": fingerprint({"": token_ids.cpu()}),
+        "calibration text, by checksum": fingerprint({"": token_ids}),
+        "held-out text, by checksum": fingerprint({"": calibration.held_out}),
         "model, by checksum": zlib.crc32(description.encode()),
     }
 

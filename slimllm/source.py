@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -19,7 +19,8 @@ from slimllm.native import head_dim_of
 from slimllm.skeleton import embedding_scale, empty_module, expected_tensors, meta_model
 from slimllm.slicing import LayerSizes, Tensors, sizes_by_layer
 
-_VOCABULARY = 4096  # entries whose logits are in memory at a time
+_VOCABULARY = 4096  # entries whose logits are in memory at a time,
+_LOSS_TOKENS = 2048  # for so many tokens, or one window
 
 
 class ModelSource(ABC):
@@ -96,29 +97,36 @@ class ModelSource(ABC):
         return f"{self.spec.layers}.{index}."
 
     @torch.no_grad()
-    def losses(self, hidden: list[torch.Tensor], token_ids: torch.Tensor) -> list[float]:
-        """Mean next-token negative log-likelihood, in nats, for each of several final hidden states of the same windows.
+    def loss_sum(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """Next-token negative log-likelihood, in nats, summed over all tokens of windows but the first of each.
 
         Args:
-            hidden: Outputs of the last decoder layer, each (samples, seq_len, D).
-            token_ids: (samples, seq_len).
+            batches: Pairs of the outputs of the last decoder layer, (windows, seq_len, D), and the token ids, (windows,
+                seq_len).
         """
-        norm, weight = self.final_norm(), self.head()
+        norm, weight, total = self.final_norm(), self.head(), 0.0
+        for hidden, token_ids in batches:
+            step = max(1, _LOSS_TOKENS // token_ids.shape[1])
+            for states, ids in zip(hidden.split(step), token_ids.split(step)):
+                inputs = torch.cat([norm(window[:-1].to(self.device)) for window in states])
+                targets = torch.cat([window[1:] for window in ids]).to(self.device)
+                total += float(self._losses(inputs, targets, weight).sum(dtype=torch.float64))
+        return total
+
+    def _losses(self, inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Those of tokens, (tokens,), from the inputs of the output head, (tokens, D)."""
         cap: float | None = getattr(self.config, "final_logit_softcapping", None)
-        targets = torch.cat([ids[1:] for ids in token_ids]).to(self.device)
-        inputs = [torch.cat([norm(window[:-1].to(self.device)) for window in states]) for states in hidden]
-        normalisers = [torch.full((len(targets),), -torch.inf, device=self.device) for _ in hidden]
-        chosen = [torch.zeros(len(targets), device=self.device) for _ in hidden]
+        normaliser = torch.full((len(targets),), -torch.inf, device=self.device)
+        chosen = torch.zeros(len(targets), device=self.device)
         for start in range(0, len(weight), _VOCABULARY):  # logits, and the head in the dtype of computing, are wide
             some = weight[start : start + _VOCABULARY].to(self.device, self.dtype)
             here = (targets >= start) & (targets < start + len(some))
-            for x, normaliser, own in zip(inputs, normalisers, chosen):
-                logits = nn.functional.linear(x, some).float()
-                if cap:
-                    logits = cap * (logits / cap).tanh()
-                torch.logaddexp(normaliser, logits.logsumexp(1), out=normaliser)
-                own[here] = logits[here, targets[here] - start]
-        return [float((normaliser - own).mean(dtype=torch.float64)) for normaliser, own in zip(normalisers, chosen)]
+            logits = nn.functional.linear(inputs, some).float()
+            if cap:
+                logits = cap * (logits / cap).tanh()
+            torch.logaddexp(normaliser, logits.logsumexp(1), out=normaliser)
+            chosen[here] = logits[here, targets[here] - start]
+        return normaliser - chosen
 
 
 class CheckpointModel(ModelSource):

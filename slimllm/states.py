@@ -116,16 +116,26 @@ class Batch:
 class Stream:
     """The residual stream of this rank's calibration windows, in batches, in order.
 
+    To iterate over it gives the windows that the statistics are made of. Those that are held out of them pass the same
+    layers, so that the result can be judged by windows that nothing was fitted to.
+
     Args:
         samples: Calibration windows of all ranks.
         batch_size: Windows of a batch, the last one of a rank has the rest.
         placement: Where it lives.
         ranks: Of the run.
+        num_held_out: Windows held out, of all ranks; they are numbered behind the others.
+
+    Attributes:
+        batches: Of the windows in the statistics.
+        held_out: Of those that are not; a rank may have none.
     """
 
-    def __init__(self, samples: int, batch_size: int, placement: Placement, ranks: Ranks) -> None:
+    def __init__(self, samples: int, batch_size: int, placement: Placement, ranks: Ranks, num_held_out: int = 0) -> None:
         self.batches: list[Batch] = []
-        self.samples, self.batch_size, self.placement, self.ranks = samples, batch_size, placement, ranks
+        self.held_out: list[Batch] = []
+        self.samples, self.num_held_out, self.batch_size = samples, num_held_out, batch_size
+        self.placement, self.ranks = placement, ranks
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches)
@@ -148,7 +158,7 @@ class Stream:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(samples, seq_len, D) of all ranks."""
+        """(samples, seq_len, D) of all ranks, without those held out."""
         return (self.samples, *self[0].hidden.shape[1:])
 
     def windows(self, rank: int) -> list[range]:
@@ -156,11 +166,25 @@ class Stream:
         share = self.ranks.share(self.samples, rank)
         return [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
 
-    def of_all_ranks(self) -> Iterator[tuple[int, range, Batch | None]]:
-        """All batches, by rank, and in order: the rank, the windows, and the batch where it is this rank's."""
+    def held_out_windows(self, rank: int) -> list[range]:
+        """The same of those held out, whose numbers begin at `samples`."""
+        share = self.ranks.share(self.num_held_out, rank)
+        share = range(self.samples + share.start, self.samples + share.stop)
+        return [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
+
+    def of_all_ranks(self, name: str) -> Iterator[tuple[int, range, Batch | None]]:
+        """All batches that hold states of a name, in the order of their windows, of each the rank, the windows, and the
+        batch where it is this rank's."""
         for rank in range(self.ranks.size):
             for number, windows in enumerate(self.windows(rank)):
                 yield rank, windows, self[number] if rank == self.ranks.rank else None
+        for rank in range(self.ranks.size if name == "hidden" else 0):
+            for number, windows in enumerate(self.held_out_windows(rank)):
+                yield rank, windows, self.held_out[number] if rank == self.ranks.rank else None
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """(windows, seq_len, D) of the states of a name, of all ranks and with those held out."""
+        return (self.samples + (self.num_held_out if name == "hidden" else 0), *self.shape[1:])
 
     def store(self, tensor: torch.Tensor) -> Stored:
         """Keep a tensor of a batch where those of all batches are kept."""

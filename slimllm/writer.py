@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import math
 import os
@@ -16,53 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from slimllm.destination import check_destination, destination
 from slimllm.errors import HopelessError, InputError, OutputError
 from slimllm.folder import SAFETENSORS_DTYPES
 from slimllm.journal import Journal, damaged, last_stage, lock, sync
-
-
-def check_new_file(path: Path | None) -> None:
-    """Raise ValueError (as InputError) where a file of results would replace another or has no folder; None: no file."""
-    if path is not None and path.exists():
-        raise InputError(f"{path} is there already; give the name of a new file.")
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"There is no folder {path.parent} for {path.name}; make it, or give another.")
-
-
-def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
-    """Refuse a destination that would cost the user data, or could not be moved into place at the end.
-
-    Args:
-        out: The folder to make, resolved.
-        inputs: What the run reads: the model, the calibration text.
-        overwrite: Whether a model in `out` may be replaced.
-
-    Raises:
-        ValueError: (as InputError) `out` is or holds an input, is a file, a mount point or the current directory, is not
-            empty without `overwrite`, or is a folder that does not look like a model's with it.
-    """
-    for source in (path.resolve() for path in inputs):
-        if out == source or out in source.parents or source in out.parents:
-            raise InputError(
-                f"The output folder {out} is, contains or lies in {source}, which is read; give another folder."
-            )
-    parent = next(path for path in out.parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"The output folder {out} cannot be made: {parent} is no folder that can be written to.")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"The output {out} is a file; give a folder that does not exist yet.")
-    if os.path.ismount(out) or out == Path.cwd():
-        raise InputError(f"The output folder {out} is a mount point or the current directory; give a folder inside it.")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise InputError(
-                f"The output folder {out} is not empty; give another one, or --overwrite (in Python, overwrite=True) to "
-                "replace it."
-            )
-        if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
-            raise InputError(
-                f"The output folder {out} holds no model (config.json and safetensors), so it will not be overwritten."
-            )
 
 
 def check_interrupted(out: Path, resume: bool) -> bool:
@@ -87,21 +45,7 @@ def check_interrupted(out: Path, resume: bool) -> bool:
 
 def can_resume(out: Path) -> bool:
     """Whether a run for a folder was interrupted and can be gone on with."""
-    return last_stage(partial_folder(out.expanduser().resolve())) is not None
-
-
-def check_space(out: Path, num_bytes: int) -> None:
-    """Refuse to start when the disk cannot take what will be written.
-
-    Raises:
-        ValueError: (as InputError) less space is free than `num_bytes`.
-    """
-    parent = next(folder for folder in [out, *out.parents] if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < num_bytes:
-        raise InputError(
-            f"The result needs up to {num_bytes / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free at {parent}."
-        )
+    return last_stage(partial_folder(destination(out))) is not None
 
 
 class CheckpointWriter:
@@ -214,7 +158,11 @@ class CheckpointWriter:
     def complete(self) -> None:
         """Write the index, and have everything on the disk: from here on the result only has to be moved."""
         index = {
-            "metadata": {"total_size": self.total_size, "total_parameters": self.num_parameters},
+            "metadata": {
+                "total_size": self.total_size,
+                "total_parameters": self.num_parameters,
+                "slimllm": importlib.metadata.version("slimllm-engine"),  # by which `check_destination` knows its own
+            },
             "weight_map": dict(sorted(self._weight_map.items())),
         }
         text = json.dumps(index, indent=2) + "\n"

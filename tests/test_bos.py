@@ -100,7 +100,7 @@ def test_perplexity_scores_the_text_after_the_bos(stories: Any, tokenizer: Any) 
     assert slimllm.perplexity(stories, stream, seq_len=64) != pytest.approx(wanted, rel=1e-3)
 
 
-def test_the_reports_perplexity_is_that_of_the_windows(stories: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_the_reports_perplexity_is_that_of_the_held_out_windows(stories: Any, tokenizer: Any, tmp_path: Path) -> None:
     """The choice is in report.json, beside its perplexity, in the model card, and in the identity of the run."""
     settings: dict[str, Any] = {"samples": 4, "seq_len": 64}
     reports = {
@@ -110,7 +110,7 @@ def test_the_reports_perplexity_is_that_of_the_windows(stories: Any, tokenizer: 
     stream = tokenize(tokenizer, [bundled_text("calibration")])
     for bos, begin, words in (("auto", BOS, "with BOS"), ("never", None, "no BOS")):
         report = reports[bos]
-        wanted = plain_perplexity(stories, draw_windows(stream[1:], 4, 64, 0, begin))
+        wanted = plain_perplexity(stories, draw_windows(stream[1:], 6, 64, 0, begin)[4:])
         assert report.calibration["perplexity_dense"] == pytest.approx(wanted, rel=1e-4)
         assert (report.calibration["bos"], report.calibration["bos_token_id"]) == (words, begin)
         assert words in (tmp_path / bos / "README.md").read_text()
@@ -122,7 +122,7 @@ def test_the_reports_perplexity_is_that_of_the_windows(stories: Any, tokenizer: 
 def test_commands_say_it_beside_every_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few: list[str | Path] = ["--samples", "4", "--seq-len", "32"]
     code, out, err = call(capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.2", *few)
-    assert code == 0 and "perplexity, 128 calibration tokens, with BOS" in out, err
+    assert code == 0 and "perplexity, 64 held-out tokens of the calibration text, with BOS" in out, err
     assert "(with BOS)" in (tmp_path / "out" / "report.html").read_text()
     found = {}
     for bos, words in (("auto", "with BOS"), ("never", "no BOS")):

@@ -14,6 +14,7 @@ from tolerances import assert_close
 import slimllm
 from slimllm.allocation import LayerBudget
 from slimllm.bench.synthetic import as_mha
+from slimllm.calibration import Calibration
 from slimllm.config import PruneConfig
 from slimllm.pipeline import prune_layers
 from slimllm.progress import Stopwatch
@@ -26,7 +27,7 @@ def run_engine(model: Any, token_ids: torch.Tensor, config: PruneConfig) -> tupl
     pruned = copy.deepcopy(model)
     budgets: list[LayerBudget] = []
     outcome = prune_layers(
-        InMemoryModel(pruned), token_ids, config, Placement(), Stopwatch(torch.device("cpu")),
+        InMemoryModel(pruned), Calibration(token_ids), config, Placement(), Stopwatch(torch.device("cpu")),
         on_allocation=lambda allocation: budgets.extend(allocation.budgets), store=lambda index, layer: None,
     )  # fmt: skip
     return outcome.layers, budgets, pruned

@@ -13,6 +13,7 @@ from conftest import random_llama
 from test_families import PECULIAR, tiny
 
 from slimllm import PruneConfig
+from slimllm.calibration import Calibration
 from slimllm.dense import DensePass
 from slimllm.families import layer_spec
 from slimllm.parallel import Ranks
@@ -27,7 +28,7 @@ from slimllm.states import Placement
 def dense_pass(model: Any, token_ids: torch.Tensor, **settings: Any) -> DensePass:
     config = PruneConfig(ratio=0.2, preset="best", **settings)
     outcome = prune_layers(
-        InMemoryModel(copy.deepcopy(model)), token_ids, config, Placement(), Stopwatch(torch.device("cpu")),
+        InMemoryModel(copy.deepcopy(model)), Calibration(token_ids), config, Placement(), Stopwatch(torch.device("cpu")),
         lambda allocation: None, lambda index, layer: 0, ranks=Ranks(),
     )  # fmt: skip
     return outcome.dense

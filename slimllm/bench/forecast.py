@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from slimllm.account import Parts, sizes_of, traffic
 from slimllm.bench.shapes import SHAPES
 from slimllm.bench.work import measure_rates, stage_work
+from slimllm.calibration import num_held_out
 from slimllm.checkpoint import download, open_checkpoint
 from slimllm.checkpoint_fused import read_as
 from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
@@ -75,7 +76,8 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         layer.unit_step(config.head_unit, config.heads_multiple_of)  # refuses what the run would refuse
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
     dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
-    sizes = sizes_of(model_config, layers, head_dim, params, dtypes, (config.samples, config.seq_len), device, ranks)
+    windows = (config.samples, config.seq_len, num_held_out(config.samples))
+    sizes = sizes_of(model_config, layers, head_dim, params, dtypes, windows, device, ranks)
     plan = make_plan(sizes, config, resident_gib() * GIB + _LOADED_LATER, GPU_RUNTIME)
     own = dataclasses.replace(config, samples=math.ceil(config.samples / ranks))
     work = stage_work(_report(layers, own, device), layers, model_config.hidden_size, head_dim, stored.itemsize)
@@ -112,7 +114,11 @@ def _report(layers: list[LayerSizes], config: PruneConfig, device: torch.device)
     """As much of a report as the count of operations needs, with the ratio spread evenly."""
     kept = 1 - config.ratio
     return {
-        "calibration": {"tokens": config.samples * config.seq_len, "seq_len": config.seq_len},
+        "calibration": {
+            "tokens": config.samples * config.seq_len,
+            "seq_len": config.seq_len,
+            "held_out": num_held_out(config.samples),
+        },
         "config": config.to_dict(),
         "device": str(device),
         "layers": [

@@ -63,6 +63,7 @@ def stage_work(
         read_bytes: What a parameter takes where it is read from.
     """
     tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
+    held_out = report["calibration"].get("held_out", 0) * seq_len
     config: dict[str, Any] = report["config"]
     on_gpu = str(report["device"]).startswith("cuda")
     by_stage: dict[str, Work] = defaultdict(Work)
@@ -72,6 +73,8 @@ def stage_work(
         if probed:  # a window, and copies of it that were damaged before, or are in this layer
             passing = (1 + 2 * sum(at <= index for at in probed)) * min(TOKENS, seq_len)
             found["sensitivity"] = Work(found["dense pass"].operations * passing / tokens)
+        both_passes = found["dense pass"].operations + found["forward"].operations
+        found["perplexity"] = Work(both_passes * held_out / tokens)
         found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
         for stage, work in found.items():
             by_stage[stage] += work

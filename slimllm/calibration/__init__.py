@@ -12,6 +12,7 @@ from slimllm.calibration.windows import (
     check_seq_len,
     draw_windows,
     longest_input,
+    num_held_out,
     tokenize,
     windows_of,
 )
@@ -19,5 +20,5 @@ from slimllm.calibration.windows import (
 __all__ = [
     "Calibration", "about_bos", "bundled_text", "calibration_name", "calibration_windows", "check_messages",
     "check_regular", "check_seq_len", "draw_windows", "fields_of", "has_empty", "is_unicode", "longest_input",
-    "read_texts", "recognise", "rendered", "shown", "tokenize", "window_bos", "windows_of",
+    "num_held_out", "read_texts", "recognise", "rendered", "shown", "tokenize", "window_bos", "windows_of",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -87,12 +87,14 @@ class Calibration:
     """Calibration windows, and what they begin with.
 
     Attributes:
-        token_ids: (samples, seq_len) int64, on the CPU.
+        token_ids: What the statistics are made of, (samples, seq_len) int64, on the CPU.
+        held_out: What they are not made of, (windows, seq_len) int64, on the CPU; the perplexities of a run are of these.
         bos_token_id: The BOS that was put before every window; None: none was.
         given: Whether the user gave the windows as token ids, with whatever they begin with.
     """
 
     token_ids: torch.Tensor
+    held_out: torch.Tensor = field(default_factory=lambda: torch.empty(0, 2, dtype=torch.int64))
     bos_token_id: int | None = None
     given: bool = False
 
@@ -100,6 +102,11 @@ class Calibration:
     def bos(self) -> str:
         """What the windows begin with, in words."""
         return "as given" if self.given else about_bos(self.bos_token_id)
+
+
+def num_held_out(samples: int) -> int:
+    """How many windows are held out of the statistics of so many: a tenth, and two at least."""
+    return max(2, -(-samples // 10))
 
 
 def longest_input(model_config: PretrainedConfig) -> float:
@@ -120,7 +127,10 @@ def calibration_windows(
     model_config: PretrainedConfig,
     notice: Callable[[str], None],
 ) -> Calibration:
-    """Make the windows that the settings ask for.
+    """Make the windows that the settings ask for, and those that are held out of the statistics.
+
+    Both are of one draw: the windows in the statistics are the same whether any are held out or not. Of windows that the
+    user gives none are, nor of a text that has no more than are asked for.
 
     Raises:
         ValueError: (as InputError) the text cannot be had or is too short, or a window is longer than the model takes.
@@ -145,8 +155,18 @@ def calibration_windows(
             "The preset paper puts no BOS before the calibration windows, as published, though this model's tokenizer adds "
             "one to every text; --bos always puts it there."
         )
-    windows = draw_windows(tokenize(tokenizer, documents, config.bos), config.samples, config.seq_len, config.seed, bos)
-    return Calibration(_check_token_ids(windows, model_config), bos)
+    tokens = tokenize(tokenizer, documents, config.bos)
+    wanted = num_held_out(config.samples)
+    held_out = min(wanted, max(0, len(windows_of(tokens, config.seq_len, bos)) - config.samples))
+    if held_out < wanted:
+        none = "" if held_out else ", so that its perplexity is of windows it is fitted to"
+        notice(
+            f"The text has {held_out or 'no'} windows beside those for the statistics, where {wanted} would be held out to "
+            f"judge the result by{none}; give more text."
+        )
+    windows = draw_windows(tokens, config.samples + held_out, config.seq_len, config.seed, bos)
+    windows = _check_token_ids(windows, model_config)
+    return Calibration(windows[: config.samples], windows[config.samples :], bos)
 
 
 def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) -> torch.Tensor:

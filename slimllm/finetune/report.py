@@ -8,9 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimllm.errors import InputError
+from slimllm.foreign_json import EVERY
+from slimllm.modelcard import in_line
 from slimllm.report import REPORT_NAME, read_report
 
 FINETUNE_NAME = "finetune.json"
+
+
+_SHAPE = {
+    "model": str, "data": str, "out": str,
+    "config": {"rank": int, "learning_rate": float, "batch_size": int},
+    "examples": int, "held_out_examples": int, "trainable": int, "parameters": int, "loss": [float],
+    "held_out": [[float]], "tokens": int, "elapsed_s": float, "peak_host_gib": float, "peak_gpu_gib": float,
+    "device": str, "compute_dtype": str, "versions": {EVERY: str}, "identity": dict,
+}  # fmt: skip
 
 
 @dataclass
@@ -63,7 +75,11 @@ class FinetuneReport:
         Raises:
             ValueError: (as InputError) the folder holds no finetune.json, or none of ours.
         """
-        return read_report(cls, Path(folder) / FINETUNE_NAME, "a training")
+        path = Path(folder) / FINETUNE_NAME
+        report = read_report(cls, path, "a training", _SHAPE)
+        if any(len(pair) != 2 for pair in report.held_out):
+            raise InputError(f"{path} is not the report of a training: held_out is not of pairs.")
+        return report
 
 
 def add_to_model_card(report: FinetuneReport, folder: Path) -> None:
@@ -80,8 +96,8 @@ def add_to_model_card(report: FinetuneReport, folder: Path) -> None:
 ## Trained
 
 By LoRA (rank {config["rank"]}, learning rate {config["learning_rate"]:g}, batches of
-{config["batch_size"]}) on `{Path(report.data).name}`: {len(report.loss)} steps over {report.examples} examples; the factors
-are merged into the weights.{held_out}{pruned} Every step is in `finetune.json`.
+{config["batch_size"]}) on {in_line(Path(report.data).name)}: {len(report.loss)} steps over {report.examples} examples; the
+factors are merged into the weights.{held_out}{pruned} Every step is in `finetune.json`.
 """
     text = card.read_text(encoding="utf-8").rstrip() + "\n" + text
     card.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold bytes that are not UTF-8

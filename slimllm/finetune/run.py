@@ -17,6 +17,7 @@ from slimllm import memory
 from slimllm.calibration import check_seq_len
 from slimllm.checkpoint import open_checkpoint
 from slimllm.config import parse_device
+from slimllm.destination import check_destination, check_space, destination
 from slimllm.errors import HopelessError, InputError
 from slimllm.evaluate import load
 from slimllm.finetune.config import FinetuneConfig
@@ -30,9 +31,7 @@ from slimllm.source import CheckpointModel
 from slimllm.writer import (
     CheckpointWriter,
     can_resume,
-    check_destination,
     check_interrupted,
-    check_space,
     remove_leftover,
 )
 
@@ -82,12 +81,19 @@ def finetune(
         raise InputError(
             "LoRA is peft's, which is not installed; pip install peft, or this package with the extra finetune."
         ) from None
-    out, device = Path(out).expanduser().resolve(), parse_device(config.device)
+    out, device = destination(out), parse_device(config.device)
     in_place = check_interrupted(out, resume)
     checkpoint = open_checkpoint(model)
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file; give the folder of a Hugging Face model, such as slimllm prune writes.")
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
+    for sentence in checkpoint.left_out():
+        notice(sentence)
+    if config.rank > source.config.hidden_size:
+        raise InputError(
+            f"rank is {config.rank}, but the model's matrices have only {source.config.hidden_size} rows or columns; "
+            "give less."
+        )
     examples, held_out = _examples(data, checkpoint.tokenizer(trust_remote_code), config, source, notice)
     compute_dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     identity = _identity(source, examples + held_out, config, compute_dtype)

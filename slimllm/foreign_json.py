@@ -1,0 +1,108 @@
+"""JSON that others have written or changed: this is the only place that reads such files.
+
+What is no JSON, nested without an end, larger than such a file can be, or of another shape than it should be, ends in one
+sentence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from slimllm.errors import InputError
+
+MOST_BYTES = 256 * 2**20  # the largest tokenizer.json known has 33 MB
+
+# A value's shape: a type or several; a dict of the shapes of its entries, of which those with a ? may be missing or null; a
+# list with the shape of all its items; a dict with the one entry EVERY, for the values of all its names. float takes whole
+# numbers as well; int takes nothing below 0, POSITIVE only what can be divided by.
+Shape = Any
+EVERY, POSITIVE = "*", "positive"
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, with or without a byte order mark.
+
+    Raises:
+        ValueError: (as InputError) it cannot be read, is too large, is no JSON in UTF-8, or is nested too deeply.
+    """
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is not a file.")
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise InputError(f"{path} has {size / 1e6:,.0f} MB, which is too large for what it should hold.")
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise InputError(f"{path} is not valid JSON: it is nested too deeply.") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not valid JSON: {str(error).rstrip('.')}.") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        ValueError: (as InputError) as `read_json`, or it holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return content
+
+
+def find_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object that may be missing; what cannot be read is empty, and whoever needs it will complain."""
+    try:
+        return read_object(path) if path.is_file() else {}
+    except InputError:
+        return {}
+
+
+def check_shape(value: Any, shape: Shape, where: str) -> None:
+    """Raise ValueError (as InputError) if a value has another shape; `where` is its name in the sentence."""
+    if isinstance(shape, dict):
+        _check_kind(value, dict, where)
+        if EVERY in shape:
+            shape = dict.fromkeys(value, shape[EVERY])
+        for name, inner in shape.items():
+            optional = name.endswith("?")
+            name = name.removesuffix("?")
+            if value.get(name) is not None:
+                check_shape(value[name], inner, f"{where}.{name}" if where else name)
+            elif not optional:
+                raise InputError(f"{where}.{name} is missing." if where else f"{name} is missing.")
+    elif isinstance(shape, list):
+        _check_kind(value, list, where)
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{where}[{index}]")
+    else:
+        _check_kind(value, shape, where)
+
+
+def _check_kind(value: Any, kind: Any, where: str) -> None:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if not any(_is(value, one) for one in kinds):
+        wanted = " or ".join(_KINDS[one] for one in kinds)
+        raise InputError(f"{where} is {str(value)[:40]!r}, but should be {wanted}.")
+
+
+_KINDS = {
+    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number from 0 on",
+    float: "a finite number", POSITIVE: "a finite number above 0",
+}  # fmt: skip
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind in (dict, list, str, bool):
+        return isinstance(value, kind)
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        return False
+    if abs(value) > 1e300 or not math.isfinite(value):  # an int may be larger than any float
+        return False
+    return bool(kind is float or value > 0 or (kind is int and value == 0))
