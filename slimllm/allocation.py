@@ -97,9 +97,12 @@ def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
     if most < target:
         step = max(shape.unit_step for shape in shapes)
         units = "one head unit" if step == 1 else f"{step} head units"
+        asked = f"A ratio of {config.ratio:g}"
+        if config.preset == "paper":
+            asked += f" by the preset paper (which makes {target_ratio:.4g} of the layers' parameters of it)"
         raise InputError(
-            f"A ratio of {target_ratio:.4g} is more than this model can give while every layer keeps {units} and "
-            f"{round_to} channels; the most is {most / total:.3f}."
+            f"{asked} is more than this model can give while every layer keeps {units} and {round_to} channels; "
+            f"the most is {most / total:.3f}."
         )
     return Target(target, round_to, n, alpha, notes)
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from slimllm.companions import PATTERNS, copy_companions, files_to_fetch
+from slimllm.companions import PATTERNS, copy_companions, files_to_fetch, left_out
 from slimllm.errors import HopelessError, InputError
 from slimllm.families import LayerSpec, layer_spec
 from slimllm.folder import (
@@ -24,9 +24,11 @@ from slimllm.folder import (
     Headers,
     first_line,
     name_some,
+    reason,
     read_config,
     weight_files,
 )
+from slimllm.foreign_json import find_object
 from slimllm.tokenizer import load_tokenizer
 
 _MAPPED_BYTES = 64 * 2**20  # of a file that is open
@@ -61,6 +63,10 @@ class Checkpoint(ABC):
     @abstractmethod
     def write_companions(self, folder: Path) -> None:
         """Put what comes along with the weights into a folder: tokenizer, chat templates, generation settings."""
+
+    def left_out(self) -> list[str]:
+        """Sentences about what should come along but does not."""
+        return []
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """The tensors, on the CPU, as they are stored (fp32 if quantised).
@@ -131,6 +137,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.config = read_config(path)
         self._headers = Headers(weight_files(path))
         self._headers.check(path)
+        self._headers.check_layers(self.config.to_dict(), path)
         spec = layer_spec(self.config.model_type)
         prefix = f"{spec.layers.partition('.')[0]}."
         stored = self._headers.shape_of
@@ -165,11 +172,14 @@ class SafetensorsCheckpoint(Checkpoint):
                             result[name] = file.get_tensor(self._stored[name]).clone()
                             mapped += result[name].nbytes
             except (SafetensorError, OSError) as error:
-                raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
+                raise InputError(f"Shard {shard} cannot be read ({reason(error)}); it is damaged or truncated.") from None
         return result
 
     def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.path, trust_remote_code)
+
+    def left_out(self) -> list[str]:
+        return left_out(self.path)
 
     def write_companions(self, folder: Path) -> None:
         copy_companions(self.path, folder)
@@ -185,7 +195,7 @@ def settle_tokenizer_class(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = find_object(path)
     if settings.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast"):
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         settings.setdefault("model_input_names", ["input_ids", "attention_mask"])

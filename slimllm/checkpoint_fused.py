@@ -73,6 +73,9 @@ class FusedCheckpoint(Checkpoint):
     def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
         return self._fused.tokenizer(trust_remote_code)
 
+    def left_out(self) -> list[str]:
+        return self._fused.left_out()
+
     def write_companions(self, folder: Path) -> None:
         self._fused.write_companions(folder)
 

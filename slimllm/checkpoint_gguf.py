@@ -16,6 +16,7 @@ from slimllm.errors import InputError
 from slimllm.families import EXPERTS, GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, layer_spec
 from slimllm.folder import first_line
 from slimllm.gguf_file import GGUFFile, number_of
+from slimllm.gguf_header import check_sizes
 from slimllm.gguf_rope import ROPE_FREQS, rope_rule
 from slimllm.modeling.slim_layers import knows_rope_parameters
 from slimllm.native import head_dim_of
@@ -52,6 +53,7 @@ class GGUFCheckpoint(Checkpoint):
         experts = any("_exps." in name or ".ffn_gate_inp." in name for name in self._file.entries)
         if experts or number_of(self._file.settings, f"{architecture}.expert_count", 0, path) > 0:
             raise InputError(f"The model in {path} is not supported ({EXPERTS}).")
+        check_sizes(self._file.settings, [entry.shape for entry in self._file.entries.values()], path)
         self._names = {_hugging_face_name(name): name for name in self._file.entries if name != ROPE_FREQS}
         try:
             with _alone(self.path) as (folder, name):

@@ -13,9 +13,9 @@ from slimllm.calibration import about_bos, window_bos
 from slimllm.checkpoint import open_checkpoint
 from slimllm.compare import METHODS, Compared, compare
 from slimllm.config import PruneConfig
+from slimllm.destination import check_new_file
 from slimllm.display import PruneDisplay
 from slimllm.evaluate import evaluation_tokens
-from slimllm.writer import check_new_file
 
 
 def run_compare(

@@ -126,7 +126,8 @@ class PruneConfig:
         check_number("ratio", self.ratio, (int, float))
         if not 0 < self.ratio < 1:
             raise InputError(
-                f"ratio is the fraction of the layers' parameters to remove and must lie between 0 and 1, got {self.ratio}."
+                f"ratio is the fraction of the layers' parameters to remove and must lie between 0 and 1, "
+                f"got {self.ratio} (30 % is 0.3)."
             )
         check_choice("preset", self.preset, tuple(PRESETS))
         for name, value in PRESETS[self.preset].items():
@@ -208,17 +209,18 @@ class PruneConfig:
 
 
 def parse_bytes(name: str, value: str | None) -> float:
-    """A number of bytes such as `8GiB` or `24 GB`; infinity for None.
+    """A number of bytes such as `8GiB`, which `8G` is too, or `24 GB`; infinity for None.
 
     Raises:
         ValueError: (as InputError) it is none.
     """
     if value is None:
         return math.inf
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", str(value), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT](?:i?B)?)\s*", str(value), re.IGNORECASE)
     if match is None or not float(match[1]):
         raise InputError(f"{name} is an amount of memory with its unit, such as 16GiB, got {value!r}.")
-    return float(match[1]) * _UNITS[match[2].upper()]
+    unit = match[2].upper()
+    return float(match[1]) * _UNITS[unit if len(unit) > 1 else f"{unit}IB"]
 
 
 def parse_device(name: str | None) -> torch.device:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimllm.calibration import about_bos, bundled_text, tokenize, window_bos
@@ -71,14 +72,14 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
     _measure([before, after], prompt)
     _print_table(console, report, before, after, out)
     for title, candidate in (("before", before), ("after ", after)):
-        console.print(f"[bold]{title}[/bold] {prompt}[italic]{_escaped(candidate.text)}[/italic]", highlight=False)
+        console.print(Text.assemble((title, "bold"), f" {prompt}", (_one_line(candidate.text), "italic")))
     console.print("\nNext:", style="bold")
     console.print(
         f"  slimllm eval {out} --seq-len 512\n"
         f"  slimllm prune {model} --out half --ratio 0.5 --calibration YOUR.txt\n"
         f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}', "
         f"trust_remote_code=True)('{prompt}', max_new_tokens=30))\"",
-        highlight=False, soft_wrap=True, markup=False,
+        highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
@@ -122,8 +123,8 @@ def _generate(model: PreTrainedModel, prompt_ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).join((" ", "")).replace("[", "\\[")
+def _one_line(text: str) -> str:
+    return f" {' '.join(text.split())}"
 
 
 def _print_table(console: Console, report: PruneReport, before: _Candidate, after: _Candidate, out: Path) -> None:

@@ -70,6 +70,7 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
     headers = Headers(weight_files(path))
     if not quantised:
         headers.check(path)
+    headers.check_layers(settings, path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         check_padding(config, path)
@@ -214,6 +215,12 @@ def perplexity(
     windows = windows_of(token_ids, seq_len, bos_token_id)[:max_windows]
     if len(windows) == 0:
         raise InputError(f"The text has {len(token_ids)} tokens, fewer than one window of {seq_len}; give more text.")
+    entries = model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= entries or int(windows.min()) < 0:
+        raise InputError(
+            f"The text has token {int(windows.max())}, but the model's vocabulary has the tokens 0 to {entries - 1}; "
+            "is this the tokenizer of this model?"
+        )
     total = 0.0
     for batch in windows.split(min(batch_size, _windows_at_once(model, seq_len))):
         batch = batch.to(model.device)
@@ -224,10 +231,11 @@ def perplexity(
                 total += float(loss.double())
         del logits, scores  # before the next ones are there
     if math.isnan(total):
-        raise InputError(
-            f"The model's outputs are not numbers when computed in {str(model.dtype).removeprefix('torch.')}; compute in "
-            "float32, or look for NaN in its weights."
+        dtype = str(model.dtype).removeprefix("torch.")
+        advice = (
+            "look for NaN in its weights" if dtype == "float32" else "compute in float32, or look for NaN in its weights"
         )
+        raise InputError(f"The model's outputs are not numbers when computed in {dtype}; {advice}.")
     return math.exp(min(total / (len(windows) * (seq_len - 1)), 700.0))
 
 

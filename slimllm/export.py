@@ -12,6 +12,7 @@ import torch
 
 from slimllm.checkpoint import open_checkpoint
 from slimllm.config import check_choice
+from slimllm.destination import check_destination, check_space, destination
 from slimllm.errors import InputError
 from slimllm.export_gguf import write_gguf
 from slimllm.export_source import ExportSource
@@ -22,7 +23,7 @@ from slimllm.progress import ProgressCallback
 from slimllm.slicing import LayerSizes
 from slimllm.source import CheckpointModel
 from slimllm.tensor_parallel import tensor_parallel_line, tensor_parallel_sizes
-from slimllm.writer import CheckpointWriter, check_destination, check_space, partial_folder
+from slimllm.writer import CheckpointWriter, partial_folder
 
 TARGETS = ("stock", "padded", "gguf")
 
@@ -63,7 +64,8 @@ def export(
             model or the place to write to is not fit.
     """
     check_choice("to", to, TARGETS)
-    checkpoint, out = open_checkpoint(model), Path(out).expanduser().resolve()
+    out = destination(out)
+    checkpoint = open_checkpoint(model)
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file already; give the folder that slimllm prune wrote.")
     source = ExportSource(checkpoint)
@@ -74,6 +76,8 @@ def export(
     sizes = source.sizes()
     check_space(out, _bytes(source, sizes, wanted))
     if notice:
+        for sentence in checkpoint.left_out():
+            notice(sentence)
         notice(f"{tensor_parallel_line(tensor_parallel_sizes(map(_alike, [wanted] if wanted else sizes)))}.")
     _write(source, sizes, wanted, form, out, overwrite, progress)
     return form.name

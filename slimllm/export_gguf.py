@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from slimllm.checkpoint_gguf import rope_order
+from slimllm.destination import check_space
 from slimllm.errors import InputError, OutputError
 from slimllm.export_source import ExportSource
 from slimllm.families import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
@@ -26,7 +27,6 @@ from slimllm.native import is_llama
 from slimllm.progress import ProgressCallback
 from slimllm.slicing import LayerSizes
 from slimllm.source import CheckpointModel
-from slimllm.writer import check_space
 
 _FILE_TYPES = {
     torch.float32: gguf.LlamaFileType.ALL_F32,

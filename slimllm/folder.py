@@ -5,7 +5,6 @@ Nothing in a folder is executed unless the user trusts its code, and nothing is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoConfig, PretrainedConfig
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.errors import InputError
 from slimllm.families import FAMILIES, layer_spec
+from slimllm.foreign_json import read_object
 from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -29,6 +29,18 @@ _QUANTISED_ENDINGS = (
 )  # fmt: skip
 # Of transformers 4 and 5, under which it also names kernels of the hub.
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_LONGEST_REASON = 400  # characters; some errors repeat all of what they did not like
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+# The sizes in config.json, and what is more than any model has.
+_MOST = {
+    **dict.fromkeys(_LAYERS, 2_000),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "num_key_value_heads"), 100_000),
+    **dict.fromkeys(
+        ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "intermediate_size", "ffn_dim", "n_inner", "head_dim"),
+        10_000_000,
+    ),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 1_000_000_000),
+}
 # What other programs put before the names of a model's tensors.
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -52,12 +64,8 @@ def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]
         )
     if not file.is_file():
         raise InputError(f"{path} holds no config.json{_instead(path)}; give the folder of a Hugging Face model.")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{file} is not valid JSON: {first_line(error)}") from None
-    if not isinstance(settings, dict):
-        raise InputError(f"{file} is not a JSON object.")
+    settings = read_object(file)
+    _check_counts(settings, file)
     if not trust_remote_code and (code := _hub_code(settings)):
         raise InputError(f"{file} asks for code of the hub ({code}), which is not run; remove that entry.")
     if weights := settings.get("transformers_weights"):
@@ -65,6 +73,21 @@ def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]
             f"{file} asks for weights in {weights!r}, which is not read; rename that file to {SINGLE} and remove the entry."
         )
     return settings
+
+
+def _check_counts(settings: dict[str, Any], file: Path) -> None:
+    """Raise ValueError (as InputError) if a size in config.json is none, or larger than that of any model.
+
+    Libraries believe such numbers, and make as many layers or entries before anything else is looked at.
+    """
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _check_counts(value, file)
+        most = _MOST.get(name)
+        if most is None or value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise InputError(f"{name} in {file} is {str(value)[:40]!r}, but should be a whole number from 1 to {most:,}.")
 
 
 def _hub_code(settings: dict[str, Any]) -> str | None:
@@ -144,12 +167,12 @@ def weight_files(path: Path) -> list[Path]:
     index = path / INDEX
     if not index.is_file():
         raise InputError(f"{path} holds no weights ({SINGLE}, or shards with {INDEX}){_instead(path)}.")
-    try:
-        shards = [path / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index} is not an index of shards ({first_line(error)}).") from None
-    if not shards:
-        raise InputError(f"{index} names no shards.")
+    content = read_object(index)
+    weight_map = content.get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or any(not isinstance(name, str) or Path(name).name != name or "\0" in name for name in names):
+        raise InputError(f"{index} is not an index of shards: its weight_map has to name files beside it.")
+    shards = [path / name for name in sorted(set(names))]
     for shard in shards:
         if not shard.is_file():
             raise InputError(f"Shard {shard.name}, which {index} names, is missing.")
@@ -202,7 +225,7 @@ class Headers:
                 with shard.open("rb") as start:
                     if start.read(24) == b"version https://git-lfs.":
                         raise InputError(f"{shard} is a pointer of Git LFS, not the file; run git lfs pull.") from None
-                raise InputError(f"Shard {shard} cannot be read ({error}); it is damaged or truncated.") from None
+                raise InputError(f"Shard {shard} cannot be read ({reason(error)}); it is damaged or truncated.") from None
 
     def check(self, path: Path) -> None:
         """Raise ValueError (as InputError) if names or dtypes tell that the tensors are not a plain model's."""
@@ -223,6 +246,14 @@ class Headers:
                     f"Tensor {name} of {path} is stored as {dtype}; only unquantised float weights "
                     f"({', '.join(SAFETENSORS_DTYPES)}) are read."
                 )
+
+    def check_layers(self, settings: dict[str, Any], path: Path) -> None:
+        """Raise ValueError (as InputError) if config.json speaks of more layers than there are tensors."""
+        layers = next((settings[name] for name in _LAYERS if settings.get(name) is not None), 0)
+        if layers > len(self.file_of):
+            raise InputError(
+                f"config.json in {path} speaks of {layers:,} layers, but its files hold only {len(self.file_of)} tensors."
+            )
 
     def is_meaningless(self, name: str) -> bool:
         """Whether a tensor without a place in the model changes nothing.
@@ -263,7 +294,13 @@ def name_some(names: Iterable[str], one: str, several: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Give an error of another library as the end of a sentence; it may say what matters in its second line."""
+    """Give an error of another library as the end of a sentence."""
+    return f"{reason(error)}."
+
+
+def reason(error: BaseException) -> str:
+    """Give an error of another library within a sentence; it may say what matters in its second line."""
     text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2]).rstrip(".") + "."
+    words = "".join(character if character.isprintable() else " " for character in " ".join(lines[:2])).rstrip(".")
+    return words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}…"

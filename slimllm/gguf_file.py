@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from slimllm.errors import InputError
+from slimllm.gguf_header import check_header
 
 MAGIC = b"GGUF"
 
@@ -132,14 +133,15 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
     """Settings and places of tensors of one file; the mapping of the file goes with the reader."""
     _check_magic(path)
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
         settings = {
             name: field.contents() for name, field in reader.fields.items() if field.types[:1] != [gguf.GGUFValueType.ARRAY]
         }
+    except InputError:
+        raise
     except (ValueError, OSError, IndexError, KeyError, OverflowError, MemoryError) as error:
         raise InputError(f"{path} cannot be read as GGUF ({error}); it is damaged or truncated.") from None
-    if reader.byte_order == "S":
-        raise InputError(f"{path} is big-endian; convert it with gguf-py's gguf-convert-endian.")
     entries = {}
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))

@@ -12,6 +12,7 @@ from typing import Any
 import gguf
 
 from slimllm.errors import InputError
+from slimllm.foreign_json import EVERY, check_shape, read_object
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,6 +24,12 @@ _PRE_TOKENIZERS = {
     (("Digits", True), ("ByteLevel", True)): "smollm",
     (("ByteLevel", True),): "gpt-2",
 }
+
+
+_BPE = {
+    "model": {"vocab": {EVERY: int}, "merges": [(str, list)]},
+    "added_tokens?": [{"id": int, "content": str}], "normalizer?": dict, "pre_tokenizer?": dict,
+}  # fmt: skip
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
@@ -41,10 +48,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
         raise InputError(
             "The model has no tokenizer.json, of which the file's vocabulary is made; save a fast tokenizer there."
         )
-    tokenizer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    tokenizer = _read_bpe(path)
     model = tokenizer["model"]
-    if model.get("type") != "BPE":
-        raise InputError(f"The tokenizer is of type {model.get('type')}; only BPE tokenizers can be written to GGUF.")
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
     texts = {index: text for text, index in model["vocab"].items()} | {i: entry["content"] for i, entry in added.items()}
@@ -67,6 +72,19 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
     with _silent_about_pairs():
         special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
     special.add_to_gguf(writer, quiet=True)
+
+
+def _read_bpe(path: Path) -> dict[str, Any]:
+    tokenizer = read_object(path)
+    try:
+        check_shape(tokenizer, {"model": {"type": str}}, "")
+        if (kind := tokenizer["model"]["type"]) == "BPE":
+            check_shape(tokenizer, _BPE, "")
+    except InputError as error:
+        raise InputError(f"{path} is not a fast tokenizer: {error}") from None
+    if kind != "BPE":
+        raise InputError(f"The tokenizer is of type {kind}; only BPE tokenizers can be written to GGUF.")
+    return tokenizer
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at a safe point, where a run can be gone on with, or at once."""
+"""Ctrl-C, SIGTERM and the end of the terminal: at a safe point, where a run can be gone on with, or at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any, NoReturn
 
 from slimllm.parallel import Ranks
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Those that end a run: SIGHUP when its terminal goes, unless nohup has it ignored.
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+    SIGNALS.append(signal.SIGHUP)
 
 
 def leave(number: int, frame: object = None) -> NoReturn:

@@ -17,6 +17,7 @@ import torch
 
 from slimllm.checkpoint import open_checkpoint
 from slimllm.config import PruneConfig
+from slimllm.destination import destination
 from slimllm.errors import InputError
 from slimllm.evaluate import perplexity_of
 from slimllm.jobs import prune_all
@@ -69,9 +70,9 @@ def parse_ratios(words: Sequence[str]) -> list[float]:
     found: set[float] = set()
     for word in words:
         parts = word.split(":")
-        if len(parts) not in (1, 3) or not all(re.fullmatch(r"\d*\.?\d+", part) for part in parts):
+        if len(parts) not in (1, 3) or not all(re.fullmatch(r"\d*\.?\d+%?", part) for part in parts):
             raise InputError(f"ratio must be a number or FIRST:LAST:STEP, such as 0.1:0.6:0.1, got {word!r}.")
-        first, *rest = map(float, parts)
+        first, *rest = (float(part.rstrip("%")) / (100 if part.endswith("%") else 1) for part in parts)
         last, step = rest or (first, 1.0)
         if step <= 0 or last < first or (last - first) / step > 100:
             raise InputError(f"ratio {word} gives no ratios, or more than 100; give FIRST:LAST:STEP.")
@@ -171,7 +172,7 @@ def sweep(
     dense = next((point.perplexity for point in points if point.preset == "dense"), None) or measured(model)
     with tempfile.TemporaryDirectory(prefix="slimllm-sweep-", dir=workdir) as folder:
         for preset in presets:
-            where = Path(keep or folder).expanduser().resolve() / preset
+            where = destination(Path(keep or folder) / preset)
             jobs = [(where / str(ratio), one) for (name, ratio), one in configs.items() if name == preset]
             if jobs:
                 prune_all(checkpoint, jobs, False, keep is not None, progress, notice, None, Ranks(), on_report)

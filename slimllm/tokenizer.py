@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from slimllm.companions import check_regular_files
 from slimllm.errors import InputError
 from slimllm.folder import first_line
+from slimllm.foreign_json import check_shape, find_object, read_object
+
+_SETTINGS = {
+    "model_max_length?": float, "tokenizer_class?": str, "chat_template?": (str, list, dict), "added_tokens_decoder?": dict,
+    "add_bos_token?": bool, "add_eos_token?": bool, "model_input_names?": [str],
+    **{f"{name}_token?": (str, dict) for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")},
+}  # fmt: skip
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -20,6 +27,13 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     Raises:
         ValueError: (as InputError) there is none, or it cannot be had without running code that is not trusted.
     """
+    check_regular_files(path)
+    settings = path / "tokenizer_config.json"
+    if settings.is_file():
+        try:
+            check_shape(read_object(settings), _SETTINGS, "")
+        except InputError as error:
+            raise InputError(f"The tokenizer in {path} cannot be loaded: in {settings.name} {error}") from None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
@@ -38,11 +52,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
 
 def tokenizer_code(path: Path) -> str | None:
     """Name the class of a folder's own code that its tokenizer asks for; None: it asks for none."""
-    try:
-        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
-        asked = settings.get("auto_map") or {}
-        asked = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
-        names = asked if isinstance(asked, list) else [asked]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
+    asked = find_object(path / "tokenizer_config.json").get("auto_map") or {}
+    asked = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
+    names = asked if isinstance(asked, list) else [asked]
     return next((str(name) for name in reversed(names) if name), None)

@@ -182,7 +182,11 @@ def test_output_folders_that_would_cost_data(
     file.write_text("x")
     cases: list[tuple[list[str | Path], str]] = [
         (["--out", occupied], "not empty"),
-        (["--out", other, "--overwrite"], "holds no model"),
+        (["--out", other, "--overwrite"], "holds no model that slimllm has written"),
+        (["--out", occupied, "--overwrite"], "holds no model that slimllm has written"),
+        (["--out", "/", "--overwrite"], "is the root of the file system"),
+        (["--out", tmp_path / ("x" * 250)], "has 250 bytes; give one of 200 at most"),
+        (["--out", "a\0b"], "cannot be made (embedded null byte)"),
         (["--out", model, "--overwrite"], "which is read"),
         (["--out", tmp_path, "--overwrite"], "which is read"),
         (["--out", model / "sub"], "lies in"),
@@ -196,11 +200,36 @@ def test_output_folders_that_would_cost_data(
         assert code == 2 and sentence in err, err
     assert (occupied / "precious.txt").read_text() == (other / "precious.txt").read_text() == "mine"
     assert (model / "model.safetensors").is_file()
-    # Asked for, a model is replaced, and only when the new one is complete.
-    code, _, err = call(capsys, "prune", model, "--ratio", "0.99", "--samples", "4", "--out", occupied, "--overwrite")
-    assert code == 2 and (occupied / "precious.txt").is_file()
-    code, _, err = call(capsys, "prune", model, "--ratio", "0.2", "--samples", "4", "--out", occupied, "--overwrite")
-    assert code == 0 and not (occupied / "precious.txt").exists() and (occupied / "report.json").is_file()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["prune", "of an earlier version", "export"])
+def test_what_slimllm_has_written_is_replaced_and_nothing_else(
+    stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    out = tmp_path / "out"
+    assert call(capsys, "prune", stories_path, "--out", out, "--ratio", "0.2", "--samples", "4", "--uniform")[0] == 0
+    if kind == "export":
+        out.rename(tmp_path / "pruned")
+        assert call(capsys, "export", tmp_path / "pruned", "--to", "stock", "--out", out)[0] == 0
+    elif kind == "of an earlier version":  # whose index does not say who has written it
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        del index["metadata"]["slimllm"]
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    again: list[str | Path] = ["prune", stories_path, "--samples", "4", "--out", out, "--overwrite", "--ratio"]
+    for stranger in ("thesis.txt", ".git/HEAD", "report/notes.txt", "model.gguf", "old.safetensors"):
+        (out / stranger).parent.mkdir(exist_ok=True)
+        (out / stranger).write_text("mine")
+        code, _, err = call(capsys, *again, "0.3")
+        assert code == 2 and f"holds {stranger.replace('/HEAD', '')}, which slimllm has not written" in err, err
+        assert (out / stranger).read_text() == "mine"
+        (out / stranger).unlink()
+        if stranger == ".git/HEAD":
+            (out / ".git").rmdir()
+    before = (out / "model.safetensors.index.json").read_text()
+    assert call(capsys, *again, "0.99")[0] == 2 and (out / "model.safetensors.index.json").read_text() == before
+    code, _, err = call(capsys, *again, "0.3")  # and only when the new one is complete
+    assert code == 0 and json.loads((out / "report.json").read_text())["config"]["ratio"] == 0.3, err
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

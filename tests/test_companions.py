@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import config
 
 import slimllm
 from slimllm import checkpoint
-from slimllm.companions import companions, copy_companions, files_to_fetch
+from slimllm.companions import companions, copy_companions, files_to_fetch, left_out
 
 KNOWN = [
     "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "added_tokens.json", "additional_chat_templates/tools.jinja",
@@ -116,8 +117,8 @@ def test_settings_that_say_nothing(tmp_path: Path, content: str) -> None:
     assert found(folder) == {"tokenizer_config.json", "vocab.json"}
 
 
-def test_links(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Those of the hub's cache are followed, and those inside a folder; others are said, and left out."""
+def test_links(tmp_path: Path) -> None:
+    """Those into the hub's cache of the model are followed, and those inside its folder; others are said, and left out."""
     cache = tmp_path / "models--me--mine"
     folder = folder_of(cache / "snapshots" / "abc", ["real.model", "vocab.txt"])
     secret = folder_of(tmp_path / "elsewhere", ["secret"]) / "secret"
@@ -135,10 +136,28 @@ def test_links(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (folder / "nowhere.model").symlink_to("nowhere")
     (folder / "additional_chat_templates").symlink_to(secret.parent)
     (secret.parent / "x.jinja").write_text("secret")
-    kept = {"tokenizer_config.json", "tokenizer.json", "real.model", "inside.model", "shared.model", "vocab.txt"}
+    other = tmp_path / "models--me--private" / "blobs"
+    other.mkdir(parents=True)
+    (other / "456").write_text("of another model")
+    (folder / "NOTICE").symlink_to(other / "456")
+    (folder / "LICENSE").symlink_to("LICENSE.txt")
+    (folder / "LICENSE.txt").symlink_to("LICENSE")
+    os.mkfifo(folder / "USE_POLICY.md")
+    (folder / "merges.txt").symlink_to("/dev/zero")
+    with (folder / "vocab.json").open("wb") as sparse:
+        sparse.truncate(2**29)
+    kept = {"tokenizer_config.json", "tokenizer.json", "real.model", "inside.model", "vocab.txt"}
     assert found(folder) == kept
-    said = caplog.text
-    assert all(name in said for name in ("outside.model", "relative.model", "x.jinja")) and "inside.model" not in said
+    link, nothing, device = "is a link that leads out of its folder", "is a link to nothing", "is a device or a pipe"
+    wanted = {
+        **dict.fromkeys(("outside.model", "relative.model", "x.jinja", "shared.model", "id_rsa", "NOTICE"), link),
+        **dict.fromkeys(("nowhere.model", "LICENSE", "LICENSE.txt"), nothing),
+        **dict.fromkeys(("USE_POLICY.md", "merges.txt"), device), "vocab.json": "is larger than any such file",
+    }  # fmt: skip
+    said = left_out(folder)
+    for name, fault in wanted.items():
+        assert any(f"/{name} {fault}" in sentence and "is not copied" in sentence for sentence in said), name
+    assert len(said) == len(wanted), said
     (tmp_path / "link").symlink_to(folder)
     assert found(tmp_path / "link") == kept
     (tmp_path / "out").mkdir()

@@ -12,15 +12,15 @@ import slimllm
 PACKAGE = Path(slimllm.__file__).parent
 # The way of the data: a module imports only from those before it.
 ORDER = [
-    "errors", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling", "registration", "folder",
-    "tokenizer",
-    "kernels", "ops", "statistics", "importance", "criteria", "selection", "recovery", "elimination", "spending",
-    "allocation", "slicing", "states", "native", "progress", "layer", "measure", "sensitivity", "attention", "ffn",
-    "account", "plan", "journal", "record", "skeleton", "companions", "checkpoint", "gguf_file", "gguf_rope",
-    "checkpoint_gguf", "checkpoint_fused", "calibration", "source", "dense", "pipeline", "report", "tensor_parallel",
-    "modelcard", "writer", "run", "jobs", "engine", "padding", "gguf_vocabulary", "export_source", "export_gguf", "export",
-    "bench", "evaluate", "zeroshot", "side_by_side", "latency", "finetune", "page", "doctor", "display", "demo", "compare",
-    "compare_display", "sweep", "sweep_display", "cli", "__main__", "__init__",
+    "errors", "foreign_json", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling",
+    "registration", "folder", "companions", "tokenizer", "kernels", "ops", "statistics", "importance", "criteria",
+    "selection", "recovery", "elimination", "spending", "allocation", "slicing", "states", "native", "progress",
+    "layer", "measure", "sensitivity", "attention", "ffn", "account", "plan", "journal", "record", "skeleton",
+    "destination", "checkpoint", "gguf_header", "gguf_file", "gguf_rope", "checkpoint_gguf", "checkpoint_fused",
+    "calibration", "source", "dense", "pipeline", "report", "tensor_parallel", "modelcard", "writer", "run", "jobs",
+    "engine", "padding", "gguf_vocabulary", "export_source", "export_gguf", "export", "bench", "evaluate", "zeroshot",
+    "side_by_side", "latency", "finetune", "page", "doctor", "display", "demo", "compare", "compare_display", "sweep",
+    "sweep_display", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

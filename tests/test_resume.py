@@ -327,7 +327,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], f
     return contents(folder / "out"), time.monotonic() - began
 
 
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", [*range(8), *(pytest.param(number, marks=pytest.mark.slow) for number in range(8, 40))])
 def test_killed_at_any_moment(tmp_path: Path, whole: tuple[dict[str, bytes], float], number: int) -> None:
     expected, seconds = whole
     process = start(tmp_path / "out")
@@ -369,10 +369,10 @@ def test_full_disk(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signals(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "slimllm", "prune", str(STORIES), "--out", "out", "--ratio", "0.2"]
-    command += ["--samples", "100", "--seq-len", "512", "--batch-size", "1"]  # long enough to be met at work
+    command += ["--samples", "40", "--seq-len", "512", "--batch-size", "1"]  # long enough to be met at work
     running = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
     journal = tmp_path / ".out.partial" / "journal.jsonl"

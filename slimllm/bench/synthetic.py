@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTra
 
 from slimllm.bench.shapes import Shape
 from slimllm.checkpoint import Checkpoint
+from slimllm.destination import check_space
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.skeleton import expected_tensors, meta_model
-from slimllm.writer import CheckpointWriter, check_space
+from slimllm.writer import CheckpointWriter
 
 # A prime, so that no two rows of a matrix begin at the same place of the numbers that are repeated.
 _PERIOD = 4_194_301

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from slimllm.cli import prune, export, measure, finetune, page  # isort: skip
-from slimllm.cli.options import REMOVED, app, console, errors
+from slimllm.cli.options import REMOVED, app
+from slimllm.cli.terminal import console, errors, lost
 from slimllm.errors import InputError, OtherRankError
 from slimllm.interrupts import SIGNALS, leave
 from slimllm.memory import exhausted
@@ -55,7 +56,7 @@ _LESS_MEMORY = {
 
 
 def _say(sentence: str) -> None:
-    errors.print(f"Error: {sentence}", style="bold red", highlight=False, soft_wrap=True, markup=False)
+    errors.print(f"Error: {sentence}", style="bold red", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -85,4 +86,7 @@ def main() -> None:
         else:
             raise
         code = 2
+    if (reason := lost()) is not None:
+        _say(f"What was to be printed is lost: {reason.strerror}.")
+        code = code or 2
     end(code)

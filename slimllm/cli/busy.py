@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from slimllm.cli.options import errors
+from slimllm.cli.terminal import errors
 
 
 @contextmanager
@@ -36,9 +36,11 @@ def verdict(others: float, cores: int, threads: int) -> str | None:
     """What there is to be said of `others`, the cores that were busy elsewhere; None where the threads had enough."""
     if others + threads <= cores + max(0.3, 0.05 * cores):
         return None
+    fewer = max(1, round(cores - others))
+    advice = f"; OMP_NUM_THREADS={fewer} may be much faster then" if fewer < threads else ""
     return (
-        f"Other work kept {others:.1f} of {cores} cores busy meanwhile, so that this took longer than on an idle machine; "
-        f"OMP_NUM_THREADS={max(1, round(cores - others))} may be much faster then."
+        f"Other work kept {others:.1f} of {cores} cores busy meanwhile, so that this took longer than on an idle machine"
+        f"{advice}."
     )
 
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import Model, Quiet, app, console
+from slimllm.cli.options import OUT, Model, Quiet, app
+from slimllm.cli.terminal import console
 
 
 @app.command("export")
@@ -17,7 +18,7 @@ def export_command(
         str,
         typer.Option(help="stock: transformers' own, of alike layers. padded: of any layers, no faster. gguf: llama.cpp."),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to make; for gguf the file, NAME.gguf.")],
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to make; for gguf the file, NAME.gguf.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
     quiet: Quiet = False,
 ) -> None:

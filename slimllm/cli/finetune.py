@@ -8,19 +8,20 @@ from typing import Annotated
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
-from slimllm.cli.options import REMOVED, Quiet, TrustRemoteCode, app, console, errors, write_page_unasked
+from slimllm.cli.options import OUT, REMOVED, Quiet, TrustRemoteCode, app, write_page_unasked
+from slimllm.cli.terminal import console, errors
 from slimllm.finetune.report import FinetuneReport
 from slimllm.report import REPORT_NAME
 
 
 @app.command("finetune")
 def finetune_command(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder, such as slimllm prune writes.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, such as slimllm prune writes.")],
     data: Annotated[
         Path,
         typer.Option(help="JSON lines, a JSON list or CSV: instruction, input, output as in Alpaca; or messages; or text."),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to make.")],
     rank: Annotated[int, typer.Option(help="r of LoRA.")] = 4,
     alpha: Annotated[int, typer.Option(help="Updates are multiplied by alpha / rank.")] = 16,
     dropout: Annotated[float, typer.Option(help="LoRA's dropout.")] = 0.05,

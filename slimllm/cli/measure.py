@@ -10,6 +10,8 @@ import typer
 
 from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import (
+    OUT,
+    RATIO,
     Bos,
     CalibrationText,
     EvalLen,
@@ -22,16 +24,19 @@ from slimllm.cli.options import (
     Seed,
     TrustRemoteCode,
     app,
-    console,
-    errors,
+    fraction,
 )
+from slimllm.cli.terminal import console, errors
 from slimllm.interrupts import SIGNALS, leave
 
 
 @app.command("compare")
 def compare_command(
     model: Model,
-    ratio: Annotated[list[float] | None, typer.Option(help="Several give a table of each. Default: 0.2 and 0.5.")] = None,
+    ratio: Annotated[
+        list[float] | None,
+        typer.Option(*RATIO, parser=fraction, help="Several give a table of each. Default: 0.2 and 0.5."),
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help="best, slimllm, flap, wanda-sp, …; may be given again. Default: all.")
     ] = None,
@@ -47,7 +52,7 @@ def compare_command(
     compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     workdir: Annotated[Path | None, typer.Option(help="Where the model at work is written, and deleted again.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A new file for the lines, as JSONL.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the lines, as JSONL.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Prune a model by several methods at the same ratios, and print the perplexity of each; no model is kept."""
@@ -68,10 +73,11 @@ def compare_command(
 def sweep_command(
     model: Model,
     ratio: Annotated[
-        list[str] | None, typer.Option(help="FIRST:LAST:STEP, or a number; may be given again. Default: 0.1:0.6:0.1.")
+        list[str] | None,
+        typer.Option(*RATIO, help="FIRST:LAST:STEP, or a number; may be given again. Default: 0.1:0.6:0.1."),
     ] = None,
     preset: Annotated[list[str] | None, typer.Option(help="As for prune; may be given again. Default: default.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
+    out: Annotated[Path, typer.Option(*OUT, help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
@@ -116,7 +122,10 @@ def sweep_command(
 @app.command("eval")
 def eval_command(
     models: Annotated[
-        list[str], typer.Argument(help="Folders, GGUF files or hub ids; the first is what the others are compared with.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL…", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
+        ),
     ],
     text: Annotated[
         str | None, typer.Option(help="A file (text, JSON lines, CSV, .gz), a dataset, wikitext2 or ptb. Default: bundled.")
@@ -139,12 +148,12 @@ def eval_command(
     few_shot: Annotated[int, typer.Option(help="So many solved examples before each question.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with more descriptions of tasks for lm-eval.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A new file for the figures, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the figures, as JSON.")] = None,
 ) -> None:
     """Perplexity of models, pruned or not, over windows of a text, and accuracy on tasks; several side by side."""
     from slimllm.calibration import about_bos
+    from slimllm.destination import check_new_file
     from slimllm.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json
-    from slimllm.writer import check_new_file
     from slimllm.zeroshot import PAPER_TASKS
 
     check_new_file(out)
@@ -162,7 +171,7 @@ def eval_command(
         models, text, seq_lens=seq_len or [128], batch_size=batch_size, max_windows=max_windows, bos=bos,
         dtype=dtype, device=device, trust_remote_code=trust_remote_code, tasks=names, few_shot=few_shot, limit=limit,
         include_path=include_path, on_model=on_model,
-        notice=lambda sentence: errors.print(sentence, highlight=False, soft_wrap=True, markup=False),
+        notice=lambda sentence: errors.print(sentence, highlight=False, soft_wrap=True),
     )  # fmt: skip
     if len(lines) > 1:
         console.print(evaluation_table(lines))
@@ -181,7 +190,10 @@ def eval_command(
 @app.command("latency")
 def latency_command(
     models: Annotated[
-        list[str], typer.Argument(help="Folders, GGUF files or hub ids; the first is what the others are compared with.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL…", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
+        ),
     ],
     batch_size: Annotated[list[int] | None, typer.Option(help="Prompts at once; may be given again. Default: 1.")] = None,
     prompt: Annotated[
@@ -194,16 +206,16 @@ def latency_command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    out: Annotated[Path | None, typer.Option(help="A new file for all figures, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for all figures, as JSON.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Time generation: the prompt's pass and decoding, of models, dense and pruned, in turn.
 
     All models are in memory at once, each in a process of its own.
     """
+    from slimllm.destination import check_new_file
     from slimllm.latency import measure_latency
     from slimllm.latency.display import about_speeds, latency_progress, model_table, speed_table
-    from slimllm.writer import check_new_file
 
     check_new_file(out)
     with watch_for_other_work(quiet, device), latency_progress(errors, quiet) as progress:
@@ -221,8 +233,10 @@ def latency_command(
 
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("slimllm-demo"),
-    ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")] = 0.2,
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to make.")] = Path("slimllm-demo"),
+    ratio: Annotated[
+        float, typer.Option(*RATIO, parser=fraction, help="Fraction of the decoder layers' parameters to remove.")
+    ] = 0.2,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
 ) -> None:
     """Prune a small real model and show what it was and what it is."""
@@ -235,10 +249,15 @@ def demo_command(
 def bench_command(
     models: Annotated[
         list[str] | None,
-        typer.Argument(help="Folders, GGUF files, hub ids, or names of shapes (random weights): llama-7b, llama-33b, …"),
+        typer.Argument(
+            metavar="[MODEL…]",
+            help="Folders, GGUF files, hub ids, or names of shapes (random weights): llama-7b, llama-33b, …",
+        ),
     ] = None,
     layers: Annotated[list[int] | None, typer.Option(help="Only so many layers. Default: all.")] = None,
-    ratio: Annotated[list[float] | None, typer.Option(help="Fraction of the layers' parameters. Default: 0.2.")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(*RATIO, parser=fraction, help="Fraction of the layers' parameters. Default: 0.2.")
+    ] = None,
     recovery: Annotated[list[str] | None, typer.Option(help="affine, lstsq, bias or none. Default: the preset's.")] = None,
     samples: Annotated[list[int] | None, typer.Option(help="Calibration windows. Default: 32.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
@@ -248,7 +267,7 @@ def bench_command(
     compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
     on_disk: Annotated[bool, typer.Option("--on-disk", help="Write random weights to disk first, and read them.")] = False,
     workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
-    out: Annotated[Path, typer.Option(help="File of results; rows are appended.")] = Path("slimllm-bench.jsonl"),
+    out: Annotated[Path, typer.Option(*OUT, help="File of results; rows are appended.")] = Path("slimllm-bench.jsonl"),
     plot: Annotated[
         Path | None, typer.Option(help="Draw all of --out into this .png or .svg; models may be left out.")
     ] = None,

@@ -6,20 +6,32 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from slimllm.cli.terminal import console, errors
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-errors = Console(stderr=True)
+
+# What people call these two, from other programs.
+OUT = ("--out", "--output", "-o")
+RATIO = ("--ratio", "--sparsity")
+
+
+def fraction(text: str | float) -> float:
+    """A fraction as it is written on the command line: 0.3, or 30%; a default, which is a number, stays."""
+    try:
+        text = str(text)
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no number; give a fraction such as 0.3, or 30%.") from None
+
 
 REMOVED = "what was begun is removed"
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face folder, a GGUF file or a hub id.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file or a hub id.")]
 Preset = Annotated[str, typer.Option(help="default; paper: the published settings; best: most accurate at high ratios.")]
 Criterion = Annotated[
     str | None,
@@ -71,7 +83,7 @@ def write_page_unasked(folder: Path, quiet: bool) -> None:
         errors.print(
             f"The page about {folder} could not be written ({type(error).__name__}: {first_line(error)}) "
             f"slimllm report {folder} tries again.",
-            style="bold red", highlight=False, soft_wrap=True, markup=False,
+            style="bold red", highlight=False, soft_wrap=True,
         )  # fmt: skip
         return
     if not quiet:

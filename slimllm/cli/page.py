@@ -7,12 +7,15 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import Quiet, TrustRemoteCode, app, console
+from slimllm.cli.options import Quiet, TrustRemoteCode, app
+from slimllm.cli.terminal import console
 
 
 @app.command("report")
 def report_command(
-    folder: Annotated[Path, typer.Argument(help="What slimllm prune has written, or finetune from that.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What slimllm prune has written, or finetune from that.")
+    ],
     dense: Annotated[
         str | None, typer.Option(help="The model before, to show what it writes, too: a folder, a GGUF file or a hub id.")
     ] = None,

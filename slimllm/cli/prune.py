@@ -11,6 +11,8 @@ import typer
 
 from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import (
+    OUT,
+    RATIO,
     REMOVED,
     AllocationName,
     Bos,
@@ -25,10 +27,10 @@ from slimllm.cli.options import (
     Seed,
     TokenWeights,
     app,
-    console,
-    errors,
+    fraction,
     write_page_unasked,
 )
+from slimllm.cli.terminal import console, errors
 from slimllm.errors import InputError, LostRankError, OutputError
 from slimllm.interrupts import SafeStop
 from slimllm.parallel import Ranks, launched
@@ -37,10 +39,14 @@ from slimllm.parallel import Ranks, launched
 @app.command("prune")
 def prune_command(
     model: Model,
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to make.")],
     ratio: Annotated[
         list[float],
-        typer.Option(help="Fraction of the decoder layers' parameters to remove. Several: OUT/0.2, OUT/0.35, … in one go."),
+        typer.Option(
+            *RATIO,
+            parser=fraction,
+            help="Fraction of the decoder layers' parameters to remove. Several: OUT/0.2, OUT/0.35, … in one go.",
+        ),
     ],
     preset: Preset = "default",
     criterion: Criterion = None,
@@ -156,8 +162,12 @@ def prune_command(
 
 @app.command("plan")
 def plan_command(
-    model: Annotated[str, typer.Argument(help="A folder, a GGUF file, a hub id, or the name of a shape: llama-33b, …")],
-    ratio: Annotated[float, typer.Option(help="Fraction of the decoder layers' parameters to remove.")] = 0.2,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, a hub id, or the name of a shape: llama-33b, …")
+    ],
+    ratio: Annotated[
+        float, typer.Option(*RATIO, parser=fraction, help="Fraction of the decoder layers' parameters to remove.")
+    ] = 0.2,
     preset: Preset = "default",
     criterion: Criterion = None,
     allocation: AllocationName = None,

@@ -70,7 +70,12 @@ def _spread(values: list[float]) -> str:
 @contextmanager
 def latency_progress(console: Console, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
     """A bar over all measurements, gone when they are done; gives what `measure_latency` tells."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=quiet, transient=True) as bar:
         task = bar.add_task("loading", total=None)
         yield lambda done, total, about: bar.update(task, completed=done, total=total, description=about)

@@ -1,0 +1,68 @@
+"""The terminal, or what stands in its place: text is printed as it is, and losing it does not end the work.
+
+Nothing of the user's is taken for markup, whatever brackets and colons it has. A pipe that nobody reads any more, a full
+disk or a terminal that is gone takes nothing more; the work goes on, and `lost` says in the end why.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, TextIO
+
+from rich.console import Console
+
+
+class _Stream:
+    """sys.stdout or sys.stderr, whichever object that is at the moment, until writing to it fails."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.error: OSError | None = None
+
+    @property
+    def _file(self) -> TextIO:
+        file = getattr(sys, self._name)
+        real: TextIO = getattr(file, "rich_proxied_file", file)  # while a bar is shown, rich stands in between
+        return real
+
+    @property
+    def rich_proxied_file(self) -> _Stream:
+        return self
+
+    def write(self, text: str) -> int:
+        if self.error is None:
+            try:
+                return self._file.write(text)
+            except OSError as error:
+                self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if self.error is None:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        """Let what is still buffered, and what others write there, go nowhere."""
+        self.error = error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._file.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+_output, _errors = _Stream("stdout"), _Stream("stderr")
+console = Console(file=_output, markup=False, emoji=False)  # type: ignore[arg-type]
+errors = Console(file=_errors, markup=False, emoji=False)  # type: ignore[arg-type]
+
+
+def lost() -> OSError | None:
+    """Why the standard output did not take all that was printed; None: it did, or whoever read it wants no more."""
+    _output.flush()
+    _errors.flush()
+    return None if isinstance(_output.error, BrokenPipeError) else _output.error
