@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-asan test-llama-cpp test-vllm test-page lint demo bench bench-latency bench-naive bench-large tables kernels-report gpu clean
+.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page lint demo bench bench-latency bench-naive bench-large tables kernels-report gpu clean
 
 install: .venv/installed
 
@@ -37,6 +37,10 @@ test-asan: install
 	  $(BIN)/python setup.py -q build_ext --build-lib .asan --build-temp .asan/build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/test_lstsq.py
+
+# Damaged and hostile files for ten minutes; make test has half a minute of it.
+test-fuzz: install
+	$(BIN)/python tests/fuzz.py --seconds 600 --seed 100000
 
 # What slimllm export writes for llama.cpp, in llama.cpp.
 test-llama-cpp: install

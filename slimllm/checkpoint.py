@@ -20,15 +20,14 @@ from slimllm.companions import PATTERNS, copy_companions, files_to_fetch, left_o
 from slimllm.errors import HopelessError, InputError
 from slimllm.families import LayerSpec, layer_spec
 from slimllm.folder import (
-    SAFETENSORS_DTYPES,
-    Headers,
     first_line,
     name_some,
-    reason,
     read_config,
+    reason,
     weight_files,
 )
 from slimllm.foreign_json import find_object
+from slimllm.headers import SAFETENSORS_DTYPES, Headers
 from slimllm.tokenizer import load_tokenizer
 
 _MAPPED_BYTES = 64 * 2**20  # of a file that is open

@@ -33,6 +33,7 @@ _NEVER = re.compile(
     re.IGNORECASE,
 )
 _PLAIN = re.compile(r"\w[\w.+ -]*")  # a file's own name: not a path, not a pattern, not hidden
+_LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
 _DEVICE, _LARGE = "is a device or a pipe, not a file", "is larger than any such file"
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
 
@@ -64,7 +65,7 @@ def copy_companions(source: Path, target: Path) -> None:
 def check_regular_files(folder: Path) -> None:
     """Raise ValueError (as InputError) if a file of the tokenizer is one that could be read without an end."""
     for file, fault in _wanted(folder):
-        if fault in (_DEVICE, _LARGE):
+        if fault in (_DEVICE, _LARGE) and not file.name.startswith(_LEGAL):  # which no library opens
             raise InputError(f"{folder / file} {fault}; put the file in its place.")
 
 

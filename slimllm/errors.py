@@ -1,8 +1,17 @@
 """Exceptions that mean "not our fault": the command line prints them as a sentence and exits with 2."""
 
+_LONGEST = 1000  # characters: names and values out of files have any length, and any characters
+
 
 class InputError(ValueError):
     """What was wrong, what was got and what to do, in one sentence."""
+
+    def __init__(self, sentence: str) -> None:
+        shown = sentence.encode("utf-8", "backslashreplace").decode()
+        shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown)
+        if len(shown) > _LONGEST:
+            shown = f"{shown[: _LONGEST * 2 // 3]} … {shown[-_LONGEST // 3 :]}"
+        super().__init__(shown)
 
 
 class HopelessError(InputError):

@@ -15,15 +15,14 @@ from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
 from slimllm.folder import (
-    Headers,
     check_padding,
     first_line,
     name_some,
     quantisation_of,
     read_settings,
-    stored_head_differs,
     weight_files,
 )
+from slimllm.headers import Headers, stored_head_differs
 from slimllm.memory import exhausted, free_bytes, release
 from slimllm.skeleton import expected_tensors, meta_model
 from slimllm.tokenizer import load_tokenizer

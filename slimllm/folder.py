@@ -10,42 +10,31 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.errors import InputError
-from slimllm.families import FAMILIES, layer_spec
+from slimllm.families import layer_spec
 from slimllm.foreign_json import read_object
 from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
 
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_QUANTISED_ENDINGS = (
-    ".qweight", ".qzeros", ".scales", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB",
-)  # fmt: skip
 # Of transformers 4 and 5, under which it also names kernels of the hub.
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
+_FILE_NAME = re.compile(r"[^/\0]{1,200}")
 _LONGEST_REASON = 400  # characters; some errors repeat all of what they did not like
-_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 # The sizes in config.json, and what is more than any model has.
 _MOST = {
-    **dict.fromkeys(_LAYERS, 2_000),
+    **dict.fromkeys(LAYERS, 2_000),
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "num_key_value_heads"), 100_000),
     **dict.fromkeys(
         ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "intermediate_size", "ffn_dim", "n_inner", "head_dim"),
         10_000_000,
     ),
     **dict.fromkeys(("vocab_size", "max_position_embeddings", "n_positions"), 1_000_000_000),
-}
-# What other programs put before the names of a model's tensors.
-_WRAPPERS = {
-    "_orig_mod.": "torch.compile",
-    "module.": "DistributedDataParallel",
-    "base_model.model.": "peft",
 }
 
 
@@ -83,6 +72,8 @@ def _check_counts(settings: dict[str, Any], file: Path) -> None:
     for name, value in settings.items():
         if isinstance(value, dict):
             _check_counts(value, file)
+        elif name.endswith(("_config", "_parameters")) and value is not None:
+            raise InputError(f"{name} in {file} is {str(value)[:40]!r}, but should be an object.")
         most = _MOST.get(name)
         if most is None or value is None:
             continue
@@ -129,6 +120,12 @@ def read_config(path: Path) -> PretrainedConfig:
     architectures = architectures if isinstance(architectures, list) else [architectures]
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise InputError(f"{path} is not a causal language model, but {', '.join(map(str, architectures))}.")
+    for name in ("dtype", "torch_dtype"):
+        if settings.get(name) is not None and settings[name] not in _FLOATS:
+            raise InputError(
+                f"{name} in {path / 'config.json'} is {str(settings[name])[:40]!r}; only float models are read "
+                f"({', '.join(_FLOATS)})."
+            )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # its settings are checked by transformers, with many types of errors
@@ -170,7 +167,7 @@ def weight_files(path: Path) -> list[Path]:
     content = read_object(index)
     weight_map = content.get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    if not names or any(not isinstance(name, str) or Path(name).name != name or "\0" in name for name in names):
+    if not names or any(not isinstance(name, str) or not _FILE_NAME.fullmatch(name) for name in names):
         raise InputError(f"{index} is not an index of shards: its weight_map has to name files beside it.")
     shards = [path / name for name in sorted(set(names))]
     for shard in shards:
@@ -199,92 +196,6 @@ def _instead(path: Path) -> str:
     if path.parent.name == "snapshots":
         return "; of a repository of the hub with pickled files alone nothing is fetched"
     return ""
-
-
-class Headers:
-    """The headers of safetensors files: of every tensor the file, shape and dtype.
-
-    Attributes:
-        file_of, shape_of: By the tensor's stored name.
-        dtype_of: By the same, as safetensors names them.
-    """
-
-    def __init__(self, files: Iterable[Path]) -> None:
-        self.file_of: dict[str, Path] = {}
-        self.shape_of: dict[str, tuple[int, ...]] = {}
-        self.dtype_of: dict[str, str] = {}
-        for shard in files:
-            try:
-                with safe_open(shard, framework="pt") as file:
-                    for tensor in file.keys():
-                        view = file.get_slice(tensor)
-                        self.file_of[tensor] = shard
-                        self.shape_of[tensor] = tuple(view.get_shape())
-                        self.dtype_of[tensor] = view.get_dtype()
-            except (SafetensorError, OSError) as error:
-                with shard.open("rb") as start:
-                    if start.read(24) == b"version https://git-lfs.":
-                        raise InputError(f"{shard} is a pointer of Git LFS, not the file; run git lfs pull.") from None
-                raise InputError(f"Shard {shard} cannot be read ({reason(error)}); it is damaged or truncated.") from None
-
-    def check(self, path: Path) -> None:
-        """Raise ValueError (as InputError) if names or dtypes tell that the tensors are not a plain model's."""
-        for name, dtype in self.dtype_of.items():
-            if name.endswith(_QUANTISED_ENDINGS):
-                raise InputError(
-                    f"{path} holds quantised weights ({name}, …) that its config.json says nothing of; take the unquantised"
-                    " model."
-                )
-            for prefix, wrapper in _WRAPPERS.items():
-                if name.startswith(prefix) or (prefix == "_orig_mod." and prefix in name):
-                    raise InputError(
-                        f"The tensors in {path} have names with {prefix!r} ({name}, …), as {wrapper} leaves them; "
-                        "save the model inside of it with save_pretrained."
-                    )
-            if dtype not in SAFETENSORS_DTYPES and (dtype.startswith("F") or name.endswith(".weight")):
-                raise InputError(
-                    f"Tensor {name} of {path} is stored as {dtype}; only unquantised float weights "
-                    f"({', '.join(SAFETENSORS_DTYPES)}) are read."
-                )
-
-    def check_layers(self, settings: dict[str, Any], path: Path) -> None:
-        """Raise ValueError (as InputError) if config.json speaks of more layers than there are tensors."""
-        layers = next((settings[name] for name in _LAYERS if settings.get(name) is not None), 0)
-        if layers > len(self.file_of):
-            raise InputError(
-                f"config.json in {path} speaks of {layers:,} layers, but its files hold only {len(self.file_of)} tensors."
-            )
-
-    def is_meaningless(self, name: str) -> bool:
-        """Whether a tensor without a place in the model changes nothing.
-
-        That are tables of the rotary embedding, the causal masks of old checkpoints (`attn.bias`, of four dimensions, and
-        `masked_bias`), and biases of zero.
-        """
-        if name.endswith(("rotary_emb.inv_freq", ".masked_bias")):
-            return True
-        if not name.endswith(".bias") or name not in self.file_of:
-            return False
-        if len(self.shape_of[name]) == 4:
-            return True
-        return not self.read(name).any()
-
-    def read(self, name: str) -> torch.Tensor:
-        """Read a tensor by its stored name, on the CPU."""
-        with safe_open(self.file_of[name], framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-            return tensor
-
-
-def stored_head_differs(config: PretrainedConfig, headers: Headers) -> bool:
-    """Whether the output head of a supported family is stored, and not what the settings tie it to."""
-    if config.model_type not in FAMILIES or not getattr(config, "tie_word_embeddings", False):
-        return False
-    names = [f"{name}.weight" for name in (FAMILIES[config.model_type].head, FAMILIES[config.model_type].embedding)]
-    if not set(names) <= set(headers.file_of):
-        return False
-    head, embedding = (headers.read(name) for name in names)
-    return not torch.equal(head, embedding)
 
 
 def name_some(names: Iterable[str], one: str, several: str) -> str:

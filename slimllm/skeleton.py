@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from slimllm.errors import InputError
 from slimllm.families import LayerSpec, layer_spec
+from slimllm.folder import reason
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -25,8 +26,8 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if spec.rotary:
             _make_rotary(model, spec)
-    except (ValueError, KeyError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        raise InputError(f"The model's configuration cannot be used: {type(error).__name__} {error}.") from error
+    except Exception as error:  # whatever a setting of a wrong kind makes of it in transformers
+        raise InputError(f"The model's configuration cannot be used: {type(error).__name__}, {reason(error)}.") from error
     if spec.family == "opt" and (
         not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size
         or config._remove_final_layer_norm or not config.layer_norm_elementwise_affine

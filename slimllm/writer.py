@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from slimllm.destination import check_destination, destination
 from slimllm.errors import HopelessError, InputError, OutputError
-from slimllm.folder import SAFETENSORS_DTYPES
+from slimllm.headers import SAFETENSORS_DTYPES
 from slimllm.journal import Journal, damaged, last_stage, lock, sync
 
 

@@ -42,6 +42,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
         sys.argv = saved
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     captured = capsys.readouterr()
     return code, captured.out, " ".join(captured.err.split())
 

@@ -13,8 +13,8 @@ PACKAGE = Path(slimllm.__file__).parent
 # The way of the data: a module imports only from those before it.
 ORDER = [
     "errors", "foreign_json", "parallel", "interrupts", "config", "memory", "families", "budget", "modeling",
-    "registration", "folder", "companions", "tokenizer", "kernels", "ops", "statistics", "importance", "criteria",
-    "selection", "recovery", "elimination", "spending", "allocation", "slicing", "states", "native", "progress",
+    "registration", "folder", "headers", "companions", "tokenizer", "kernels", "ops", "statistics", "importance",
+    "criteria", "selection", "recovery", "elimination", "spending", "allocation", "slicing", "states", "native", "progress",
     "layer", "measure", "sensitivity", "attention", "ffn", "account", "plan", "journal", "record", "skeleton",
     "destination", "checkpoint", "gguf_header", "gguf_file", "gguf_rope", "checkpoint_gguf", "checkpoint_fused",
     "calibration", "source", "dense", "pipeline", "report", "tensor_parallel", "modelcard", "writer", "run", "jobs",

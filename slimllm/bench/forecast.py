@@ -106,7 +106,7 @@ def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype
     config = read_config(path if path.is_dir() else download(model, only=("config.json",)))
     config = read_as(config)
     dtype = getattr(config, "dtype", None) or torch.float32
-    stored = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    stored = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return config, stored, stored
 
 

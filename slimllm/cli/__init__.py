@@ -12,7 +12,7 @@ import typer
 
 from slimllm.cli import prune, export, measure, finetune, page  # isort: skip
 from slimllm.cli.options import REMOVED, app
-from slimllm.cli.terminal import console, errors, lost
+from slimllm.cli.terminal import console, errors, lost, open_closed_streams
 from slimllm.errors import InputError, OtherRankError
 from slimllm.interrupts import SIGNALS, leave
 from slimllm.memory import exhausted
@@ -61,6 +61,7 @@ def _say(sentence: str) -> None:
 
 def main() -> None:
     """Entry point of the command `slimllm`."""
+    open_closed_streams()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for number in SIGNALS:

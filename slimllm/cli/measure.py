@@ -124,7 +124,7 @@ def eval_command(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL…", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
+            metavar="MODEL", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
         ),
     ],
     text: Annotated[
@@ -192,7 +192,7 @@ def latency_command(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL…", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
+            metavar="MODEL", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
         ),
     ],
     batch_size: Annotated[list[int] | None, typer.Option(help="Prompts at once; may be given again. Default: 1.")] = None,
@@ -250,7 +250,7 @@ def bench_command(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[MODEL…]",
+            metavar="MODEL",
             help="Folders, GGUF files, hub ids, or names of shapes (random weights): llama-7b, llama-33b, …",
         ),
     ] = None,

@@ -61,6 +61,20 @@ console = Console(file=_output, markup=False, emoji=False)  # type: ignore[arg-t
 errors = Console(file=_errors, markup=False, emoji=False)  # type: ignore[arg-type]
 
 
+def open_closed_streams() -> None:
+    """Let what the caller has closed of the standard streams be open to nowhere.
+
+    Otherwise the next files that are opened would have their numbers, and take what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
+
+
 def lost() -> OSError | None:
     """Why the standard output did not take all that was printed; None: it did, or whoever read it wants no more."""
     _output.flush()

@@ -1,0 +1,18 @@
+"""Half a minute of `tests/fuzz.py`; `make test-fuzz` is ten, from another number on."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+FUZZ = Path(__file__).parent / "fuzz.py"
+
+
+def test_damaged_files_are_refused_or_read_as_they_are() -> None:
+    done = subprocess.run([sys.executable, str(FUZZ), "--seconds", "30"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    rows = re.findall(r"^(\S+) +(\d+) +(\d+) +(\d+) +0$", done.stdout, re.MULTILINE)
+    assert len(rows) == 8, done.stdout
+    assert sum(int(tried) for _, tried, _, _ in rows) > 50, done.stdout

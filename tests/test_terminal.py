@@ -1,0 +1,114 @@
+"""What is printed: the user's strings as they are, a terminal that is lost, and the habits of other programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import STORIES
+from test_cli import call
+
+from slimllm import InputError, PruneConfig
+from slimllm.allocation import find_target
+from slimllm.budget import LayerShape
+from slimllm.cli.busy import verdict
+
+QUICK = ("--samples", "4", "--seq-len", "32")
+
+
+@pytest.mark.parametrize("name", ["slim[v2]", "[/v2]", "a:smile:b", "[bold red]x", "x[link=www]y"])
+def test_names_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """In a path, of which rich would make a style, an emoji or a crash behind the work."""
+    model, out = tmp_path / "in" / name, tmp_path / "out" / name
+    shutil.copytree(STORIES, model)
+    commands: list[tuple[list[str | Path], Path]] = [
+        (["prune", model, "--out", out, "--ratio", "0.2", "--uniform", *QUICK], out),
+        (["eval", model, out, "--max-windows", "2"], out),
+        (["report", out, "--no-sample"], out),
+        (["export", out, "--to", "padded", "--out", tmp_path / "padded" / name], tmp_path / "padded" / name),
+        (["plan", model, "--device", "cuda"], model),
+    ]
+    for arguments, said in commands:
+        code, printed, err = call(capsys, *arguments)
+        assert code == 0, err
+        assert str(said) in "".join(printed.split("\n")) or f"{name}" in printed, printed
+    code, _, err = call(capsys, "eval", tmp_path / "missing" / name)
+    assert code == 2 and name in err
+
+
+def shell(command: str, folder: Path) -> tuple[int, str]:
+    """The exit code of the first program of a pipe, and what is on stderr."""
+    environment = {**os.environ, "SLIMLLM": f"{sys.executable} -m slimllm", "MODEL": str(STORIES), "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}} > code"], cwd=folder, env=environment, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    return int((folder / "code").read_text()), done.stderr
+
+
+def test_nobody_reads_what_is_printed(tmp_path: Path) -> None:
+    code, err = shell("$SLIMLLM prune $MODEL --out out --ratio 0.2 --samples 4 | true", tmp_path)
+    assert (code, err) == (0, "") and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_the_disk_of_the_output_is_full(tmp_path: Path) -> None:
+    code, err = shell("$SLIMLLM prune $MODEL --out out --ratio 0.2 --samples 4 > /dev/full", tmp_path)
+    assert code == 2 and err == "Error: What was to be printed is lost: No space left on device.\n"
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_no_output_at_all(tmp_path: Path) -> None:
+    code, _ = shell("$SLIMLLM eval $MODEL --max-windows 2 --out found.json >&- 2>&-", tmp_path)
+    assert code == 0 and json.loads((tmp_path / "found.json").read_text())
+    code, err = shell("$SLIMLLM prune $MODEL --out out --ratio 0.2 --samples 4 <&- >&-", tmp_path)
+    assert (code, err) == (0, "") and (tmp_path / "out" / "report.html").is_file()
+
+
+def test_habits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for name, arguments in (
+        ("plain", ["--out", "OUT", "--ratio", "0.3"]), ("short", ["-o", "OUT", "--sparsity", "30%"]),
+        ("long", ["--output", "OUT", "--ratio", "30%", "--host-memory", "8G"]),
+    ):  # fmt: skip
+        out = tmp_path / name
+        code, _, err = call(capsys, "prune", STORIES, *QUICK, *(str(out) if one == "OUT" else one for one in arguments))
+        assert code == 0, err
+        found[name] = json.loads((out / "report.json").read_text())
+    assert all(report["config"]["ratio"] == 0.3 for report in found.values())
+    assert all(report["parameters"] == found["plain"]["parameters"] for report in found.values())
+    code, _, err = call(capsys, "prune", STORIES, "--out", tmp_path / "x", "--ratio", "30")
+    assert code == 2 and "got 30.0 (30 % is 0.3)" in err
+    code, _, err = call(capsys, "prune", STORIES, "--out", tmp_path / "x", "--ratio", "much")
+    assert code == 2 and "'much' is no number" in err
+
+
+@pytest.mark.parametrize("command", ["prune", "plan", "eval", "export", "finetune", "compare", "sweep", "latency"])
+def test_usage_says_model(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0 and re.search(rf"Usage: .*slimllm {command} \[OPTIONS\] [{{\[]?MODEL\b", out)
+
+
+def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "--help")
+    assert code == 0 and "--install-completion" in out
+
+
+def test_no_advice_that_is_followed_already() -> None:
+    assert "OMP_NUM_THREADS=1 may be much faster" in str(verdict(2.0, 2, 2))
+    said = verdict(2.0, 2, 1)
+    assert said and "OMP_NUM_THREADS" not in said and said.endswith("idle machine.")
+
+
+def test_the_preset_paper_speaks_of_the_ratio_that_was_asked_for() -> None:
+    shape = LayerShape(
+        units=4, unit_params=1000, channels=64, channel_params=100, params=10_400, attention_bias_params=0,
+        ffn_bias_params=0, grouped=False, unit_step=1,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"^A ratio of 0\.999 by the preset paper \(which makes 0\.989 of .* is more than"):
+        find_target([shape] * 10, PruneConfig(ratio=0.999, preset="paper"))
