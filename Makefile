@@ -25,7 +25,7 @@ lint: install
 	$(BIN)/mypy
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -n auto -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -n auto --dist worksteal -m "not slow"
 
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow

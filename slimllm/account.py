@@ -188,8 +188,14 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else (own * tokens + held_out) * d * c
-    logits = 4 * max(sizes.seq_len, 2048) * 4096 * 4  # as `ModelSource.loss_sum` makes them
-    yield at("perplexity", own, {"logits": logits}, {"output head": sizes.vocab_size * d * s})
+    # As `ModelSource.loss_sum` computes: a part of the vocabulary for a part of the tokens; the head as it is read.
+    logits: dict[str, float] = {
+        "layer, computing": 0,
+        "logits": max(sizes.seq_len, 2048) * (4 * 4096 + 2 * d) * 4 + 4096 * d * c,
+    }
+    if config.allocation == "auto":
+        logits["probes"] = 2 * probe_bytes(sizes)
+    yield at("perplexity", own, logits, {"layer, as stored": 0, "output head": 2 * sizes.vocab_size * d * s})
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})
 
 

@@ -7,6 +7,7 @@ code, by `auto_map`; that is copied as it is and never run.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slimllm.errors import InputError
-from slimllm.foreign_json import MOST_BYTES, find_object
+from slimllm.foreign_json import MOST_BYTES, MOST_OF_SETTINGS, find_object
 
 _log = logging.getLogger("slimllm")
 
@@ -34,7 +35,10 @@ _NEVER = re.compile(
 )
 _PLAIN = re.compile(r"\w[\w.+ -]*")  # a file's own name: not a path, not a pattern, not hidden
 _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a checksum, which nobody guesses
+_NOTHING, _UNREADABLE = "is a link to nothing", "cannot be read"
 _DEVICE, _LARGE = "is a device or a pipe, not a file", "is larger than any such file"
+_MOST_CODE = 4 * 2**20  # bytes of a file of Python
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
 
 
@@ -44,12 +48,23 @@ def companions(folder: Path) -> list[Path]:
 
 
 def left_out(folder: Path) -> list[str]:
-    """Sentences about those that should travel but do not.
+    """Sentences about those that should travel but do not: licences, and links to nothing.
 
-    A link that leads out of the folder is followed only into the hub's cache of the same model, where every file is one: it
-    may be there to have a file of the user's published.
+    A link that leads out of the folder is followed only into the hub's cache, where every file is one: it may be there to
+    have a file of the user's published.
+
+    Raises:
+        ValueError: (as InputError) a file of the tokenizer cannot travel, without which the result would be of no use.
     """
-    return [f"{folder / file} {fault}, so it is not copied." for file, fault in _wanted(folder) if fault]
+    said = []
+    for file, fault in _wanted(folder):
+        if fault and fault != _NOTHING and not file.name.startswith(_LEGAL):
+            raise InputError(
+                f"{folder / file} {fault}, so it cannot go with the result; put a copy of the file in its place."
+            )
+        if fault:
+            said.append(f"{folder / file} {fault}, so it is not copied.")
+    return said
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -66,7 +81,7 @@ def check_regular_files(folder: Path) -> None:
     """Raise ValueError (as InputError) if a file of the tokenizer is one that could be read without an end."""
     for file, fault in _wanted(folder):
         if fault in (_DEVICE, _LARGE) and not file.name.startswith(_LEGAL):  # which no library opens
-            raise InputError(f"{folder / file} {fault}; put the file in its place.")
+            raise InputError(f"{folder / file} {fault}; put the tokenizer's own file in its place.")
 
 
 def _wanted(folder: Path) -> list[tuple[Path, str | None]]:
@@ -82,13 +97,18 @@ def _wanted(folder: Path) -> list[tuple[Path, str | None]]:
 
 
 def _fault(path: Path, folder: Path) -> str | None:
-    if not path.exists():
-        return "is a link to nothing"
-    if not path.is_file():
-        return _DEVICE
-    if not _is_own(path, folder):
-        return "is a link that leads out of its folder"
-    return _LARGE if path.stat().st_size > MOST_BYTES else None
+    try:
+        if not path.exists():
+            return _NOTHING
+        if not path.is_file():
+            return _DEVICE
+        if not _is_own(path, folder):
+            return "is a link that leads out of its folder"
+        if path.stat().st_size > MOST_BYTES:
+            return _LARGE
+        return None if os.access(path, os.R_OK) else _UNREADABLE
+    except OSError:
+        return _UNREADABLE
 
 
 def files_to_fetch(folder: Path) -> set[str]:
@@ -99,8 +119,8 @@ def files_to_fetch(folder: Path) -> set[str]:
 
 def named_files(folder: Path) -> set[str]:
     """Names of files, whether they are there or not, by tokenizer_config.json, the tokenizer's class and its code."""
-    settings = find_object(folder / "tokenizer_config.json")
-    config = find_object(folder / "config.json")
+    settings = find_object(folder / "tokenizer_config.json", MOST_OF_SETTINGS)
+    config = find_object(folder / "config.json", MOST_OF_SETTINGS)
     found = set(_strings(settings.values()))
     found |= set(_vocabulary_files(settings.get("tokenizer_class") or config.get("tokenizer_class")))
     found = {name for name in found if not name.endswith(".py")}
@@ -113,9 +133,8 @@ def _matches(name: str) -> bool:
 
 def _is_own(path: Path, folder: Path) -> bool:
     target = path.resolve()
-    cache, place = target.parent.parent, folder.resolve()
-    in_cache = target.parent.name == "blobs" and cache.name.startswith("models--") and place.is_relative_to(cache)
-    return in_cache or target.is_relative_to(place)
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    return (in_cache and _BLOB.fullmatch(target.name) is not None) or target.is_relative_to(folder.resolve())
 
 
 def _strings(values: Iterable[Any]) -> list[str]:
@@ -149,7 +168,7 @@ def _code(folder: Path, settings: dict[str, Any]) -> set[str]:
         if name in found or not _PLAIN.fullmatch(name) or _NEVER.fullmatch(name):
             continue
         found.add(name)
-        if path.is_file() and _is_own(path, folder):
+        if _fault(path, folder) is None and path.stat().st_size <= _MOST_CODE:
             text = path.read_text(encoding="utf-8", errors="replace")
             waiting += [f"{module}.py" for module in _RELATIVE_IMPORT.findall(text)]
     return found

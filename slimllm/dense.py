@@ -121,16 +121,19 @@ def run_dense_pass(
                 found["damage"] = ranks.tell(found.get("damage"))
                 if index == source.num_layers - 1:
                     found["factors"] = ranks.made_by_first(partial(_factors, source, probes, watch))
+            weights = 0
+            if record:
+                with watch("journal"):
+                    weights = _common(fingerprint(layer.tensors), index, ranks)
+            del layer  # before the output head or the next one is read
             if index == source.num_layers - 1:
                 with watch("perplexity"):
                     found["loss"] = mean_loss(source, stream, calibration)
-            layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": 0, **found})
+            layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": weights, **found})
             if record:
                 with watch("journal"):
-                    layers[-1]["weights"] = _common(fingerprint(layer.tensors), index, ranks)
                     states = probes.states.cpu() if probes else None
                     record.add("dense", stream, states, **layers[-1], **watch.so_far())
-            del layer  # before the next one is read
             if progress:
                 progress("dense", index, source.num_layers, None)
     seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared

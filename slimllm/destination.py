@@ -12,12 +12,14 @@ from slimllm.errors import InputError
 from slimllm.folder import INDEX
 from slimllm.foreign_json import find_object
 
-# What slimllm writes beside the companions of a model; a folder in a folder is looked into by `_strangers`.
-_OURS = re.compile(
-    r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|config\.json|README\.md|report\.(json|html)"
-    r"|finetune\.json|(modeling|configuration)_slim_\w+\.py|slim_layers\.py"
+# The index lists the files of a result; earlier versions wrote these, beside the companions of the model.
+OURS = "slimllm_files"
+_EARLIER = re.compile(
+    r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|config\.json|README\.md|report\.json|finetune\.json"
+    r"|(modeling|configuration)_slim_\w+\.py|slim_layers\.py"
 )
-_OURS_IN_FOLDERS = {"report": ".png", "additional_chat_templates": ".jinja"}
+# What `write_page` adds.
+_PAGE = re.compile(r"report\.html|report/(shares|heads|importance|errors|seconds|memory|training)\.png")
 _LONGEST_NAME = 200  # bytes; what grows beside it has a longer one, and file systems take 255
 
 
@@ -81,11 +83,12 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
                 f"The output folder {out} is not empty; give another one, or --overwrite (in Python, overwrite=True) to "
                 "replace it."
             )
-        if not _is_ours(out):
+        ours = _files_of(out)
+        if ours is None:
             raise InputError(
                 f"The output folder {out} holds no model that slimllm has written, so it will not be overwritten."
             )
-        if strangers := _strangers(out):
+        if strangers := sorted(name for name in _contents(out) if name not in ours and not _PAGE.fullmatch(name)):
             others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
             raise InputError(
                 f"The output folder {out} holds {strangers[0]}{others}, which slimllm has not written and does not delete; "
@@ -93,24 +96,26 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
             )
 
 
-def _is_ours(out: Path) -> bool:
-    """Whether slimllm has written the model in a folder."""
+def _files_of(out: Path) -> set[str] | None:
+    """The files of the model in a folder as slimllm has written it; None: it has not."""
     metadata = find_object(out / INDEX).get("metadata")
-    if isinstance(metadata, dict) and "slimllm" in metadata:
-        return True
-    return "achieved_ratio" in find_object(out / "report.json")  # of earlier versions
+    listed = metadata.get(OURS) if isinstance(metadata, dict) else None
+    if isinstance(listed, list):
+        return {name for name in listed if isinstance(name, str)}
+    if "achieved_ratio" not in find_object(out / "report.json"):
+        return None
+    own = {path.name for path in out.iterdir() if _EARLIER.fullmatch(path.name)}
+    return own | {path.as_posix() for path in companions(out)}
 
 
-def _strangers(out: Path) -> list[str]:
-    """Names of what is in a folder beside what slimllm writes, sorted."""
-    known = {str(path) for path in companions(out)}
-    found = []
-    for path in sorted(out.iterdir()):
-        if path.name in _OURS_IN_FOLDERS and path.is_dir() and not path.is_symlink():
-            ending = _OURS_IN_FOLDERS[path.name]
-            found += [f"{path.name}/{inner.name}" for inner in sorted(path.iterdir()) if inner.suffix != ending]
-        elif path.name not in known and not (_OURS.fullmatch(path.name) and path.is_file()):
-            found.append(path.name)
+def _contents(out: Path) -> set[str]:
+    """All files of a folder by their names in it, and links and folders that are empty or hidden as one each."""
+    found = set()
+    for path in out.iterdir():
+        if path.name.startswith(".report-"):  # of a page that was not finished
+            continue
+        inner = [] if path.is_symlink() or not path.is_dir() or path.name.startswith(".") else list(path.iterdir())
+        found |= {f"{path.name}/{one.name}" for one in inner} or {path.name}
     return found
 
 

@@ -115,7 +115,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
             "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer, through the busiest rank: {account}"
         )
     if forecast.seconds is None:
-        table.add_row("time", "", "not known: this machine has no GPU")
+        table.add_row("time", "", "not known: this machine has no GPU; there, plan measures what it can do")
     else:
         table.add_row("time", _duration(forecast.seconds), "about, by counted operations and this machine's rates")
     where = {

@@ -1,6 +1,14 @@
 """Exceptions that mean "not our fault": the command line prints them as a sentence and exits with 2."""
 
+import unicodedata
+
+_ORDER = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _LONGEST = 1000  # characters: names and values out of files have any length, and any characters
+
+
+def _acts(character: str) -> bool:
+    """Whether a character does something to a terminal instead of being seen: control, line ends, the order of writing."""
+    return unicodedata.category(character) in ("Cc", "Zl", "Zp") or unicodedata.bidirectional(character) in _ORDER
 
 
 class InputError(ValueError):
@@ -8,7 +16,7 @@ class InputError(ValueError):
 
     def __init__(self, sentence: str) -> None:
         shown = sentence.encode("utf-8", "backslashreplace").decode()
-        shown = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown)
+        shown = "".join(one.encode("unicode_escape").decode() if _acts(one) else one for one in shown)
         if len(shown) > _LONGEST:
             shown = f"{shown[: _LONGEST * 2 // 3]} … {shown[-_LONGEST // 3 :]}"
         super().__init__(shown)

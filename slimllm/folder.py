@@ -15,14 +15,13 @@ from transformers import AutoConfig, PretrainedConfig
 import slimllm.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.errors import InputError
 from slimllm.families import layer_spec
-from slimllm.foreign_json import read_object
+from slimllm.foreign_json import MOST_OF_SETTINGS, read_object
 from slimllm.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 # Of transformers 4 and 5, under which it also names kernels of the hub.
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-_FLOATS = ("float32", "float16", "bfloat16", "float64")
 _FILE_NAME = re.compile(r"[^/\0]{1,200}")
 _LONGEST_REASON = 400  # characters; some errors repeat all of what they did not like
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -53,7 +52,7 @@ def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]
         )
     if not file.is_file():
         raise InputError(f"{path} holds no config.json{_instead(path)}; give the folder of a Hugging Face model.")
-    settings = read_object(file)
+    settings = read_object(file, MOST_OF_SETTINGS)
     _check_counts(settings, file)
     if not trust_remote_code and (code := _hub_code(settings)):
         raise InputError(f"{file} asks for code of the hub ({code}), which is not run; remove that entry.")
@@ -72,13 +71,14 @@ def _check_counts(settings: dict[str, Any], file: Path) -> None:
     for name, value in settings.items():
         if isinstance(value, dict):
             _check_counts(value, file)
-        elif name.endswith(("_config", "_parameters")) and value is not None:
-            raise InputError(f"{name} in {file} is {str(value)[:40]!r}, but should be an object.")
-        most = _MOST.get(name)
-        if most is None or value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise InputError(f"{name} in {file} is {str(value)[:40]!r}, but should be a whole number from 1 to {most:,}.")
+        most, least = _MOST.get(name), 0 if isinstance(value, list) else 1
+        for number in value if isinstance(value, list) else [value]:  # some models give one for each layer
+            if most is None or number is None:
+                continue
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+                raise InputError(
+                    f"{name} in {file} is {str(number)[:40]!r}, but should be a whole number from {least} to {most:,}."
+                )
 
 
 def _hub_code(settings: dict[str, Any]) -> str | None:
@@ -121,11 +121,8 @@ def read_config(path: Path) -> PretrainedConfig:
     if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
         raise InputError(f"{path} is not a causal language model, but {', '.join(map(str, architectures))}.")
     for name in ("dtype", "torch_dtype"):
-        if settings.get(name) is not None and settings[name] not in _FLOATS:
-            raise InputError(
-                f"{name} in {path / 'config.json'} is {str(settings[name])[:40]!r}; only float models are read "
-                f"({', '.join(_FLOATS)})."
-            )
+        if not isinstance(settings.get(name), str | None):
+            raise InputError(f"{name} in {path / 'config.json'} is {str(settings[name])[:40]!r}; it should be a name.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # its settings are checked by transformers, with many types of errors

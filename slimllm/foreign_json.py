@@ -13,7 +13,9 @@ from typing import Any
 
 from slimllm.errors import InputError
 
+_MOST_LEVELS = 100
 MOST_BYTES = 256 * 2**20  # the largest tokenizer.json known has 33 MB
+MOST_OF_SETTINGS = 16 * 2**20
 
 # A value's shape: a type or several; a dict of the shapes of its entries, of which those with a ? may be missing or null; a
 # list with the shape of all its items; a dict with the one entry EVERY, for the values of all its names. float takes whole
@@ -22,8 +24,8 @@ Shape = Any
 EVERY, POSITIVE = "*", "positive"
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file, with or without a byte order mark.
+def read_json(path: Path, most: int = MOST_BYTES) -> Any:
+    """Read a JSON file of so many bytes at most, with or without a byte order mark.
 
     Raises:
         ValueError: (as InputError) it cannot be read, is too large, is no JSON in UTF-8, or is nested too deeply.
@@ -31,9 +33,12 @@ def read_json(path: Path) -> Any:
     try:
         if not path.is_file():
             raise InputError(f"{path} is not a file.")
-        if (size := path.stat().st_size) > MOST_BYTES:
+        if (size := path.stat().st_size) > most:
             raise InputError(f"{path} has {size / 1e6:,.0f} MB, which is too large for what it should hold.")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        if _is_deep(content):
+            raise RecursionError
+        return content
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except RecursionError:
@@ -44,28 +49,42 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} is not valid JSON: {str(error).rstrip('.')}.") from None
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def _is_deep(content: Any) -> bool:
+    """Whether a value is nested more deeply than any such file, so that functions that follow it could fail."""
+    level = [content]
+    for _ in range(_MOST_LEVELS):
+        level = [value for value in level if isinstance(value, dict | list)]
+        if not level:
+            return False
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+    return True
+
+
+def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
         ValueError: (as InputError) as `read_json`, or it holds something else.
     """
-    content = read_json(path)
+    content = read_json(path, most)
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object.")
     return content
 
 
-def find_object(path: Path) -> dict[str, Any]:
+def find_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
     """Read a JSON object that may be missing; what cannot be read is empty, and whoever needs it will complain."""
     try:
-        return read_object(path) if path.is_file() else {}
+        return read_object(path, most) if path.is_file() else {}
     except InputError:
         return {}
 
 
 def check_shape(value: Any, shape: Shape, where: str) -> None:
-    """Raise ValueError (as InputError) if a value has another shape; `where` is its name in the sentence."""
+    """Raise ValueError (as InputError) if a value has another shape; `where` is its name in the sentence.
+
+    Entries that may be missing and are null are taken out, unless null is among their kinds.
+    """
     if isinstance(shape, dict):
         _check_kind(value, dict, where)
         if EVERY in shape:
@@ -73,9 +92,11 @@ def check_shape(value: Any, shape: Shape, where: str) -> None:
         for name, inner in shape.items():
             optional = name.endswith("?")
             name = name.removesuffix("?")
-            if value.get(name) is not None:
+            if value.get(name) is not None or (name in value and type(None) in (inner if isinstance(inner, tuple) else ())):
                 check_shape(value[name], inner, f"{where}.{name}" if where else name)
-            elif not optional:
+            elif optional:
+                value.pop(name, None)
+            else:
                 raise InputError(f"{where}.{name} is missing." if where else f"{name} is missing.")
     elif isinstance(shape, list):
         _check_kind(value, list, where)
@@ -94,15 +115,17 @@ def _check_kind(value: Any, kind: Any, where: str) -> None:
 
 _KINDS = {
     dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number from 0 on",
-    float: "a finite number", POSITIVE: "a finite number above 0",
+    type(None): "null", float: "a finite number", POSITIVE: "a finite number above 0",
 }  # fmt: skip
 
 
 def _is(value: Any, kind: Any) -> bool:
-    if kind in (dict, list, str, bool):
+    if kind in (dict, list, str, bool, type(None)):
         return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         return False
-    if abs(value) > 1e300 or not math.isfinite(value):  # an int may be larger than any float
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int may be larger than any float
         return False
-    return bool(kind is float or value > 0 or (kind is int and value == 0))
+    return finite and bool(kind is float or value > 0 or (kind is int and value == 0))

@@ -12,6 +12,7 @@ from slimllm.errors import InputError
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4  # as in ggml
+_MOST_ITEMS = 8_000_000  # of all lists, each of which gguf-py makes an object of; the largest vocabularies have 1.5 million
 _LEAST_BITS = 1  # of a number in a quantised tensor
 
 
@@ -19,6 +20,7 @@ class _Header:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
         self.end = path.stat().st_size
+        self.items = 0  # of all lists so far
 
     def number(self, form: str) -> int:
         """The next number, by its form in `struct`."""
@@ -41,6 +43,9 @@ class _Header:
             self.text(what)
         elif kind == _ARRAY:
             of, count = self.number("<I"), self.number("<Q")
+            self.items += count
+            if self.items > _MOST_ITEMS:
+                raise self.damaged(f"its lists have {self.items:,} items")
             if of == _TEXT:
                 if count * 8 > self.end - self.file.tell():
                     raise self.damaged(f"{what} goes beyond its end")

@@ -17,7 +17,14 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_D
 
 def leave(number: int, frame: object = None) -> NoReturn:
     """Leave by an exception, so that what was begun is removed, or kept to be gone on with, on the way out."""
+    heard_once(number)
     sys.exit(128 + number)
+
+
+def heard_once(number: int) -> None:
+    """Ignore more of them if a signal is SIGHUP: of a closed terminal the shell sends one, and the system another."""
+    if number == getattr(signal, "SIGHUP", None):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def leave_interrupts_to_parent() -> None:
@@ -43,6 +50,7 @@ class SafeStop:
     def _receive(self, number: int, frame: object) -> None:
         if not self._at_work or self._requested:
             leave(number)
+        heard_once(number)
         self._requested = number
         self._say("Stopping behind this layer; interrupt once more to stop at once.")
 

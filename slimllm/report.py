@@ -22,21 +22,21 @@ _Report = TypeVar("_Report")
 
 
 _NAMES = re.compile(r"[\w ,'()-]{1,80}")  # of parts, which pictures are labelled with
-_MOST_HEADS = 100_000
+_MOST_LAYERS, _MOST_HEADS = 2_000, 200_000  # which the page draws one by one
 
 # Of report.json as it is read: what others may have edited, and what displays rely on.
 _LAYER = {
     "index": int, "ratio": float, "similarity": float, "parameters_before": POSITIVE, "parameters_after": int,
-    "num_heads": int, "num_kv_heads": int, "intermediate_size": int, "num_heads_before?": POSITIVE,
-    "num_kv_heads_before?": POSITIVE, "intermediate_size_before?": POSITIVE, "kept_heads": [int], "kept_kv_heads": [int],
+    "num_heads": int, "num_kv_heads": int, "intermediate_size": int, "num_heads_before?": int,
+    "num_kv_heads_before?": int, "intermediate_size_before?": int, "kept_heads": [int], "kept_kv_heads": [int],
     "kept_channels": [int], "head_importance?": [float], "channel_importance?": [float], "attention_error_before?": float,
     "attention_error_after?": float, "ffn_error_before?": float, "ffn_error_after?": float,
 }  # fmt: skip
 _SHAPE = {
-    "model": str, "out?": str,
+    "model": str, "out?": (str, type(None)),
     "config": {
         "ratio": float, "preset": str, "criterion": str, "allocation": str, "recovery": str, "seed": int,
-        "host_memory?": str, "gpu_memory?": str, "device?": str,
+        **{name: (str, type(None)) for name in ("host_memory?", "gpu_memory?", "device?")},
     },
     "allocation": {"notes": [str]},
     "calibration": {
@@ -154,17 +154,19 @@ class PruneReport:
 
     def _fault(self) -> str | None:
         """What in it does not fit together, where a display would fail by it."""
-        if not self.layers:
-            return "it has no layers"
+        if not 1 <= len(self.layers) <= _MOST_LAYERS:
+            return f"it has {len(self.layers) or 'no'} layers"
+        if (heads := sum(layer.get("num_heads_before", 1) for layer in self.layers)) > _MOST_HEADS:
+            return f"its layers have {heads} heads"
         for index, layer in enumerate(self.layers):
-            heads, channels = layer.get("num_heads_before", 1), layer.get("intermediate_size_before")
+            channels = layer.get("intermediate_size_before")
             if layer["index"] != index:
                 return f"layer {index} has the index {layer['index']}"
-            if heads > _MOST_HEADS or heads != int(heads):
-                return f"layer {index} has {heads} heads"
+            if 0 in (layer.get("num_heads_before"), channels):
+                return f"layer {index} had no heads or no channels before"
             if channels and any(channel >= channels for channel in layer["kept_channels"]):
                 return f"layer {index} has kept a channel that it does not have"
-            if len(layer.get("channel_importance") or []) not in (0, channels):
+            if channels and len(layer.get("channel_importance") or []) not in (0, channels):
                 return f"layer {index} has not as many importances as channels"
             for part in ("attention", "ffn"):
                 if (f"{part}_error_before" in layer) != (f"{part}_error_after" in layer):

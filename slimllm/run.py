@@ -98,11 +98,13 @@ class Run:
         """A fit of more unknowns than there are tokens describes the calibration text, and no other."""
         unknowns = max(size.intermediate_size for size in self.sizes)
         if self.config.by_channels and token_ids.numel() < unknowns:
-            which = " and ".join(name for name in (self.config.criterion, self.config.recovery) if name in ("obs", "lstsq"))
+            names = [name for name in (self.config.criterion, self.config.recovery) if name in ("obs", "lstsq")]
+            which = f"{' and '.join(names)} {'fit' if len(names) > 1 else 'fits'}"
+            tokens, least = token_ids.numel(), -(-unknowns // token_ids.shape[1])
             self.notice(
-                f"{token_ids.numel():,} calibration tokens are fewer than the {unknowns:,} channels of an FFN that {which} "
-                f"fits, so the result will be good on this text alone; give at least {-(-unknowns // token_ids.shape[1])} "
-                f"samples of {token_ids.shape[1]} tokens, better several times as many."
+                f"{tokens:,} calibration tokens are fewer than the {unknowns:,} channels of an FFN that {which}, so the "
+                f"result will be good on this text alone; give at least {least} samples of {token_ids.shape[1]} tokens, better "
+                "several times as many."
             )
 
     def _settle(self, allocation: Allocation) -> None:

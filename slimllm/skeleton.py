@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from slimllm.errors import InputError
 from slimllm.families import LayerSpec, layer_spec
 from slimllm.folder import reason
+from slimllm.memory import exhausted
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -27,6 +28,8 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         if spec.rotary:
             _make_rotary(model, spec)
     except Exception as error:  # whatever a setting of a wrong kind makes of it in transformers
+        if exhausted(error):
+            raise
         raise InputError(f"The model's configuration cannot be used: {type(error).__name__}, {reason(error)}.") from error
     if spec.family == "opt" and (
         not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size

@@ -10,6 +10,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def parse_ratios(words: Sequence[str]) -> list[float]:
         parts = word.split(":")
         if len(parts) not in (1, 3) or not all(re.fullmatch(r"\d*\.?\d+%?", part) for part in parts):
             raise InputError(f"ratio must be a number or FIRST:LAST:STEP, such as 0.1:0.6:0.1, got {word!r}.")
-        first, *rest = (float(part.rstrip("%")) / (100 if part.endswith("%") else 1) for part in parts)
+        first, *rest = (float(Decimal(part.rstrip("%")) / (100 if part.endswith("%") else 1)) for part in parts)
         last, step = rest or (first, 1.0)
         if step <= 0 or last < first or (last - first) / step > 100:
             raise InputError(f"ratio {word} gives no ratios, or more than 100; give FIRST:LAST:STEP.")

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from slimllm.companions import check_regular_files
 from slimllm.errors import InputError
 from slimllm.folder import first_line
-from slimllm.foreign_json import check_shape, find_object, read_object
+from slimllm.foreign_json import MOST_OF_SETTINGS, check_shape, find_object, read_object
 
 _SETTINGS = {
     "model_max_length?": float, "tokenizer_class?": str, "chat_template?": (str, list, dict), "added_tokens_decoder?": dict,
@@ -31,7 +31,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     settings = path / "tokenizer_config.json"
     if settings.is_file():
         try:
-            check_shape(read_object(settings), _SETTINGS, "")
+            check_shape(read_object(settings, MOST_OF_SETTINGS), _SETTINGS, "")
         except InputError as error:
             raise InputError(f"The tokenizer in {path} cannot be loaded: in {settings.name} {error}") from None
     try:
@@ -52,7 +52,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
 
 def tokenizer_code(path: Path) -> str | None:
     """Name the class of a folder's own code that its tokenizer asks for; None: it asks for none."""
-    asked = find_object(path / "tokenizer_config.json").get("auto_map") or {}
+    asked = find_object(path / "tokenizer_config.json", MOST_OF_SETTINGS).get("auto_map") or {}
     asked = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
     names = asked if isinstance(asked, list) else [asked]
     return next((str(name) for name in reversed(names) if name), None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
@@ -17,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slimllm.destination import check_destination, destination
+from slimllm.destination import OURS, check_destination, destination
 from slimllm.errors import HopelessError, InputError, OutputError
+from slimllm.folder import INDEX
 from slimllm.headers import SAFETENSORS_DTYPES
 from slimllm.journal import Journal, damaged, last_stage, lock, sync
 
@@ -157,16 +157,14 @@ class CheckpointWriter:
 
     def complete(self) -> None:
         """Write the index, and have everything on the disk: from here on the result only has to be moved."""
+        files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()} | {INDEX}
         index = {
-            "metadata": {
-                "total_size": self.total_size,
-                "total_parameters": self.num_parameters,
-                "slimllm": importlib.metadata.version("slimllm-engine"),  # by which `check_destination` knows its own
-            },
+            # By the list `check_destination` knows what it may replace.
+            "metadata": {"total_size": self.total_size, "total_parameters": self.num_parameters, OURS: sorted(files)},
             "weight_map": dict(sorted(self._weight_map.items())),
         }
         text = json.dumps(index, indent=2) + "\n"
-        (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (self.folder / INDEX).write_text(text, encoding="utf-8")
         for path in [*self.folder.rglob("*"), self.folder]:
             sync(path)
         self.journal.finish()

@@ -66,9 +66,9 @@ def test_rope_of_a_config_written_by_transformers_5(stories_path: Path, tmp_path
     [
         ({"quantization_config": {"quant_method": "awq"}}, "awq weights"),
         ({"num_attention_heads": 7}, "cannot be used|asks for"),
-        ({"hidden_size": "wide"}, "cannot be used"),
+        ({"hidden_size": "wide"}, "hidden_size in .* is 'wide', but should be a whole number"),
         ({"hidden_act": "nonsense"}, "cannot be used"),
-        ({"num_hidden_layers": 0}, "no decoder layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers in .* is '0'"),
         ({"architectures": "LlamaModel"}, "not a causal language model, but LlamaModel"),
     ],
 )
@@ -95,5 +95,5 @@ def test_index_that_is_none(stories_path: Path, tmp_path: Path, index: str) -> N
     shutil.copytree(stories_path, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()  # it would be read instead, as transformers does
     (tmp_path / "model" / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(InputError, match="not an index of shards"):
+    with pytest.raises(InputError, match=r"index\.json is not (an index of shards|a JSON object|valid JSON)"):
         open_checkpoint(tmp_path / "model")

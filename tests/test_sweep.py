@@ -54,6 +54,7 @@ def test_the_front() -> None:
     assert on_front(points) == {("dense", 0.0), ("a", 0.2), ("a", 0.5), ("b", 0.5)}
 
 
+@pytest.mark.slow
 def test_points_are_those_of_single_runs(token_ids: torch.Tensor, tmp_path: Path) -> None:
     tokens = tokenize(open_checkpoint(STORIES).tokenizer(), [bundled_text("evaluation")[:10_000]])
     told: list[Swept] = []
@@ -128,6 +129,7 @@ def test_folders_that_are_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixt
         assert [path.name for path in out.iterdir()] == ["letter.txt"]
 
 
+@pytest.mark.slow
 def test_kept_models_before_the_first_point(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,7 +61,14 @@ def by_hand(folder: Path, tasks: Path, few_shot: int) -> dict[str, dict[str, flo
     return result
 
 
-@pytest.mark.parametrize(("few_shot", "grouped"), [pytest.param(0, True, marks=pytest.mark.slow), (0, False), (2, True)])
+@pytest.mark.parametrize(
+    ("few_shot", "grouped"),
+    [
+        pytest.param(0, True, marks=pytest.mark.slow),
+        pytest.param(0, False, marks=pytest.mark.slow),
+        (2, True),
+    ],
+)
 def test_as_lm_eval_by_hand(
     stories_path: Path, token_ids: torch.Tensor, tasks: Path, tmp_path: Path, few_shot: int, grouped: bool
 ) -> None:
@@ -86,7 +93,7 @@ def test_from_the_command_line(
     stories_path: Path, token_ids: torch.Tensor, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slimllm.prune(stories_path, tmp_path / "out", config(token_ids, ratio=0.5))
-    arguments = ["eval", str(stories_path), str(tmp_path / "out"), "--tasks", "paper", "--limit", "5", "--max-windows", "2"]
+    arguments = ["eval", str(stories_path), str(tmp_path / "out"), "--tasks", "paper", "--limit", "2", "--max-windows", "2"]
     arguments += ["--include-path", str(tasks), "--out", str(tmp_path / "found.json")]
     assert call(capsys, *arguments)[0] == 0
     dense, pruned = json.loads((tmp_path / "found.json").read_text())["models"]
@@ -95,7 +102,7 @@ def test_from_the_command_line(
     assert pruned["mean_accuracy"] == pytest.approx(mean)
     assert pruned["retention"] == pytest.approx(100 * mean / dense["mean_accuracy"])
     model, tokenizer = slimllm.load(tmp_path / "out")
-    assert pruned["accuracy"] == zero_shot(model, tokenizer, include_path=tasks, limit=5)
+    assert pruned["accuracy"] == zero_shot(model, tokenizer, include_path=tasks, limit=2)
     code, _, error = call(capsys, "eval", str(stories_path), "--tasks", "piqqa")
     assert code == 2 and "has no task 'piqqa'" in error
 

@@ -106,7 +106,9 @@ def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype
     config = read_config(path if path.is_dir() else download(model, only=("config.json",)))
     config = read_as(config)
     dtype = getattr(config, "dtype", None) or torch.float32
-    stored = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    stored = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+        stored = torch.float32
     return config, stored, stored
 
 

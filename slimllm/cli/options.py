@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated
 
@@ -24,8 +25,8 @@ def fraction(text: str | float) -> float:
     """A fraction as it is written on the command line: 0.3, or 30%; a default, which is a number, stays."""
     try:
         text = str(text)
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
+        return float(Decimal(text[:-1]) / 100) if text.endswith("%") else float(text)
+    except (ValueError, InvalidOperation):
         raise typer.BadParameter(f"{text!r} is no number; give a fraction such as 0.3, or 30%.") from None
 
 

@@ -34,6 +34,9 @@ class _Stream:
         if self.error is None:
             try:
                 return self._file.write(text)
+            except UnicodeEncodeError:  # bytes of a path that are no text, or a terminal that has few letters
+                code = self._file.encoding
+                return self._file.write(text.encode(code, "backslashreplace").decode(code))
             except OSError as error:
                 self._lose(error)
         return len(text)
