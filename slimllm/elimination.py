@@ -22,11 +22,12 @@ import torch
 
 from slimllm.errors import InputError
 from slimllm.ops.dispatch import full_precision
-from slimllm.recovery import column_scale
+from slimllm.recovery import column_scale, has_few_tokens
 from slimllm.statistics import GramStatistics
 
-# λ. Smaller than that of the recovery: it keeps what few tokens do not tell apart from looking free.
-ELIMINATION_RIDGE = 0.01
+# λ. Smaller than that of the recovery: it keeps what few tokens do not tell apart from looking free. And where there are
+# few tokens (benchmarks/NOTES.md).
+ELIMINATION_RIDGE, ELIMINATION_RIDGE_OF_FEW = 0.01, 0.3
 # Channels go in so many blocks, each chosen one by one among twice as many candidates: a block costs one large product.
 BLOCKS = 64
 _SHIFTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.0)  # of the mean diagonal, one after the other where it takes one
@@ -71,7 +72,7 @@ class Surgeon:
         system = torch.empty_like(statistics.gram)
         for rows in everything.split(_ROWS):
             system[rows] = statistics.block(rows, everything).mul_(inverse_scale[rows, None]).mul_(inverse_scale).float()
-        system.diagonal().add_(ELIMINATION_RIDGE)
+        system.diagonal().add_(ELIMINATION_RIDGE_OF_FEW if has_few_tokens(statistics) else ELIMINATION_RIDGE)
         with full_precision(system.device):
             factor = _factor(system)
             del system

@@ -14,11 +14,17 @@ from slimllm import ops
 from slimllm.parallel import Ranks
 from slimllm.statistics import GramStatistics
 
-# Ridge of `lstsq`, on columns scaled to unit size; and the part of a column's squared mean that counts as its size beside
-# the variance, so that a column that is nearly constant gets no weights so large that rounding them moves the output.
-RIDGE = 0.3
+# Ridge of `lstsq`, on columns scaled to unit size, and where there are few tokens (benchmarks/NOTES.md); and the part of a
+# column's squared mean that counts as its size beside the variance, so that a column that is nearly constant gets no weights
+# so large that rounding them moves the output.
+RIDGE, RIDGE_OF_FEW = 0.3, 1.0
 MEAN_PART = 0.01
 _ROWS = 256  # of a weight in fp64 at a time
+
+
+def has_few_tokens(statistics: GramStatistics) -> bool:
+    """Whether there are fewer than two tokens for a column, so that a fit of all columns describes these tokens alone."""
+    return statistics.count < 2 * statistics.features
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,8 @@ def refit_kept(
         lost += share**2 * statistics.variance()[ahead]
         across += share * statistics.block(kept, ahead)
         mean_lost += share * mean[ahead]
-    change, missing = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost)
+    ridge = RIDGE_OF_FEW if has_few_tokens(statistics) else RIDGE
+    change, missing = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost, ridge)
     assert change.delta is not None
     whole = OutputChange(ranks.join(change.intercept, outputs), delta=ranks.join(change.delta, outputs))
     errors = torch.stack([lost.sum() + mean_lost.square().sum(), missing])
@@ -189,8 +196,9 @@ def column_scale(variance: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 def least_squares(
-    covariance: torch.Tensor, cross: torch.Tensor, lost: torch.Tensor, mean: torch.Tensor, mean_lost: torch.Tensor
-) -> tuple[OutputChange, torch.Tensor]:
+    covariance: torch.Tensor, cross: torch.Tensor, lost: torch.Tensor, mean: torch.Tensor, mean_lost: torch.Tensor,
+    ridge: float = RIDGE,
+) -> tuple[OutputChange, torch.Tensor]:  # fmt: skip
     """The change of the kept columns' weights by which they best stand in for what was removed.
 
     With e = y - ŷ the output that pruning took away, a ridge regression of e on the kept inputs z,
@@ -206,6 +214,7 @@ def least_squares(
         lost: var(e_k), (D,) fp64.
         mean: E z, (|S|,) fp64.
         mean_lost: E e, (D,) fp64.
+        ridge: λ.
 
     Returns:
         The change, and Σ_k var(e_k - Δ_k z), what is then still missing, up to rounding.
@@ -214,8 +223,8 @@ def least_squares(
     inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
     correlation = covariance.mul_(inverse[:, None]).mul_(inverse)
     across = inverse[:, None] * cross
-    scaled = ops.lstsq(correlation[None], across[None], RIDGE, absolute=True)[0]
+    scaled = ops.lstsq(correlation[None], across[None], ridge, absolute=True)[0]
     delta = inverse[:, None] * scaled
     # As (correlation + λI) scaled = across, tr(Δ Cov(z) Δᵀ) is tr(scaledᵀ across) - λ‖scaled‖².
-    missing = lost.sum() - (scaled * across).sum() - RIDGE * scaled.square().sum()
+    missing = lost.sum() - (scaled * across).sum() - ridge * scaled.square().sum()
     return OutputChange(mean_lost - delta.T @ mean, delta=delta.T), missing

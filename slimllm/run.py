@@ -103,8 +103,8 @@ class Run:
             tokens, least = token_ids.numel(), -(-unknowns // token_ids.shape[1])
             self.notice(
                 f"{tokens:,} calibration tokens are fewer than the {unknowns:,} channels of an FFN that {which}, so the "
-                f"result will be good on this text alone; give at least {least} samples of {token_ids.shape[1]} tokens, better "
-                "several times as many."
+                f"result will be good on this text alone; give at least {least} samples of {token_ids.shape[1]} tokens, "
+                "better several times as many."
             )
 
     def _settle(self, allocation: Allocation) -> None:

@@ -5,7 +5,15 @@ import torch
 from transformers import PreTrainedModel
 
 from slimllm import InputError, elimination
-from slimllm.elimination import ELIMINATION_RIDGE, Surgeon, channel_costs, eliminate_channels, eliminate_heads, unit_costs
+from slimllm.elimination import (
+    ELIMINATION_RIDGE,
+    ELIMINATION_RIDGE_OF_FEW,
+    Surgeon,
+    channel_costs,
+    eliminate_channels,
+    eliminate_heads,
+    unit_costs,
+)
 from slimllm.recovery import column_scale
 from slimllm.statistics import GramStatistics
 
@@ -38,7 +46,8 @@ def system_of(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torc
     covariance = (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
     scale = column_scale(covariance.diagonal(), x.mean(0))
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    h = covariance * inverse[:, None] * inverse + ELIMINATION_RIDGE * torch.eye(len(scale), dtype=torch.float64)
+    ridge = ELIMINATION_RIDGE_OF_FEW if len(x) < 2 * len(scale) else ELIMINATION_RIDGE
+    h = covariance * inverse[:, None] * inverse + ridge * torch.eye(len(scale), dtype=torch.float64)
     return h, weight.double() * scale
 
 

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimllm.ops import head_covariance
-from slimllm.recovery import MEAN_PART, RIDGE, OutputMoments, head_moments, least_squares, mean_output, refit_kept
+from slimllm.recovery import (
+    MEAN_PART,
+    RIDGE,
+    RIDGE_OF_FEW,
+    OutputMoments,
+    head_moments,
+    least_squares,
+    mean_output,
+    refit_kept,
+)
 from slimllm.statistics import GramStatistics
 
 
@@ -155,3 +164,19 @@ def test_mean_output_by_heads() -> None:
     wanted = torch.einsum("khd,hd->hk", weight.double().view(700, 4, 6), mean.view(4, 6))
     assert torch.allclose(mean_output(weight, mean, 4), wanted, rtol=1e-12)
     assert torch.allclose(mean_output(weight, mean)[0], weight.double() @ mean, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("tokens", "ridge"), [(20, RIDGE_OF_FEW), (79, RIDGE_OF_FEW), (80, RIDGE), (200, RIDGE)])
+def test_the_ridge_is_stronger_where_there_are_few_tokens(tokens: int, ridge: float) -> None:
+    """Fewer than two for each of the 40 columns."""
+    generator = torch.Generator().manual_seed(0)
+    z, weight = torch.randn(tokens, 40, generator=generator), torch.randn(6, 40, generator=generator)
+    statistics, keep = GramStatistics(40), torch.arange(0, 40, 2)
+    statistics.update(z)
+    u = z.double() - z.double().mean(0)
+    lost = u[:, 1::2] @ weight[:, 1::2].double().T
+    size = (u.square().mean(0) + MEAN_PART * z.double().mean(0).square()).sqrt()[keep]
+    system = (u[:, keep] / size).T @ (u[:, keep] / size) / tokens + ridge * torch.eye(20, dtype=torch.float64)
+    wanted = torch.linalg.solve(system, (u[:, keep] / size).T @ lost / tokens) / size[:, None]
+    change = refit_kept(weight, statistics, keep).change
+    assert change.delta is not None and torch.allclose(change.delta.T, wanted, rtol=1e-3, atol=1e-5)
