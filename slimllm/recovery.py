@@ -15,8 +15,8 @@ from slimllm.parallel import Ranks
 from slimllm.statistics import GramStatistics
 
 # Ridge of `lstsq`, on columns scaled to unit size, and where there are few tokens (benchmarks/NOTES.md); and the part of a
-# column's squared mean that counts as its size beside the variance, so that a column that is nearly constant gets no weights
-# so large that rounding them moves the output.
+# column's squared mean that counts as its size beside the variance, so that a column that is nearly constant gets no
+# weights so large that rounding them moves the output.
 RIDGE, RIDGE_OF_FEW = 0.3, 1.0
 MEAN_PART = 0.01
 _ROWS = 256  # of a weight in fp64 at a time
