@@ -1,4 +1,17 @@
-"""slimllm: structured pruning of large language models (SlimLLM, ICML 2025), one layer in memory at a time."""
+"""Structured pruning of large language models (SlimLLM, ICML 2025), one layer in memory at a time.
+
+The public interface; everything else may change:
+
+    prune(model, out, config)               a model on disk, written as a new folder
+    prune_ratios(model, out, config, ratios)  the same at several ratios, with one dense pass
+    prune_model(model, tokenizer, config)   a model in memory, in place
+    PruneConfig(ratio=0.2, ...)             the settings
+    PruneReport.read(folder)                what a run did: report.json
+    load(model)                             any model, pruned or not, and its tokenizer
+    perplexity(model, token_ids)            of a loaded model
+    ops                                     the operations, for pruning code of your own
+    InputError                              what was wrong, what was got and what to do, in one sentence
+"""
 
 import importlib.metadata
 

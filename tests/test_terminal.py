@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pydoc
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from conftest import STORIES
 from test_cli import call
 
+import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.allocation import find_target
 from slimllm.budget import LayerShape
@@ -90,6 +92,11 @@ def test_habits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_usage_says_model(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = call(capsys, command, "--help")
     assert code == 0 and re.search(rf"Usage: .*slimllm {command} \[OPTIONS\] [{{\[]?MODEL\b", out)
+
+
+def test_help_of_the_package_shows_the_interface_first() -> None:
+    described = pydoc.plain(pydoc.render_doc(slimllm)).partition("PACKAGE CONTENTS")[0]
+    assert all(re.search(rf"\b{name}\b", described) for name in slimllm.__all__)
 
 
 def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
