@@ -33,7 +33,8 @@ class PruneDisplay:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def notice(self, sentence: str) -> None:
         """Print a sentence above the bar."""
@@ -124,6 +125,9 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
         "disk": "in files",
     }
     table.add_row("placement", "", f"hidden states {where[plan.placement.states]}; one layer at a time")
+    for name, budget in (("host memory", plan.config.host_memory), ("GPU memory", plan.config.gpu_memory)):
+        if budget:
+            table.add_row("budget", budget, f"of {name}: it fits")
     for choice in plan.choices:
         table.add_row("to fit", "", choice)
     console.print(table, highlight=False)

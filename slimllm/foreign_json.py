@@ -42,7 +42,7 @@ def read_json(path: Path, most: int = MOST_BYTES) -> Any:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     except RecursionError:
-        raise InputError(f"{path} is not valid JSON: it is nested too deeply.") from None
+        raise InputError(f"{path} cannot be read: it is nested too deeply.") from None
     except ValueError as error:
         if isinstance(error, InputError):
             raise

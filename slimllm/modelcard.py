@@ -54,8 +54,11 @@ FFN channels are gone, {"without recovery" if report.config["recovery"] == "none
 | of the decoder layers | {parameters["layers_before"]:,} | {parameters["layers_after"]:,} | {report.achieved_ratio:.2%} |
 | perplexity on {report.judged_by} | {calibration["perplexity_dense"]:.2f} | {calibration["perplexity_pruned"]:.2f} | |
 
-Calibration: {text_name}, {calibration["samples"]} x {calibration["seq_len"]} tokens, {calibration["bos"]}, seed
-{report.config["seed"]}. On text of another kind the perplexity grows more; measure on your own with `slimllm eval`. {loading}
+Calibration: {text_name}, {calibration["samples"]} x {calibration["seq_len"]} tokens, {calibration["bos"]},
+seed {report.config["seed"]}. On text of another kind the perplexity grows more; measure on your own with
+`slimllm eval`.
+
+{loading}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -30,8 +30,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     check_regular_files(path)
     settings = path / "tokenizer_config.json"
     if settings.is_file():
+        content = read_object(settings, MOST_OF_SETTINGS)
         try:
-            check_shape(read_object(settings, MOST_OF_SETTINGS), _SETTINGS, "")
+            check_shape(content, _SETTINGS, "")
         except InputError as error:
             raise InputError(f"The tokenizer in {path} cannot be loaded: in {settings.name} {error}") from None
     try:

@@ -88,6 +88,7 @@ def main() -> None:
             raise
         code = 2
     if (reason := lost()) is not None:
-        _say(f"What was to be printed is lost: {reason.strerror}.")
+        done = "" if code else "; all else is done"
+        _say(f"What was to be printed is lost ({reason.strerror}){done}.")
         code = code or 2
     end(code)
