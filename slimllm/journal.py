@@ -228,7 +228,11 @@ def _read(folder: Path) -> tuple[list[Step], int]:
             if number == len(lines):
                 break  # it was being written; if it was not, the state that it tells of is the only one left
             raise damaged(path)
-        if not isinstance(batch := json.loads(text), list):
+        try:
+            batch = json.loads(text)
+        except (ValueError, RecursionError):
+            raise damaged(path) from None
+        if not isinstance(batch, list):
             raise damaged(path)
         entries += batch
         length += len(line)

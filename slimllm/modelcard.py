@@ -11,7 +11,8 @@ from slimllm.tensor_parallel import tensor_parallel_of
 
 def in_line(text: str) -> str:
     """A text of the user's within a line of Markdown, which it can neither format nor leave."""
-    plain = "".join(character if character.isprintable() else " " for character in text)
+    # Bytes that are no text stay, and are written as escapes.
+    plain = "".join(one if one.isprintable() or "\ud800" <= one <= "\udfff" else " " for one in text)
     return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", plain)
 
 

@@ -114,7 +114,7 @@ def _read(file: Path, settings: dict[str, Any], resume: bool) -> list[Swept]:
         try:
             row = json.loads(line)
             point = Swept(**{field.name: row.pop(field.name) for field in dataclasses.fields(Swept)})
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"Line {number} of {file} is no point of a sweep; give another folder.") from None
         for name, value in settings.items():
             if row.get(name) != value:

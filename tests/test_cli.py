@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -47,7 +48,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
     return code, captured.out, " ".join(captured.err.split())
 
 
-def test_prune_and_eval(stories_path: Path, tmp_path: Path) -> None:
+def test_prune_and_eval(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run("prune", stories_path, "--out", "out", "--ratio", "0.2", "--samples", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "x one dense pass" in done.stdout and "bundled text" in done.stdout and "the account allows" in done.stdout
@@ -56,9 +57,9 @@ def test_prune_and_eval(stories_path: Path, tmp_path: Path) -> None:
     assert "slimllm prune" in (tmp_path / "out" / "README.md").read_text()
     values = []
     for batch_size in ("1", "8"):
-        done = run("eval", "out", "--max-windows", "20", "--batch-size", batch_size, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        match = re.search(r"perplexity ([\d.]+)", done.stdout)
+        code, out, err = call(capsys, "eval", tmp_path / "out", "--max-windows", "20", "--batch-size", batch_size)
+        assert code == 0, err
+        match = re.search(r"perplexity ([\d.]+)", out)
         assert match
         values.append(float(match[1]))
     assert values[0] == pytest.approx(values[1], rel=1e-5)
@@ -226,7 +227,7 @@ def test_what_slimllm_has_written_is_replaced_and_nothing_else(
         assert code == 2 and f"holds {stranger.replace('/HEAD', '')}, which slimllm has not written" in err, err
         assert (out / stranger).read_text() == "mine"
         (out / stranger).unlink()
-        if stranger in (".git/HEAD", "sub/x.txt"):
+        with contextlib.suppress(OSError):  # the folder, if it is empty now
             (out / stranger).parent.rmdir()
     before = (out / "model.safetensors.index.json").read_text()
     assert call(capsys, *again, "0.99")[0] == 2 and (out / "model.safetensors.index.json").read_text() == before

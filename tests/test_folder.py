@@ -289,7 +289,7 @@ def test_kernels_of_the_hub_in_any_entry(settings: dict[str, object], tmp_path: 
 def test_settings_too_deep_to_be_read(tmp_path: Path, token_ids: torch.Tensor) -> None:
     folder = copy_of(tmp_path / "m")
     (folder / "config.json").write_text("[" * 100_000)
-    both_refuse(folder, "is not valid JSON", tmp_path, token_ids)
+    both_refuse(folder, "nested too deeply", tmp_path, token_ids)
 
 
 def test_a_stored_head_that_differs_is_not_tied(tmp_path: Path, token_ids: torch.Tensor) -> None:

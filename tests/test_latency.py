@@ -58,6 +58,7 @@ def test_ratios_of_turns() -> None:
     assert found.speedup(dense, "decode_rates") == 1.0
 
 
+@pytest.mark.slow
 def test_command(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "latency.json"
     options = ["--prompt", "8", "--new-tokens", "3", "--rounds", "1", "--out", str(out)]

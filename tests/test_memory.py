@@ -74,7 +74,10 @@ EVAL = ["eval", STORIES, "--batch-size", "4096", "--seq-len", "512"]
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's memory is Linux's")
 @pytest.mark.parametrize(
     ("arguments", "more", "sentence"),
-    [(PRUNE, 600, "or lower --samples, --seq-len or --batch-size"), (EVAL, 250, "lower --batch-size or --seq-len")],
+    [
+        (PRUNE, 600, "or lower --samples, --seq-len or --batch-size"),
+        pytest.param(EVAL, 250, "lower --batch-size or --seq-len", marks=pytest.mark.slow),
+    ],
 )
 def test_too_little_memory_is_a_sentence(arguments: list[str], more: int, sentence: str, tmp_path: Path) -> None:
     """So many MiB more than after importing are enough for the tokenizer, whose library aborts where it has too little."""

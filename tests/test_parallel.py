@@ -195,7 +195,7 @@ def assert_close(folder: Path, other: Path) -> None:
     [
         {},
         {"recovery": "lstsq", "head_unit": "query"},
-        {"preset": "paper", "recovery": "none"},
+        pytest.param({"preset": "paper", "recovery": "none"}, marks=pytest.mark.slow),
         {"preset": "best", "dense_target": 0.3},
         {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
     ],
@@ -276,7 +276,8 @@ def test_resume(tmp_path: Path, stop: list[Any], states: str, choice: dict[str, 
     assert_close(tmp_path / "expected", tmp_path / "one")
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
     results(_prune_with, 3, tmp_path / "whole", str(tmp_path / "expected"), None, {})
     world = World(_prune_with, 3, tmp_path / "world", str(tmp_path / "out"), None, {"slowly": True})
@@ -293,6 +294,7 @@ def test_a_killed_rank(tmp_path: Path, victim: int) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(tmp_path: Path) -> None:
     world = World(_prune_with, 2, tmp_path / "world", str(tmp_path / "out"), None, {"slowly": True}, seconds=5)
     journal = tmp_path / ".out.partial" / "journal.jsonl"

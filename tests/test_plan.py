@@ -155,7 +155,8 @@ def test_a_model_in_memory_has_no_budget(token_ids: torch.Tensor, stories: objec
         prune_model(stories, token_ids, PruneConfig(ratio=0.2, host_memory="8GiB"))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("recovery", ["affine", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recovery", ["affine", "none"])
 def test_the_plan_is_near_the_truth(recovery: str) -> None:
     """Of a run large enough that Python is not all of it."""
     row = measure(Setting("tinyllama-1.1b", layers=1, samples=8, recovery=recovery, on_disk=True))

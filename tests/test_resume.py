@@ -327,7 +327,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], f
     return contents(folder / "out"), time.monotonic() - began
 
 
-@pytest.mark.parametrize("number", [*range(8), *(pytest.param(number, marks=pytest.mark.slow) for number in range(8, 40))])
+@pytest.mark.parametrize("number", [*range(5), *(pytest.param(number, marks=pytest.mark.slow) for number in range(5, 40))])
 def test_killed_at_any_moment(tmp_path: Path, whole: tuple[dict[str, bytes], float], number: int) -> None:
     expected, seconds = whole
     process = start(tmp_path / "out")

@@ -24,7 +24,7 @@ from slimllm.cli.busy import verdict
 QUICK = ("--samples", "4", "--seq-len", "32")
 
 
-@pytest.mark.parametrize("name", ["slim[v2]:smile:", "[/v2]"])
+@pytest.mark.parametrize("name", ["slim[v2]:smile:[/v2]"])
 def test_names_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     """In a path, of which rich would make a style, an emoji or a crash behind the work."""
     model, out = tmp_path / "in" / name, tmp_path / "out" / name
@@ -51,7 +51,8 @@ def shell(command: str, folder: Path) -> tuple[int, str]:
         ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}} > code"], cwd=folder, env=environment, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-    return int((folder / "code").read_text()), done.stderr
+    lines = [line for line in done.stderr.splitlines(True) if not line.startswith("Other work kept")]  # as there may be
+    return int((folder / "code").read_text()), "".join(lines)
 
 
 def test_nobody_reads_what_is_printed(tmp_path: Path) -> None:
