@@ -162,6 +162,9 @@ class PruneReport:
             channels = layer.get("intermediate_size_before")
             if layer["index"] != index:
                 return f"layer {index} has the index {layer['index']}"
+            before = [f"{name}_before" in layer for name in ("num_heads", "num_kv_heads", "intermediate_size")]
+            if any(before) and not all(before):
+                return f"layer {index} has not all of its sizes before"
             if 0 in (layer.get("num_heads_before"), channels):
                 return f"layer {index} had no heads or no channels before"
             if channels and any(channel >= channels for channel in layer["kept_channels"]):
