@@ -177,11 +177,11 @@ def _common(checksum: int, index: int, ranks: Ranks) -> int:
 
 
 def overflow(source: ModelSource, index: int, which: str) -> InputError:
-    """The error of hidden states that are not finite behind a layer."""
+    """Make the error for hidden states that are not finite after a layer."""
     dtype = str(source.dtype).removeprefix("torch.")
     advice = "compute in float32" if dtype != "float32" else "its weights are out of all proportion, look at them"
     return HopelessError(
-        f"The hidden states behind layer {index} of the {which} model are not finite when computed in {dtype}; {advice}."
+        f"The hidden states after layer {index} of the {which} model are not finite when computed in {dtype}; {advice}."
     )
 
 

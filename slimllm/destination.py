@@ -20,6 +20,7 @@ _EARLIER = re.compile(
 )
 # What `write_page` adds.
 _PAGE = re.compile(r"report\.html|report/(shares|heads|importance|errors|seconds|memory|training)\.png")
+_UNFINISHED_PAGE = re.compile(r"\.report-[a-z0-9_]{8}")  # as tempfile names it
 _LONGEST_NAME = 200  # bytes; what grows beside it has a longer one, and file systems take 255
 
 
@@ -88,7 +89,7 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
             raise InputError(
                 f"The output folder {out} holds no model that slimllm has written, so it will not be overwritten."
             )
-        if strangers := sorted(name for name in _contents(out) if name not in ours and not _PAGE.fullmatch(name)):
+        if strangers := sorted(name for name in _contents(out) if not _is_ours(out, name, ours)):
             others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
             raise InputError(
                 f"The output folder {out} holds {strangers[0]}{others}, which slimllm has not written and does not delete; "
@@ -108,11 +109,16 @@ def _files_of(out: Path) -> set[str] | None:
     return own | {path.as_posix() for path in companions(out)}
 
 
+def _is_ours(out: Path, name: str, ours: set[str]) -> bool:
+    """Tell whether an entry of `_contents` may be deleted; a folder may not, whatever the index lists."""
+    return (out / name).is_file() and (name in ours or _PAGE.fullmatch(name) is not None)
+
+
 def _contents(out: Path) -> set[str]:
     """All files of a folder by their names in it, and links and folders that are empty or hidden as one each."""
     found = set()
     for path in out.iterdir():
-        if path.name.startswith(".report-"):  # of a page that was not finished
+        if _UNFINISHED_PAGE.fullmatch(path.name):
             continue
         inner = [] if path.is_symlink() or not path.is_dir() or path.name.startswith(".") else list(path.iterdir())
         found |= {f"{path.name}/{one.name}" for one in inner} or {path.name}

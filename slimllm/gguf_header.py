@@ -73,7 +73,7 @@ def check_header(path: Path) -> None:
     """
     with path.open("rb") as file:
         header = _Header(file, path)
-        file.seek(4)  # behind the magic bytes
+        file.seek(4)  # after the magic bytes
         version = header.number("<I")
         if version & 0xFFFF == 0:
             raise InputError(f"{path} is big-endian; convert it with gguf-py's gguf-convert-endian.")

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the end of the terminal: at a safe point, where a run can be gone on with, or at once."""
+"""Stop on Ctrl-C, SIGTERM or a closed terminal: at a safe point, from which the run can be resumed, or at once."""
 
 from __future__ import annotations
 

@@ -116,7 +116,17 @@ def pass_sublayer(layer: Layer, projection: str, stream: Stream, index: int, wat
 
 
 def pass_held_out(layer: Layer, stream: Stream, index: int, watch: Stopwatch) -> bool:
-    """Let the windows that are held out pass a whole layer, as it is now; whether they are finite behind it."""
+    """Run a whole layer, dense or pruned, on the held-out windows, in place.
+
+    Args:
+        layer: The layer as it is now.
+        stream: Whose held-out batches (windows, seq_len, D) are replaced by the layer's outputs.
+        index: The layer's number, for its arguments.
+        watch: Gathers the seconds as `perplexity`.
+
+    Returns:
+        Whether all outputs are finite; True on a rank without held-out windows.
+    """
     finite = True
     for batch in stream.held_out:
         with watch("perplexity"):

@@ -10,14 +10,14 @@ from slimllm.tensor_parallel import tensor_parallel_of
 
 
 def in_line(text: str) -> str:
-    """A text of the user's within a line of Markdown, which it can neither format nor leave."""
+    """Escape a user's text for use within one line of Markdown."""
     # Bytes that are no text stay, and are written as escapes.
     plain = "".join(one if one.isprintable() or "\ud800" <= one <= "\udfff" else " " for one in text)
     return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", plain)
 
 
 def in_block(text: str) -> str:
-    """A text of the user's as a block of Markdown code, behind a fence that it does not have."""
+    """Format a user's text as a Markdown code block, with a fence longer than any run of backticks in it."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}\n{text}\n{fence}"
 

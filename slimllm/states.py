@@ -124,7 +124,7 @@ class Stream:
         batch_size: Windows of a batch, the last one of a rank has the rest.
         placement: Where it lives.
         ranks: Of the run.
-        num_held_out: Windows held out, of all ranks; they are numbered behind the others.
+        num_held_out: Windows held out, of all ranks; they are numbered after the others.
 
     Attributes:
         batches: Of the windows in the statistics.
@@ -163,13 +163,14 @@ class Stream:
 
     def windows(self, rank: int) -> list[range]:
         """The windows of every batch of a rank."""
-        share = self.ranks.share(self.samples, rank)
-        return [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
+        return self._batched(self.ranks.share(self.samples, rank))
 
     def held_out_windows(self, rank: int) -> list[range]:
         """The same of those held out, whose numbers begin at `samples`."""
         share = self.ranks.share(self.num_held_out, rank)
-        share = range(self.samples + share.start, self.samples + share.stop)
+        return self._batched(range(self.samples + share.start, self.samples + share.stop))
+
+    def _batched(self, share: range) -> list[range]:
         return [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
 
     def of_all_ranks(self, name: str) -> Iterator[tuple[int, range, Batch | None]]:

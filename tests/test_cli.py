@@ -229,6 +229,17 @@ def test_what_slimllm_has_written_is_replaced_and_nothing_else(
         (out / stranger).unlink()
         with contextlib.suppress(OSError):  # the folder, if it is empty now
             (out / stranger).parent.rmdir()
+    if kind == "export":  # an index that claims a folder of somebody else's
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        index["metadata"]["slimllm_files"] += [".git", "thesis"]
+        (out / "model.safetensors.index.json").write_text(json.dumps(index))
+        for folder in (".git", "thesis"):
+            (out / folder).mkdir()
+            (out / folder / "mine").touch()
+        code, _, err = call(capsys, *again, "0.3")
+        assert code == 2 and "holds .git and 1 more" in err and (out / "thesis" / "mine").is_file()
+        shutil.rmtree(out / ".git")
+        shutil.rmtree(out / "thesis")
     before = (out / "model.safetensors.index.json").read_text()
     assert call(capsys, *again, "0.99")[0] == 2 and (out / "model.safetensors.index.json").read_text() == before
     code, _, err = call(capsys, *again, "0.3")  # and only when the new one is complete

@@ -78,7 +78,7 @@ def test_overflow_in_half_precision_is_a_sentence(stories: Any, token_ids: torch
     with torch.no_grad():
         stories.model.layers[1].mlp.down_proj.weight.mul_(1e5)
     stories.save_pretrained(tmp_path / "dense")
-    with pytest.raises(InputError, match=r"behind layer 1 .* not finite when computed in float16"):
+    with pytest.raises(InputError, match=r"after layer 1 .* not finite when computed in float16"):
         slimllm.prune(tmp_path / "dense", tmp_path / "out", config(token_ids, compute_dtype="float16"))
 
 

@@ -115,7 +115,7 @@ def test_sizes_in_gguf(stories: Any, tmp_path: Path, bounded: None, key: str, va
 def test_lengths_in_gguf(stories: Any, tmp_path: Path, bounded: None, key: str, count: int) -> None:
     path = write_gguf(stories, tmp_path / "m.gguf")
     content = bytearray(path.read_bytes())
-    at = content.index(key.encode()) + len(key) + 8  # behind the types of the setting and of its items
+    at = content.index(key.encode()) + len(key) + 8  # after the types of the setting and of its items
     content[at : at + 8] = struct.pack("<Q", count)
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"cannot be read as GGUF .* it is damaged or truncated"):

@@ -26,7 +26,7 @@ QUICK = ("--samples", "4", "--seq-len", "32")
 
 @pytest.mark.parametrize("name", ["slim[v2]:smile:[/v2]"])
 def test_names_are_not_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """In a path, of which rich would make a style, an emoji or a crash behind the work."""
+    """Brackets and colons in a path must not become a style, an emoji or a crash after the work."""
     model, out = tmp_path / "in" / name, tmp_path / "out" / name
     shutil.copytree(STORIES, model)
     commands: list[tuple[list[str | Path], Path]] = [
