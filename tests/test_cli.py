@@ -381,6 +381,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
         assert code == 0 and "SLIMLLM_BACKEND=triton needs a GPU" in out and "none" in out
 
 
+@pytest.mark.slow
 def test_bench(tmp_path: Path, stories_path: Path) -> None:
     done = run("bench", stories_path, "--layers", "1", "--samples", "2", "--seq-len", "32", "--plot", "a.svg", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -116,6 +116,7 @@ def test_a_model_that_stops_by_itself_is_told_to_go_on(tmp_path: Path) -> None:
     assert found.dtype == "bfloat16" and found.lines[0].next_tokens_s[0] > 0
 
 
+@pytest.mark.slow
 def test_models_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Give at least one model"):
         measure_latency([])

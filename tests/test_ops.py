@@ -309,6 +309,7 @@ def test_the_comparison_sees_what_is_not_a_number_and_what_is_not_solved(monkeyp
         assert not selfcheck.difference(operation, device, "extension") <= 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_comparison_is_the_same_under_other_defaults(a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selfcheck, "ACTIVATIONS", (torch.bfloat16,))

@@ -243,6 +243,7 @@ def _prune_twice(group: Any, out: str) -> Any:
     return [report.dense_pass_shared for report in reports]
 
 
+@pytest.mark.slow
 def test_ratios(tmp_path: Path) -> None:
     assert results(_prune_twice, 2, tmp_path / "world", str(tmp_path / "out")) == [[False, True]] * 2
     before = contents(tmp_path / "out")

@@ -66,6 +66,7 @@ def test_the_disk_of_the_output_is_full(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_no_output_at_all(tmp_path: Path) -> None:
     code, err = shell("$SLIMLLM prune $MODEL --out out --ratio 0.2 --samples 4 <&- >&-", tmp_path)
     assert (code, err) == (0, "") and (tmp_path / "out" / "report.html").is_file()

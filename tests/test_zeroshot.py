@@ -89,6 +89,7 @@ def test_as_lm_eval_by_hand(
     assert len(set(found.values())) > 2  # of 12 questions each
 
 
+@pytest.mark.slow
 def test_from_the_command_line(
     stories_path: Path, token_ids: torch.Tensor, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
