@@ -24,10 +24,10 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 import slimllm
-from slimllm.bench.synthetic import as_mha
 from slimllm.calibration import bundled_text, draw_windows, tokenize, windows_of
-from slimllm.compare import METHODS
-from slimllm.demo import find_demo_model
+from slimllm.cli.demo import find_demo_model
+from slimllm.experiments.bench.synthetic import as_mha
+from slimllm.experiments.compare import METHODS
 
 PLACES, LENGTHS = 8, (128, 512)
 # What single parts of the best method do.

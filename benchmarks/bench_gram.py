@@ -20,7 +20,7 @@ from rich.table import Table
 from shapes import H100, SHAPES, gram_work
 
 from slimllm import ops
-from slimllm.ops.dispatch import forced
+from slimllm.ops.registry import forced
 
 
 def check(x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:

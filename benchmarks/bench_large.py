@@ -18,7 +18,7 @@ from common import append_results
 from rich.console import Console
 from rich.table import Table
 
-from slimllm.bench.run import Setting, measure
+from slimllm.experiments.bench.run import Setting, measure
 
 
 def row_of(setting: Setting) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from common import append_results
 from rich.console import Console
 
 import slimllm
-from slimllm.demo import find_demo_model
-from slimllm.latency import measure_latency
-from slimllm.latency.display import latency_progress, model_table, speed_table
+from slimllm.cli.demo import find_demo_model
+from slimllm.evaluation.latency import measure_latency
+from slimllm.evaluation.latency.display import latency_progress, model_table, speed_table
 
 SETTINGS = [("default", 0.2), ("default", 0.5), ("best", 0.2), ("best", 0.5)]
 

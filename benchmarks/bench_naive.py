@@ -24,11 +24,12 @@ from naive import prune_layer
 from rich.console import Console
 from rich.table import Table
 
-from slimllm import memory, ops
-from slimllm.importance import input_importance
-from slimllm.progress import Stopwatch
-from slimllm.recovery import OutputMoments, head_moments, mean_output
-from slimllm.selection import select_channels
+from slimllm import ops
+from slimllm.methods.criteria.scores import input_importance
+from slimllm.methods.recovery import OutputMoments, head_moments, mean_output
+from slimllm.methods.selection import select_channels
+from slimllm.runtime import memory
+from slimllm.runtime.progress import Stopwatch
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
 
 # hidden size: heads, intermediate size
@@ -64,7 +65,7 @@ def engine(
     activations: Activations, weights: dict[str, torch.Tensor], heads: int, pruned_heads: int, pruned_channels: int,
     watch: Stopwatch,
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """What `slimllm.attention` and `slimllm.ffn` do with a layer's activations, batch by batch."""
+    """What `slimllm.pruning.attention` and `slimllm.pruning.ffn` do with a layer's activations, batch by batch."""
     (inner, _), (x, z, y) = activations
     device, hidden_size = inner.device, weights["o"].shape[0]
     with watch("statistics"):

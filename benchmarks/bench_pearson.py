@@ -20,7 +20,7 @@ from rich.table import Table
 from shapes import H100, SHAPES, Shape, exchange_work, head_covariance_work, stream_work
 
 from slimllm import ops
-from slimllm.ops.dispatch import forced
+from slimllm.ops.registry import forced
 
 TOKENS = 1024
 

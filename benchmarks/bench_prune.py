@@ -20,11 +20,11 @@ from common import RESULTS, append_results
 from rich.console import Console
 
 import slimllm
-from slimllm.bench import Setting, measure
-from slimllm.bench.display import results_table
-from slimllm.bench.plot import draw
-from slimllm.bench.run import read_rows
-from slimllm.demo import find_demo_model
+from slimllm.cli.demo import find_demo_model
+from slimllm.experiments.bench import Setting, measure
+from slimllm.experiments.bench.display import results_table
+from slimllm.experiments.bench.plot import draw
+from slimllm.experiments.bench.run import read_rows
 
 # preset, recovery, ratio
 README = [("paper", "affine", 0.2), ("paper", "affine", 0.5), ("default", "lstsq", 0.2), ("default", "lstsq", 0.5)]

@@ -20,6 +20,7 @@ from rich.table import Table
 import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.config import RECOVERIES
+from slimllm.methods import recovery as fitting
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.model
     if path is None:
-        from slimllm.demo import find_demo_model
+        from slimllm.cli.demo import find_demo_model
 
         path = find_demo_model() or parser.error("give a model; the demo's is not installed (make demo does it)")
     dense, tokenizer = slimllm.load(str(path), dtype="float32")
@@ -47,7 +48,7 @@ def main() -> None:
     choices = [(ridge, "lstsq") for ridge in arguments.ridge or []] or [(None, name) for name in reversed(RECOVERIES)]
     for ratio in arguments.ratio:
         for ridge, recovery in choices:
-            slimllm.recovery.RIDGE = ridge or slimllm.recovery.RIDGE
+            fitting.RIDGE = ridge or fitting.RIDGE
             model = copy.deepcopy(dense)
             config = slimllm.PruneConfig(
                 ratio=ratio, recovery=recovery, samples=arguments.samples, seq_len=arguments.seq_len

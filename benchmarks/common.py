@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from slimllm.bench import append_rows
+from slimllm.experiments.bench import append_rows
 
 RESULTS = Path(__file__).parent / "results"
 

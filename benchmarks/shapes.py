@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slimllm.bench.shapes import SHAPES, Shape
+from slimllm.experiments.bench.shapes import SHAPES, Shape
 
 __all__ = ["SHAPES", "Shape"]
 

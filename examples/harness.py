@@ -64,7 +64,7 @@ def keep_channels(ffn: Any, keep: torch.Tensor, bias: torch.Tensor | None = None
 def run(prune: Callable[[PreTrainedModel, torch.Tensor], None]) -> None:
     """Load the model named on the command line, prune it in place, and print its perplexity before and after."""
     parser = argparse.ArgumentParser(description=inspect.getmodule(prune).__doc__)
-    default = str(resources.files("slimllm") / "data" / "stories260k")
+    default = str(resources.files("slimllm") / "calibration" / "data" / "stories260k")
     parser.add_argument("model", nargs="?", default=default, help="folder, GGUF file or hub id; else the bundled model")
     try:
         model, tokenizer = slimllm.load(parser.parse_args().model)

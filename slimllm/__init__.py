@@ -17,10 +17,10 @@ import importlib.metadata
 
 from slimllm import ops
 from slimllm.config import PruneConfig
-from slimllm.engine import prune, prune_model, prune_ratios
 from slimllm.errors import InputError
-from slimllm.evaluate import load, perplexity
-from slimllm.report import PruneReport
+from slimllm.evaluation.perplexity import load, perplexity
+from slimllm.pruning.api import prune, prune_model, prune_ratios
+from slimllm.pruning.report import PruneReport
 
 __version__ = importlib.metadata.version("slimllm-engine")
 

@@ -2,6 +2,7 @@
 
 import unicodedata
 
+_LONGEST_REASON = 400  # characters; some errors repeat all of what they did not like
 _ORDER = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _LONGEST = 1000  # characters: names and values out of files have any length, and any characters
 
@@ -36,3 +37,16 @@ class OtherRankError(InputError):
 
 class LostRankError(InputError):
     """Another rank of the run is gone; what is written already is good."""
+
+
+def first_line(error: BaseException) -> str:
+    """Give an error of another library as the end of a sentence."""
+    return f"{reason(error)}."
+
+
+def reason(error: BaseException) -> str:
+    """Give an error of another library within a sentence; it may say what matters in its second line."""
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    words = "".join(character if character.isprintable() else " " for character in " ".join(lines[:2])).rstrip(".")
+    return words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}…"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from slimllm import PruneConfig
 from slimllm.calibration import bundled_text, draw_windows, tokenize
-from slimllm.checkpoint import open_checkpoint
+from slimllm.checkpoints.opening import open_checkpoint
 
 # The models are tiny: more threads only make the tests slow where other work runs beside them.
 torch.set_num_threads(1)
@@ -38,7 +38,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-STORIES = Path(str(resources.files("slimllm") / "data" / "stories260k"))
+STORIES = Path(str(resources.files("slimllm") / "calibration" / "data" / "stories260k"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,17 +47,17 @@ from transformers.utils import logging
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.bench.forecast import forecast
 from slimllm.calibration import is_unicode, read_texts
-from slimllm.checkpoint import open_checkpoint
-from slimllm.display import print_summary
-from slimllm.export import export
-from slimllm.page import write_page
-from slimllm.report import PruneReport
-from slimllm.source import CheckpointModel
-from slimllm.tokenizer import load_tokenizer, tokenizer_code
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checkpoints.source import CheckpointModel
+from slimllm.checkpoints.tokenizer import load_tokenizer, tokenizer_code
+from slimllm.cli.display import print_summary
+from slimllm.experiments.bench.forecast import forecast
+from slimllm.export.stock import export
+from slimllm.pruning.report import PruneReport
+from slimllm.report import write_page
 
-STORIES = Path(str(resources.files("slimllm") / "data" / "stories260k"))
+STORIES = Path(str(resources.files("slimllm") / "calibration" / "data" / "stories260k"))
 SECONDS, MEMORY = 20, 2 * 2**30  # of a trial: alarm, and bytes of address space beyond what is there at the start
 LONGEST_SENTENCE = 1010
 

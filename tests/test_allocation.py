@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slimllm
-from slimllm.allocation import Allocation, LayerShape, allocate, find_target, paper_settings
-from slimllm.budget import most_removable
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.pipeline import _shape
-from slimllm.slicing import LayerSizes
-from slimllm.spending import Curves
+from slimllm.methods.allocation.allocate import Allocation, LayerShape, allocate, find_target, paper_settings
+from slimllm.methods.allocation.budget import most_removable
+from slimllm.methods.allocation.spending import Curves
+from slimllm.models.slicing import LayerSizes
+from slimllm.pruning.pipeline import _shape
 
 LLAMA_7B = LayerShape(32, 4 * 128 * 4096, 11008, 3 * 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 4096, 4096, False)
 SMOLLM2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 576, 576, True)

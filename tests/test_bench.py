@@ -21,16 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import slimllm
 from slimllm import InputError
-from slimllm.bench import Setting, measure
-from slimllm.bench.display import run_bench
-from slimllm.bench.plot import _fit, _medians, _series, draw
-from slimllm.bench.run import append_rows, check_results_file, read_rows
-from slimllm.bench.shapes import SHAPES
-from slimllm.bench.synthetic import FirstLayers, RandomCheckpoint
-from slimllm.bench.work import Rates, Work, stage_work
-from slimllm.checkpoint import open_checkpoint
-from slimllm.progress import Stopwatch
-from slimllm.source import CheckpointModel
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checkpoints.source import CheckpointModel
+from slimllm.experiments.bench import Setting, measure
+from slimllm.experiments.bench.display import run_bench
+from slimllm.experiments.bench.plot import _fit, _medians, _series, draw
+from slimllm.experiments.bench.run import append_rows, check_results_file, read_rows
+from slimllm.experiments.bench.shapes import SHAPES
+from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint
+from slimllm.experiments.bench.work import Rates, Work, stage_work
+from slimllm.runtime.progress import Stopwatch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -19,8 +19,8 @@ from test_text import plain_perplexity
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.calibration import bundled_text, calibration_windows, draw_windows, tokenize, window_bos, windows_of
-from slimllm.checkpoint import open_checkpoint
-from slimllm.finetune.data import read_examples
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.finetuning.data import read_examples
 
 BOS = 1  # of the bundled model, whose tokenizer adds it
 

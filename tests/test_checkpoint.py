@@ -8,7 +8,7 @@ import torch
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.checkpoint import open_checkpoint
+from slimllm.checkpoints.opening import open_checkpoint
 
 
 def test_many_shards_give_the_same_as_one(
@@ -27,7 +27,7 @@ def test_only_one_layer_is_in_memory(stories_path: Path, token_ids: torch.Tensor
     """Tensors are read layer by layer, and what was read before is let go."""
     import weakref
 
-    from slimllm.checkpoint import SafetensorsCheckpoint
+    from slimllm.checkpoints.safetensors import SafetensorsCheckpoint
 
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
@@ -51,7 +51,7 @@ def test_rope_of_a_config_written_by_transformers_5(stories_path: Path, tmp_path
     import json
     import shutil
 
-    from slimllm.skeleton import meta_model
+    from slimllm.models.meta import meta_model
 
     shutil.copytree(stories_path, tmp_path / "model")
     settings = json.loads((stories_path / "config.json").read_text())

@@ -258,14 +258,14 @@ def test_no_room_on_the_disk(
 def test_disk_full_while_writing(
     stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import slimllm.writer
+    import slimllm.checkpoints.writer
 
     def save(tensors: dict[str, torch.Tensor], path: Path, **rest: object) -> None:
         if "00003" in path.name:
             raise OSError(28, "No space left on device")
         save_file(tensors, path)
 
-    monkeypatch.setattr(slimllm.writer, "save_file", save)
+    monkeypatch.setattr(slimllm.checkpoints.writer, "save_file", save)
     code, _, err = call(capsys, "prune", stories_path, "--out", tmp_path / "out", "--ratio", "0.2", "--samples", "4")
     assert code == 2 and "No space left" in err and "with --resume goes on from here" in " ".join(err.split())
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]

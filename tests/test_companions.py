@@ -14,8 +14,9 @@ import torch
 from conftest import config
 
 import slimllm
-from slimllm import InputError, checkpoint
-from slimllm.companions import companions, copy_companions, files_to_fetch, left_out
+from slimllm import InputError
+from slimllm.checkpoints import opening
+from slimllm.checkpoints.companions import companions, copy_companions, files_to_fetch, left_out
 
 KNOWN = [
     "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "added_tokens.json", "additional_chat_templates/tools.jinja",
@@ -188,13 +189,13 @@ def test_a_download_fetches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 shutil.copyfile(path, here / name)
         return str(here)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", snapshot_download)
-    assert checkpoint.download("me/mine@v1.0") == here
+    monkeypatch.setattr(opening, "snapshot_download", snapshot_download)
+    assert opening.download("me/mine@v1.0") == here
     fetched = {path.relative_to(here).as_posix() for path in here.rglob("*") if path.is_file()}
     assert {*KNOWN, *named} <= fetched
     assert not fetched & {"thesis.txt", "notes.json", "modeling_mine.py", "configuration_mine.py", "pytorch_model.bin"}
     assert len(calls) == 3 and calls[2] == ["helper.py"]
     assert found(here) == {*KNOWN, *named}
     calls.clear()
-    checkpoint.download("me/mine@v1.0", only=("config.json",))
+    opening.download("me/mine@v1.0", only=("config.json",))
     assert calls == [["config.json"]]

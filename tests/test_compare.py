@@ -10,9 +10,9 @@ from test_cli import call
 
 from slimllm import InputError, PruneConfig, perplexity, prune
 from slimllm.calibration import bundled_text, tokenize
-from slimllm.checkpoint import open_checkpoint
-from slimllm.compare import METHODS, Compared, compare
-from slimllm.evaluate import load
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.evaluation.perplexity import load
+from slimllm.experiments.compare import METHODS, Compared, compare
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from slimllm import InputError, PruneConfig, prune_model
-from slimllm.bench.synthetic import as_mha
 from slimllm.config import ALLOCATIONS, CRITERIA, RECOVERIES
+from slimllm.experiments.bench.synthetic import as_mha
 
 RATIO = 0.3
 
@@ -144,7 +144,7 @@ def test_best_is_better(stories: PreTrainedModel, token_ids: torch.Tensor) -> No
 
     from slimllm import perplexity
     from slimllm.calibration import bundled_text, tokenize
-    from slimllm.checkpoint import open_checkpoint
+    from slimllm.checkpoints.opening import open_checkpoint
 
     dense = as_mha(stories)
     tokens = tokenize(open_checkpoint(stories.config.name_or_path).tokenizer(), [bundled_text("evaluation")[:30_000]])

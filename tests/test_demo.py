@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from slimllm import PruneReport, demo
+from slimllm import PruneReport
+from slimllm.cli import demo
 
 
 def test_demo_with_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import torch
 
 import slimllm
 from slimllm import PruneConfig
-from slimllm.recovery import MEAN_PART, RIDGE
+from slimllm.methods.recovery import MEAN_PART, RIDGE
 
 PROJECTION = {"self_attn": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 NORM = {"self_attn": "input_layernorm", "mlp": "post_attention_layernorm"}

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from slimllm import InputError, elimination
-from slimllm.elimination import (
+from slimllm import InputError
+from slimllm.methods.criteria import elimination
+from slimllm.methods.criteria.elimination import (
     ELIMINATION_RIDGE,
     ELIMINATION_RIDGE_OF_FEW,
     Surgeon,
@@ -14,7 +15,7 @@ from slimllm.elimination import (
     eliminate_heads,
     unit_costs,
 )
-from slimllm.recovery import column_scale
+from slimllm.methods.recovery import column_scale
 from slimllm.statistics import GramStatistics
 
 KINDS = ("plain", "few tokens", "large means", "dead", "twins")
@@ -170,7 +171,7 @@ def test_of_real_activations_less_is_missed_than_by_the_papers_choice(
     stories: PreTrainedModel, token_ids: torch.Tensor
 ) -> None:
     from slimllm import PruneConfig, prune_model
-    from slimllm.evaluate import load
+    from slimllm.evaluation.perplexity import load
 
     errors = {}
     for criterion in ("slimllm", "obs", "random"):

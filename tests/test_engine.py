@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import slimllm
 from slimllm import InputError, PruneConfig, PruneReport
-from slimllm.bench.synthetic import as_mha
-from slimllm.states import Placement
+from slimllm.experiments.bench.synthetic import as_mha
+from slimllm.runtime.hidden_states import Placement
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -133,7 +133,7 @@ def test_inner_activations_kept_or_made_again(
     assert token_ids.numel() * 172 * 4 < Placement().keep_inner_bytes
     kept, again = copy.deepcopy(stories), copy.deepcopy(stories)
     first = slimllm.prune_model(kept, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
-    monkeypatch.setattr("slimllm.plan.Placement", lambda **rest: Placement(**{**rest, "keep_inner_bytes": 0}))
+    monkeypatch.setattr("slimllm.pruning.plan.Placement", lambda **rest: Placement(**{**rest, "keep_inner_bytes": 0}))
     second = slimllm.prune_model(again, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
     assert [r["kept_channels"] for r in first.layers] == [r["kept_channels"] for r in second.layers]
     assert torch.allclose(logits(kept, token_ids[:2]), logits(again, token_ids[:2]), atol=1e-3)

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.checkpoint_gguf import _undo_rope_order
-from slimllm.export import export
+from slimllm.checkpoints.gguf import _undo_rope_order
+from slimllm.export.stock import export
 
 IDS = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
 

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.bench.forecast import forecast
-from slimllm.families import FAMILIES, layer_spec
-from slimllm.modeling.slim_layers import rope_of_transformers_4
+from slimllm.experiments.bench.forecast import forecast
+from slimllm.models.families import FAMILIES, layer_spec
+from slimllm.models.modeling.slim_layers import rope_of_transformers_4
 
 COMMON: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6,

@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from slimllm import InputError, load, perplexity, prune
 from slimllm.calibration import bundled_text, tokenize
-from slimllm.checkpoint import open_checkpoint
-from slimllm.families import layer_spec
-from slimllm.finetune import FinetuneConfig, FinetuneReport, finetune
-from slimllm.finetune.data import Example, read_examples
-from slimllm.finetune.train import Training
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.finetuning import FinetuneConfig, FinetuneReport, finetune
+from slimllm.finetuning.data import Example, read_examples
+from slimllm.finetuning.train import Training
+from slimllm.models.families import layer_spec
 
 QUICK: dict[str, Any] = {"seq_len": 32, "max_steps": 6, "save_every": 2, "learning_rate": 1e-3, "held_out": 8}
 

@@ -12,8 +12,8 @@ import torch
 from conftest import STORIES
 
 from slimllm import InputError
-from slimllm.checkpoint import open_checkpoint
-from slimllm.finetune.data import batch_of, learnt, read_examples
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.finetuning.data import batch_of, learnt, read_examples
 
 
 def test_instructions(tmp_path: Path) -> None:

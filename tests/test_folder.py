@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import slimllm
 from slimllm import InputError
-from slimllm.checkpoint import open_checkpoint
-from slimllm.folder import INDEX, SINGLE
-from slimllm.page import make_sample
+from slimllm.checkpoints.folder import INDEX, SINGLE
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.report import make_sample
 
 Tensors = dict[str, torch.Tensor]
 DOWN_PROJ = "model.layers.2.mlp.down_proj.weight"
@@ -233,7 +233,7 @@ def test_a_revision_of_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> No
         asked.append((name, revision))
         return str(STORIES)
 
-    monkeypatch.setattr("slimllm.checkpoint.snapshot_download", snapshot_download)
+    monkeypatch.setattr("slimllm.checkpoints.opening.snapshot_download", snapshot_download)
     assert open_checkpoint("someone/model@v1.0").name == "someone/model@v1.0" and set(asked) == {("someone/model", "v1.0")}
     slimllm.load("someone/model@main")
     assert asked[-1] == ("someone/model", "main")

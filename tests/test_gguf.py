@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.checkpoint import open_checkpoint
-from slimllm.export import export
-from slimllm.modeling.slim_layers import knows_rope_parameters
-from slimllm.native import head_dim_of
-from slimllm.skeleton import meta_model
+from slimllm.checkpoints.native import head_dim_of
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.export.stock import export
+from slimllm.models.meta import meta_model
+from slimllm.models.modeling.slim_layers import knows_rope_parameters
 
 
 def write_gguf(

@@ -12,7 +12,7 @@ from tolerances import FLOOR, assert_close
 
 import slimllm
 from slimllm import PruneConfig, ops
-from slimllm.states import Placement
+from slimllm.runtime.hidden_states import Placement
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +29,7 @@ def test_same_choices_as_on_a_cpu(stories_path: Path, token_ids: torch.Tensor, t
 
 def test_inner_activations_made_again(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("slimllm.plan.Placement", lambda **rest: Placement(**{**rest, "keep_inner_bytes": 0}))
+        patch.setattr("slimllm.pruning.plan.Placement", lambda **rest: Placement(**{**rest, "keep_inner_bytes": 0}))
         report = slimllm.prune(stories_path, tmp_path / "out", PruneConfig(ratio=0.3, calibration=token_ids, device="cuda"))
     assert report.achieved_ratio == pytest.approx(0.3, rel=0.005)
 
@@ -45,7 +45,7 @@ def test_gram_on_the_host(stories_path: Path, token_ids: torch.Tensor, tmp_path:
     kept = {}
     for gram in ("device", "host"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("slimllm.plan.Placement", lambda gram=gram, **rest: Placement(**{**rest, "gram": gram}))
+            patch.setattr("slimllm.pruning.plan.Placement", lambda gram=gram, **rest: Placement(**{**rest, "gram": gram}))
             config = PruneConfig(0.3, calibration=token_ids, device="cuda", compute_dtype="float32", **choice)
             report = slimllm.prune(stories_path, tmp_path / gram, config)
         kept[gram] = [(layer["kept_channels"], layer["kept_heads"]) for layer in report.layers]

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import slimllm
 from slimllm import PruneConfig
 from slimllm.calibration import Calibration, calibration_windows, draw_windows, num_held_out, tokenize
-from slimllm.checkpoint import open_checkpoint
-from slimllm.pipeline import prune_layers
-from slimllm.progress import Stopwatch
-from slimllm.source import InMemoryModel
-from slimllm.states import Placement
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checkpoints.source import InMemoryModel
+from slimllm.pruning.pipeline import prune_layers
+from slimllm.runtime.hidden_states import Placement
+from slimllm.runtime.progress import Stopwatch
 
 
 @pytest.fixture(scope="module")

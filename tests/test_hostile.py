@@ -21,11 +21,11 @@ from test_gguf import write_gguf
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.checkpoint import open_checkpoint
+from slimllm.checkpoints.folder import read_settings
+from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, check_shape, read_json
+from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.errors import HopelessError
-from slimllm.folder import read_settings
-from slimllm.foreign_json import EVERY, POSITIVE, check_shape, read_json
-from slimllm.modelcard import in_block, in_line
+from slimllm.pruning.model_card import in_block, in_line
 
 QUICK = ("--samples", "4", "--seq-len", "32")
 

@@ -14,7 +14,7 @@ from test_cli import call
 
 from slimllm import prune
 from slimllm.errors import InputError
-from slimllm.latency import Latency, Shape, Timed, measure_latency
+from slimllm.evaluation.latency import Latency, Shape, Timed, measure_latency
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ import torch
 from conftest import STORIES, random_llama
 
 import slimllm
-from slimllm import evaluate, memory
+from slimllm.evaluation import perplexity as evaluate
+from slimllm.runtime import memory
 
 
 @pytest.mark.parametrize("bound", ["limit", "free"])
@@ -57,8 +58,11 @@ def test_errors_of_memory_are_known() -> None:
 
 LIMITED = """
 import resource, sys
-from slimllm import cli, engine, evaluate, finetune
-import slimllm.side_by_side, slimllm.finetune.train
+from slimllm import cli
+from slimllm.pruning import api as engine
+from slimllm.evaluation import perplexity as evaluate
+from slimllm import finetuning as finetune
+import slimllm.evaluation.side_by_side, slimllm.finetuning.train
 import torch
 torch.ones(512, 512) @ torch.ones(512, 512)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

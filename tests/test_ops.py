@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from slimllm import InputError, doctor, ops
-from slimllm.ops import dispatch, selfcheck
+from slimllm import InputError, ops
+from slimllm.ops import dispatch, gram, selfcheck
+from slimllm.ops.registry import OPERATIONS
+from slimllm.runtime import doctor
 from slimllm.statistics import GramStatistics
 
 
@@ -253,11 +255,11 @@ def a_gpu_of_2022(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-@pytest.mark.parametrize("operation", [*dispatch.KERNELS, *dispatch.EXTENSION])
+@pytest.mark.parametrize("operation", [name for name, operation in OPERATIONS.items() if operation.cases])
 def test_kernels_are_compared_before_they_are_used(
     a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    wanted = "extension" if operation in dispatch.EXTENSION else "triton"
+    wanted = "extension" if OPERATIONS[operation].extension else "triton"
     if wanted == "extension":
         if dispatch.extension_is_missing():
             pytest.skip("slimllm._C was not built")
@@ -312,7 +314,7 @@ def test_the_comparison_sees_what_is_not_a_number_and_what_is_not_solved(monkeyp
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_comparison_is_the_same_under_other_defaults(a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selfcheck, "ACTIVATIONS", (torch.bfloat16,))
+    monkeypatch.setattr(gram, "ACTIVATIONS", (torch.bfloat16,))  # of the cases that take longest
     torch.set_default_dtype(torch.float64)
     try:
         with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):

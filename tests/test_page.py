@@ -20,10 +20,10 @@ from test_cli import call
 
 from slimllm import prune
 from slimllm.errors import InputError
-from slimllm.finetune import FinetuneConfig, finetune
-from slimllm.page import Sample, make_sample, write_page
-from slimllm.page.figures import PICTURES
-from slimllm.report import PruneReport
+from slimllm.finetuning import FinetuneConfig, finetune
+from slimllm.pruning.report import PruneReport
+from slimllm.report import Sample, make_sample, write_page
+from slimllm.report.figures import PICTURES
 
 
 class Parsed(HTMLParser):
@@ -197,7 +197,7 @@ def test_the_command_and_prune_write_it(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_page_that_fails_costs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimllm.page.write.SAMPLED_PARAMETERS", 0)
+    monkeypatch.setattr("slimllm.report.write.SAMPLED_PARAMETERS", 0)
 
     def full(*arguments: object, **settings: object) -> None:
         raise OSError(28, "No space left on device")

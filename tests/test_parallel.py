@@ -25,11 +25,11 @@ from safetensors.torch import load_file, save_file
 from test_resume import contents
 from torch import distributed
 
-import slimllm.plan
+import slimllm.pruning.plan
 from slimllm import InputError, PruneConfig, prune, prune_model, prune_ratios
 from slimllm.errors import OutputError
-from slimllm.parallel import Ranks
-from slimllm.states import Placement
+from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.hidden_states import Placement
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
 
 SETTINGS: dict[str, Any] = {"ratio": 0.3, "samples": 11, "seq_len": 64, "batch_size": 3}
@@ -57,7 +57,7 @@ class World:
 
     def __init__(self, work: Callable[..., Any], size: int, folder: Path, *arguments: Any, seconds: float = 60) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["slimllm.engine"])
+        context.set_forkserver_preload(["slimllm.pruning.api"])
         self.folder = folder
         folder.mkdir()
         self.processes = [
@@ -159,7 +159,7 @@ def _prune(group: Any, out: str, stop: list[Any] | None, **settings: Any) -> Any
             time.sleep(0.3)
 
     if "states" in settings:
-        slimllm.plan.Placement = partial(Placement, states=settings["states"])  # type: ignore[misc, assignment]
+        slimllm.pruning.plan.Placement = partial(Placement, states=settings["states"])  # type: ignore[misc, assignment]
     told: list[str] = []
     config = PruneConfig(**{**SETTINGS, **settings.get("config", {})})
     report = prune(

@@ -12,14 +12,14 @@ from conftest import random_llama
 from tolerances import assert_close
 
 import slimllm
-from slimllm.allocation import LayerBudget
-from slimllm.bench.synthetic import as_mha
 from slimllm.calibration import Calibration
+from slimllm.checkpoints.source import InMemoryModel
 from slimllm.config import PruneConfig
-from slimllm.pipeline import prune_layers
-from slimllm.progress import Stopwatch
-from slimllm.source import InMemoryModel
-from slimllm.states import Placement
+from slimllm.experiments.bench.synthetic import as_mha
+from slimllm.methods.allocation.allocate import LayerBudget
+from slimllm.pruning.pipeline import prune_layers
+from slimllm.runtime.hidden_states import Placement
+from slimllm.runtime.progress import Stopwatch
 
 
 def run_engine(model: Any, token_ids: torch.Tensor, config: PruneConfig) -> tuple[list[dict[str, Any]], list[Any], Any]:

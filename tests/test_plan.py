@@ -13,12 +13,12 @@ from conftest import STORIES, config
 from test_cli import call
 
 from slimllm import InputError, PruneConfig, prune, prune_model
-from slimllm.account import Sizes, traffic
-from slimllm.bench.forecast import forecast
-from slimllm.bench.run import Setting, measure
 from slimllm.config import GIB, parse_bytes
-from slimllm.plan import make_plan
-from slimllm.states import PLACES, Placement, Stored
+from slimllm.experiments.bench.forecast import forecast
+from slimllm.experiments.bench.run import Setting, measure
+from slimllm.pruning.memory_estimate import Sizes, traffic
+from slimllm.pruning.plan import make_plan
+from slimllm.runtime.hidden_states import PLACES, Placement, Stored
 
 LLAMA_33B = Sizes(
     hidden_size=6656, vocab_size=32000, attention_width=6656, kv_width=6656, units=52, intermediate_size=17920,
@@ -133,7 +133,7 @@ def test_the_result_does_not_depend_on_where_things_live(
     def placed(**rest: Any) -> Placement:
         return Placement(**{**rest, **placement})
 
-    monkeypatch.setattr("slimllm.plan.Placement", placed)
+    monkeypatch.setattr("slimllm.pruning.plan.Placement", placed)
     report = prune(STORIES, tmp_path / "placed", settings)
     assert report.plan["states"] == placement.get("states", "device")
     for path in (tmp_path / "free").glob("*.safetensors"):

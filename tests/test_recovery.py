@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.ops import head_covariance
-from slimllm.recovery import (
+from slimllm.methods.recovery import (
     MEAN_PART,
     RIDGE,
     RIDGE_OF_FEW,
@@ -16,6 +15,7 @@ from slimllm.recovery import (
     mean_output,
     refit_kept,
 )
+from slimllm.ops import head_covariance
 from slimllm.statistics import GramStatistics
 
 

@@ -22,11 +22,11 @@ import torch
 from conftest import STORIES, config
 from safetensors.torch import load_file, save_file
 
-import slimllm.writer
+import slimllm.checkpoints.writer
 from slimllm import InputError, PruneConfig, prune
+from slimllm.checkpoints.journal import Journal
 from slimllm.errors import OutputError
-from slimllm.journal import Journal
-from slimllm.states import State
+from slimllm.runtime.hidden_states import State
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -242,7 +242,7 @@ def test_killed_in_a_file(
     write_state = State.write
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if where == "shard":
-            patch.setattr(slimllm.writer, "save_file", killed_in_shard)
+            patch.setattr(slimllm.checkpoints.writer, "save_file", killed_in_shard)
         else:
             patch.setattr(State, "write", killed_in_state)
         prune(STORIES, tmp_path / "out", config(token_ids), command="the command")
@@ -263,7 +263,7 @@ def test_interrupted_at_the_end(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(*((slimllm.writer, "_remove", fail) if moment == "_remove" else (os, "rename", fail)))
+        patch.setattr(*((slimllm.checkpoints.writer, "_remove", fail) if moment == "_remove" else (os, "rename", fail)))
         prune(STORIES, tmp_path / "out", config(token_ids), command="the command")
     assert (tmp_path / "out").exists() == (moment == "_remove")
     report = prune(STORIES, tmp_path / "out", config(token_ids), resume=True)
@@ -305,7 +305,7 @@ def _child(out: Path, resume: bool, limit: int | None, samples: int) -> None:
 def start(out: Path, resume: bool = False, limit: int | None = None, samples: int = 16) -> Any:
     # A server that has everything imported, so that a run begins at once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["slimllm.engine"])
+    context.set_forkserver_preload(["slimllm.pruning.api"])
     process = context.Process(target=_child, args=(out, resume, limit, samples))
     process.start()
     return process

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.importance import layer_similarity
+from slimllm.methods.selection import head_columns, select_channels
 from slimllm.ops import feature_space_importance, head_covariance, head_importance, pearson_greedy, pearson_similarity
-from slimllm.selection import head_columns, select_channels
 from slimllm.statistics import GramStatistics
+from slimllm.statistics.tokens import layer_similarity
 
 
 def case(seed: int, heads: int, head_dim: int = 3, out: int = 10, tokens: int = 80) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,15 +14,15 @@ from test_families import PECULIAR, tiny
 
 from slimllm import PruneConfig
 from slimllm.calibration import Calibration
-from slimllm.dense import DensePass
-from slimllm.families import layer_spec
-from slimllm.parallel import Ranks
-from slimllm.pipeline import prune_layers
-from slimllm.progress import Stopwatch
-from slimllm.sensitivity import MOST_LAYERS, TOKENS, probed_layers
-from slimllm.source import InMemoryModel
-from slimllm.spending import Curves
-from slimllm.states import Placement
+from slimllm.checkpoints.source import InMemoryModel
+from slimllm.methods.allocation.sensitivity import MOST_LAYERS, TOKENS, probed_layers
+from slimllm.methods.allocation.spending import Curves
+from slimllm.models.families import layer_spec
+from slimllm.pruning.dense_pass import DensePass
+from slimllm.pruning.pipeline import prune_layers
+from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.hidden_states import Placement
+from slimllm.runtime.progress import Stopwatch
 
 
 def dense_pass(model: Any, token_ids: torch.Tensor, **settings: Any) -> DensePass:

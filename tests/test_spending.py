@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.budget import LayerBudget, LayerShape, most_removable, removed_params
-from slimllm.spending import Curves, hull, sampled, spend
+from slimllm.methods.allocation.budget import LayerBudget, LayerShape, most_removable, removed_params
+from slimllm.methods.allocation.spending import Curves, hull, sampled, spend
 
 SHAPE = LayerShape(8, 1000, 96, 30, 8000 + 96 * 30, 40, 40, False)
 costs = st.lists(st.floats(0, 10), min_size=8, max_size=8)

@@ -14,9 +14,9 @@ from test_cli import call
 
 from slimllm import load, perplexity, prune
 from slimllm.calibration import bundled_text, tokenize
-from slimllm.checkpoint import open_checkpoint
+from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.errors import InputError
-from slimllm.sweep import Swept, on_front, parse_ratios, sweep
+from slimllm.experiments.sweep import Swept, on_front, parse_ratios, sweep
 
 POINT = Swept("best", 0.2, 100, 20.0, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0)
 
@@ -141,7 +141,7 @@ def test_kept_models_before_the_first_point(
         raise InputError("The power failed.")
 
     with monkeypatch.context() as patch:
-        patch.setattr("slimllm.sweep.measure_latency", fail)
+        patch.setattr("slimllm.experiments.sweep.measure_latency", fail)
         code, _, words = call(capsys, "sweep", STORIES, *options)
     assert code == 2 and "The power failed" in words
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["default"]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 import slimllm
 from slimllm import InputError, PruneConfig, PruneReport
-from slimllm.display import print_summary
-from slimllm.tensor_parallel import tensor_parallel_line, tensor_parallel_of, tensor_parallel_sizes
+from slimllm.cli.display import print_summary
+from slimllm.pruning.tensor_parallel import tensor_parallel_line, tensor_parallel_of, tensor_parallel_sizes
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_cannot_be_is_refused_early(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Before any tensor is read, and by `slimllm plan` too."""
-    from slimllm.checkpoint import SafetensorsCheckpoint
+    from slimllm.checkpoints.safetensors import SafetensorsCheckpoint
 
     def unread(self: SafetensorsCheckpoint, names: list[str]) -> Any:
         raise AssertionError(names)

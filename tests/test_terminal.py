@@ -17,9 +17,9 @@ from test_cli import call
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.allocation import find_target
-from slimllm.budget import LayerShape
 from slimllm.cli.busy import verdict
+from slimllm.methods.allocation.allocate import find_target
+from slimllm.methods.allocation.budget import LayerShape
 
 QUICK = ("--samples", "4", "--seq-len", "32")
 

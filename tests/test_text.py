@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.calibration import bundled_text, draw_windows, read_texts, tokenize, windows_of
-from slimllm.checkpoint import open_checkpoint
+from slimllm.checkpoints.opening import open_checkpoint
 
 
 @settings(max_examples=40, deadline=None)

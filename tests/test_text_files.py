@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.calibration import calibration_windows, draw_windows, read_texts, tokenize
-from slimllm.checkpoint import open_checkpoint
-from slimllm.evaluate import evaluation_tokens
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.evaluation.perplexity import evaluation_tokens
 
 BLOCK = 2**16
 MIB = 2**20

@@ -14,8 +14,8 @@ from conftest import config, logits
 
 import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize
-from slimllm.demo import find_demo_model
-from slimllm.export import export
+from slimllm.cli.demo import find_demo_model
+from slimllm.export.stock import export
 
 PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
 pytestmark = [

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
 from slimllm import InputError
-from slimllm.bench.synthetic import as_mha
-from slimllm.zeroshot import PAPER_TASKS, zero_shot
+from slimllm.evaluation.tasks import PAPER_TASKS, zero_shot
+from slimllm.experiments.bench.synthetic import as_mha
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="lm-eval is not installed; make install does that")
 ROWS = Path(__file__).parent / "data" / "zeroshot"

@@ -34,7 +34,7 @@ NAMED = {
 
 def bundled_text(name: str) -> str:
     """The text that comes with the package: `calibration` or `evaluation`, two separate parts of War and Peace."""
-    return (resources.files("slimllm") / "data" / f"war_and_peace.{name}.txt").read_text(encoding="utf-8")
+    return (resources.files("slimllm") / "calibration" / "data" / f"war_and_peace.{name}.txt").read_text(encoding="utf-8")
 
 
 def read_texts(

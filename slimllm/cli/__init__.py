@@ -14,9 +14,9 @@ from slimllm.cli import prune, export, measure, finetune, page  # isort: skip
 from slimllm.cli.options import REMOVED, app
 from slimllm.cli.terminal import console, errors, lost, open_closed_streams
 from slimllm.errors import InputError, OtherRankError
-from slimllm.interrupts import SIGNALS, leave
-from slimllm.memory import exhausted
-from slimllm.parallel import end
+from slimllm.runtime.distributed import end
+from slimllm.runtime.interrupts import SIGNALS, leave
+from slimllm.runtime.memory import exhausted
 
 __all__ = ["app", "export", "finetune", "main", "measure", "page", "prune"]
 

@@ -23,8 +23,8 @@ def export_command(
     quiet: Quiet = False,
 ) -> None:
     """Write a model in a form that more programs load, without any loss, or not at all."""
-    from slimllm.display import PruneDisplay
-    from slimllm.export import export
+    from slimllm.cli.display import PruneDisplay
+    from slimllm.export.stock import export
 
     with PruneDisplay(console, quiet) as display:
         name = export(model, out, to, overwrite=overwrite, progress=display.progress, notice=display.notice)

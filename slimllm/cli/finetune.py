@@ -10,8 +10,8 @@ import typer
 from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import OUT, REMOVED, Quiet, TrustRemoteCode, app, write_page_unasked
 from slimllm.cli.terminal import console, errors
-from slimllm.finetune.report import FinetuneReport
-from slimllm.report import REPORT_NAME
+from slimllm.finetuning.report import FinetuneReport
+from slimllm.pruning.report import REPORT_NAME
 
 
 @app.command("finetune")
@@ -50,12 +50,12 @@ def finetune_command(
 
     Interrupt it once to stop behind the present step, with its state on the disk.
     """
-    from slimllm.display import PruneDisplay
+    from slimllm.checkpoints.writer import can_resume
+    from slimllm.cli.display import PruneDisplay
     from slimllm.errors import OutputError
-    from slimllm.finetune import FinetuneConfig, finetune
-    from slimllm.interrupts import SafeStop
-    from slimllm.parallel import Ranks
-    from slimllm.writer import can_resume
+    from slimllm.finetuning import FinetuneConfig, finetune
+    from slimllm.runtime.distributed import Ranks
+    from slimllm.runtime.interrupts import SafeStop
 
     config = FinetuneConfig(
         rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate, warmup=warmup, epochs=epochs,

@@ -27,7 +27,7 @@ from slimllm.cli.options import (
     fraction,
 )
 from slimllm.cli.terminal import console, errors
-from slimllm.interrupts import SIGNALS, leave
+from slimllm.runtime.interrupts import SIGNALS, leave
 
 
 @app.command("compare")
@@ -56,7 +56,7 @@ def compare_command(
     quiet: Quiet = False,
 ) -> None:
     """Prune a model by several methods at the same ratios, and print the perplexity of each; no model is kept."""
-    from slimllm.compare_display import run_compare
+    from slimllm.cli.compare_display import run_compare
     from slimllm.config import PruneConfig
 
     config = PruneConfig(
@@ -97,9 +97,9 @@ def sweep_command(
     quiet: Quiet = False,
 ) -> None:
     """Prune at many ratios: perplexity against parameters and against measured speed, as a table and a picture."""
+    from slimllm.cli.sweep_display import run_sweep
     from slimllm.config import PruneConfig
-    from slimllm.sweep import parse_ratios
-    from slimllm.sweep_display import run_sweep
+    from slimllm.experiments.sweep import parse_ratios
 
     for number in SIGNALS:  # the points that are there stay
         signal(number, leave)
@@ -152,9 +152,9 @@ def eval_command(
 ) -> None:
     """Perplexity of models, pruned or not, over windows of a text, and accuracy on tasks; several side by side."""
     from slimllm.calibration import about_bos
-    from slimllm.destination import check_new_file
-    from slimllm.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json
-    from slimllm.zeroshot import PAPER_TASKS
+    from slimllm.checkpoints.destination import check_new_file
+    from slimllm.evaluation.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json
+    from slimllm.evaluation.tasks import PAPER_TASKS
 
     check_new_file(out)
     if text is None:
@@ -213,9 +213,9 @@ def latency_command(
 
     All models are in memory at once, each in a process of its own.
     """
-    from slimllm.destination import check_new_file
-    from slimllm.latency import measure_latency
-    from slimllm.latency.display import about_speeds, latency_progress, model_table, speed_table
+    from slimllm.checkpoints.destination import check_new_file
+    from slimllm.evaluation.latency import measure_latency
+    from slimllm.evaluation.latency.display import about_speeds, latency_progress, model_table, speed_table
 
     check_new_file(out)
     with watch_for_other_work(quiet, device), latency_progress(errors, quiet) as progress:
@@ -240,7 +240,7 @@ def demo_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
 ) -> None:
     """Prune a small real model and show what it was and what it is."""
-    from slimllm.demo import run_demo
+    from slimllm.cli.demo import run_demo
 
     run_demo(out, ratio, overwrite, console)
 
@@ -276,7 +276,7 @@ def bench_command(
 
     Options that may be given more than once (--samples 8 --samples 32) are measured in all combinations.
     """
-    from slimllm.bench.display import run_bench
+    from slimllm.experiments.bench.display import run_bench
 
     run_bench(
         console, models or [], layers=layers or [None], ratio=ratio or [0.2], recovery=recovery or [None],
@@ -288,7 +288,7 @@ def bench_command(
 @app.command("doctor")
 def doctor_command() -> None:
     """Show what this machine has, and which backend each operation uses on it and why."""
-    from slimllm.display import show_diagnosis
-    from slimllm.doctor import diagnose, settings
+    from slimllm.cli.display import show_diagnosis
+    from slimllm.runtime.doctor import diagnose, settings
 
     show_diagnosis(console, diagnose(), settings())

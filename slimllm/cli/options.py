@@ -75,8 +75,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors."
 
 def write_page_unasked(folder: Path, quiet: bool) -> None:
     """The page of a model that has just been written; where that fails it is said, and the model is as good as before."""
-    from slimllm.folder import first_line
-    from slimllm.page import write_page_of
+    from slimllm.errors import first_line
+    from slimllm.report import write_page_of
 
     try:
         page = write_page_of(folder)

@@ -26,8 +26,8 @@ def report_command(
     quiet: Quiet = False,
 ) -> None:
     """Write a page about a pruned model, report.html in its folder, and its pictures as PNGs in report/."""
-    from slimllm.page import make_sample, write_page
-    from slimllm.report import PruneReport
+    from slimllm.pruning.report import PruneReport
+    from slimllm.report import make_sample, write_page
 
     PruneReport.read(folder)  # or it is refused before a model is loaded
     page = write_page(folder, make_sample(folder, dense, prompt, device, trust_remote_code) if sample else None)

@@ -32,8 +32,8 @@ from slimllm.cli.options import (
 )
 from slimllm.cli.terminal import console, errors
 from slimllm.errors import InputError, LostRankError, OutputError
-from slimllm.interrupts import SafeStop
-from slimllm.parallel import Ranks, launched
+from slimllm.runtime.distributed import Ranks, launched
+from slimllm.runtime.interrupts import SafeStop
 
 
 @app.command("prune")
@@ -105,10 +105,10 @@ def prune_command(
 
     Under torchrun (torchrun --nproc-per-node 4 -m slimllm prune …) the processes share the calibration windows.
     """
+    from slimllm.checkpoints.writer import can_resume
+    from slimllm.cli.display import PruneDisplay
     from slimllm.config import PruneConfig
-    from slimllm.display import PruneDisplay
-    from slimllm.engine import prune, prune_ratios
-    from slimllm.writer import can_resume
+    from slimllm.pruning.api import prune, prune_ratios
 
     if uniform:
         if allocation not in (None, "uniform"):
@@ -186,9 +186,9 @@ def plan_command(
     ranks: Annotated[int, typer.Option(help="Processes that share the windows, each on a machine like this one.")] = 1,
 ) -> None:
     """What a run would take, from config.json alone: memory by its parts, disk, time, and how it would fit a budget."""
-    from slimllm.bench.forecast import forecast
+    from slimllm.cli.display import print_forecast
     from slimllm.config import PruneConfig
-    from slimllm.display import print_forecast
+    from slimllm.experiments.bench.forecast import forecast
 
     config = PruneConfig(
         ratio=ratio, preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,

@@ -8,8 +8,11 @@ import torch
 
 from slimllm.ops.checks import check_finite, check_floating, check_tensors
 from slimllm.ops.dispatch import full_precision
+from slimllm.ops.registry import Operation, register
 
 _COLUMNS = 1024
+
+register(Operation("feature_space_importance", only_torch="matrix products and one factorisation, which libraries do best"))
 
 
 def feature_space_importance(

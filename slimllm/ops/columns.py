@@ -8,7 +8,7 @@ import torch
 
 from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_not_overlapping, check_tensors
 from slimllm.ops.dispatch import choose
-from slimllm.ops.library import operator
+from slimllm.ops.registry import Random, operator
 
 
 def column_sums_(
@@ -93,9 +93,30 @@ def _check_vectors(x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
                 raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}.")
 
 
+def _sums_cases(random: Random, tokens: int) -> list[torch.Tensor]:
+    x, pivot, results = random(tokens, 192), random(192), []
+    for dtype in ACTIVATIONS:
+        total, squares = torch.zeros(2, 192, dtype=torch.float64, device=x.device)
+        column_sums_(total, squares, x.to(dtype), pivot=pivot)
+        results += [total, squares]
+    return results
+
+
+def _products_cases(random: Random, tokens: int) -> list[torch.Tensor]:
+    x, pivot, results = random(tokens, 192), random(192), []
+    for dtype in ACTIVATIONS:
+        squares, products = torch.zeros(2, 192, dtype=torch.float64, device=x.device)
+        y = x.to(dtype)
+        column_products_(squares, products, y, y.flip(0), pivot_y=pivot, pivot_y_hat=pivot)
+        results += [squares, products]
+    return results
+
+
 @operator(
     "column_sums_(Tensor(a!) total, Tensor(b!) squares, Tensor x, Tensor? pivot, Tensor? weight) -> ()",
     shape=lambda *arguments: None,
+    cases=_sums_cases,
+    kernel=True,
 )
 def _column_sums_(
     total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, pivot: torch.Tensor | None, weight: torch.Tensor | None
@@ -134,6 +155,8 @@ def _tokens_at_once(x: torch.Tensor) -> int:
     "column_products_(Tensor(a!) squares, Tensor(b!) products, Tensor y, Tensor y_hat, Tensor pivot_y, "
     "Tensor pivot_y_hat, Tensor? weight) -> ()",
     shape=lambda *arguments: None,
+    cases=_products_cases,
+    kernel=True,
 )
 def _column_products_(
     squares: torch.Tensor, products: torch.Tensor, y: torch.Tensor, y_hat: torch.Tensor,

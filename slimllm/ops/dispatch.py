@@ -12,8 +12,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,25 +20,12 @@ from typing import Any
 import torch
 
 from slimllm.errors import InputError
+from slimllm.ops import selfcheck
+from slimllm.ops.registry import OPERATIONS, forced_backend, without_autocast
 
 BACKENDS = ("auto", "torch", "triton", "extension")
-# Operations with a kernel. The others are library products and factorisations, or too small to matter.
-KERNELS = (
-    "gram_", "column_sums_", "column_products_", "head_covariance", "head_covariance_of_tokens", "pearson_greedy",
-    "token_cosine",
-)  # fmt: skip
-# Operations that the extension has, and for what.
-EXTENSION = {
-    "lstsq": {
-        "cpu": "up to 128 unknowns (32 where there are under 6 systems), 16 right-hand sides; else torch",
-        "cuda": "up to 64 unknowns and 16 right-hand sides; else torch",
-    },
-    "affine_fit": {"cpu": "float32 and float64", "cuda": "float32 and float64"},
-}
-WITHOUT_KERNEL = {"feature_space_importance": "matrix products and one factorisation, which libraries do best"}
 
 _log = logging.getLogger("slimllm")
-_forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
 
 @dataclass(frozen=True)
@@ -68,16 +54,15 @@ def choose(operation: str, device: torch.device | str) -> Choice:
     Raises:
         ValueError: (as InputError) SLIMLLM_BACKEND names something unknown, or asks for what this machine lacks.
     """
-    forced = _forced.get()
-    if forced is not None:
+    if (forced := forced_backend()) is not None:
         return Choice(forced, "being compared")
     wanted = check_setting()
-    if operation in WITHOUT_KERNEL:
-        return Choice("torch", WITHOUT_KERNEL[operation])
+    if OPERATIONS[operation].only_torch:
+        return Choice("torch", OPERATIONS[operation].only_torch)
     device = torch.device(device)
     if wanted == "torch":
         return Choice("torch", "SLIMLLM_BACKEND=torch")
-    if operation in EXTENSION:
+    if OPERATIONS[operation].extension:
         return _extension(operation, device, wanted)
     if wanted == "triton":
         missing = _triton_is_missing()
@@ -100,7 +85,8 @@ def _index(device: torch.device) -> int:
 
 
 def _extension(operation: str, device: torch.device, wanted: str) -> Choice:
-    if device.type not in EXTENSION[operation]:
+    known = OPERATIONS[operation].extension
+    if device.type not in known:
         return Choice("torch", "the extension is for CPUs and NVIDIA GPUs")
     missing = extension_is_missing(device.type)
     if missing and wanted == "extension":
@@ -108,7 +94,7 @@ def _extension(operation: str, device: torch.device, wanted: str) -> Choice:
     if missing:
         return Choice("torch", f"slimllm._C {missing}")
     if device.type == "cpu" or wanted == "extension":
-        return Choice("extension", EXTENSION[operation][device.type])
+        return Choice("extension", known[device.type])
     return _automatic(operation, _index(device))
 
 
@@ -126,18 +112,19 @@ def extension_is_missing(device_type: str = "cpu") -> str:
     return ""
 
 
-def backend(device: torch.device | str, operations: Sequence[str] = KERNELS) -> str:
+def backend(device: torch.device | str, operations: Sequence[str] | None = None) -> str:
     """What these operations use on `device`, in a word or two: `torch`, `triton`, or `triton; torch for …`.
 
     Args:
-        operations: Names of operations; by default those with a Triton kernel.
+        operations: Names of operations; None: those with a Triton kernel.
 
     Raises:
         ValueError: an operation is unknown, the device is not there, or SLIMLLM_BACKEND asks for what is not there.
     """
-    known = {*KERNELS, *EXTENSION, *WITHOUT_KERNEL}
-    if isinstance(operations, str) or not known.issuperset(operations):
-        raise ValueError(f"operations must be a list of {', '.join(sorted(known))}, got {operations!r}.")
+    if operations is None:
+        operations = [name for name, operation in OPERATIONS.items() if operation.kernel]
+    if isinstance(operations, str) or not set(operations) <= set(OPERATIONS):
+        raise ValueError(f"operations must be a list of {', '.join(sorted(OPERATIONS))}, got {operations!r}.")
     choices = {operation: choose(operation, device).backend for operation in operations}
     exceptions = [operation for operation, name in choices.items() if name == "torch"]
     others = " and ".join(sorted(set(choices.values()) - {"torch"}))
@@ -156,7 +143,7 @@ def _automatic(operation: str, index: int) -> Choice:
 
 
 def _by_trying(operation: str, index: int) -> Choice:
-    backend = "extension" if operation in EXTENSION else "triton"
+    backend = "extension" if OPERATIONS[operation].extension else "triton"
     if backend == "triton":
         major, minor = torch.cuda.get_device_capability(index)
         if torch.version.hip or major < 8:
@@ -164,10 +151,8 @@ def _by_trying(operation: str, index: int) -> Choice:
         missing = _triton_is_missing()
         if missing:
             return Choice("torch", missing)
-    from slimllm.ops.selfcheck import difference
-
     try:
-        worst = difference(operation, torch.device("cuda", index), backend)
+        worst = selfcheck.difference(operation, torch.device("cuda", index), backend)
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel
     except Exception as error:  # whatever a compiler or a driver may come up with
@@ -186,22 +171,6 @@ def _triton_is_missing() -> str:
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):  # with older ones some kernels spill registers
         return f"triton {triton.__version__} is too old, 3.6 is needed"
     return ""
-
-
-@contextmanager
-def forced(name: str) -> Iterator[None]:
-    """Let all operations use one backend, whatever else has been asked for."""
-    token = _forced.set(name)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """No automatic half precision on the device."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 @contextmanager

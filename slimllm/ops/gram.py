@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_not_overlapping, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
-from slimllm.ops.library import operator
+from slimllm.ops.registry import Random, operator
 
 # On a CPU the half of the product below the diagonal is made, in rows of blocks, and mirrored: 1.1 times as fast as the
 # whole at 576 features, 1.4 at 1536 and 1.5 at 4096, for 1024 tokens (benchmarks/results/gram.jsonl).
@@ -63,9 +65,30 @@ def gram_(
     _gram_(gram.detach(), total.detach(), x.detach(), pivot, weight, deterministic)
 
 
+def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
+    x = (4 * random(tokens, 192)).round()  # whole numbers, which no dtype rounds
+    pivot = (64 * random(192)).round() / 64  # differences from it have more digits than bf16: the low parts count
+    weights, few = random(tokens).abs(), x[:300]  # too few for a GPU to split them over programs
+    cases: list[tuple[torch.Tensor, dict[str, Any]]] = [(x, {}), (x, {"deterministic": False})]
+    cases += [(x, {"pivot": pivot}), (x, {"weight": weights}), (x, {"pivot": pivot, "weight": weights}), (few, {})]
+    cases += [(few, {"pivot": pivot}), (x[:300, 1:], {}), (x[:192, :100].T, {})]
+    results = []
+    for dtype in ACTIVATIONS:
+        for given, options in cases:
+            like = torch.empty_strided(given.shape, given.stride(), dtype=dtype, device=x.device)  # laid out as it is
+            like.copy_(given)
+            gram = torch.zeros(given.shape[1], given.shape[1], dtype=torch.float32, device=x.device)
+            total = torch.zeros(given.shape[1], dtype=torch.float64, device=x.device)
+            gram_(gram, total, like, **options)
+            results += [gram, total]
+    return results
+
+
 @operator(
     "gram_(Tensor(a!) gram, Tensor(b!) total, Tensor x, Tensor? pivot, Tensor? weight, bool deterministic) -> ()",
     shape=lambda *arguments: None,
+    cases=_cases,
+    kernel=True,
 )
 def _gram_(
     gram: torch.Tensor,

@@ -7,7 +7,7 @@ import torch
 from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_floating, check_integer, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.gram import gram_
-from slimllm.ops.library import operator
+from slimllm.ops.registry import Random, operator
 
 _OUTPUTS = 256  # at a time, which bounds the memory beside the result
 
@@ -43,9 +43,17 @@ def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: i
     return _head_covariance(weight.detach(), covariance.detach(), num_heads)
 
 
+def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
+    x, weight = random(tokens, 8 * 24), random(136, 8 * 24)
+    covariance = x.double().T @ x.double() / len(x)
+    return [head_covariance(weight.to(dtype), covariance, 8) for dtype in (torch.bfloat16, torch.float32)]
+
+
 @operator(
     "head_covariance(Tensor weight, Tensor covariance, int num_heads) -> Tensor",
     shape=lambda weight, covariance, num_heads: covariance.new_empty(num_heads, num_heads, weight.shape[0]),
+    cases=_cases,
+    kernel=True,
 )
 def _head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
     if choose("head_covariance", weight.device).backend == "triton":
@@ -108,9 +116,16 @@ def head_covariance_of_tokens(
     return _head_covariance_of_tokens(weight, x, num_heads, method)
 
 
+def _cases_of_tokens(random: Random, tokens: int) -> list[torch.Tensor]:
+    x, weight = random(tokens, 8 * 24), random(136, 8 * 24)
+    return [head_covariance_of_tokens(weight, x[:600], 8, method="stream")]
+
+
 @operator(
     "head_covariance_of_tokens(Tensor weight, Tensor x, int num_heads, str? method) -> Tensor",
     shape=lambda weight, x, num_heads, method: x.new_empty(num_heads, num_heads, weight.shape[0], dtype=torch.float32),
+    cases=_cases_of_tokens,
+    kernel=True,
 )
 def _head_covariance_of_tokens(weight: torch.Tensor, x: torch.Tensor, num_heads: int, method: str | None) -> torch.Tensor:
     fused = choose("head_covariance_of_tokens", x.device).backend == "triton"

@@ -9,7 +9,7 @@ import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
-from slimllm.ops.library import operator
+from slimllm.ops.registry import Random, operator
 
 # Where the extension is faster than the torch path below: up to so many unknowns and right-hand sides. A CPU takes eight
 # systems side by side, so of fewer than 6 only small ones; on a GPU a warp takes a system, as large as its memory holds.
@@ -188,10 +188,26 @@ def _attempt(
     return solution, used, FAILED * failed.int() + ZEROS * (diagonal == 0).any(-1).int()
 
 
+def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
+    results: list[torch.Tensor] = []
+    for size, rights, dtype in ((64, 3, torch.float32), (33, 1, torch.float64), (8, 16, torch.float32)):
+        a, b = random(50, 2 * size, size).to(dtype), random(50, 2 * size, rights).to(dtype)
+        start, ridge = random(50, size, rights).to(dtype), random(50).abs().double()
+        # Not by lstsq_ex, which would solve again what a kernel has failed to.
+        results += torch.ops.slimllm.lstsq(a.mT @ a, a.mT @ b, 1e-3 * ridge, False, None)
+        results += torch.ops.slimllm.lstsq(a.mT @ a, a.mT @ b, ridge, True, start)
+    return results
+
+
 operator(
     "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute, Tensor? start) -> (Tensor, Tensor, Tensor)",
     shape=lambda gram, cross, ridge, absolute, start: (torch.empty_like(cross, memory_format=torch.contiguous_format),
                                                        torch.empty_like(ridge), torch.empty_like(ridge, dtype=torch.int32)),
+    cases=_cases,
+    extension={
+        "cpu": "up to 128 unknowns (32 where there are under 6 systems), 16 right-hand sides; else torch",
+        "cuda": "up to 64 unknowns and 16 right-hand sides; else torch",
+    },
 )(_attempt)  # fmt: skip
 
 

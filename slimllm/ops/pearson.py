@@ -6,7 +6,8 @@ import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_finite, check_floating, check_integer, check_tensors
 from slimllm.ops.dispatch import choose
-from slimllm.ops.library import operator
+from slimllm.ops.heads import head_covariance
+from slimllm.ops.registry import Random, forced, operator
 
 # What sums of D numbers in fp64 may differ by in another order, relative to the sum: no reason to exchange heads.
 ROUNDING = 1e-12
@@ -115,9 +116,18 @@ def _check(covariance: torch.Tensor) -> None:
     check_dtype("covariance", covariance, PRECISE)
 
 
+def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
+    x, weight = random(tokens, 8 * 24), random(136, 8 * 24)
+    with forced("torch"):
+        by_head = head_covariance(weight, x.double().T @ x.double() / len(x), 8)
+    return [pearson_greedy(by_head, 4)]
+
+
 @operator(
     "pearson_greedy(Tensor covariance, int num_pruned, int groups) -> Tensor",
     shape=lambda covariance, num_pruned, groups: covariance.new_empty(covariance.shape[0] - num_pruned, dtype=torch.int64),
+    cases=_cases,
+    kernel=True,
 )
 def _pearson_greedy(covariance: torch.Tensor, num_pruned: int, groups: int) -> torch.Tensor:
     num_heads = covariance.shape[0]

@@ -6,7 +6,7 @@ import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_floating, check_tensors
 from slimllm.ops.dispatch import choose
-from slimllm.ops.library import operator
+from slimllm.ops.registry import Random, operator
 
 
 def affine_fit(
@@ -37,9 +37,17 @@ def affine_fit(
     return _affine_fit(*(tensor.detach() for tensor in arguments.values()))
 
 
+def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
+    moments = [random(1000), random(1000), random(1000).abs(), random(1000)]
+    moments[2][:10] = 0
+    return [x for dtype in PRECISE for x in affine_fit(*(moment.to(dtype) for moment in moments))]
+
+
 @operator(
     "affine_fit(Tensor mean_y, Tensor mean_y_hat, Tensor variance_y_hat, Tensor covariance) -> (Tensor, Tensor)",
     shape=lambda mean_y, *others: tuple(torch.empty_like(mean_y, memory_format=torch.contiguous_format) for _ in range(2)),
+    cases=_cases,
+    extension={"cpu": "float32 and float64", "cuda": "float32 and float64"},
 )
 def _affine_fit(
     mean_y: torch.Tensor, mean_y_hat: torch.Tensor, variance_y_hat: torch.Tensor, covariance: torch.Tensor

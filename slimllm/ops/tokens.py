@@ -6,7 +6,7 @@ import torch
 
 from slimllm.ops.checks import ACTIVATIONS, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose
-from slimllm.ops.library import operator
+from slimllm.ops.registry import Random, operator
 
 
 def token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,17 @@ def token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return _token_cosine(a.detach(), b.detach())
 
 
-@operator("token_cosine(Tensor a, Tensor b) -> Tensor", shape=lambda a, b: a.new_empty(a.shape[0], dtype=torch.float32))
+def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
+    x = random(tokens, 192)
+    return [token_cosine(x, x + random(tokens, 192))]
+
+
+@operator(
+    "token_cosine(Tensor a, Tensor b) -> Tensor",
+    shape=lambda a, b: a.new_empty(a.shape[0], dtype=torch.float32),
+    cases=_cases,
+    kernel=True,
+)
 def _token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if choose("token_cosine", a.device).backend == "triton":
         from slimllm.kernels.cosine import token_cosine as kernel

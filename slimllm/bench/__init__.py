@@ -1,5 +1,0 @@
-"""Throughput of pruning: what `slimllm bench` measures, counts and draws."""
-
-from slimllm.bench.run import Setting, append_rows, measure
-
-__all__ = ["Setting", "append_rows", "measure"]

@@ -1,0 +1,300 @@
+"""The record of a run in its unfinished folder: what the run is, what is done, and the hidden states it goes on with.
+
+A step counts when its line is in the journal, and the line is written when everything that it tells of is on the disk: the
+shards, then the state, each flushed. That happens in a thread beside the work. While it is busy, further steps wait for
+the next one whose state is written: a slow disk costs some layers again after a crash, and no time in a run without one.
+A last line that was not written to its end is as if there were none; any other damage is found by its checksum.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from slimllm.errors import InputError, OutputError
+from slimllm.runtime.hidden_states import State
+
+Step = dict[str, Any]
+_NAME, _LOCK = "journal.jsonl", "lock"
+
+
+class Journal:
+    """The journal of one run, which its process holds alone.
+
+    Attributes:
+        steps: The steps that are done, oldest first, each with its `stage` and plain JSON data.
+        environment: Where the run was begun.
+
+    Args:
+        folder: The unfinished folder; it exists.
+        identity: What the run is, plain JSON. A run with another one is another run.
+        environment: Where it runs, plain JSON; this may change.
+
+    Raises:
+        ValueError: (as InputError) another process works in the folder, it is of another run, or it is damaged.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], environment: dict[str, Any]) -> None:
+        self.folder = folder
+        self._lock = lock(folder)
+        self._waiting: list[Step] = []  # steps without a line
+        self._unsynced: list[Path] = []  # files that the next line tells of, with their checksums
+        self._busy: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, "slimllm-journal")
+        try:
+            self.environment, self.steps = _open(folder, identity, environment)
+            self._tidy()
+        except BaseException:
+            self.close()
+            raise
+
+    def _tidy(self) -> None:
+        """Remove what was being written when the run was interrupted."""
+        needed = {_NAME, _LOCK, *(step["state"] for step in self.steps[-1:] if "state" in step)}
+        for path in self.folder.iterdir():
+            if path.is_file() and path.name not in needed:
+                path.unlink()
+
+    def done(self, stage: str) -> list[Step]:
+        """The steps of a stage, oldest first."""
+        return [step for step in self.steps if step["stage"] == stage]
+
+    def include(self, path: Path) -> None:
+        """A file that the next step tells of."""
+        self._unsynced.append(path)
+
+    def adopt(self, stage: str, steps: list[Step], data: Step) -> None:
+        """Steps that another run has done for this one, too; they are written with the next that has a state."""
+        taken = [{"stage": stage, **step, **data} for step in steps]
+        self._waiting += taken
+        self.steps += taken
+
+    @property
+    def ready(self) -> bool:
+        """Whether the disk has taken the last state, so that another can be written."""
+        return self._busy is None or self._busy.done()
+
+    def record(self, stage: str, state: State | None, **data: Any) -> None:
+        """A step is done. Takes the time of a copy of the state; the rest is done beside the work.
+
+        Args:
+            stage: The stage it belongs to.
+            state: What the run goes on with after this step, which may be overwritten when this returns; None: the step
+                waits for the next one that has a state.
+            data: Plain JSON data about the step.
+
+        Raises:
+            ValueError: (as OutputError) the disk did not take this step or one before.
+        """
+        step = {"stage": stage, **data}
+        self._waiting.append(step)
+        self.steps.append(step)
+        if state is None:
+            return
+        self._settle()
+        name = f"state-{len(self.steps)}.safetensors"
+        beside = self.folder / f"{name}.partial"
+        try:
+            state.write(beside)
+        except OSError as error:
+            raise OutputError(f"Writing to {self.folder} failed: {error}.") from error
+        step["state"] = name
+        work = self._waiting, [*self._unsynced, beside]
+        self._waiting, self._unsynced = [], []
+        self._busy = self._thread.submit(self._write, *work, self.folder / name)
+
+    def _write(self, steps: list[Step], files: list[Path], state: Path) -> None:
+        for file in {*files, *(file.parent for file in files)}:
+            sync(file)
+        *shards, _ = files
+        steps[-1]["files"] = {file.name: _crc(file) for file in shards}
+        steps[-1]["state_crc"] = _crc(files[-1])
+        os.replace(files[-1], state)
+        sync(self.folder)
+        _append(self.folder, steps)
+        for old in self.folder.glob("state-*.safetensors"):
+            if old != state:
+                old.unlink()
+
+    def _settle(self) -> None:
+        """Wait for the thread, and hear of its errors."""
+        try:
+            if self._busy is not None:
+                self._busy.result()
+        except OSError as error:
+            raise OutputError(f"Writing to {self.folder} failed: {error}.") from error
+        finally:
+            self._busy = None
+
+    def state(self) -> Any:
+        """The state after the last step, as an open safetensors file, from which its tensors are read one by one.
+
+        Raises:
+            ValueError: (as InputError) it is missing or damaged.
+        """
+        path = self.folder / str(self.steps[-1].get("state"))
+        try:
+            if _crc(path) == self.steps[-1]["state_crc"]:
+                return safe_open(path, framework="pt")
+        except (OSError, SafetensorError):
+            pass
+        raise damaged(path)
+
+    def check_file(self, path: Path) -> None:
+        """Whether a file that a step tells of is what was written.
+
+        Raises:
+            ValueError: (as InputError) it is missing or damaged.
+        """
+        checksums = [step["files"][path.name] for step in self.steps if path.name in step.get("files", {})]
+        if not path.is_file() or not checksums or _crc(path) != checksums[-1]:
+            raise damaged(path)
+
+    def finish(self) -> None:
+        """The result is complete and on the disk; all that is left is to move it to its place."""
+        self._settle()
+        step = {"stage": "finished"}
+        _append(self.folder, [*self._waiting, step])
+        self.steps.append(step)
+        self._waiting = []
+
+    def wait(self) -> None:
+        """Let what is on its way to the disk arrive or fail; nothing can be recorded any more."""
+        self._thread.shutdown()
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.wait()
+        os.close(self._lock)
+
+
+def begun_with(folder: Path) -> Step:
+    """The identity of the run that a folder has a journal of; empty if there is none that can be read."""
+    try:
+        lines = _read(folder)[0]
+    except InputError:
+        return {}
+    return dict(lines[0]["identity"]) if len(lines) > 1 else {}
+
+
+def last_stage(folder: Path) -> str | None:
+    """The stage of the last step of the run in a folder; None if there is no run that got so far as to be gone on with."""
+    try:
+        lines = _read(folder)[0]
+    except InputError:
+        return "damaged"
+    return str(lines[-1]["stage"]) if len(lines) > 1 else None
+
+
+def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[Step]]:
+    """The journal that is there, if it is of this run, or a new one: the environment it was begun in, and its steps."""
+    first = json.loads(json.dumps({"identity": identity, "environment": environment}))
+    lines, length = _read(folder)
+    if not lines and any(path.name not in (_NAME, _LOCK) for path in folder.iterdir()):
+        raise damaged(folder / _NAME)
+    if len(lines) < 2:  # there is nothing to go on with
+        (folder / _NAME).unlink(missing_ok=True)
+        _append(folder, [first])
+        return environment, []
+    found, wanted = lines[0]["identity"], first["identity"]
+    for key in {**found, **wanted}:
+        if found.get(key) != wanted.get(key):
+            raise InputError(
+                f"The run that was interrupted had another {key} ({found.get(key)}) than this one ({wanted.get(key)}); "
+                f"give the same, or delete {folder} to start over."
+            )
+    with (folder / _NAME).open("r+b") as file:
+        file.truncate(length)
+    return lines[0]["environment"], lines[1:]
+
+
+def _read(folder: Path) -> tuple[list[Step], int]:
+    """What a journal holds, the run's identity first, and the length in bytes of the lines that were written to the end."""
+    path = folder / _NAME
+    entries: list[Step] = []
+    length = 0
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        crc, _, text = line[:-1].partition(b" ")
+        if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
+            if number == len(lines):
+                break  # it was being written; if it was not, the state that it tells of is the only one left
+            raise damaged(path)
+        try:
+            batch = json.loads(text)
+        except (ValueError, RecursionError):
+            raise damaged(path) from None
+        if not isinstance(batch, list):
+            raise damaged(path)
+        entries += batch
+        length += len(line)
+    return entries, length
+
+
+def damaged(path: Path) -> InputError:
+    """The error for a file of an interrupted run that is not what was written."""
+    folder = next(parent for parent in path.parents if parent.name.endswith(".partial"))
+    return InputError(f"{path} is missing or damaged, so the run cannot be gone on with; delete {folder} and start over.")
+
+
+def sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
+    """A checksum of tensors on the CPU, by name."""
+    crc = 0
+    for name, tensor in sorted(tensors.items()):
+        content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+        crc = zlib.crc32(content, zlib.crc32(name.encode(), crc))
+    return crc
+
+
+def _append(folder: Path, entries: list[Step]) -> None:
+    """Write a line, which is read as a whole or not at all."""
+    text = json.dumps(entries).encode()
+    with (folder / _NAME).open("ab") as file:
+        file.write(b"%08x %b\n" % (zlib.crc32(text), text))
+        file.flush()
+        os.fsync(file.fileno())
+    sync(folder)
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**22):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def lock(folder: Path) -> int:
+    """Take the folder for this process; the lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: (as InputError) another process has it.
+    """
+    path = folder / _LOCK
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last owner may have finished, and removed it, between the two lines.
+        if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    raise InputError(f"Another run is writing to {folder}; wait for it, or give another output folder.")

@@ -1,0 +1,173 @@
+"""How a pruned model is written down: stock architecture if its layers are all alike, else the native format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from slimllm.models.families import LayerSpec, layer_spec
+from slimllm.models.modeling import slim_layers
+from slimllm.models.modeling.slim_layers import rope_of_transformers_4
+from slimllm.models.registration import modeling_file, native_classes
+from slimllm.models.slicing import LayerSizes, Tensors, install
+
+# What the output format decides anew; every other setting of the source goes on unchanged.
+_DECIDED = {
+    "model_type", "architectures", "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access",
+    "transformers_version", "torch_dtype", "dtype", "head_dim", "num_attention_heads", "n_head", "num_key_value_heads",
+    "intermediate_size", "ffn_dim", "attention_bias", "mlp_bias", "attention_out_bias", "mlp_out_bias", "residual_dropout",
+    "_name_or_path",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """The configuration to write, and whether output projections without a bias need one of zeros."""
+
+    config: PretrainedConfig
+    zero_attention_out_bias: bool = False
+    zero_ffn_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.config.model_type)
+
+    def complete(self, tensors: Tensors, spec: LayerSpec) -> Tensors:
+        """A layer's tensors with the zero biases that the format asks for."""
+        wanted = []
+        if self.zero_attention_out_bias:
+            wanted += [spec.o_proj]
+        if self.zero_ffn_bias:
+            wanted += [*spec.into_ffn, spec.down_proj]
+        zeros = {}
+        for projection in wanted:
+            weight = tensors[f"{projection}.weight"]
+            if f"{projection}.bias" not in tensors:
+                zeros[f"{projection}.bias"] = torch.zeros(weight.shape[0], dtype=weight.dtype)
+        return {**tensors, **zeros}
+
+
+def head_dim_of(config: PretrainedConfig) -> int:
+    """Size of an attention head; older configurations leave it to be computed."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
+    """Choose how to write a model of these layer sizes.
+
+    Alike layers: the family's own architecture if it has a home for every bias, else, for LLaMA's mathematics, `seed_oss`,
+    which is that with separate switches for the biases. Otherwise the native format, with sizes by layer.
+    """
+    spec = layer_spec(source.model_type)
+    common = {name: value for name, value in source.to_dict().items() if name not in _DECIDED}
+    common |= {"head_dim": head_dim_of(source), "dtype": dtype}
+    largest: dict[str, Any] = {
+        "num_attention_heads": max(size.num_heads for size in sizes),
+        "num_key_value_heads": max(size.num_kv_heads for size in sizes),
+        spec.width: max(size.intermediate_size for size in sizes),
+    }
+    qkv_bias, out_bias = (any(getattr(size, name) for size in sizes) for name in ("qkv_bias", "attention_out_bias"))
+    gate_bias, ffn_bias = (any(getattr(size, name) for size in sizes) for name in ("gate_bias", "ffn_out_bias"))
+    switches = {
+        name: value for name, value in (("attention_bias", qkv_bias), ("mlp_bias", gate_bias)) if hasattr(source, name)
+    }
+    alike = all((size.num_heads, size.num_kv_heads, size.intermediate_size) == tuple(largest.values()) for size in sizes)
+    if alike and _own_home(source, spec, largest, (qkv_bias, out_bias, gate_bias, ffn_bias)):
+        config = AutoConfig.for_model(
+            spec.family, **common, **largest, **switches, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.family]]
+        )
+        return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias)
+    if alike and is_llama(source, spec):
+        for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
+            common.pop(name, None)
+        config = AutoConfig.for_model(
+            "seed_oss", **common, **largest, attention_bias=qkv_bias, attention_out_bias=out_bias,
+            mlp_bias=ffn_bias or gate_bias, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
+        )  # fmt: skip
+        return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias or gate_bias)
+    overrides = {}
+    most = {**largest, "attention_out_bias": out_bias, "mlp_out_bias": ffn_bias}
+    for index, size in enumerate(sizes):
+        own = {
+            "num_attention_heads": size.num_heads,
+            "num_key_value_heads": size.num_kv_heads,
+            spec.width: size.intermediate_size,
+            "attention_out_bias": size.attention_out_bias,
+            "mlp_out_bias": size.ffn_out_bias,
+        }
+        different = {name: value for name, value in own.items() if value != most[name]}
+        if different:
+            overrides[str(index)] = different
+    native, _, causal = native_classes(spec.family)
+    return OutputFormat(native(**common, **most, **switches, per_layer_config=overrides, architectures=[causal.__name__]))
+
+
+def is_llama(config: PretrainedConfig, spec: LayerSpec) -> bool:
+    """Whether a model computes as LLaMA does, so that LLaMA's relatives are a home for it."""
+    windows = getattr(config, "sliding_window", None) is not None
+    if isinstance(types := getattr(config, "layer_types", None), list):
+        windows = any(kind != "full_attention" for kind in types)
+    return spec.family == "llama" or (spec.family in ("mistral", "qwen2") and not windows)
+
+
+def heads_fit(config: PretrainedConfig, spec: LayerSpec, num_heads: int) -> bool:
+    """Whether a family's own architecture takes so many heads: some insist on what hidden_size is a multiple of."""
+    if spec.family == "opt":  # whose size of a head follows from the number
+        return num_heads * head_dim_of(config) == int(config.hidden_size)
+    return spec.family not in ("llama", "gemma2", "gemma3_text") or config.hidden_size % num_heads == 0
+
+
+def _own_home(
+    config: PretrainedConfig, spec: LayerSpec, largest: dict[str, Any], biases: tuple[bool, bool, bool, bool]
+) -> bool:
+    """Whether a family's own architecture has a place for biases, of q, k and v, of o, of gate and up, and of down."""
+    qkv, out, gate, down = biases
+    homes = {
+        "llama": qkv == out and gate == down,
+        "mistral": not (qkv or out or gate or down),
+        "qwen2": qkv and not (out or gate or down),
+        "opt": qkv == out == gate == down,
+    }
+    return heads_fit(config, spec, largest["num_attention_heads"]) and homes.get(
+        spec.family, qkv == out and not (gate or down)
+    )
+
+
+def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSpec) -> None:
+    """Give a pruned model in memory the class and configuration of what it has become."""
+    device, dtype = model.device, model.dtype
+    for layer in model.get_submodule(spec.layers):
+        tensors = output.complete({name: tensor.detach() for name, tensor in layer.state_dict().items()}, spec)
+        install(layer, spec, tensors, set(tensors), device, dtype)
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(output.config, dtype=dtype)
+    attention, name = model.config._attn_implementation, model.config.name_or_path
+    for module, like in zip(model.modules(), twin.modules(), strict=True):
+        module.__class__ = like.__class__
+        for attribute, value in vars(like).items():
+            vars(module).setdefault(attribute, value)  # what this class has and the old one had not
+        if hasattr(module, "config"):
+            module.config = output.config
+    output.config._attn_implementation = attention
+    output.config.name_or_path = name
+
+
+def write_config(config: PretrainedConfig, folder: Path) -> None:
+    """config.json, readable by transformers 4 too, and the modeling files if the format needs them."""
+    settings = json.loads(config.to_json_string())
+    native = config.model_type.startswith("slim_")
+    if settings.get("rope_parameters") and not native:
+        settings |= rope_of_transformers_4(settings["rope_parameters"])  # version 5 prefers rope_parameters
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if native:
+        for module in (modeling_file(layer_spec(config.model_type).family), slim_layers):
+            source = Path(str(module.__file__))
+            shutil.copyfile(source, folder / source.name)

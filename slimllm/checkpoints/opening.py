@@ -1,0 +1,62 @@
+"""Opens a model by its name: a Hugging Face folder, a hub id or a GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from slimllm.checkpoints.base import Checkpoint
+from slimllm.checkpoints.companions import PATTERNS, files_to_fetch
+from slimllm.checkpoints.fused import take_apart
+from slimllm.checkpoints.gguf import GGUFCheckpoint
+from slimllm.checkpoints.safetensors import SafetensorsCheckpoint
+from slimllm.errors import InputError, first_line
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Open a Hugging Face folder, a GGUF file or a model of the hub (only its safetensors and tokenizer are fetched).
+
+    Raises:
+        ValueError: (as InputError) there is no such model, it is no causal language model, it is quantised, or a file
+            of it cannot be read.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        return GGUFCheckpoint(path)
+    if path.is_dir():
+        checkpoint = SafetensorsCheckpoint(path, path.resolve().name)
+    else:
+        checkpoint = SafetensorsCheckpoint(download(str(model)), str(model))
+    return take_apart(checkpoint)
+
+
+def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path:
+    """The folder of a model of the hub, fetched if it is not there yet; with its code only if `code`.
+
+    Args:
+        model: The hub id, `NAME` or `NAME@REVISION`.
+        code: Fetch its Python files, too.
+        only: Fetch these files and no others.
+
+    Raises:
+        ValueError: (as InputError) there is no such model, or the hub cannot be reached.
+    """
+    name, _, revision = model.partition("@")
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *PATTERNS, *(["*.py"] if code else [])]
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(only) or patterns))
+        asked: set[str] = set()
+        while not only and (more := files_to_fetch(folder) - asked):  # code that has come may name more code
+            snapshot_download(name, revision=folder.name, allow_patterns=sorted(more))  # of the same commit
+            asked |= more
+        return folder
+    except HFValidationError:
+        raise InputError(f"There is no folder or file {model}, and it cannot be the name of a model on the hub.") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = f"the hub gave no model of that name ({first_line(error)})"
+        if type(error) is LocalEntryNotFoundError and not isinstance(error.__cause__, HfHubHTTPError):
+            reason = "the hub, where it may be a model, cannot be reached (or is not to be: HF_HUB_OFFLINE)."
+        raise InputError(f"There is no folder or file {model}, and {reason}") from None

@@ -1,0 +1,251 @@
+"""Where the layers come from: a checkpoint, of which one layer at a time is in memory, or a model in memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimllm.checkpoints.base import Checkpoint
+from slimllm.checkpoints.native import head_dim_of
+from slimllm.errors import InputError
+from slimllm.models.families import READ_AS, layer_spec
+from slimllm.models.layer import Layer
+from slimllm.models.meta import embedding_scale, empty_module, expected_tensors, meta_model
+from slimllm.models.slicing import LayerSizes, Tensors, sizes_by_layer
+
+_VOCABULARY = 4096  # entries whose logits are in memory at a time,
+_LOSS_TOKENS = 2048  # for so many tokens, or one window
+
+
+class ModelSource(ABC):
+    """What the layer loop needs of a model.
+
+    `model` is the whole model, on the meta device or real; `dtype` and `device` are those of the forward passes.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+        self.model, self.device, self.dtype = model, device, dtype
+        self.config = model.config
+        self.spec = layer_spec(self.config.model_type)
+        self.num_layers: int = self.config.num_hidden_layers
+        self.head_dim = head_dim_of(self.config)
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors, by full name."""
+
+    @abstractmethod
+    def weights(self, index: int) -> Tensors:
+        """The tensors of a decoder layer, as they are stored, by their names in the layer."""
+
+    @abstractmethod
+    def place(self, index: int, weights: Tensors) -> Layer:
+        """A decoder layer with its weights, ready to compute."""
+
+    reads_ahead = True
+
+    @contextmanager
+    def layers(self, first: int, read_ahead: bool) -> Iterator[Callable[[int], Layer]]:
+        """What gives the layers, ready to compute, one after the other from `first` on.
+
+        With `read_ahead` the weights of the next one are read by a thread while the present one is at work.
+        """
+        if not (read_ahead and self.reads_ahead):
+            yield lambda index: self.place(index, self.weights(index))
+            return
+        with ThreadPoolExecutor(1, "slimllm-read") as pool:
+            waiting = [pool.submit(self._pinned_weights, first)] if first < self.num_layers else []
+
+            def load(index: int) -> Layer:
+                weights = waiting.pop().result()
+                if index + 1 < self.num_layers:
+                    waiting.append(pool.submit(self._pinned_weights, index + 1))
+                return self.place(index, weights)
+
+            yield load
+
+    def _pinned_weights(self, index: int) -> Tensors:
+        """The tensors of a layer, where a GPU can fetch them by itself."""
+        weights = self.weights(index)
+        if self.device.type != "cuda":
+            return weights
+        return {name: weights.pop(name).pin_memory() for name in list(weights)}
+
+    @abstractmethod
+    def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes embeddings (samples, seq_len, D) of token ids (samples, seq_len); it holds the weight."""
+
+    @abstractmethod
+    def final_norm(self) -> nn.Module:
+        """The norm before the output head, ready to compute."""
+
+    @abstractmethod
+    def head(self) -> torch.Tensor:
+        """The weight of the output head, (vocabulary, D), as it is stored."""
+
+    def sizes(self) -> list[LayerSizes]:
+        """Sizes of every decoder layer."""
+        return sizes_by_layer(self.shapes(), self.spec, self.head_dim, self.num_layers)
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.spec.layers}.{index}."
+
+    @torch.no_grad()
+    def loss_sum(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """Next-token negative log-likelihood, in nats, summed over all tokens of windows but the first of each.
+
+        Args:
+            batches: Pairs of the outputs of the last decoder layer, (windows, seq_len, D), and the token ids, (windows,
+                seq_len).
+        """
+        norm, weight, total = self.final_norm(), self.head(), 0.0
+        for hidden, token_ids in batches:
+            step = max(1, _LOSS_TOKENS // token_ids.shape[1])
+            for states, ids in zip(hidden.split(step), token_ids.split(step)):
+                inputs = torch.cat([norm(window[:-1].to(self.device)) for window in states])
+                targets = torch.cat([window[1:] for window in ids]).to(self.device)
+                total += float(self._losses(inputs, targets, weight).sum(dtype=torch.float64))
+        return total
+
+    def _losses(self, inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Those of tokens, (tokens,), from the inputs of the output head, (tokens, D)."""
+        cap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        normaliser = torch.full((len(targets),), -torch.inf, device=self.device)
+        chosen = torch.zeros(len(targets), device=self.device)
+        for start in range(0, len(weight), _VOCABULARY):  # logits, and the head in the dtype of computing, are wide
+            some = weight[start : start + _VOCABULARY].to(self.device, self.dtype)
+            here = (targets >= start) & (targets < start + len(some))
+            logits = nn.functional.linear(inputs, some).float()
+            if cap:
+                logits = cap * (logits / cap).tanh()
+            torch.logaddexp(normaliser, logits.logsumexp(1), out=normaliser)
+            chosen[here] = logits[here, targets[here] - start]
+        return normaliser - chosen
+
+
+class CheckpointModel(ModelSource):
+    """A model on disk; whatever is read is let go by the caller."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        untie_if_different(checkpoint)
+        super().__init__(meta_model(checkpoint.config), device, dtype)
+        self.checkpoint = checkpoint
+        # Only what the model has a place for is ever read or written.
+        self._shapes = expected_tensors(self.model, self.spec)
+        checkpoint.check(self._shapes, self.spec)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def other_tensors(self) -> list[str]:
+        """Names of all tensors outside the decoder layers."""
+        return [name for name in self._shapes if not name.startswith(f"{self.spec.layers}.")]
+
+    def weights(self, index: int) -> Tensors:
+        prefix = self.layer_prefix(index)
+        names = [name for name in self._shapes if name.startswith(prefix)]
+        return {name.removeprefix(prefix): tensor for name, tensor in self.checkpoint.read(names).items()}
+
+    def place(self, index: int, weights: Tensors) -> Layer:
+        module = empty_module(self.model, f"{self.spec.layers}.{index}")
+        layer = Layer(module, {}, self.spec, self.head_dim, self.device, self.dtype)
+        layer.replace(weights)
+        return layer
+
+    def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        if self.spec.before_layers:
+            self._fill(self.model.get_submodule(self.spec.before_layers), self.spec.before_layers)
+        weight = self._read(f"{self.spec.embedding}.weight")
+        scale = torch.tensor(embedding_scale(self.model, self.spec)).to(self.device, self.dtype)
+        return lambda token_ids: nn.functional.embedding(token_ids, weight).to(self.device, self.dtype) * scale
+
+    def final_norm(self) -> nn.Module:
+        norm = empty_module(self.model, self.spec.final_norm)
+        self._fill(norm, self.spec.final_norm)
+        return norm
+
+    def head(self) -> torch.Tensor:
+        tied = f"{self.spec.head}.weight" not in self._shapes
+        return self._read(f"{self.spec.embedding if tied else self.spec.head}.weight")
+
+    def _fill(self, module: nn.Module, name: str) -> None:
+        """Give a module its weights."""
+        names = [one for one in self._shapes if one.startswith(f"{name}.")]
+        tensors = {one.removeprefix(f"{name}."): self._read(one).to(self.device, self.dtype) for one in names}
+        module.load_state_dict(tensors, assign=True)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read([name])[name]
+
+
+def untie_if_different(checkpoint: Checkpoint) -> None:
+    """Believe the weights: a stored head that differs from the embeddings is not tied, whatever the configuration says."""
+    spec = layer_spec(checkpoint.config.model_type)
+    head, embedding = f"{spec.head}.weight", f"{spec.embedding}.weight"
+    if checkpoint.config.tie_word_embeddings and {head, embedding} <= set(checkpoint.shapes()):
+        tensors = checkpoint.read([head, embedding])
+        if not torch.equal(tensors[head], tensors[embedding]):
+            checkpoint.config.tie_word_embeddings = False
+
+
+class InMemoryModel(ModelSource):
+    """A model in memory, on one device; its layers are pruned in place.
+
+    Raises:
+        ValueError: (as InputError) it is not the plain causal language model of its family, or holds NaN or infinity.
+    """
+
+    reads_ahead = False  # they are there already
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if (kind := model.config.model_type) in READ_AS:
+            raise InputError(
+                f"A model of type {kind} has fused projections and cannot be pruned in memory; save it "
+                "with save_pretrained and prune the folder."
+            )
+        plain = {name: type(module) for name, module in meta_model(model.config).named_modules() if name}
+        found = {name: type(module) for name, module in model.named_modules() if name}
+        if found != plain:
+            different = sorted(name for name in {**plain, **found} if plain.get(name) != found.get(name))
+            raise InputError(
+                f"The model is not the plain {model.config.model_type} causal language model that can be pruned in place: "
+                f"{different[0]} differs; load it with AutoModelForCausalLM, and merge adapters first."
+            )
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise InputError(f"Parameter {name} of the model holds NaN or infinite values.")
+        dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+        if len(dtypes) > 1:
+            raise InputError(
+                f"The model has parameters in {' and '.join(dtypes)}; give all one dtype, such as model.to(torch.float32)."
+            )
+        embedding = model.get_input_embeddings().weight
+        super().__init__(model, embedding.device, embedding.dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return expected_tensors(self.model, self.spec)
+
+    def weights(self, index: int) -> Tensors:
+        module = self.model.get_submodule(f"{self.spec.layers}.{index}")
+        return {name: tensor.detach() for name, tensor in module.state_dict().items()}
+
+    def place(self, index: int, weights: Tensors) -> Layer:
+        module = self.model.get_submodule(f"{self.spec.layers}.{index}")
+        return Layer(module, weights, self.spec, self.head_dim, self.device, self.dtype)
+
+    def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        embedding = self.model.get_input_embeddings()
+        return lambda token_ids: embedding(token_ids.to(self.device))
+
+    def final_norm(self) -> nn.Module:
+        return self.model.get_submodule(self.spec.final_norm)
+
+    def head(self) -> torch.Tensor:
+        weight: torch.Tensor = self.model.get_output_embeddings().weight
+        return weight

@@ -1,0 +1,154 @@
+"""What `slimllm prune`, `export` and `finetune` show: a bar with the time left, the layers' sizes, a summary."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from slimllm.config import GIB
+from slimllm.experiments.bench.forecast import Forecast
+from slimllm.pruning.report import PruneReport
+from slimllm.pruning.tensor_parallel import tensor_parallel_of
+from slimllm.runtime.doctor import Diagnosis
+
+
+class PruneDisplay:
+    """Progress of a run on the terminal; silent with `quiet`."""
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._bar = Progress(
+            TextColumn("{task.description:<10}"), BarColumn(bar_width=16), MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            TextColumn("{task.fields[layer]}", markup=False),
+            console=console, disable=quiet,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> PruneDisplay:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+    def notice(self, sentence: str) -> None:
+        """Print a sentence above the bar."""
+        if not self._quiet:
+            self._console.print(sentence, style="dim", highlight=False)
+
+    def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
+        """One more layer is done; a `ProgressCallback`."""
+        self._bar.start()  # not before there is something to show: an error of the input comes without a bar
+        if stage not in self._tasks or self._bar.tasks[self._tasks[stage]].finished:  # the next ratio
+            title = {"dense": "dense pass", "prune": "pruning", "train": "training", "export": "writing"}[stage]
+            self._tasks[stage] = self._bar.add_task(title, total=num_layers, layer="")
+        layer = ""
+        if stage == "train" and report is not None:
+            layer = f"loss {report['loss']:.3f}"
+        elif report is not None and index + 1 < num_layers:
+            layer = f"ratio {report['ratio']:.3f}, {report['num_heads']} heads, width {report['intermediate_size']}"
+        self._bar.update(self._tasks[stage], completed=index + 1, layer=layer)
+
+    def summary(self, report: PruneReport) -> None:
+        """Print what was done."""
+        print_summary(self._console, report)
+
+
+def print_summary(console: Console, report: PruneReport) -> None:
+    """Parameters, perplexity, time and memory of a run, and where the result is."""
+    parameters, calibration, memory = report.parameters, report.calibration, report.memory_gib
+    table = Table(box=None, padding=(0, 2), show_header=True, header_style="bold")
+    for title, justify in (("", "left"), ("before", "right"), ("after", "right"), ("removed", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table.add_row(
+        "parameters of the layers", f"{parameters['layers_before']:,}", f"{parameters['layers_after']:,}",
+        f"{report.achieved_ratio:.2%}",
+    )  # fmt: skip
+    table.add_row(
+        "parameters of the model", f"{parameters['before']:,}", f"{parameters['after']:,}",
+        f"{report.achieved_ratio_model:.2%}",
+    )  # fmt: skip
+    table.add_row(
+        f"perplexity, {report.judged_by}, {calibration['bos']}",
+        f"{calibration['perplexity_dense']:.2f}", f"{calibration['perplexity_pruned']:.2f}", "",
+    )  # fmt: skip
+    console.print(table)
+    parts = ", ".join(f"{name.replace('_', ' ')} {size * 1024:,.0f}" for name, size in memory.items())
+    lines = [
+        f"time    {report.elapsed_s:.1f} s = {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass "
+        f"({report.dense_pass_s:.1f} s)",
+        f"        and {report.setup_s:.1f} s before, to open the model and draw the text",
+        f"memory  {report.peak_host_gib:.2f} GiB at most; the account allows {sum(memory.values()):.2f} GiB, in MiB:",
+        f"        {parts}",
+    ]
+    if report.peak_gpu_gib:
+        lines.append(f"GPU     {report.peak_gpu_gib:.2f} GiB at most")
+    lines.append(tensor_parallel_of(report))
+    lines.append(f"saved   {report.out} ({report.format}); details in report.json")
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def print_forecast(console: Console, forecast: Forecast) -> None:
+    """What a run would take, part by part, and how it would be done."""
+    plan = forecast.plan
+    console.print(
+        f"{forecast.model}: {forecast.num_layers} layers, {forecast.params / 1e9:.2f} billion parameters, "
+        f"computed in {forecast.compute_dtype} on {forecast.device}"
+        + (f", shared by {forecast.ranks} ranks, of each of which this is" if forecast.ranks > 1 else ""),
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    for title, parts, phase in (
+        ("GPU memory", plan.gpu, plan.gpu_phase), ("host memory", plan.host, plan.host_phase), ("disk", plan.disk, ""),
+    ):  # fmt: skip
+        if parts:
+            when = f"in the phase '{phase}': " if phase else ""
+            account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)
+            table.add_row(title, f"{sum(parts.values()) / GIB:.2f} GiB", f"{when}{account}")
+    if forecast.traffic:
+        account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in forecast.traffic.items())
+        table.add_row(
+            "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer, through the busiest rank: {account}"
+        )
+    if forecast.seconds is None:
+        table.add_row("time", "", "not known: this machine has no GPU; there, plan measures what it can do")
+    else:
+        table.add_row("time", _duration(forecast.seconds), "about, by counted operations and this machine's rates")
+    where = {
+        "device": "in memory" if forecast.device == "cpu" else "on the GPU",
+        "host": "in host memory",
+        "disk": "in files",
+    }
+    table.add_row("placement", "", f"hidden states {where[plan.placement.states]}; one layer at a time")
+    for name, budget in (("host memory", plan.config.host_memory), ("GPU memory", plan.config.gpu_memory)):
+        if budget:
+            table.add_row("budget", budget, f"of {name}: it fits")
+    for choice in plan.choices:
+        table.add_row("to fit", "", choice)
+    console.print(table, highlight=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def show_diagnosis(console: Console, diagnosis: Diagnosis, settings: dict[str, str]) -> None:
+    """Print what `slimllm doctor` found."""
+    about = Table(show_header=False, box=None)
+    for title, values in (("versions", diagnosis.versions), ("devices", diagnosis.devices), ("environment", settings)):
+        for name, value in values.items():
+            about.add_row(title, name, value)
+            title = ""
+    about.add_row("extension", "slimllm._C", diagnosis.extension)
+    console.print(about, highlight=False)
+    table = Table("operation", "device", "backend", "because")
+    for row in diagnosis.operations:
+        table.add_row(*row)
+    console.print(table, highlight=False)

@@ -1,0 +1,1 @@
+"""Measurements of a model, pruned or not: perplexity, tasks, and speed of generation."""

@@ -1,0 +1,135 @@
+"""A process with one model, which times and counts what it is asked to."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging
+
+from slimllm.calibration import longest_input
+from slimllm.errors import InputError, first_line
+from slimllm.evaluation.perplexity import load
+from slimllm.runtime import memory
+from slimllm.runtime.interrupts import leave_interrupts_to_parent
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is generated: so many prompts of so many tokens at once, and so many new tokens for each."""
+
+    batch_size: int
+    prompt: int
+    new_tokens: int
+
+
+def serve(connection: Connection, name: str, dtype: str | None, device: str, trust_remote_code: bool) -> None:
+    """The life of a worker: load the model, and answer until nobody asks any more."""
+    leave_interrupts_to_parent()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        where = torch.device(device)
+        memory.warm_up(where)
+        runtime = memory.resident_gib()
+        model, _ = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        memory.release()
+        memory.reset_peak(where)  # loading may take more, and how much depends on the form of the files
+        model.generation_config = GenerationConfig()  # nothing of the model's own: every token is generated, greedily
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        used = str(next(model.parameters()).dtype).removeprefix("torch.")
+        connection.send(("done", {"parameters": parameters, "dtype": used, "threads": torch.get_num_threads()}))
+        while True:
+            kind, shape = connection.recv()
+            answer: Any = None
+            if kind == "check":
+                check_length(model.config, name, shape)
+            elif kind == "time":
+                answer = _timed(model, shape)
+            elif kind == "count":
+                answer = _counted(model, shape)
+            else:
+                gpu = memory.peak_gpu_gib(where)
+                answer = gpu or memory.peak_host_gib() - runtime
+            connection.send(("done", answer))
+    except InputError as error:
+        connection.send(("refused", str(error)))
+    except EOFError:
+        pass
+    except Exception as error:  # of the model's own code, or torch's
+        if memory.exhausted(error):
+            connection.send(("refused", f"The memory of {device} is not enough for {name}; take fewer models or tokens."))
+            return
+        connection.send(("refused", f"{name} cannot be timed: {type(error).__name__}: {first_line(error)}"))
+
+
+def check_length(config: PretrainedConfig, name: str, shape: Shape) -> None:
+    """Raise ValueError (as InputError) where a model takes fewer tokens."""
+    if shape.prompt + shape.new_tokens > (longest := longest_input(config)):
+        raise InputError(
+            f"A prompt of {shape.prompt} tokens and {shape.new_tokens} new ones are more than {name} takes, which is "
+            f"{longest}; give shorter ones (--prompt, --new-tokens)."
+        )
+
+
+def _prompts(model: PreTrainedModel, shape: Shape) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (shape.batch_size, shape.prompt), generator=generator)
+    return ids.to(model.device)
+
+
+class _Clock(BaseStreamer):
+    """Notes when every token is there: `generate` brings it to the host, so that a GPU is done with it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _timed(model: PreTrainedModel, shape: Shape) -> dict[str, float]:
+    ids, clock = _prompts(model, shape), _Clock()
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    _generate(model, ids, shape.new_tokens, clock)
+    started, *tokens = clock.times  # the prompt comes first
+    if len(tokens) != shape.new_tokens:
+        raise InputError(f"{len(tokens)} tokens were generated instead of {shape.new_tokens}; the model stops by itself.")
+    return {"first_token_s": tokens[0] - started, "next_tokens_s": tokens[-1] - tokens[0]}
+
+
+def _generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, streamer: BaseStreamer | None = None) -> None:
+    generate: Any = model.generate
+    generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True,
+        pad_token_id=0, streamer=streamer,
+    )  # fmt: skip
+
+
+def _counted(model: PreTrainedModel, shape: Shape) -> dict[str, float]:
+    """Multiply-adds a token, counted while it runs: one pass of the prompt, and one more token."""
+    ids = _prompts(model, shape)[:1]
+    by_tokens = []
+    for new_tokens in (1, 2):
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
+            _generate(model, ids, new_tokens)
+        by_tokens.append(counter.get_total_flops() / 2)
+    return {"prefill_macs": by_tokens[0] / shape.prompt, "decode_macs": by_tokens[1] - by_tokens[0]}
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}

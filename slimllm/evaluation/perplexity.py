@@ -1,0 +1,240 @@
+"""Loading any model, pruned or not, and its perplexity. Called by `slimllm eval`, the demo and users."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimllm.calibration import bundled_text, check_seq_len, read_texts, tokenize, windows_of
+from slimllm.checkpoints.base import Checkpoint
+from slimllm.checkpoints.folder import check_padding, name_some, quantisation_of, read_settings, weight_files
+from slimllm.checkpoints.headers import Headers, stored_head_differs
+from slimllm.checkpoints.opening import download, open_checkpoint
+from slimllm.checkpoints.tokenizer import load_tokenizer
+from slimllm.config import DTYPES, check_choice, parse_device
+from slimllm.errors import InputError, first_line
+from slimllm.models.families import layer_spec
+from slimllm.models.meta import expected_tensors, meta_model
+from slimllm.runtime.memory import exhausted, free_bytes, release
+
+_DATASET_WINDOWS = 2048
+_LOGITS_BYTES = 2**30  # of the windows that go through a model together
+_SCORED_ROWS = 256  # of logits at a time, whose copies in float32 are as large again
+
+
+def load(
+    model: str | Path, *, dtype: str | None = None, device: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer: a Hugging Face folder, pruned or not, a GGUF file or a hub id.
+
+    The native pruned format is known to this package and needs no remote code.
+
+    Args:
+        model: The model; of any family that transformers knows.
+        dtype: `float32`, `float16` or `bfloat16`; None: float32 on a CPU, the checkpoint's own on a GPU.
+        device: `cpu`, `cuda`, …; None: a GPU if there is one.
+        trust_remote_code: Run Python code that comes with the model. Without it nothing of the folder is executed.
+
+    Raises:
+        ValueError: (as InputError) there is no such model, it cannot be loaded, or tensors are missing, reshaped or left
+            over.
+    """
+    where = parse_device(device)
+    if dtype is not None:
+        check_choice("dtype", dtype, tuple(DTYPES))
+    wanted = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else None)
+    path = locate(model, code=trust_remote_code)
+    if path.is_file():
+        checkpoint = open_checkpoint(path)
+        return _fill(checkpoint, wanted).to(where), checkpoint.tokenizer()
+    return _from_folder(path, str(model), wanted, trust_remote_code).to(where).eval(), load_tokenizer(
+        path, trust_remote_code
+    )
+
+
+def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
+    """Load the model of a folder by transformers, all of whose tensors have to be there and to be read."""
+    settings = read_settings(path, trust_remote_code)
+    quantised = quantisation_of(settings) is not None
+    headers = Headers(weight_files(path))
+    if not quantised:
+        headers.check(path)
+    headers.check_layers(settings, path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        check_padding(config, path)
+        if stored_head_differs(config, headers):  # transformers 5 unties it then, and 4 would leave it out
+            config.tie_word_embeddings = False
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # what does not match is said below
+        )  # fmt: skip
+    except InputError:
+        raise
+    except Exception as error:  # transformers and its back ends raise many types for one fact: it cannot be loaded
+        if exhausted(error):
+            raise
+        needs_code = bool(settings.get("auto_map")) and not trust_remote_code
+        hint = " It may need its own Python code, which --trust-remote-code runs." if needs_code else ""
+        raise InputError(f"{name} cannot be loaded: {first_line(error)}{hint}") from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(f"{name_some(missing, 'is', 'are')} missing in {path}; is the checkpoint complete?")
+    if reshaped := sorted(str(entry[0]) for entry in found["mismatched_keys"]):
+        shapes = next(tuple(map(tuple, entry[1:3])) for entry in found["mismatched_keys"] if str(entry[0]) == reshaped[0])
+        others = f"; {len(reshaped) - 1} more do not fit either" if len(reshaped) > 1 else ""
+        raise InputError(
+            f"Tensor {reshaped[0]} in {path} has shape {shapes[0]}, but its config.json asks for {shapes[1]}{others}."
+        )
+    unexpected = [name for name in sorted(found["unexpected_keys"]) if not headers.is_meaningless(name)]
+    if unexpected and not quantised:
+        raise InputError(
+            f"{name_some(unexpected, 'has', 'have')} no place in the model that the configuration in {path} describes; "
+            "left out, the result would be wrong."
+        )
+    return loaded
+
+
+def locate(model: str | Path, *, code: bool = False, only: tuple[str, ...] = ()) -> Path:
+    """The file, or the folder with a config.json, of a model; one of the hub is fetched as `download` has it.
+
+    Raises:
+        ValueError: (as InputError) there is none.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        path = download(str(model), code=code, only=only)
+    if not path.is_file():
+        read_settings(path, code)
+    return path
+
+
+def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model with the checkpoint's tensors, for files that are not in a format of transformers."""
+    model = meta_model(checkpoint.config)
+    spec = layer_spec(checkpoint.config.model_type)
+    names = expected_tensors(model, spec)
+    checkpoint.check(names, spec)
+    for name in names:
+        tensor = checkpoint.read([name])[name].to(dtype or checkpoint.storage_dtype(name))
+        model.load_state_dict({name: tensor}, strict=False, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(False)
+
+
+def evaluation_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | None,
+    seq_len: int,
+    max_windows: int | None = None,
+    notice: Callable[[str], None] | None = None,
+    bos: str = "auto",
+) -> torch.Tensor:
+    """Read a text to measure on, as a stream of token ids.
+
+    Args:
+        tokenizer: The model's.
+        text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled one.
+        seq_len, max_windows: Windows that are wanted of it; None: all of a file, and 2048 of a dataset, which may have no
+            end.
+        notice: Called with a sentence if documents are skipped.
+        bos: As for `PruneConfig`.
+
+    Returns:
+        (num_tokens,) int64.
+
+    Raises:
+        ValueError: (as InputError) as `read_texts`.
+    """
+    if text is None:
+        return tokenize(tokenizer, [bundled_text("evaluation")], bos)
+    wanted: float = (max_windows or _DATASET_WINDOWS) * seq_len
+    if max_windows is None and Path(text).expanduser().is_file():
+        wanted = math.inf
+    return tokenize(tokenizer, read_texts(text, wanted, tokenizer=tokenizer, notice=notice), bos)
+
+
+def perplexity_of(
+    model: str | Path,
+    token_ids: torch.Tensor,
+    *,
+    seq_len: int,
+    max_windows: int | None,
+    bos_token_id: int | None,
+    device: str | None,
+) -> float:
+    """`perplexity` of a model that is loaded for it, and let go again, its memory with it."""
+    loaded, _ = load(model, device=device)
+    value = perplexity(loaded, token_ids, seq_len=seq_len, max_windows=max_windows, bos_token_id=bos_token_id)
+    del loaded
+    release()
+    return value
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel,
+    token_ids: torch.Tensor,
+    *,
+    seq_len: int = 128,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+    bos_token_id: int | None = None,
+) -> float:
+    """exp of the mean next-token negative log-likelihood over non-overlapping windows.
+
+    Each window is scored on its own, its first token only as context, so that seq_len - 1 tokens of each count: the
+    protocol of the SlimLLM paper with seq_len 128, and the common one with 2048. With a BOS, that is the first token.
+
+    Args:
+        model: A causal language model.
+        token_ids: The text, (num_tokens,) int64; what does not fill a window at the end is left out.
+        seq_len: Tokens in a window, from 2 to the longest the model takes.
+        batch_size: Windows in a forward pass at most, fewer where their logits would take more than 1 GiB or a quarter of
+            the free memory; it changes the result by rounding only.
+        max_windows: Take only so many windows from the beginning.
+        bos_token_id: What every window begins with, as `slimllm.calibration.window_bos` finds it; None: the text alone.
+
+    Raises:
+        ValueError: (as InputError) the text is shorter than a window, a setting is out of range, or the model gives NaN.
+    """
+    for name, value, least in (("seq_len", seq_len, 2), ("batch_size", batch_size, 1), ("max_windows", max_windows, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}.")
+    check_seq_len(seq_len, model.config)
+    windows = windows_of(token_ids, seq_len, bos_token_id)[:max_windows]
+    if len(windows) == 0:
+        raise InputError(f"The text has {len(token_ids)} tokens, fewer than one window of {seq_len}; give more text.")
+    entries = model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= entries or int(windows.min()) < 0:
+        raise InputError(
+            f"The text has token {int(windows.max())}, but the model's vocabulary has the tokens 0 to {entries - 1}; "
+            "is this the tokenizer of this model?"
+        )
+    total = 0.0
+    for batch in windows.split(min(batch_size, _windows_at_once(model, seq_len))):
+        batch = batch.to(model.device)
+        logits = model(batch, use_cache=False).logits
+        for scores, ids in zip(logits, batch):
+            for rows, targets in zip(scores[:-1].split(_SCORED_ROWS), ids[1:].split(_SCORED_ROWS)):
+                loss = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
+                total += float(loss.double())
+        del logits, scores  # before the next ones are there
+    if math.isnan(total):
+        dtype = str(model.dtype).removeprefix("torch.")
+        advice = (
+            "look for NaN in its weights" if dtype == "float32" else "compute in float32, or look for NaN in its weights"
+        )
+        raise InputError(f"The model's outputs are not numbers when computed in {dtype}; {advice}.")
+    return math.exp(min(total / (len(windows) * (seq_len - 1)), 700.0))
+
+
+def _windows_at_once(model: PreTrainedModel, seq_len: int) -> int:
+    """How many windows go through a model together, by the memory that their logits take."""
+    vocabulary = model.get_output_embeddings()
+    entries = model.config.vocab_size if vocabulary is None else vocabulary.weight.shape[0]
+    allowed = min(_LOGITS_BYTES, free_bytes(model.device) / 4)
+    return max(1, int(allowed // (seq_len * entries * model.dtype.itemsize)))

@@ -1,0 +1,1 @@
+"""Several runs beside each other: methods, ratios, and the benchmark."""

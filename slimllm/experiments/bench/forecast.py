@@ -1,0 +1,135 @@
+"""What `slimllm plan` says: the plan of a run before anything but the configuration is read, and a guess at its time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from slimllm.calibration import num_held_out
+from slimllm.checkpoints.folder import read_config
+from slimllm.checkpoints.fused import read_as
+from slimllm.checkpoints.native import head_dim_of
+from slimllm.checkpoints.opening import download, open_checkpoint
+from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
+from slimllm.errors import InputError
+from slimllm.experiments.bench.shapes import SHAPES
+from slimllm.experiments.bench.work import measure_rates, stage_work
+from slimllm.models.families import layer_spec
+from slimllm.models.meta import expected_tensors, meta_model
+from slimllm.models.slicing import LayerSizes, sizes_by_layer
+from slimllm.pruning.memory_estimate import Parts, sizes_of, traffic
+from slimllm.pruning.pipeline import check_for_family
+from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
+from slimllm.runtime.memory import resident_gib
+
+# Between the counted operations at the machine's rates and a run lie norms, activations and copies (benchmarks/NOTES.md).
+_TIMES_FLOOR = 1.6
+_LOADED_LATER = GIB / 10  # by a run, before it makes its own plan: libraries' buffers, the tokenizer
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan, the seconds it may take on this machine, and what it is of; with several ranks, of each, and its traffic."""
+
+    model: str
+    num_layers: int
+    params: int
+    compute_dtype: str
+    device: str
+    plan: Plan
+    seconds: float | None
+    ranks: int
+    traffic: Parts
+
+
+def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = False) -> Forecast:
+    """Plan a run from the model's configuration alone.
+
+    Args:
+        model: A folder with a config.json, a GGUF file, a hub id (its config.json is fetched), or the name of a shape.
+        config: The settings; `samples` and `seq_len` count, whatever the text.
+        ranks: Processes that share the windows, each on a machine or a GPU like this one.
+        for_gpu: Plan for a GPU, whether this machine has one or not; its time is not known then.
+
+    Raises:
+        ValueError: (as InputError) there is no such model, or it cannot be done within the budgets, or its heads
+            are no multiple of what was asked for.
+    """
+    check_config(config)
+    if not 1 <= ranks <= config.samples:
+        raise InputError(f"ranks must be from 1 to the number of samples ({config.samples}), got {ranks}.")
+    device = torch.device("cuda") if for_gpu else parse_device(config.device)
+    there = device.type == "cpu" or torch.cuda.is_available()
+    model_config, stored, in_memory = _description(model)
+    default = torch.float32 if device.type == "cpu" else stored
+    computed = DTYPES[config.compute_dtype] if config.compute_dtype else default
+    spec, head_dim = layer_spec(model_config.model_type), head_dim_of(model_config)
+    check_for_family(spec, config)
+    shapes = expected_tensors(meta_model(model_config), spec)
+    layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
+    for layer in layers:
+        layer.unit_step(config.head_unit, config.heads_multiple_of)  # refuses what the run would refuse
+    params = sum(torch.Size(shape).numel() for shape in shapes.values())
+    dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
+    windows = (config.samples, config.seq_len, num_held_out(config.samples))
+    sizes = sizes_of(model_config, layers, head_dim, params, dtypes, windows, device, ranks)
+    plan = make_plan(sizes, config, resident_gib() * GIB + _LOADED_LATER, GPU_RUNTIME)
+    own = dataclasses.replace(config, samples=math.ceil(config.samples / ranks))
+    work = stage_work(_report(layers, own, device), layers, model_config.hidden_size, head_dim, stored.itemsize)
+    rates = measure_rates(device, computed) if there else None
+    return Forecast(
+        model=model,
+        num_layers=len(layers),
+        params=params,
+        compute_dtype=str(computed).removeprefix("torch."),
+        device=str(device),
+        plan=plan,
+        seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()) if rates else None,
+        ranks=ranks,
+        traffic=traffic(sizes, config) if ranks > 1 else {},
+    )
+
+
+def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype]:
+    """The configuration, and the dtypes in which weights are stored and, once read, in memory."""
+    if model in SHAPES:
+        return SHAPES[model].config(), torch.bfloat16, torch.bfloat16
+    path = Path(model).expanduser()
+    if path.is_file():
+        checkpoint = open_checkpoint(path)
+        return checkpoint.config, torch.bfloat16, checkpoint.dtype_in_memory()
+    config = read_config(path if path.is_dir() else download(model, only=("config.json",)))
+    config = read_as(config)
+    dtype = getattr(config, "dtype", None) or torch.float32
+    stored = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
+        stored = torch.float32
+    return config, stored, stored
+
+
+def _report(layers: list[LayerSizes], config: PruneConfig, device: torch.device) -> dict[str, object]:
+    """As much of a report as the count of operations needs, with the ratio spread evenly."""
+    kept = 1 - config.ratio
+    return {
+        "calibration": {
+            "tokens": config.samples * config.seq_len,
+            "seq_len": config.seq_len,
+            "held_out": num_held_out(config.samples),
+        },
+        "config": config.to_dict(),
+        "device": str(device),
+        "layers": [
+            {
+                "num_heads": max(1, round(kept * size.num_kv_heads)) * size.group_size,
+                "intermediate_size": max(1, round(kept * size.intermediate_size)),
+                "parameters_before": size.params,
+                "parameters_after": round(kept * size.params),
+            }
+            for size in layers
+        ],
+    }

@@ -1,0 +1,183 @@
+"""What a run has to do: operations and bytes of its algorithm by stage, counted from the sizes, and the machine's rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from slimllm.methods.allocation.sensitivity import TOKENS, probed_layers
+from slimllm.models.slicing import LayerSizes
+from slimllm.ops.dispatch import full_precision
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations (a multiply-add is two; a symmetric result's half counts once) by kind, and bytes moved.
+
+    `operations` are those of the forward passes and Grams, in the dtype of the computation; `single` those in fp32 whatever
+    that is; `precise` those in fp64.
+    """
+
+    operations: float = 0.0
+    single: float = 0.0
+    precise: float = 0.0
+    num_bytes: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, kind.name) + getattr(other, kind.name) for kind in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the machine does, measured: operations per second in the computation's dtype, fp32 and fp64, and bytes."""
+
+    operations_per_s: float
+    single_per_s: float
+    precise_per_s: float
+    bytes_per_s: float
+
+    def floor_s(self, work: Work) -> float:
+        """Seconds that a piece of work takes at these rates: its operations, or its bytes where those take longer."""
+        computing = (
+            work.operations / self.operations_per_s + work.single / self.single_per_s + work.precise / self.precise_per_s
+        )
+        return max(computing, work.num_bytes / self.bytes_per_s)
+
+
+def stage_work(
+    report: dict[str, Any], sizes: list[LayerSizes], hidden_size: int, head_dim: int, read_bytes: float
+) -> dict[str, Work]:
+    """The work of every stage of a run, by the names in `stages_s`.
+
+    Args:
+        report: The run's report (`PruneReport` as a dict).
+        sizes: Sizes of the dense layers.
+        hidden_size, head_dim: Of the model.
+        read_bytes: What a parameter takes where it is read from.
+    """
+    tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
+    held_out = report["calibration"].get("held_out", 0) * seq_len
+    config: dict[str, Any] = report["config"]
+    on_gpu = str(report["device"]).startswith("cuda")
+    by_stage: dict[str, Work] = defaultdict(Work)
+    probed = probed_layers(len(sizes)) if config.get("allocation") == "auto" else []
+    for index, (size, layer) in enumerate(zip(sizes, report["layers"])):
+        found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, config, on_gpu)
+        if probed:  # a window, and copies of it that were damaged before, or are in this layer
+            passing = (1 + 2 * sum(at <= index for at in probed)) * min(TOKENS, seq_len)
+            found["sensitivity"] = Work(found["dense pass"].operations * passing / tokens)
+        both_passes = found["dense pass"].operations + found["forward"].operations
+        found["perplexity"] = Work(both_passes * held_out / tokens)
+        found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
+        for stage, work in found.items():
+            by_stage[stage] += work
+    return dict(by_stage)
+
+
+def _layer_work(
+    size: LayerSizes, layer: dict[str, Any], tokens: int, seq_len: int, hidden_size: int, head_dim: int,
+    config: dict[str, Any], on_gpu: bool,
+) -> dict[str, Work]:  # fmt: skip
+    width, kv_width, channels = size.num_heads * head_dim, size.num_kv_heads * head_dim, size.intermediate_size
+    kept_width, kept_channels = layer["num_heads"] * head_dim, layer["intermediate_size"]
+    attention_pruned, ffn_pruned = kept_width < width, kept_channels < channels
+    into_attention = 2 * tokens * hidden_size * (width + 2 * kv_width) + 2 * tokens * seq_len * width  # causal: half of it
+    into_ffn = 2 * (1 + size.gated) * tokens * hidden_size * channels
+    out = 2 * tokens * hidden_size
+    forward = into_attention + into_ffn + out * (kept_width + kept_channels)
+    ahead = hidden_size if config.get("dense_target") else 0
+    if ahead:  # the dense model's stream
+        forward += into_attention + into_ffn + 2 * out * (width + channels)
+    statistics, heads, selection, recover, allocation = Work(), Work(), Work(), Work(), Work()
+    lstsq, obs = config["recovery"] == "lstsq", config.get("criterion") == "obs"
+    if config.get("allocation") == "auto":
+        statistics += Work(tokens * (width**2 + channels**2))
+        allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
+    if attention_pruned:
+        units = size.num_kv_heads
+        statistics += Work(tokens * (width + ahead) ** 2)
+        contributions = hidden_size * width**2 * (1 + 1 / units)
+        heads += Work(single=contributions) if on_gpu else Work(precise=contributions)
+        if obs:
+            heads += _elimination(width, kept_width, hidden_size)
+        if lstsq:
+            recover += _regression(width, kept_width, hidden_size)
+    if ffn_pruned:
+        if config.get("criterion", "slimllm") == "slimllm":
+            # Eigenvectors of a symmetric matrix: reduction to three diagonals, and back; on a GPU the matrix function.
+            axes = Work(single=26 * hidden_size**3) if on_gpu else Work(precise=(4 / 3 + 2) * hidden_size**3)
+            selection += axes + Work(single=2 * hidden_size**2 * channels)
+        if obs or lstsq:
+            statistics += Work(tokens * (channels + ahead) ** 2)
+            selection += Work(single=hidden_size * channels * (2 * channels + hidden_size))
+        if obs:
+            selection += _elimination(channels, kept_channels, hidden_size)
+        if lstsq:
+            recover += _regression(channels, kept_channels, hidden_size)
+        if not (obs or lstsq):
+            statistics += Work(tokens * hidden_size**2 if config.get("criterion", "slimllm") == "slimllm" else 0.0)
+            forward += out * channels  # y, beside ŷ
+    return {
+        "dense pass": Work(into_attention + into_ffn + out * (width + channels)),
+        "forward": Work(forward),
+        "statistics": statistics,
+        **({"allocation": allocation} if config.get("allocation") == "auto" else {}),
+        "heads": heads,
+        "channels": selection,
+        "recovery": recover,
+        "write": Work(num_bytes=2 * layer["parameters_after"]),  # in half precision
+    }
+
+
+def _regression(features: int, kept: int, hidden_size: int) -> Work:
+    """Of the removed features' output on the kept ones: the cross moments, the factor, and two triangular solves."""
+    removed = features - kept
+    return Work(precise=2 * removed * hidden_size * (kept + removed) + kept**3 / 3 + 2 * kept**2 * hidden_size)
+
+
+def _elimination(features: int, kept: int, hidden_size: int) -> Work:
+    """An inverse, and the updates of it and of the weights by all features that go."""
+    updates = 2 / 3 * (features**3 - kept**3) + hidden_size * (features**2 - kept**2)
+    return Work(single=features**3 + updates)
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates of large products and of a copy on the device, the best of several."""
+    a = torch.randn((2048, 2048) if device.type == "cpu" else (8192, 8192), device=device)
+    target = torch.empty_like(a)
+    copying = _best_seconds(lambda: target.copy_(a), device)
+    with full_precision(device):
+        rates = {kind: _product_rate(a, kind, device) for kind in (dtype, torch.float32, torch.float64)}
+    return Rates(rates[dtype], rates[torch.float32], rates[torch.float64], 2 * a.numel() * a.element_size() / copying)
+
+
+def _product_rate(a: torch.Tensor, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second, at the largest size that takes no more than about a second."""
+    rate, size = 0.0, 512
+    while size <= len(a):
+        factor = a[:size, :size].to(dtype)
+        seconds = _best_seconds(partial(torch.matmul, factor, factor), device)
+        rate, size = max(rate, 2 * size**3 / seconds), 2 * size
+        if seconds > 0.1:
+            break
+    return rate
+
+
+def _best_seconds(function: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
+    best = float("inf")
+    for _ in range(rounds + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return best

@@ -1,0 +1,149 @@
+"""`slimllm compare`: the same model pruned by several methods at the same ratios, and the perplexity of each.
+
+What the methods have in common is done once: the windows, and the dense pass of those that need the same of it. From the
+first pruned layer on their activations differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.config import PruneConfig
+from slimllm.errors import InputError
+from slimllm.evaluation.perplexity import perplexity_of
+from slimllm.pruning.jobs import prune_all
+from slimllm.pruning.report import PruneReport
+from slimllm.pruning.run import Notice
+from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.progress import ProgressCallback
+
+# The settings of each method, by the name in the table. Those that measure most come first, so that others can use it.
+METHODS: dict[str, dict[str, Any]] = {
+    "best": {"preset": "best"},
+    "flap": {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
+    "flap, uniform": {"criterion": "flap", "allocation": "uniform", "recovery": "bias"},
+    "slimllm": {"preset": "default"},
+    "slimllm + lstsq": {"recovery": "lstsq"},
+    "obs + lstsq": {"criterion": "obs", "recovery": "lstsq"},
+    "wanda-sp": {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "none"},
+    "wanda-sp + lstsq": {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "lstsq"},
+    "magnitude": {"criterion": "magnitude", "allocation": "uniform", "recovery": "none"},
+    "random": {"criterion": "random", "allocation": "uniform", "recovery": "none"},
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One line of the comparison.
+
+    Attributes:
+        method: Its name, or `dense` for the model as it is.
+        ratio: What was asked for; 0 for the dense model.
+        perplexity: On the text.
+        log_increase: Of its logarithm over the dense model's.
+        parameters: Of the whole model.
+        seconds: Of pruning, as if it were alone: with the dense pass, which it may have taken from another one (`shared`).
+        dense_pass_s: Of computing in one dense pass.
+        bos_token_id: What the windows of the text begin with; None: no BOS.
+    """
+
+    method: str
+    ratio: float
+    perplexity: float
+    log_increase: float
+    parameters: int
+    seconds: float
+    dense_pass_s: float
+    shared: bool
+    bos_token_id: int | None
+
+
+def compare(
+    model: str | Path,
+    ratios: Sequence[float],
+    config: PruneConfig,
+    token_ids: torch.Tensor,
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    seq_len: int = 128,
+    max_windows: int | None = None,
+    bos_token_id: int | None = None,
+    workdir: Path | None = None,
+    progress: ProgressCallback | None = None,
+    notice: Notice | None = None,
+    on_line: Callable[[Compared], None] | None = None,
+) -> list[Compared]:
+    """Prune a model by every method at every ratio, and measure each on the same text.
+
+    Args:
+        model: A folder, a GGUF file or a hub id.
+        ratios: Fractions of the layers' parameters to remove.
+        config: The settings that all have in common: calibration, memory, device. A method sets the criterion, the
+            allocation, the recovery and the token weights.
+        token_ids: The text to measure on, (num_tokens,) int64; not the calibration's.
+        methods: Names in `METHODS`.
+        seq_len: Tokens per window of the text.
+        max_windows: So many windows from its beginning; None: all.
+        bos_token_id: As for `perplexity`.
+        workdir: Where the model at work is written, and deleted again; None: the system's temporary folder.
+        progress, notice: As for `prune`.
+        on_line: Told every line as soon as it is there.
+
+    Returns:
+        The lines, that of the dense model first.
+
+    Raises:
+        ValueError: (as InputError) a method is not known, or what `prune` and `perplexity` raise.
+    """
+    for name in methods:
+        if name not in METHODS:
+            raise InputError(f"{name!r} is no method; there are {', '.join(METHODS)}.")
+    if not methods or not ratios:
+        raise InputError("Give at least one method and one ratio.")
+    plain = {"preset": "default", "criterion": None, "allocation": None, "recovery": None, "token_weights": None}
+    configs = {
+        (name, ratio): dataclasses.replace(config, ratio=ratio, **{**plain, **METHODS[name]})
+        for name in METHODS if name in methods for ratio in ratios
+    }  # fmt: skip
+    checkpoint = open_checkpoint(model)
+    lines: list[Compared] = []
+
+    def measure(folder: str | Path) -> float:
+        return perplexity_of(
+            folder, token_ids, seq_len=seq_len, max_windows=max_windows, bos_token_id=bos_token_id, device=config.device
+        )
+
+    def add(line: Compared) -> None:
+        lines.append(line)
+        if on_line:
+            on_line(line)
+
+    dense = measure(model)
+    with tempfile.TemporaryDirectory(prefix="slimllm-compare-", dir=workdir) as folder:
+        jobs = [(Path(folder) / f"{name} {ratio}", one) for (name, ratio), one in configs.items()]
+        names = dict(zip((out for out, _ in jobs), configs))
+
+        def on_report(report: PruneReport, out: Path) -> None:
+            name, ratio = names[out]
+            value = measure(out)
+            shutil.rmtree(out)  # the next one may be as large
+            if not lines:
+                before = report.parameters["before"]
+                add(Compared("dense", 0.0, dense, 0.0, before, 0.0, report.dense_pass_s, False, bos_token_id))
+            add(Compared(
+                name, ratio, value, math.log(value / dense), report.parameters["after"], report.seconds_alone,
+                report.dense_pass_s, report.dense_pass_shared, bos_token_id,
+            ))  # fmt: skip
+
+        prune_all(checkpoint, jobs, False, False, progress, notice, None, Ranks(), on_report)
+    return lines

@@ -1,0 +1,194 @@
+"""`slimllm sweep`: a model pruned at many ratios; what each costs in perplexity, and gains in parameters and speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimllm.checkpoints.destination import destination
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.config import PruneConfig
+from slimllm.errors import InputError
+from slimllm.evaluation.latency import Shape, measure_latency
+from slimllm.evaluation.latency.measure import check_shapes
+from slimllm.evaluation.latency.worker import check_length
+from slimllm.evaluation.perplexity import perplexity_of
+from slimllm.pruning.jobs import prune_all
+from slimllm.pruning.report import PruneReport
+from slimllm.pruning.run import Notice
+from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.memory import release
+from slimllm.runtime.progress import ProgressCallback
+
+_PLAIN: dict[str, Any] = {"criterion": None, "allocation": None, "recovery": None, "token_weights": None}
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One point of the sweep.
+
+    Attributes:
+        preset: That it was pruned by; `dense` for the model as it is.
+        ratio: What was asked for; 0 for the dense model.
+        parameters: Of the whole model.
+        perplexity: On the text.
+        log_increase: Of its logarithm over the dense model's.
+        prefill_per_s, decode_per_s: Tokens a second, medians over the rounds; of the dense model those beside the first
+            point.
+        prefill_speedup, decode_speedup: Over the dense model, in turns one after the other.
+        prune_s: Seconds of pruning, as if it were alone.
+    """
+
+    preset: str
+    ratio: float
+    parameters: int
+    perplexity: float
+    log_increase: float
+    prefill_per_s: float
+    decode_per_s: float
+    prefill_speedup: float
+    decode_speedup: float
+    prune_s: float
+
+
+def parse_ratios(words: Sequence[str]) -> list[float]:
+    """Ratios from `0.1:0.6:0.1` (first, last, step) or single numbers, or several of either; ascending.
+
+    Raises:
+        ValueError: (as InputError) it is neither, a ratio is not between 0 and 1, or there are more than 100.
+    """
+    found: set[float] = set()
+    for word in words:
+        parts = word.split(":")
+        if len(parts) not in (1, 3) or not all(re.fullmatch(r"\d*\.?\d+%?", part) for part in parts):
+            raise InputError(f"ratio must be a number or FIRST:LAST:STEP, such as 0.1:0.6:0.1, got {word!r}.")
+        first, *rest = (float(Decimal(part.rstrip("%")) / (100 if part.endswith("%") else 1)) for part in parts)
+        last, step = rest or (first, 1.0)
+        if step <= 0 or last < first or (last - first) / step > 100:
+            raise InputError(f"ratio {word} gives no ratios, or more than 100; give FIRST:LAST:STEP.")
+        count = math.floor((last - first) / step + 1e-9)
+        found |= {round(first + step * index, 9) for index in range(count + 1)}
+    if not found or min(found) <= 0 or max(found) >= 1:
+        raise InputError(f"Ratios must lie between 0 and 1, got {', '.join(words) or 'none'}.")
+    return sorted(found)
+
+
+def sweep(
+    model: str | Path,
+    ratios: Sequence[float],
+    config: PruneConfig,
+    token_ids: torch.Tensor,
+    *,
+    presets: Sequence[str] = ("default",),
+    seq_len: int = 128,
+    max_windows: int | None = None,
+    bos_token_id: int | None = None,
+    prompt: int = 128,
+    new_tokens: int = 32,
+    rounds: int = 5,
+    keep: str | Path | None = None,
+    workdir: str | Path | None = None,
+    done: Sequence[Swept] = (),
+    progress: ProgressCallback | None = None,
+    notice: Notice | None = None,
+    on_point: Callable[[Swept], None] | None = None,
+) -> list[Swept]:
+    """Prune a model at every ratio, and measure each: its perplexity on a text, and its speed beside the dense model's.
+
+    Args:
+        model: A folder, a GGUF file or a hub id.
+        ratios: Fractions of the layers' parameters to remove.
+        config: Calibration, memory, device; the preset sets criterion, allocation, recovery and token weights.
+        token_ids: The text to measure on, (num_tokens,) int64; not the calibration's.
+        presets: Each is pruned by at all ratios, with one dense pass.
+        seq_len, max_windows, bos_token_id: Of that text, as for `perplexity`.
+        prompt, new_tokens, rounds: As for `measure_latency`.
+        keep: A folder for the pruned models, PRESET/RATIO; None: each is deleted when it has been measured.
+        workdir: Where the one at work is otherwise written; None: the system's temporary folder.
+        done: Points of an earlier sweep with the same settings, which are not measured again.
+        progress, notice: As for `prune`.
+        on_point: Told about every point as soon as it is there.
+
+    Returns:
+        The points, the dense model's first, then by preset and ratio.
+
+    Raises:
+        ValueError: (as InputError) what `prune`, `perplexity` and `measure_latency` raise.
+    """
+    if not ratios or not presets:
+        raise InputError("Give at least one ratio and one preset.")
+    check_shapes([1], [prompt], new_tokens, rounds)
+    points = list(done)
+    checkpoint = open_checkpoint(model)
+    check_length(checkpoint.config, str(model), Shape(1, prompt, new_tokens))
+    there = {(point.preset, point.ratio) for point in points}
+    presets = list(dict.fromkeys(presets))
+    configs = {
+        (preset, ratio): dataclasses.replace(config, preset=preset, ratio=ratio, **_PLAIN)
+        for preset in presets for ratio in ratios if (preset, ratio) not in there
+    }  # fmt: skip
+
+    def add(point: Swept) -> None:
+        points.append(point)
+        if on_point:
+            on_point(point)
+
+    def measured(folder: str | Path) -> float:
+        return perplexity_of(
+            folder, token_ids, seq_len=seq_len, max_windows=max_windows, bos_token_id=bos_token_id, device=config.device
+        )
+
+    def on_report(report: PruneReport, out: Path) -> None:
+        preset, ratio = report.config["preset"], report.config["ratio"]
+        if (preset, ratio) in there:
+            return
+        release()
+        speed = measure_latency(
+            [model, out], prompts=[prompt], new_tokens=new_tokens, rounds=rounds, device=config.device
+        )  # fmt: skip
+        if "dense" not in {point.preset for point in points}:
+            first = speed.lines[0]
+            prefill, decode = statistics.median(first.prefill_rates), statistics.median(first.decode_rates)
+            add(Swept("dense", 0.0, report.parameters["before"], dense, 0.0, prefill, decode, 1.0, 1.0, 0.0))
+        line, value = speed.lines[1], measured(out)
+        add(Swept(
+            preset, ratio, report.parameters["after"], value, math.log(value / dense),
+            statistics.median(line.prefill_rates), statistics.median(line.decode_rates),
+            speed.speedup(line, "prefill_rates"), speed.speedup(line, "decode_rates"), report.seconds_alone,
+        ))  # fmt: skip
+        if keep is None:
+            shutil.rmtree(out)  # the next one may be as large
+
+    dense = next((point.perplexity for point in points if point.preset == "dense"), None) or measured(model)
+    with tempfile.TemporaryDirectory(prefix="slimllm-sweep-", dir=workdir) as folder:
+        for preset in presets:
+            where = destination(Path(keep or folder) / preset)
+            jobs = [(where / str(ratio), one) for (name, ratio), one in configs.items() if name == preset]
+            if jobs:
+                prune_all(checkpoint, jobs, False, keep is not None, progress, notice, None, Ranks(), on_report)
+    order = {preset: number for number, preset in enumerate(["dense", *presets])}
+    return sorted(points, key=lambda point: (order.get(point.preset, len(order)), point.ratio))
+
+
+def on_front(points: Sequence[Swept]) -> set[tuple[str, float]]:
+    """The points that no other one beats: none has fewer parameters and a perplexity that is not higher, or the reverse."""
+
+    def beaten(point: Swept) -> bool:
+        return any(
+            other.parameters <= point.parameters and other.perplexity <= point.perplexity
+            and (other.parameters, other.perplexity) != (point.parameters, point.perplexity)
+            for other in points
+        )  # fmt: skip
+
+    return {(point.preset, point.ratio) for point in points if not beaten(point)}

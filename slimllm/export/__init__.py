@@ -1,0 +1,1 @@
+"""Pruned models in formats of others: a stock architecture, padded, or GGUF."""

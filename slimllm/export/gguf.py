@@ -1,0 +1,224 @@
+"""A model as a GGUF file for llama.cpp, one tensor in memory at a time.
+
+Layers alike and without biases are written as `llama`, others as `deci`, LLaMA's mathematics with sizes by layer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from slimllm.checkpoints.destination import check_space
+from slimllm.checkpoints.gguf import rope_order
+from slimllm.checkpoints.journal import sync
+from slimllm.checkpoints.native import is_llama
+from slimllm.checkpoints.source import CheckpointModel
+from slimllm.errors import InputError, OutputError
+from slimllm.export.gguf_vocabulary import add_vocabulary
+from slimllm.export.source import ExportSource
+from slimllm.models.families import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
+from slimllm.models.slicing import LayerSizes
+from slimllm.runtime.progress import ProgressCallback
+
+_FILE_TYPES = {
+    torch.float32: gguf.LlamaFileType.ALL_F32,
+    torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+    torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+}
+_TYPES = {
+    torch.float32: gguf.GGMLQuantizationType.F32,
+    torch.float16: gguf.GGMLQuantizationType.F16,
+    torch.bfloat16: gguf.GGMLQuantizationType.BF16,
+}
+
+
+def write_gguf(
+    source: ExportSource,
+    out: Path,
+    overwrite: bool,
+    progress: ProgressCallback | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> str:
+    """Write the file, and give the architecture; see `slimllm.export.stock`."""
+    source.leave_out(set().union(*source.zero_biases()))
+    sizes = source.sizes()
+    _check(source, sizes, out, overwrite)
+    alike = all(size == sizes[0] for size in sizes)
+    biases = any(size.qkv_bias or size.attention_out_bias or size.gate_bias or size.ffn_out_bias for size in sizes)
+    architecture = "llama" if alike and not biases else "deci"
+    if notice and (sentence := _about_row_lengths(source)):
+        notice(sentence)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        check_space(out, sum(math.prod(shape) * _dtype(source, name).itemsize for name, shape in source.shapes().items()))
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            path = Path(folder) / out.name
+            _write(source, sizes, path, architecture, progress)
+            sync(path)
+            os.replace(path, out)
+            sync(out.parent)
+    except OSError as error:
+        raise OutputError(f"The disk failed while {out} was being made: {error}.") from error
+    return architecture
+
+
+def _about_row_lengths(source: CheckpointModel) -> str | None:
+    """Which matrices llama.cpp's quantisation will not take as it is told to: its k-quants have blocks of 256 in a row."""
+    rows = {name: shape[-1] for name, shape in source.shapes().items() if len(shape) > 1}
+    odd = {name: length for name, length in rows.items() if length % 256}
+    if not odd:
+        return None
+    sentence = (
+        f"{len(odd)} of {len(rows)} matrices have rows whose length is not a multiple of 256, so llama-quantize falls back "
+        "from k-quants (Q4_K_M, …) to larger types for them"
+    )
+    if unquantised := sum(length % 32 > 0 for length in odd.values()):
+        sentence += f", and leaves {unquantised}, whose rows are not a multiple of 32 either, in 16 bits"
+    helped = sum(f".{source.spec.down_proj}." in name and length > 256 for name, length in odd.items())
+    if helped:
+        sentence += (
+            f"; --round-to 256 when pruning keeps the widths of the FFNs multiples of it, which helps {helped} of them"
+        )
+    return f"{sentence}."
+
+
+def _dtype(source: CheckpointModel, name: str) -> torch.dtype:
+    """In what a tensor is written: matrices as they are stored, the others in fp32, as llama.cpp has it."""
+    stored = source.checkpoint.storage_dtype(name)
+    return stored if len(source.shapes()[name]) > 1 and stored in _TYPES else torch.float32
+
+
+def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrite: bool) -> None:
+    if out.suffix != ".gguf":
+        raise InputError(f"{out} is to be a GGUF file, so give it a name that ends with .gguf.")
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; give the name of a file.")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists already; give another name, or --overwrite to replace the file.")
+    if out.exists():
+        with out.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{out} is no GGUF file, so it will not be overwritten.")
+    if not is_llama(source.config, source.spec):
+        raise InputError(
+            f"GGUF can be written for LLaMA's mathematics, which {source.spec.family} with its norms or windows is not; "
+            "the native format keeps all, and of a stock model llama.cpp's own convert_hf_to_gguf.py makes the file."
+        )
+    if source.config.hidden_act not in ("silu", "swish"):
+        raise InputError(
+            f"llama.cpp computes SiLU where this model has {source.config.hidden_act}; the native format keeps it."
+        )
+    wide = [index for index, size in enumerate(sizes) if size.num_heads * source.head_dim != source.config.hidden_size]
+    if sizes[0].qkv_bias and wide:
+        raise InputError(
+            "llama.cpp has no place for the biases of q, k and v in layers with fewer heads; the native format keeps them."
+        )
+
+
+def _write(
+    source: CheckpointModel, sizes: list[LayerSizes], path: Path, architecture: str, progress: ProgressCallback | None
+) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_settings(writer, source, sizes, architecture)
+    with tempfile.TemporaryDirectory() as companions:
+        source.checkpoint.write_companions(Path(companions))
+        add_vocabulary(writer, Path(companions), source.config.vocab_size)
+    factors = _rope_factors(writer, source)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
+    names = dict(_names(source))
+    for name, theirs in names.items():
+        shape = source.shapes()[name]
+        kind = _TYPES[_dtype(source, name)]
+        if kind == gguf.GGMLQuantizationType.BF16:
+            num_bytes = 2 * math.prod(shape)
+            writer.add_tensor_info(theirs, (*shape[:-1], 2 * shape[-1]), np.dtype(np.uint8), num_bytes, raw_dtype=kind)
+        else:
+            numbers = np.dtype(np.float32 if kind == gguf.GGMLQuantizationType.F32 else np.float16)
+            writer.add_tensor_info(theirs, shape, numbers, numbers.itemsize * math.prod(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
+    for number, name in enumerate(names):
+        tensor = _in_their_order(source, sizes, name, source.checkpoint.read([name])[name])
+        tensor = tensor.to(_dtype(source, name)).contiguous()
+        content: Any = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
+        writer.write_tensor_data(content.numpy())
+        if progress:
+            progress("export", number, len(names), None)
+    writer.close()
+
+
+def _names(source: CheckpointModel) -> Iterator[tuple[str, str]]:
+    """Our tensors' names and GGUF's."""
+    layer_names = {ours: theirs for theirs, ours in GGUF_LAYER_NAMES.items()}
+    model_names = {ours: theirs for theirs, ours in GGUF_MODEL_NAMES.items()}
+    for name in source.shapes():
+        module, kind = name.rsplit(".", 1)
+        if module in model_names:
+            yield name, f"{model_names[module]}.{kind}"
+        else:
+            index, own = module.removeprefix(f"{source.spec.layers}.").split(".", 1)
+            yield name, f"blk.{index}.{layer_names[own]}.{kind}"
+
+
+def _in_their_order(source: CheckpointModel, sizes: list[LayerSizes], name: str, tensor: torch.Tensor) -> torch.Tensor:
+    for projection, heads in ((source.spec.q_proj, "num_heads"), (source.spec.k_proj, "num_kv_heads")):
+        if f".{projection}." in name:
+            index = int(name.removeprefix(f"{source.spec.layers}.").split(".", 1)[0])
+            return rope_order(tensor, getattr(sizes[index], heads))
+    return tensor
+
+
+def _add_settings(writer: gguf.GGUFWriter, source: CheckpointModel, sizes: list[LayerSizes], architecture: str) -> None:
+    config = source.config
+    by_layer = {
+        writer.add_head_count: [size.num_heads for size in sizes],
+        writer.add_head_count_kv: [size.num_kv_heads for size in sizes],
+        writer.add_feed_forward_length: [size.intermediate_size for size in sizes],
+    }
+    for add, numbers in by_layer.items():
+        add(numbers[0] if architecture == "llama" else numbers)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(source.checkpoint.name)
+    writer.add_file_type(_FILE_TYPES[_dtype(source, f"{source.spec.embedding}.weight")])
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(sizes))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(source.head_dim)
+    writer.add_value_length(source.head_dim)
+    writer.add_rope_dimension_count(source.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _rope_factors(writer: gguf.GGUFWriter, source: CheckpointModel) -> np.ndarray[Any, Any] | None:
+    """Settings of the rotary embedding; and by what each frequency is divided, if the rule for it has none in GGUF."""
+    config = source.config
+    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    theta = float(rope.get("rope_theta") or config.rope_theta)
+    kind = rope.get("rope_type") or rope.get("type", "default")  # as older configurations have it
+    writer.add_rope_freq_base(theta)
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "llama3":
+        rotary: Any = source.model.get_submodule(source.spec.rotary)
+        plain = theta ** -(torch.arange(0, source.head_dim, 2, dtype=torch.float64) / source.head_dim)
+        factors: np.ndarray[Any, Any] = (plain / rotary.inv_freq.double()).float().numpy()
+        return factors
+    elif kind != "default":
+        raise InputError(
+            f"Rotary embeddings scaled by the rule {kind!r} cannot be written to GGUF; the native format keeps them."
+        )
+    return None

@@ -1,0 +1,58 @@
+"""Layers of different sizes made alike by zeros, which changes nothing that they compute."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from slimllm.models.families import LayerSpec
+from slimllm.models.slicing import LayerSizes, Tensors
+
+
+def padded_sizes(sizes: list[LayerSizes]) -> LayerSizes:
+    """The least sizes that hold every layer: the most KV heads, query heads per KV head, and channels of any.
+
+    `params` is that of a layer before it.
+    """
+    kv_heads, group = max(size.num_kv_heads for size in sizes), max(size.group_size for size in sizes)
+    return dataclasses.replace(
+        sizes[0], num_heads=kv_heads * group, num_kv_heads=kv_heads,
+        intermediate_size=max(size.intermediate_size for size in sizes),
+        attention_out_bias=any(size.attention_out_bias for size in sizes),
+        ffn_out_bias=any(size.ffn_out_bias for size in sizes),
+    )  # fmt: skip
+
+
+def pad_layer(tensors: Tensors, spec: LayerSpec, size: LayerSizes, wanted: LayerSizes, head_dim: int) -> Tensors:
+    """A layer with more heads and channels, all of whose weights and biases are 0.
+
+    A new head's values are 0 and so is what it puts out; a new channel's product of gate and up is 0. New query heads go to
+    the end of their KV group, so that those that were there keep their keys and values.
+
+    Args:
+        tensors: Of the layer, by names relative to it.
+        spec: The names in it.
+        size, wanted: Its sizes, and those to bring it to.
+        head_dim: Of the model.
+    """
+    queries = (size.num_kv_heads, size.group_size, head_dim), (wanted.num_kv_heads, wanted.group_size, head_dim)
+    keys = (size.num_kv_heads, 1, head_dim), (wanted.num_kv_heads, 1, head_dim)
+    channels = (1, 1, size.intermediate_size), (1, 1, wanted.intermediate_size)
+    result = dict(tensors)
+    for name, (old, new) in {
+        spec.q_proj: queries, spec.k_proj: keys, spec.v_proj: keys, **dict.fromkeys(spec.into_ffn, channels),
+    }.items():  # fmt: skip
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" in tensors:
+                result[f"{name}.{kind}"] = _pad_rows(tensors[f"{name}.{kind}"], old, new)
+    for name, (old, new) in {spec.o_proj: queries, spec.down_proj: channels}.items():
+        result[f"{name}.weight"] = _pad_rows(tensors[f"{name}.weight"].T, old, new).T.contiguous()
+    return result
+
+
+def _pad_rows(tensor: torch.Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> torch.Tensor:
+    """Zeros behind the rows of a tensor, which are numbered by three indices of the sizes `old`, brought to `new`."""
+    whole = tensor.new_zeros(*new, *tensor.shape[1:])
+    whole[: old[0], : old[1], : old[2]] = tensor.reshape(*old, *tensor.shape[1:])
+    return whole.flatten(0, 2)

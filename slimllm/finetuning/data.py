@@ -1,0 +1,191 @@
+"""Examples to train on: instructions with answers, or windows of text."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from slimllm.calibration import (
+    check_messages,
+    check_regular,
+    fields_of,
+    has_empty,
+    is_unicode,
+    recognise,
+    rendered,
+    shown,
+    tokenize,
+    window_bos,
+    windows_of,
+)
+from slimllm.errors import InputError
+from slimllm.pruning.run import Notice, say_nothing
+
+# Stanford Alpaca's, on which LLM-Pruner and SlimLLM train.
+_ALONE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, of which the first `given` are not learnt: the instruction."""
+
+    ids: tuple[int, ...]
+    given: int = 0
+
+
+def read_examples(
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, notice: Notice = say_nothing
+) -> list[Example]:
+    """Read the examples of a file.
+
+    Args:
+        data: A file of JSON lines, a JSON list, a table (.csv, .tsv) or plain text, also compressed with gzip or zstd. The
+            objects have "instruction", "output" and, if there is one, "input", as Alpaca has them, and each is an example,
+            whose answer alone is learnt; or "messages", of which the last one of the role "assistant" is learnt, and what
+            comes before it is given, as the model's chat template writes it; or "text". Text is cut into windows, all of
+            whose tokens are learnt.
+        tokenizer: The model's.
+        seq_len: Tokens of an example at most. Longer answers are cut off; what leaves no room for its answer, or has none,
+            is left out, as is what is not valid Unicode.
+        notice: Told how many are.
+
+    Raises:
+        ValueError: (as InputError) there is no such file, it cannot be read, or gives no example.
+    """
+    path, name = Path(os.path.expanduser(data)), shown(data)
+    try:
+        check_regular(path)
+        if not path.is_file():
+            raise InputError(f"There is no file {name} to train on; give a .jsonl, .json or .txt file.")
+        file = recognise(path)
+        numbered = [(1, {"text": file.text()})] if file.kind == "text" else list(file.entries())
+    except OSError as error:
+        raise InputError(f"{name} cannot be read: {error.strerror}.") from None
+    records = _checked(numbered, name)
+    clean = [(number, record) for number, record in records if is_unicode(_everything(record))]
+    if broken := len(records) - len(clean):
+        notice(f"{broken} of {len(records)} examples are not valid Unicode and are left out.")
+    kinds = {_kind(record) for _, record in records}
+    if len(kinds) > 1:
+        kind = "text" if "text" in kinds else "messages"
+        raise InputError(f'{name} has objects with "{kind}" and others without; give one kind.')
+    if kinds == {"text"}:
+        texts = [record["text"] for _, record in clean if record["text"]]
+        if empty := len(clean) - len(texts):
+            notice(f"{empty} of {len(records)} examples have no text and are left out.")
+        stream = tokenize(tokenizer, texts)
+        windows = windows_of(stream, seq_len, window_bos(tokenizer, "auto"))
+        examples = [Example(tuple(window.tolist())) for window in windows]
+    else:
+        make = _conversation if kinds == {"messages"} else _alpaca
+        examples = [
+            one for number, record in clean if (one := make(record, f"Entry {number} of {name}", tokenizer, seq_len))
+        ]
+        if left_out := len(clean) - len(examples):
+            notice(f"{left_out} of {len(records)} examples have no answer, or no room for it in {seq_len} tokens.")
+    if not examples:
+        raise InputError(f"{name} gives no example of {seq_len} tokens; give more text, or another seq_len.")
+    return examples
+
+
+def batch_of(examples: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token ids, attention mask and labels, (examples, tokens) int64 each, padded on the right."""
+    length = max(len(example.ids) for example in examples)
+    ids, mask = torch.zeros(2, len(examples), length, dtype=torch.int64)
+    labels = torch.full_like(ids, _IGNORED)
+    for row, example in enumerate(examples):
+        own = torch.tensor(example.ids)
+        ids[row, : len(own)], mask[row, : len(own)] = own, 1
+        labels[row, example.given : len(own)] = own[example.given :]
+    return ids.to(device), mask.to(device), labels.to(device)
+
+
+def learnt(labels: torch.Tensor) -> torch.Tensor:
+    """Which positions are predicted, (examples, tokens - 1): those whose next token is learnt."""
+    return labels[:, 1:] != _IGNORED
+
+
+def _kind(record: dict[str, Any]) -> str:
+    return next((kind for kind in ("text", "messages") if kind in record), "instruction")
+
+
+def _checked(numbered: list[tuple[int, Any]], name: str) -> list[tuple[int, dict[str, Any]]]:
+    """The records, if they are objects of a known kind; an answer may be missing, but not all of them."""
+    if not numbered:
+        raise InputError(f"{name} holds no list of JSON objects.")
+    answered = any(isinstance(record, dict) and "output" in record for _, record in numbered)
+    for number, record in numbered:
+        fields: dict[str, Any] = record if isinstance(record, dict) else {}
+        # Messages are checked where they are rendered.
+        wanted = {"text": ("text",), "messages": (), "instruction": ("instruction",)}[_kind(fields)]
+        optional = ("input", "output") if wanted == ("instruction",) else ()
+        # A text may be null, and is left out then.
+        strings = all(isinstance(fields.get(field), str | None if field == "text" else str) for field in wanted)
+        strings = strings and all(isinstance(fields.get(field), str | None) for field in optional)
+        if not strings or not isinstance(record, dict) or (optional and not answered):
+            has = f" (it has {fields_of(record)})" if isinstance(record, dict) else ""
+            raise InputError(
+                f'Entry {number} of {name} is not a JSON object with "instruction" and "output", or with "text", as text, '
+                f'or with "messages"{has}.'
+            )
+    return numbered
+
+
+def _everything(record: dict[str, Any]) -> str:
+    """What is read of a record, as one string."""
+    fields = ("text", "instruction", "input", "output")
+    messages = record.get("messages")
+    parts = [record.get(field) for field in fields] + [
+        message.get(field)
+        for message in (messages if isinstance(messages, list) else [])
+        if isinstance(message, dict)
+        for field in ("role", "content")
+    ]
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _alpaca(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
+    template = _WITH_INPUT if record.get("input") else _ALONE
+    prompt = template.format(instruction=record["instruction"], input=record.get("input"))
+    return _example(prompt, record.get("output") or "", tokenizer, seq_len)
+
+
+def _conversation(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
+    messages = record["messages"]
+    if messages is None or has_empty(messages):
+        return None
+    check_messages(messages, where)
+    last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    answer = messages[last]["content"]
+    if last == 0 or not answer.strip():
+        return None
+    given = rendered(messages[:last], tokenizer, where, answer=True) or ""
+    whole = rendered(messages[: last + 1], tokenizer, where) or ""
+    # With what the template writes after an answer, which the model must learn; some templates change what comes before it.
+    if whole.startswith(given):
+        answer = whole[len(given) :].rstrip()
+    return _example(given, answer.removesuffix(tokenizer.eos_token or ""), tokenizer, seq_len)
+
+
+def _example(prompt: str, output: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
+    given = tokenizer(prompt, verbose=False)["input_ids"]
+    # Apart from the instruction, so that where it ends is known; the end, if the tokenizer has one, is learnt too.
+    answer = tokenizer(output, verbose=False, add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if len(given) >= seq_len or not answer:
+        return None
+    return Example(tuple([*given, *answer, *end][:seq_len]), len(given))

@@ -1,0 +1,103 @@
+"""finetune.json: everything about a training, for people and programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimllm.checkpoints.foreign_json import EVERY
+from slimllm.errors import InputError
+from slimllm.pruning.model_card import in_line
+from slimllm.pruning.report import REPORT_NAME, read_report
+
+FINETUNE_NAME = "finetune.json"
+
+
+_SHAPE = {
+    "model": str, "data": str, "out": str,
+    "config": {"rank": int, "learning_rate": float, "batch_size": int},
+    "examples": int, "held_out_examples": int, "trainable": int, "parameters": int, "loss": [float],
+    "held_out": [[float]], "tokens": int, "elapsed_s": float, "peak_host_gib": float, "peak_gpu_gib": float,
+    "device": str, "compute_dtype": str, "versions": {EVERY: str}, "identity": dict,
+}  # fmt: skip
+
+
+@dataclass
+class FinetuneReport:
+    """What a training did. Keys of finetune.json are the names of these fields.
+
+    Attributes:
+        model, data, out: As they were given.
+        config: The settings (`FinetuneConfig.to_dict`).
+        examples: How many were trained on, and `held_out_examples` only measured.
+        trainable: Parameters of the factors, of `parameters` of the model.
+        loss: Of every step, in nats a learnt token, before it.
+        held_out: Pairs of a step, after which it was, and the mean loss of the held-out examples: before the first one,
+            every `save_every` steps, and at the end; before the factors are merged and rounded to the checkpoint's dtype.
+        tokens: That passed the model in training.
+        elapsed_s: Seconds in all, those before an interruption included.
+        peak_host_gib, peak_gpu_gib: Peak memory since the last interruption.
+        device, compute_dtype, versions: What ran.
+        identity: What another training must have in common with this one to be the same.
+    """
+
+    model: str
+    data: str
+    out: str
+    config: dict[str, Any]
+    examples: int
+    held_out_examples: int
+    trainable: int
+    parameters: int
+    loss: list[float]
+    held_out: list[tuple[int, float]]
+    tokens: int
+    elapsed_s: float
+    peak_host_gib: float
+    peak_gpu_gib: float
+    device: str
+    compute_dtype: str
+    versions: dict[str, str]
+    identity: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write finetune.json into the folder."""
+        text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+        (folder / FINETUNE_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> FinetuneReport:
+        """Read the report of a trained checkpoint.
+
+        Raises:
+            ValueError: (as InputError) the folder holds no finetune.json, or none of ours.
+        """
+        path = Path(folder) / FINETUNE_NAME
+        report = read_report(cls, path, "a training", _SHAPE)
+        if any(len(pair) != 2 for pair in report.held_out):
+            raise InputError(f"{path} is not the report of a training: held_out is not of pairs.")
+        return report
+
+
+def add_to_model_card(report: FinetuneReport, folder: Path) -> None:
+    """Say in the README.md of a folder, if there is one, that the model has been trained; nothing depends on the clock."""
+    card, config = folder / "README.md", report.config
+    if not card.is_file():
+        return
+    held_out = ""
+    if report.held_out:
+        held_out = f" The loss on {report.held_out_examples} held-out examples went from {report.held_out[0][1]:.3f} to "
+        held_out += f"{report.held_out[-1][1]:.3f} nats a token."
+    pruned = " Perplexities above are those before." if (folder / REPORT_NAME).is_file() else ""
+    text = f"""
+## Trained
+
+By LoRA (rank {config["rank"]}, learning rate {config["learning_rate"]:g}, batches of
+{config["batch_size"]}) on {in_line(Path(report.data).name)}: {len(report.loss)} steps over {report.examples} examples; the
+factors are merged into the weights.{held_out}{pruned} Every step is in `finetune.json`.
+"""
+    text = card.read_text(encoding="utf-8").rstrip() + "\n" + text
+    card.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold bytes that are not UTF-8

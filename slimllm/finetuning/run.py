@@ -1,0 +1,236 @@
+"""One training: checks, steps with states on the disk, and the result, merged, in the format of the model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from slimllm.calibration import check_seq_len
+from slimllm.checkpoints.destination import check_destination, check_space, destination
+from slimllm.checkpoints.journal import Journal, fingerprint
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checkpoints.source import CheckpointModel
+from slimllm.checkpoints.writer import (
+    CheckpointWriter,
+    can_resume,
+    check_interrupted,
+    remove_leftover,
+)
+from slimllm.config import parse_device
+from slimllm.errors import HopelessError, InputError
+from slimllm.evaluation.perplexity import load
+from slimllm.finetuning.config import FinetuneConfig
+from slimllm.finetuning.data import Example, read_examples
+from slimllm.finetuning.report import FINETUNE_NAME, FinetuneReport, add_to_model_card
+from slimllm.pruning.report import REPORT_NAME, versions
+from slimllm.pruning.run import Notice, checksum_of, environment_of, say_changes, say_nothing
+from slimllm.runtime import memory
+from slimllm.runtime.progress import ProgressCallback
+
+
+def finetune(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    config: FinetuneConfig | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    trust_remote_code: bool = False,
+    progress: ProgressCallback | None = None,
+    notice: Notice = say_nothing,
+) -> FinetuneReport:
+    """Train a model, pruned or not, by LoRA on all projections of its layers, and write it, merged, in its own format.
+
+    Args:
+        model: A Hugging Face folder, such as `prune` writes.
+        data: What to train on, see `read_examples`.
+        out: The folder to make. It appears when it is complete.
+        config: The settings; None: the defaults.
+        overwrite: Replace a model that is in `out` already.
+        resume: Go on with the training that was interrupted, if one was: the result becomes what it would have been.
+        trust_remote_code: Run Python code that comes with the model, such as that of its tokenizer.
+        progress: Told about every step ("train", with its loss) and, in the end, every layer that is written ("export"). An
+            exception of its stops the training there, with its state on the disk.
+        notice: Told, in sentences, what is worth knowing.
+
+    Returns:
+        The report, which is also written to `out`/finetune.json.
+
+    Raises:
+        ValueError: (as InputError) something about the input is wrong; (as OutputError) the disk is full or failed.
+        TypeError: config is no FinetuneConfig.
+    """
+    started = time.perf_counter()
+    config = FinetuneConfig() if config is None else config
+    if not isinstance(config, FinetuneConfig):
+        raise TypeError(f"config must be a FinetuneConfig, got {type(config).__name__}.")
+    try:
+        from slimllm.finetuning.train import Training
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise InputError(
+            "LoRA is peft's, which is not installed; pip install peft, or this package with the extra finetune."
+        ) from None
+    out, device = destination(out), parse_device(config.device)
+    in_place = check_interrupted(out, resume)
+    checkpoint = open_checkpoint(model)
+    if checkpoint.path.is_file():
+        raise InputError(f"{model} is a GGUF file; give the folder of a Hugging Face model, such as slimllm prune writes.")
+    source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
+    for sentence in checkpoint.left_out():
+        notice(sentence)
+    if config.rank > source.config.hidden_size:
+        raise InputError(
+            f"rank is {config.rank}, but the model's matrices have only {source.config.hidden_size} rows or columns; "
+            "give less."
+        )
+    examples, held_out = _examples(data, checkpoint.tokenizer(trust_remote_code), config, source, notice)
+    compute_dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    identity = _identity(source, examples + held_out, config, compute_dtype)
+    if resume and not can_resume(out) and (out / FINETUNE_NAME).is_file():
+        report = FinetuneReport.read(out)
+        if report.identity == json.loads(json.dumps(identity)):
+            remove_leftover(out)
+            notice(f"{out} is complete already.")
+            return report
+    check_destination(out, [checkpoint.path, Path(data).expanduser()], overwrite or in_place)
+    check_space(out, sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors")))
+    with CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment_of(device, 1)) as writer:
+        if writer.journal.done("finished"):
+            writer.finish()
+            return FinetuneReport.read(out)
+        loaded, _ = load(checkpoint.path, dtype=compute_dtype, device=config.device, trust_remote_code=trust_remote_code)
+        parameters = sum(parameter.numel() for parameter in loaded.parameters())
+        training = Training(loaded, source.spec.layers, examples, config)
+        missing = [name for name in training.projections if f"{name}.weight" not in source.shapes()]
+        if missing:
+            raise InputError(f"{missing[0]} of {model} is stored in a form of its own; prune the model first.")
+        memory.reset_peak(device)
+        curve = _train(training, held_out, config, writer.journal, started, progress, notice)
+        _write(training, source, writer, progress)
+        report = FinetuneReport(
+            model=str(model),
+            data=str(data),
+            out=str(out),
+            config=config.to_dict(),
+            examples=len(examples),
+            held_out_examples=len(held_out),
+            trainable=training.trainable,
+            parameters=parameters,
+            **curve,
+            peak_host_gib=memory.peak_host_gib(),
+            peak_gpu_gib=memory.peak_gpu_gib(device),
+            device=str(device),
+            compute_dtype=compute_dtype,
+            versions=versions(),
+            identity=identity,
+        )
+        report.save(writer.folder)
+        add_to_model_card(report, writer.folder)
+        writer.complete()
+        writer.finish()
+    return report
+
+
+def _examples(
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: CheckpointModel, notice: Notice
+) -> tuple[list[Example], list[Example]]:
+    """Those to train on, and those held out."""
+    check_seq_len(config.seq_len, source.config)
+    every = read_examples(data, tokenizer, config.seq_len, notice)
+    if max(max(example.ids) for example in every) >= source.config.vocab_size:
+        raise InputError("The tokenizer has more tokens than the model's vocabulary; is it the tokenizer of this model?")
+    order = torch.randperm(len(every), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    number = min(config.held_out, len(every) // 10)
+    shuffled = [every[index] for index in order]
+    return shuffled[: len(every) - number], shuffled[len(every) - number :]
+
+
+def _identity(
+    source: CheckpointModel, examples: list[Example], config: FinetuneConfig, compute_dtype: str
+) -> dict[str, Any]:
+    """What two trainings must have in common for one to go on with the other."""
+    settings = config.to_dict()
+    del settings["device"], settings["dtype"]
+    checksums = [fingerprint(source.weights(index)) for index in range(source.num_layers)]
+    checksums += [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
+    return {
+        "slimllm": versions()["slimllm"],
+        **settings,
+        "compute_dtype": compute_dtype,
+        "examples, by checksum": zlib.crc32(json.dumps([[example.given, *example.ids] for example in examples]).encode()),
+        "model, by checksum": checksum_of(checksums),
+    }
+
+
+def _train(
+    training: Any, held_out: list[Example], config: FinetuneConfig, journal: Journal, started: float,
+    progress: ProgressCallback | None, notice: Notice,
+) -> dict[str, Any]:  # fmt: skip
+    """All steps that are left: the curve, as the report has it."""
+    curve: dict[str, Any] = {"loss": [], "held_out": [], "tokens": 0, "elapsed_s": 0.0}
+    if steps := journal.done("train"):
+        training.restore(journal.state(), len(steps[-1]["loss"]))
+        curve = {name: steps[-1][name] for name in curve}
+        started -= curve["elapsed_s"]
+        notice(f"Going on behind step {training.done} of {training.num_steps}.")
+        say_changes(journal, training.device, 1, notice)
+    elif held_out:
+        curve["held_out"].append([0, training.mean_loss(held_out)])
+
+    def record() -> None:
+        curve["elapsed_s"] = time.perf_counter() - started
+        journal.record("train", training.state(), **copy.deepcopy(curve))  # it is written beside the next steps
+
+    while training.done < training.num_steps:
+        loss, tokens = training.step()
+        curve["loss"].append(loss)
+        curve["tokens"] += tokens
+        save = training.done % config.save_every == 0 or training.done == training.num_steps
+        if save:
+            if held_out:
+                curve["held_out"].append([training.done, training.mean_loss(held_out)])
+            record()
+        try:
+            if progress:
+                progress("train", training.done - 1, training.num_steps, {"loss": loss})
+        except BaseException:
+            if not save:
+                record()
+            raise
+    return curve
+
+
+def _write(training: Any, source: CheckpointModel, writer: CheckpointWriter, progress: ProgressCallback | None) -> None:
+    """The model's files, with the factors in its weights."""
+    checkpoint = source.checkpoint
+    for index in range(source.num_layers):
+        prefix, tensors = source.layer_prefix(index), {}
+        for name, tensor in source.weights(index).items():
+            projection = prefix + name.removesuffix(".weight")
+            if name.endswith(".weight") and projection in training.projections:
+                tensor = (tensor.float() + training.update(projection)).to(tensor.dtype)
+                if not bool(tensor.isfinite().all()):
+                    raise HopelessError(f"{prefix}{name} is not finite any more; give a smaller learning_rate.")
+            tensors[prefix + name] = tensor
+        writer.write_shard(index + 1, tensors)
+        if progress:
+            progress("export", index, source.num_layers, None)
+    writer.write_shard(source.num_layers + 1, checkpoint.read(source.other_tensors()))
+    checkpoint.write_companions(writer.folder)
+    for file in (
+        *checkpoint.path.glob("*.py"),
+        *(checkpoint.path / name for name in ("config.json", "README.md", REPORT_NAME)),
+    ):
+        if file.is_file():
+            shutil.copyfile(file, writer.folder / file.name)

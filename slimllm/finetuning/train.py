@@ -1,0 +1,169 @@
+"""The training itself: steps of AdamW on the factors of LoRA, each a function of its number and the state before it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimllm.errors import HopelessError, InputError
+from slimllm.finetuning.config import FinetuneConfig
+from slimllm.finetuning.data import Example, batch_of, learnt
+from slimllm.runtime.hidden_states import State
+
+MAX_NORM = 1.0  # of the gradient, as transformers' Trainer has it, which LLM-Pruner trains with
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
+class Training:
+    """A model with its factors, and the steps that train them.
+
+    Args:
+        model: The model, whose weights stay as they are.
+        layers: The name of its list of layers, in which all projections get factors.
+        examples: To train on.
+        config: The settings.
+
+    Attributes:
+        num_steps: How many there are.
+        done: How many of them are done.
+        device: Where the model is.
+        projections: Those with factors, by their names in the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: str, examples: list[Example], config: FinetuneConfig) -> None:
+        self._examples, self._config = examples, config
+        self.device = model.device
+        steps = math.ceil(len(examples) / config.batch_size)
+        self.num_steps = min(steps * config.epochs, config.max_steps or steps * config.epochs)
+        self.done = 0
+        modules = model.get_submodule(layers).named_modules()
+        targets = [f"{layers}.{name}" for name, module in modules if isinstance(module, nn.Linear)]
+        lora = LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        with torch.random.fork_rng([]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of peft to transformers
+            torch.manual_seed(config.seed)  # of the factors, which are made on the CPU
+            self.model: PeftModel = get_peft_model(model, lora)
+        base: Any = self.model.base_model.model
+        self.projections = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+        self._factors = {name: factor for name, factor in self.model.named_parameters() if factor.requires_grad}
+        self._optimizer = torch.optim.AdamW(self._factors.values(), lr=config.learning_rate, weight_decay=0.0)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters of the factors."""
+        return sum(factor.numel() for factor in self._factors.values())
+
+    def step(self) -> tuple[float, int]:
+        """One more step: the loss before it, in nats a learnt token, and how many tokens passed the model.
+
+        Raises:
+            ValueError: (as HopelessError) the loss or its gradient is not finite.
+        """
+        self.model.eval()  # a model's own dropout, which OPT has, stays off
+        for layer in self.projections.values():
+            layer.lora_dropout.train()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.done)
+        batch = self._batch(self.done)
+        number = sum(len(example.ids) - max(example.given, 1) for example in batch)
+        total, tokens = 0.0, 0
+        self._optimizer.zero_grad()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the caller's is left alone
+            torch.manual_seed((self._config.seed + 1) * 1_000_003 + self.done)  # of the dropout
+            for start in range(0, len(batch), self._config.micro_batch):
+                some = batch[start : start + self._config.micro_batch]
+                loss = self._loss(some) / number
+                loss.backward()
+                total += float(loss.detach())
+                tokens += sum(len(example.ids) for example in some)
+        norm = float(nn.utils.clip_grad_norm_(self._factors.values(), MAX_NORM))
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            raise HopelessError(
+                f"In step {self.done + 1} the loss is {total} and the norm of its gradient {norm}; give a smaller "
+                "learning_rate, or compute in float32."
+            )
+        self._optimizer.step()
+        self.done += 1
+        return total, tokens
+
+    def learning_rate(self, step: int) -> float:
+        """That of a step, from 0: linearly up, and linearly down to 0 behind the last one."""
+        rising = max(1, round(self._config.warmup * self.num_steps))
+        share = (step + 1) / rising if step < rising else (self.num_steps - step) / (self.num_steps - rising + 1)
+        return self._config.learning_rate * share
+
+    @torch.no_grad()
+    def mean_loss(self, examples: list[Example]) -> float:
+        """Mean loss of examples, in nats a learnt token."""
+        self.model.eval()
+        total, number = 0.0, sum(len(example.ids) - max(example.given, 1) for example in examples)
+        for start in range(0, len(examples), self._config.micro_batch):
+            total += float(self._loss(examples[start : start + self._config.micro_batch]))
+        if not math.isfinite(total):
+            raise HopelessError("The loss of the held-out examples is not finite; compute in float32.")
+        return total / number
+
+    def update(self, projection: str) -> torch.Tensor:
+        """What the factors add to a projection's weight, (out, in) fp32 on the CPU."""
+        layer: Any = self.projections[projection]
+        (adapter,) = layer.active_adapters
+        change: torch.Tensor = layer.get_delta_weight(adapter)
+        return change.detach().float().cpu()
+
+    def state(self) -> State:
+        """What the training goes on with: the factors and their moments, which `restore` takes."""
+        tensors = dict(self._tensors())
+        layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        return State(layout, (tensor.detach().cpu() for tensor in tensors.values()))
+
+    def restore(self, state: Any, done: int) -> None:
+        """Go on behind a step, with an open safetensors file of `state`."""
+        self.done = done
+        for factor in self._factors.values():
+            zeros = {moment: torch.zeros_like(factor) for moment in _MOMENTS}
+            self._optimizer.state[factor] = {"step": torch.tensor(float(done)), **zeros}
+        with torch.no_grad():
+            for name, tensor in self._tensors():
+                tensor.copy_(state.get_tensor(name))
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, factor in self._factors.items():
+            yield name, factor
+            for moment in _MOMENTS:
+                yield f"{name}.{moment}", self._optimizer.state[factor][moment]
+
+    def _batch(self, step: int) -> list[Example]:
+        """The examples of a step; those of an epoch are all, in an order of its own."""
+        size, number = self._config.batch_size, len(self._examples)
+        epoch, start = divmod(step, math.ceil(number / size))
+        generator = torch.Generator().manual_seed((self._config.seed + 1) * 1009 + epoch)
+        order = torch.randperm(number, generator=generator).tolist()
+        return [self._examples[index] for index in order[start * size : (start + 1) * size]]
+
+    def _loss(self, examples: list[Example]) -> torch.Tensor:
+        """Of all learnt tokens, summed, in nats.
+
+        Raises:
+            ValueError: (as InputError) the GPU's memory is not enough.
+        """
+        ids, mask, labels = batch_of(examples, self.device)
+        try:
+            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"The memory of {self.device} is not enough for {len(examples)} examples at once; give a smaller "
+                "micro_batch."
+            ) from None
+        where = learnt(labels)
+        return nn.functional.cross_entropy(logits[where].float(), labels[:, 1:][where], reduction="sum")

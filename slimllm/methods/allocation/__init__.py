@@ -1,0 +1,1 @@
+"""Allocations: how many heads and channels each layer gives."""

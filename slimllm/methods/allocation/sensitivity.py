@@ -1,0 +1,134 @@
+"""How much the model's output cares about what a sub-layer loses: damage to the dense model, carried to its end.
+
+The curves of `slimllm.methods.allocation.curves` say what the residual stream behind a sub-layer loses, not what the layers
+behind make of that. So one sub-layer at a time loses half of its units or channels, on the first tokens of one window; the
+damaged copies of its residual stream go through the rest of the dense model beside the whole one, in the same pass over the
+weights, and what becomes of the damage, over what it was, is what the sub-layer's curve is multiplied by.
+
+All of it is in fp32, whatever the model computes in: damage is a difference of streams, and in half precision their
+rounding would grow into more than it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from slimllm.config import PruneConfig
+from slimllm.methods.criteria.scores import fluctuation
+from slimllm.models.layer import Layer, inner_activations, run_layer, sublayer_output
+
+MOST_LAYERS = 16  # that are damaged, evenly spread, but for the last one
+MOST_STATES = 1 + 2 * (MOST_LAYERS + 1)
+TOKENS = 128
+BATCH_TOKENS = 1024
+
+
+def probed_layers(num_layers: int) -> list[int]:
+    """The layers that are damaged: every so many, and the last one, which differs most from its neighbours."""
+    return sorted({*range(0, num_layers, math.ceil(num_layers / MOST_LAYERS)), num_layers - 1})
+
+
+class Probes:
+    """A window's residual stream and damaged copies of it on their way through the dense model.
+
+    Args:
+        window: The stream before the first layer, (1, tokens, D).
+        kwargs: How every layer is called on it, with floating tensors in fp32.
+        config: The settings.
+
+    Attributes:
+        states: The whole stream, and two copies for every layer damaged so far, (number, tokens, D) fp32.
+        damage: J of what each copy has lost, weighted as the curves are: the mean over tokens of the square of what is
+            missing, averaged over the dimensions, over the stream's mean square.
+    """
+
+    def __init__(self, window: torch.Tensor, kwargs: list[dict[str, Any]], config: PruneConfig) -> None:
+        self._kwargs, self._config = kwargs, config
+        self._layers = probed_layers(len(kwargs))
+        self.states = window.float()
+        self.damage: list[float] = []
+
+    def pass_layer(self, layer: Layer, index: int) -> list[float]:
+        """Let all states pass a dense layer, and make the copies that are damaged in it.
+
+        Args:
+            layer: The layer.
+            index: Its number.
+
+        Returns:
+            The damage that was done in it.
+        """
+        kwargs, already, made = self._kwargs[index], len(self.damage), []
+        if layer.dtype != torch.float32:
+            layer = dataclasses.replace(layer, module=copy.deepcopy(layer.module).float(), dtype=torch.float32)
+        if index in self._layers:
+            hidden = self.states[:1]
+            for projection in (layer.spec.o_proj, layer.spec.down_proj):
+                whole, lost, damage = self._damaged(layer, projection, hidden, kwargs)
+                damaged = hidden + lost
+                if projection == layer.spec.o_proj:
+                    damaged = damaged + sublayer_output(layer, layer.spec.down_proj, damaged, kwargs).view_as(damaged)
+                made.append(damaged)
+                self.damage.append(damage)
+                hidden = hidden + whole
+        # Masks and rotary embeddings of one window do for several, position biases do not.
+        together = 1 if layer.spec.slopes else max(1, BATCH_TOKENS // self.states.shape[1])
+        self.states = torch.cat([*(run_layer(layer, some, kwargs) for some in self.states.split(together)), *made])
+        return self.damage[already:]
+
+    def restore(self, states: torch.Tensor, damage: list[float]) -> None:
+        """Go on with states that were there before an interruption."""
+        self.states, self.damage = states, damage
+
+    def factors(self, norm: nn.Module) -> list[list[float]]:
+        """What the curves of attention and of the FFN are to be multiplied by, for each layer, behind the last one.
+
+        Args:
+            norm: The norm before the output head.
+        """
+        norm = copy.deepcopy(norm).float()
+        whole, *copies = (norm(state[None]).double() for state in self.states)
+        squares = whole.square().mean(-1)
+        found = [
+            float(((one - whole).square().mean(-1) / squares).mean()) / damage if damage > 0 else 0.0
+            for one, damage in zip(copies, self.damage)
+        ]  # fmt: skip
+        by_part = []
+        for part in range(2):
+            # A sub-layer whose half does nothing tells nothing.
+            known = [(at, value) for at, value in zip(self._layers, found[part::2]) if value > 0 and math.isfinite(value)]
+            at, values = zip(*known) if known else ((0,), (1.0,))
+            by_part.append(np.interp(range(len(self._kwargs)), at, values).tolist())
+        return [list(factors) for factors in zip(*by_part)]
+
+    def _damaged(
+        self, layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """What a sub-layer adds to the stream, what it adds without half of its units, and J of the difference."""
+        attention = projection == layer.spec.o_proj
+        norm = layer.module.get_submodule(layer.spec.attention_norm if attention else layer.spec.ffn_norm)
+        inner = inner_activations(layer, projection, norm(hidden), kwargs if attention else None)
+        linear, sizes, gain = layer.linear(projection), layer.sizes(), layer.gain(projection)
+        centered = inner - inner.mean(0)  # a recovery makes good for the means
+        units = sizes.units(self._config.head_unit)[0] if attention else sizes.intermediate_size
+        units = sizes.num_heads if units == 1 else units  # a single group has no half
+        scores = fluctuation(layer.seen(projection), centered.double().square().mean(0)).view(units, -1).sum(1)
+        gone = torch.zeros_like(scores, dtype=torch.bool)
+        gone[scores.argsort()[: max(1, units // 2)]] = True
+        columns = gone.repeat_interleave(inner.shape[1] // units)
+        output = linear(inner)
+        error = centered[:, columns] @ linear.weight[:, columns].T
+        seen = error if gain is None else error * gain
+        weights = layer.weights(projection, hidden, output)
+        if self._config.token_weights == "none":
+            weights = 1 / (1 / weights).mean()
+        damage = float((weights * seen.square().mean(-1)).mean(dtype=torch.float64))
+        added = [layer.behind(projection, one).view_as(hidden) for one in (output, output - error)]
+        return added[0], added[1], damage

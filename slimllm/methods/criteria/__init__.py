@@ -1,0 +1,1 @@
+"""Criteria: which heads and channels of a sub-layer are removed."""

@@ -1,0 +1,123 @@
+"""The model without its weights: tensor shapes, layer modules on the meta device, and how every layer is called."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from slimllm.errors import InputError, reason
+from slimllm.models.families import LayerSpec, layer_spec
+from slimllm.runtime.memory import exhausted
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model on the meta device (no memory), but for the rotary embedding, whose tables are computed."""
+    spec = layer_spec(config.model_type)
+    config = copy.deepcopy(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if spec.rotary:
+            _make_rotary(model, spec)
+    except Exception as error:  # whatever a setting of a wrong kind makes of it in transformers
+        if exhausted(error):
+            raise
+        raise InputError(f"The model's configuration cannot be used: {type(error).__name__}, {reason(error)}.") from error
+    if spec.family == "opt" and (
+        not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size
+        or config._remove_final_layer_norm or not config.layer_norm_elementwise_affine
+    ):  # fmt: skip
+        raise InputError(
+            "This OPT model has norms behind the sub-layers, none at the end, or embeddings of another width, as opt-350m "
+            "alone has; it is not supported."
+        )
+    if config.num_hidden_layers < 1:
+        raise InputError("The model's configuration says that it has no decoder layers.")
+    return model.eval().requires_grad_(False)
+
+
+def _make_rotary(model: PreTrainedModel, spec: LayerSpec) -> None:
+    """Compute the tables of the rotary embedding, of which Gemma 3 has a second one under transformers 4."""
+    parent, name = spec.rotary.rsplit(".", 1)
+    decoder: Any = model.get_submodule(parent)
+    rotary = getattr(decoder, name)
+    setattr(decoder, name, type(rotary)(config=model.config))
+    if hasattr(decoder, f"{name}_local"):
+        config = copy.deepcopy(model.config)
+        config.rope_theta, config.rope_scaling = config.rope_local_base_freq, {"rope_type": "default"}
+        setattr(decoder, f"{name}_local", type(rotary)(config=config))
+
+
+def embedding_scale(model: PreTrainedModel, spec: LayerSpec) -> float:
+    """What the embedding module multiplies its weights by: √D in Gemma, 1 elsewhere."""
+    plain = type(model.get_submodule(spec.embedding)) is nn.Embedding
+    return 1.0 if plain else float(model.config.hidden_size**0.5)
+
+
+def expected_tensors(model: PreTrainedModel, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint of this model holds; a tied head is not stored."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        shapes.pop(f"{spec.head}.weight")
+    return shapes
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: remembers its input and arguments, passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        # Of transformers 4: it chooses a mask by this, and some families' layers return tuples.
+        self.attention_type = getattr(layer, "attention_type", None)
+        self._in_a_tuple = "tuple" in str(inspect.signature(layer.forward).return_annotation).lower()
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
+        self.hidden_states, self.kwargs = hidden_states, kwargs
+        return (hidden_states,) if self._in_a_tuple else hidden_states
+
+
+@contextmanager
+def _recorders(model: PreTrainedModel, spec: LayerSpec) -> Iterator[list[_Recorder]]:
+    parent, _, layers_name = spec.layers.rpartition(".")
+    decoder, norm_name = model.get_submodule(parent), spec.final_norm.rpartition(".")[2]
+    layers, norm = model.get_submodule(spec.layers), getattr(decoder, norm_name)
+    assert isinstance(layers, nn.ModuleList)
+    recorders = [_Recorder(layer) for layer in layers]
+    try:
+        setattr(decoder, layers_name, nn.ModuleList(recorders))
+        setattr(decoder, norm_name, nn.Identity())
+        yield recorders
+    finally:
+        setattr(decoder, layers_name, layers)
+        setattr(decoder, norm_name, norm)
+
+
+def record_layer_inputs(
+    model: PreTrainedModel, spec: LayerSpec, embeddings: torch.Tensor
+) -> tuple[torch.Tensor, list[dict[str, Any]]]:
+    """Run the model's own forward pass with its decoder layers taken out, to learn how it calls them.
+
+    So masks, rotary embeddings and whatever else a family or a version of transformers passes are the real ones.
+
+    Args:
+        embeddings: (batch, seq_len, D), the token embeddings of one batch.
+
+    Returns:
+        The hidden states that enter the first layer, and the keyword arguments of every layer.
+    """
+    decoder = model.get_submodule(spec.layers.rsplit(".", 1)[0])
+    with _recorders(model, spec) as recorders:
+        decoder(inputs_embeds=embeddings, use_cache=False)
+    return recorders[0].hidden_states, [recorder.kwargs for recorder in recorders]
+
+
+def empty_module(model: PreTrainedModel, name: str) -> nn.Module:
+    """A module of the model of its own, on the meta device, to be filled with weights."""
+    return copy.deepcopy(model.get_submodule(name))

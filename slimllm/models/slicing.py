@@ -1,0 +1,231 @@
+"""Weights and keep indices to smaller weights: on a layer's dict of tensors, and on its modules."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimllm.errors import InputError
+from slimllm.models.families import LayerSpec
+
+Tensors = dict[str, torch.Tensor]
+_ROWS = 256  # of a weight in fp64 at a time
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """What becomes of an output projection whose kept columns are S: W' = a ∘ W[:, S] + Δ, bias' = bias + b.
+
+    Attributes:
+        intercept: b, (D,) fp64.
+        slope: a, (D,) fp64; None: 1.
+        delta: Δ, (D, |S|) fp64; None: 0.
+    """
+
+    intercept: torch.Tensor
+    slope: torch.Tensor | None = None
+    delta: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of one decoder layer; which of its projections have a bias: q, k and v; gate and up; and the last ones; and
+    whether its FFN has a gate."""
+
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    attention_out_bias: bool
+    ffn_out_bias: bool
+    params: int
+    qkv_bias: bool = False
+    gate_bias: bool = False
+    gated: bool = True
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def by_group(self, head_unit: str) -> bool:
+        """Whether heads go in whole KV groups; without grouped queries a group is a head, whatever was asked for."""
+        return head_unit == "kv-group" or self.group_size == 1
+
+    def units(self, head_unit: str) -> tuple[int, int]:
+        """What heads are pruned in: how many units, and of how many groups as many of each go (1: any may)."""
+        return (self.num_kv_heads, 1) if self.by_group(head_unit) else (self.num_heads, self.num_kv_heads)
+
+    def unit_step(self, head_unit: str, multiple_of: int) -> int:
+        """How many of the units (of each group) go at a time, so that the kept heads are a multiple of `multiple_of`.
+
+        Those are KV heads where whole KV groups go, and otherwise query heads.
+
+        Raises:
+            ValueError: (as InputError) the number of all heads is not a multiple of it.
+        """
+        by_group = self.by_group(head_unit)
+        number, kind = (self.num_kv_heads, "KV") if by_group else (self.num_heads, "query")
+        if number % multiple_of:
+            raise InputError(
+                f"heads_multiple_of is {multiple_of}, but a layer of the model has {number} {kind} heads, which is not a "
+                f"multiple of it; give a divisor of {number}."
+            )
+        return multiple_of if by_group else multiple_of // math.gcd(multiple_of, self.num_kv_heads)
+
+    def without(self, units: int, channels: int, head_unit: str, new_bias: bool) -> LayerSizes:
+        """After giving up so many units and channels; `params` is left to be counted when the tensors are there."""
+        by_group = self.by_group(head_unit)
+        return replace(
+            self,
+            num_heads=self.num_heads - units * (self.group_size if by_group else self.num_kv_heads),
+            num_kv_heads=self.num_kv_heads - (units if by_group else 0),
+            intermediate_size=self.intermediate_size - channels,
+            attention_out_bias=self.attention_out_bias or (new_bias and units > 0),
+            ffn_out_bias=self.ffn_out_bias or (new_bias and channels > 0),
+            params=0,
+        )
+
+
+def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: int) -> LayerSizes:
+    """The sizes of a layer from the shapes of its tensors (names relative to the layer)."""
+    return LayerSizes(
+        num_heads=shapes[f"{spec.q_proj}.weight"][0] // head_dim,
+        num_kv_heads=shapes[f"{spec.k_proj}.weight"][0] // head_dim,
+        intermediate_size=shapes[f"{spec.down_proj}.weight"][1],
+        attention_out_bias=f"{spec.o_proj}.bias" in shapes,
+        ffn_out_bias=f"{spec.down_proj}.bias" in shapes,
+        params=sum(torch.Size(shape).numel() for shape in shapes.values()),
+        qkv_bias=f"{spec.q_proj}.bias" in shapes,
+        gate_bias=f"{spec.up_proj}.bias" in shapes,
+        gated=bool(spec.gate_proj),
+    )
+
+
+def sizes_by_layer(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: int, num_layers: int) -> list[LayerSizes]:
+    """The sizes of every layer from the shapes of all tensors of a model, by full name."""
+    result = []
+    for index in range(num_layers):
+        prefix = f"{spec.layers}.{index}."
+        own = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        result.append(layer_sizes(own, spec, head_dim))
+    return result
+
+
+def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tensors:
+    """Rows of a projection's weight and, if it has one, of its bias."""
+    names = [name for name in (f"{projection}.weight", f"{projection}.bias") if name in tensors]
+    return {name: tensors[name][rows.to(tensors[name].device)] for name in names}
+
+
+def _select_slopes(tensors: Tensors, spec: LayerSpec, query_rows: torch.Tensor) -> Tensors:
+    """Of a tensor with one number for each head, those of the heads that are kept."""
+    if not spec.slopes:
+        return {}
+    slopes = tensors[spec.slopes]
+    head_dim = tensors[f"{spec.q_proj}.weight"].shape[0] // len(slopes)
+    return {spec.slopes: slopes[query_rows[::head_dim].to(slopes.device) // head_dim]}
+
+
+def slice_output(tensors: Tensors, projection: str, columns: torch.Tensor, change: OutputChange | None = None) -> Tensors:
+    """W[:, columns] and the bias of an output projection, changed by the recovery, under their names in the layer.
+
+    In fp32 at least: they are rounded once, when they are written.
+    """
+    weight = tensors[f"{projection}.weight"]
+    bias = tensors.get(f"{projection}.bias")
+    sliced = weight[:, columns.to(weight.device)]
+    if change is not None:
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        changed = torch.empty_like(sliced, dtype=precise, memory_format=torch.contiguous_format)
+        for start in range(0, len(sliced), _ROWS):
+            rows = sliced[start : start + _ROWS].to(torch.float64, copy=True)
+            if change.slope is not None:
+                rows *= change.slope[start : start + _ROWS, None].to(weight.device)
+            if change.delta is not None:
+                rows += change.delta[start : start + _ROWS].to(weight.device)
+            changed[start : start + _ROWS] = rows
+        sliced = changed
+        total = change.intercept.to(weight.device) + (bias.double() if bias is not None else 0.0)
+        bias = total.to(precise)
+    result = {f"{projection}.weight": sliced.contiguous()}
+    if bias is not None:
+        result[f"{projection}.bias"] = bias
+    return result
+
+
+def slice_attention(
+    tensors: Tensors,
+    spec: LayerSpec,
+    query_rows: torch.Tensor,
+    kv_rows: torch.Tensor,
+    change: OutputChange | None = None,
+) -> Tensors:
+    """A layer's tensors with only some heads.
+
+    Args:
+        tensors: All tensors of the layer, by names relative to it.
+        query_rows: Rows of q_proj, and columns of o_proj, to keep.
+        kv_rows: Rows of k_proj and v_proj to keep.
+        change: What recovery makes of o_proj; None leaves its values as they are.
+    """
+    return {
+        **tensors,
+        **_select_rows(tensors, spec.q_proj, query_rows),
+        **_select_rows(tensors, spec.k_proj, kv_rows),
+        **_select_rows(tensors, spec.v_proj, kv_rows),
+        **_select_slopes(tensors, spec, query_rows),
+        **slice_output(tensors, spec.o_proj, query_rows, change),
+    }
+
+
+def slice_ffn(
+    tensors: Tensors,
+    spec: LayerSpec,
+    channels: torch.Tensor,
+    change: OutputChange | None = None,
+) -> Tensors:
+    """A layer's tensors with only some FFN channels; arguments as in `slice_attention`."""
+    return {
+        **tensors,
+        **{name: rows for part in spec.into_ffn for name, rows in _select_rows(tensors, part, channels).items()},
+        **slice_output(tensors, spec.down_proj, channels, change),
+    }
+
+
+def install(
+    layer: nn.Module, spec: LayerSpec, tensors: Tensors, changed: set[str], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Put tensors into a layer's modules, replacing the linear layers whose shape or bias has changed.
+
+    Args:
+        layer: The decoder layer.
+        spec: The names in it.
+        tensors: All its tensors.
+        changed: Names of those that it does not hold yet; the others are left as they are.
+        device, dtype: Where and in what it computes.
+    """
+    for projection in spec.projections:
+        weight, bias = tensors[f"{projection}.weight"], tensors.get(f"{projection}.bias")
+        old = layer.get_submodule(projection)
+        assert isinstance(old, nn.Linear)
+        if old.weight.shape != weight.shape or (old.bias is None) != (bias is None):
+            parent, _, name = projection.rpartition(".")
+            new = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+            new.requires_grad_(old.weight.requires_grad)
+            setattr(layer.get_submodule(parent), name, new)
+            changed = changed | {name for name in (f"{projection}.weight", f"{projection}.bias") if name in tensors}
+    if spec.slopes in changed:
+        owner, _, name = spec.slopes.rpartition(".")
+        setattr(layer.get_submodule(owner), name, torch.empty_like(tensors[spec.slopes], device="meta"))
+    for name in changed:  # one by one, so that what it replaces is let go before the next one
+        layer.load_state_dict({name: tensors[name].to(device=device, dtype=dtype)}, strict=False, assign=True)
+    attention: Any = layer.get_submodule(spec.attention)
+    ffn: Any = layer.get_submodule(spec.ffn)
+    if hasattr(attention, "num_heads"):
+        attention.num_heads = tensors[f"{spec.q_proj}.weight"].shape[0] // attention.head_dim
+    attention.num_key_value_groups = tensors[f"{spec.q_proj}.weight"].shape[0] // tensors[f"{spec.k_proj}.weight"].shape[0]
+    ffn.intermediate_size = tensors[f"{spec.down_proj}.weight"].shape[1]

@@ -1,6 +1,0 @@
-"""The page about a pruned model, for people: one HTML file that needs nothing else, and its pictures as PNGs."""
-
-from slimllm.page.sample import Sample, make_sample
-from slimllm.page.write import PAGE_NAME, PICTURE_FOLDER, write_page, write_page_of
-
-__all__ = ["PAGE_NAME", "PICTURE_FOLDER", "Sample", "make_sample", "write_page", "write_page_of"]

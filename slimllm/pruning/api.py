@@ -1,0 +1,180 @@
+"""What Python users call: `prune` and `prune_ratios` for a model on disk, `prune_model` for one in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed import ProcessGroup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimllm.calibration import calibration_windows
+from slimllm.checkpoints.base import Checkpoint
+from slimllm.checkpoints.destination import destination
+from slimllm.checkpoints.native import convert_in_place
+from slimllm.checkpoints.source import InMemoryModel
+from slimllm.config import GIB, PruneConfig, check_config
+from slimllm.errors import InputError
+from slimllm.models.layer import Layer
+from slimllm.pruning.jobs import prune_all
+from slimllm.pruning.report import PruneReport
+from slimllm.pruning.run import Notice, Run, compare_identities, identity_in_memory, say_nothing
+from slimllm.runtime import memory
+from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.progress import ProgressCallback
+
+
+def prune(
+    model: str | Path | Checkpoint,
+    out: str | Path,
+    config: PruneConfig,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+    notice: Notice | None = None,
+    command: str | None = None,
+    group: ProcessGroup | None = None,
+) -> PruneReport:
+    """Prune a model on disk, one layer in memory at a time, and write the result as a Hugging Face folder.
+
+    Args:
+        model: A Hugging Face folder, a GGUF file, a hub id, or what `open_checkpoint` made of one.
+        out: The folder to make. It appears when it is complete.
+        config: The settings.
+        overwrite: Replace a model that is in `out` already.
+        resume: Go on with the run that was interrupted, if one was: the files become what they would have been.
+        progress: Told about every layer that is done, see `ProgressCallback`; an exception of its stops the run there (in
+            a group it is called, and has to raise, in every process).
+        notice: Told, in sentences, what is worth knowing about the run.
+        command: The command line, for the model card; None: the equivalent Python call.
+        group: Processes of torch.distributed that prune together, all of which make this call; the first one writes. None:
+            this process alone.
+
+    Returns:
+        The report, which is also written to `out`/report.json.
+
+    Raises:
+        ValueError: (as InputError) something about the input is wrong, or an interrupted run of other settings, another
+            model or text is to be resumed; `out` is then untouched. (as OutputError or LostRankError, two of those) the
+            disk is full or failed, or another process of the group is gone; the run can be resumed.
+    """
+    check_config(config)
+    jobs = [(destination(out), config)]
+    return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))[0]
+
+
+def prune_ratios(
+    model: str | Path | Checkpoint,
+    out: str | Path,
+    config: PruneConfig,
+    ratios: Sequence[float],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: ProgressCallback | None = None,
+    notice: Notice | None = None,
+    command: str | None = None,
+    group: ProcessGroup | None = None,
+) -> list[PruneReport]:
+    """`prune` at several ratios, one after the other; `out`/0.2, `out`/0.35, … are what single runs would have written.
+
+    What they have in common is done once: opening the model, the calibration windows, and the dense pass, which weighs the
+    layers and depends on no ratio. From the first pruned layer on their activations differ, and nothing can be shared.
+
+    Args:
+        model, overwrite, resume, progress, notice, command, group: As for `prune`; with `resume`, what is complete is left.
+        out: The folder to make the results in; it may exist.
+        config: The settings; `ratio` does not apply.
+        ratios: The ratios, all different.
+
+    Returns:
+        The reports, in the order of the ratios.
+
+    Raises:
+        ValueError: (as InputError) as `prune`, or a ratio is given twice, or none.
+    """
+    check_config(config)
+    if not ratios or len(set(ratios)) < len(ratios):
+        raise InputError(f"ratios must be different from each other, and one at least, got {list(ratios)}.")
+    jobs = [
+        (destination(Path(out) / str(ratio)), dataclasses.replace(config, ratio=ratio)) for ratio in ratios
+    ]  # fmt: skip
+    return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))
+
+
+def prune_model(
+    model: PreTrainedModel,
+    tokenizer_or_token_ids: PreTrainedTokenizerBase | torch.Tensor,
+    config: PruneConfig,
+    *,
+    progress: ProgressCallback | None = None,
+    notice: Notice | None = None,
+    group: ProcessGroup | None = None,
+) -> PruneReport:
+    """Prune a model in memory, in place: its layers shrink and its class becomes that of the native format.
+
+    Afterwards it generates, trains and, with `save_pretrained`, saves as any other model.
+
+    Args:
+        model: A causal language model of a supported family, on one device.
+        tokenizer_or_token_ids: What turns the calibration text into token ids, or the windows themselves, (samples,
+            seq_len) int64.
+        config: The settings; `dtype`, `compute_dtype`, `device` and budgets of memory do not apply: the model has its own.
+        progress, notice, group: As for `prune`; every process of a group has a copy of the model, which all prune alike.
+
+    Raises:
+        ValueError: (as InputError) something about the input is wrong; the model is then untouched, unless its hidden
+            states overflow its dtype, or another process of the group is lost, after some layers have been pruned.
+        TypeError: an argument has the wrong type.
+    """
+    started = time.perf_counter()
+    ranks = Ranks(group)
+    if notice is None or not ranks.first:
+        notice = say_nothing
+    with ranks.together():
+        run = _prepare(model, tokenizer_or_token_ids, config, notice, started, ranks)
+    source = run.source
+    compare_identities(identity_in_memory(source, run.calibration, run.plan.config), ranks)
+    training = model.training
+    model.eval()
+
+    def store(index: int, layer: Layer) -> int:
+        return sum(tensor.numel() for tensor in run.format.complete(layer.tensors, source.spec).values())
+
+    try:
+        outcome = run.prune(store, progress)
+    finally:
+        model.train(training)
+    convert_in_place(model, run.format, source.spec)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return run.report(outcome, model.config.name_or_path or type(model).__name__, None, parameters)
+
+
+def _prepare(
+    model: PreTrainedModel, given: PreTrainedTokenizerBase | torch.Tensor, config: PruneConfig, notice: Notice,
+    started: float, ranks: Ranks,
+) -> Run:  # fmt: skip
+    """All of `prune_model` that can refuse its arguments."""
+    check_config(config)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model must be a transformers model, got {type(model).__name__}; to prune a folder, use prune().")
+    for name in ("dtype", "compute_dtype", "device", "host_memory", "gpu_memory"):
+        if getattr(config, name) is not None:
+            raise InputError(f"{name} does not apply to a model in memory, which keeps its own; leave it out.")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices) or getattr(model, "is_quantized", False):
+        raise InputError(
+            "The model must be unquantised and wholly on one device, "
+            f"got weights on {', '.join(sorted(map(str, devices)))}; prune its folder with prune() instead."
+        )
+    source = InMemoryModel(model)
+    if isinstance(given, torch.Tensor):
+        config = dataclasses.replace(config, calibration=given)
+    tokenizer = None if isinstance(given, torch.Tensor) else given
+    calibration = calibration_windows(config, tokenizer, source.config, notice)
+    memory.warm_up(source.device)
+    return Run(source, calibration, config, notice, started, memory.resident_gib() * GIB, ranks=ranks)

@@ -1,0 +1,215 @@
+"""A model on disk, pruned at one ratio or several: checks, the run on all ranks, the files, which the first one writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from slimllm import ops
+from slimllm.calibration import calibration_windows
+from slimllm.checkpoints.base import Checkpoint
+from slimllm.checkpoints.destination import check_destination, check_space
+from slimllm.checkpoints.journal import begun_with, fingerprint
+from slimllm.checkpoints.native import write_config
+from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checkpoints.resume import Record
+from slimllm.checkpoints.source import CheckpointModel
+from slimllm.checkpoints.tokenizer import tokenizer_code
+from slimllm.checkpoints.writer import (
+    CheckpointWriter,
+    can_resume,
+    check_interrupted,
+    partial_folder,
+    remove_leftover,
+)
+from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
+from slimllm.models.layer import Layer
+from slimllm.pruning.dense_pass import DensePass
+from slimllm.pruning.model_card import write_model_card
+from slimllm.pruning.pipeline import check_settings
+from slimllm.pruning.report import REPORT_NAME, PruneReport
+from slimllm.pruning.run import (
+    OPERATIONS,
+    WEIGHTS,
+    Notice,
+    Run,
+    checksum_of,
+    compare_identities,
+    environment_of,
+    identity_of,
+    say_nothing,
+    weight_dtype,
+)  # fmt: skip
+from slimllm.runtime import memory
+from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.progress import ProgressCallback
+
+
+def prune_all(
+    model: str | Path | Checkpoint, jobs: list[tuple[Path, PruneConfig]], overwrite: bool, resume: bool,
+    progress: ProgressCallback | None, notice: Notice | None, command: str | None, ranks: Ranks,
+    on_report: Callable[[PruneReport, Path], None] | None = None,
+) -> list[PruneReport]:  # fmt: skip
+    """One result for each job, a folder and settings with the same calibration and devices; see `slimllm.prune_ratios`.
+
+    `on_report` is told about each result as soon as it is there.
+    """
+    started = time.perf_counter()
+    if notice is None or not ranks.first:
+        notice = say_nothing
+    config = jobs[0][1]
+    inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
+    if isinstance(config.calibration, (str, Path)):
+        inputs.append(Path(config.calibration).expanduser())
+    name = model.name if isinstance(model, Checkpoint) else str(model)
+    maybe_complete = []
+    with ranks.together():
+        device = parse_device(config.device)
+        ops.backend(device, OPERATIONS)  # refuses what cannot be had before anything is read
+        for out, _ in jobs if ranks.first else []:
+            in_place = check_interrupted(out, resume)  # and only the journal is left to be removed
+            if resume and not can_resume(out) and (out / REPORT_NAME).is_file():
+                maybe_complete.append(out)
+            else:
+                check_destination(out, inputs, overwrite or in_place)
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
+        for _, wanted in jobs:
+            check_settings(source, wanted)
+        for sentence in checkpoint.left_out():
+            notice(sentence)
+        tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
+        if tokenizer and (code := tokenizer_code(checkpoint.path)):
+            notice(f"The tokenizer's own Python code ({code}) is not run; its tokenizer.json is used without it.")
+        calibration = calibration_windows(config, tokenizer, source.config, notice)
+    memory.warm_up(device)
+    runtime = max(ranks.everyone(memory.resident_gib() * GIB))
+    reports: list[PruneReport] = []
+    dense = None
+    for out, wanted in jobs:
+        begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
+        with ranks.together():
+            run = Run(source, calibration, wanted, notice, started, runtime, partial_folder(out), begun, ranks)
+        if dense and not dense.serves(run.plan.config, run.plan.placement):
+            dense = None
+        if len(jobs) > 1:
+            notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
+        if ranks.tell(out in maybe_complete) and (report := _complete(run, out, inputs, overwrite)):
+            if ranks.first:
+                remove_leftover(out)
+            notice(f"{out} is complete already.")
+            reports.append(report)
+            if on_report:
+                on_report(report, out)
+            continue
+        report, dense = _prune_one(run, name, out, overwrite, resume, progress, command, dense)
+        assert report is not None  # it is written
+        reports.append(report)
+        if on_report:
+            on_report(report, out)
+        started = time.perf_counter()
+    return reports
+
+
+def _complete(run: Run, out: Path, inputs: list[Path], overwrite: bool) -> PruneReport | None:
+    """The report of the model in a folder, if it is what this run would write; if not, the folder must be free to take."""
+    source, ranks = run.source, run.ranks
+    assert isinstance(source, CheckpointModel)
+    with ranks.together():
+        checksums = [fingerprint(source.weights(index)) for index in ranks.share(source.num_layers)]
+    weights = checksum_of([checksum for share in ranks.everyone(checksums) for checksum in share])
+    report = None
+    with ranks.together():
+        if ranks.first:
+            report = PruneReport.read(out)
+            if report.identity != identity_of(source, run.calibration, run.plan) | {WEIGHTS: weights}:
+                check_destination(out, inputs, overwrite)
+                report = None
+    return _told(report, ranks)
+
+
+def _prune_one(
+    run: Run, name: str, out: Path, overwrite: bool, resume: bool, progress: ProgressCallback | None, command: str | None,
+    dense: DensePass | None,
+) -> tuple[PruneReport | None, DensePass | None]:  # fmt: skip
+    """Prune and write one result; the dense pass, which the next one may use."""
+    config, source, ranks = run.config, run.source, run.ranks
+    assert isinstance(source, CheckpointModel)
+    checkpoint, dtype = source.checkpoint, DTYPES[config.dtype] if config.dtype else None
+    writer: CheckpointWriter | None = None
+
+    def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype or checkpoint.storage_dtype(name))
+
+    def store(index: int, layer: Layer) -> int:
+        tensors = run.format.complete(layer.tensors, source.spec)
+        prefix = source.layer_prefix(index)
+        if writer:
+            writer.write_shard(index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
+        return sum(tensor.numel() for tensor in tensors.values())
+
+    with ranks.together():
+        identity = identity_of(source, run.calibration, run.plan)
+    compare_identities(identity, ranks)
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                environment = environment_of(source.device, ranks.size)
+                writer = CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment)
+                stack.enter_context(writer)
+        record = Record(writer.journal if writer else None, ranks)
+        report = None
+        if record.done("finished"):
+            with ranks.together():
+                if writer:
+                    writer.finish()
+                    report = PruneReport.read(out)
+            return _told(report, ranks), dense
+        with ranks.together():
+            if writer and record.steps:
+                run.go_on(writer.journal)
+                for index in range(len(record.done("prune"))):
+                    writer.adopt_shard(index + 1)
+            elif resume:
+                run.notice("There is no interrupted run to go on with; this one starts at the beginning.")
+            if writer:
+                check_space(out, round(sum(run.plan.disk.values())) - writer.bytes_there)
+        outcome = run.prune(store, progress, record, dense)
+        with ranks.together():
+            if writer:
+                with run.watch("write"):
+                    # One by one, so that only one of the large matrices is in memory as it was read.
+                    others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
+                    writer.write_shard(source.num_layers + 1, others)
+                    del others
+                    write_config(run.format.config, writer.folder)
+                    checkpoint.write_companions(writer.folder)
+                report = run.report(outcome, name, str(out), writer.num_parameters)
+                report.dense_pass_shared = dense is not None
+                report.dense_stage_s = outcome.dense.stage_seconds
+                report.identity = identity | {WEIGHTS: checksum_of([layer["weights"] for layer in outcome.dense.layers])}
+                write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
+                report.elapsed_s = run.watch.elapsed_s()
+                report.save(writer.folder)
+                writer.complete()
+                writer.finish()
+    return _told(report, ranks), outcome.dense
+
+
+def _told(report: PruneReport | None, ranks: Ranks) -> PruneReport | None:
+    """The first rank's report, if it has one."""
+    fields = ranks.tell(report and dataclasses.asdict(report))
+    return report or (PruneReport(**fields) if fields else None)
+
+
+def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    if config.compute_dtype:
+        return DTYPES[config.compute_dtype]
+    if device.type == "cpu":
+        return torch.float32  # exact, and half precision is slow on many CPUs
+    return weight_dtype(checkpoint)

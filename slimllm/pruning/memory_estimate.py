@@ -1,0 +1,226 @@
+"""What a run takes, counted from the sizes alone: the memory of its phases.
+
+A phase is a moment of the run with what is alive in it, part by part, in bytes; the peak is the phase that has most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from slimllm.config import PruneConfig
+from slimllm.methods.allocation.sensitivity import MOST_STATES, TOKENS
+from slimllm.models.families import layer_spec
+from slimllm.models.slicing import LayerSizes
+from slimllm.runtime.hidden_states import Placement
+from slimllm.statistics import TILE
+
+Parts = dict[str, float]
+_TOKENS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory depends on.
+
+    Attributes:
+        hidden_size, vocab_size: D and V.
+        attention_width, kv_width: Inputs of o_proj and outputs of k_proj, the most of any layer.
+        units: What heads are pruned in, KV groups or heads, the most of any layer.
+        intermediate_size: I, the most of any layer.
+        layer_params, params: Parameters of the largest layer and of the whole model.
+        stored, computed, written: Bytes of a number as it is read, as it computes, and as it is written.
+        samples, seq_len: Calibration windows, and tokens of each.
+        held_out: Windows beside them, which nothing is fitted to.
+        ranks: Processes that share the windows; memory is of one of them.
+        on_gpu: Whether the device has a memory of its own.
+        biased_heads: Heads to whose scores a bias of all pairs of tokens is added, the most of any layer.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    attention_width: int
+    kv_width: int
+    units: int
+    intermediate_size: int
+    layer_params: int
+    params: int
+    stored: int
+    computed: int
+    written: int
+    samples: int
+    seq_len: int
+    held_out: int
+    on_gpu: bool
+    ranks: int = 1
+    biased_heads: int = 0
+
+
+def sizes_of(
+    config: PretrainedConfig, layers: list[LayerSizes], head_dim: int, params: int,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], windows: tuple[int, int, int], device: torch.device,
+    ranks: int = 1,
+) -> Sizes:  # fmt: skip
+    """The sizes of a model, of its numbers (read, computed, written), and of its windows (samples, seq_len, held out)."""
+    return Sizes(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        attention_width=max(size.num_heads for size in layers) * head_dim,
+        kv_width=max(size.num_kv_heads for size in layers) * head_dim,
+        units=max(size.num_kv_heads for size in layers),
+        intermediate_size=max(size.intermediate_size for size in layers),
+        layer_params=max(size.params for size in layers),
+        params=params,
+        stored=dtypes[0].itemsize,
+        computed=dtypes[1].itemsize,
+        written=dtypes[2].itemsize,
+        samples=windows[0],
+        seq_len=windows[1],
+        held_out=windows[2],
+        on_gpu=device.type == "cuda",
+        ranks=ranks,
+        biased_heads=max(size.num_heads for size in layers) if layer_spec(config.model_type).slopes else 0,
+    )
+
+
+def batch_windows(samples: int, seq_len: int, batch_size: int | None) -> int:
+    """How many windows go through a layer together: as many as asked for, or about 1024 tokens."""
+    return min(samples, batch_size or max(1, _TOKENS_PER_BATCH // seq_len))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is alive at a moment of the run, in bytes: in the memory of a GPU, and in that of the host."""
+
+    name: str
+    gpu: Parts
+    host: Parts
+
+
+def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[Phase]:
+    """The moments of a run that can be its peak, without what Python and the libraries take.
+
+    Args:
+        sizes: Of the model and its calibration.
+        config: The settings.
+        placement: Where what is as large as all tokens lives.
+    """
+    d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
+    kept = math.ceil((1 - config.ratio / 2) * i)  # in the layer that is pruned least, about
+    tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
+    held_out = math.ceil(sizes.held_out / sizes.ranks) * sizes.seq_len
+    batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
+    lstsq, by_channels = config.recovery == "lstsq", config.by_channels
+    # Beside the pruned model's stream that of the dense one, by how much it is ahead with the inputs in the Gram.
+    own, ahead = (2, d) if config.dense_target else (1, 0)
+    pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
+    # Of what is as large as all tokens, in the FFN: the residual stream, and the outputs where they are needed.
+    streams = own if by_channels else 2
+
+    def at(name: str, num_streams: int, device: Mapping[str, float], host: Mapping[str, float] | None = None) -> Phase:
+        shared = not sizes.on_gpu and s == c  # the layer computes with the tensors that were read
+        device = {"layer, computing": 0 if shared else sizes.layer_params * c, **device}
+        stored = 2 * pinned if placement.read_ahead else sizes.layer_params * s
+        host = {"layer, as stored": stored, **(host or {})}
+        if placement.states == "device":
+            device |= {"hidden states": (num_streams * tokens + held_out) * d * c}
+        elif placement.states == "host":
+            of_batch = batch * d * c
+            batches = (num_streams * tokens + held_out) / batch
+            host |= {"hidden states": batches * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
+        return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
+
+    # A factor, its inverse and, on a GPU, what the inverse is made of; and the weights.
+    elimination = {"elimination": (3 if sizes.on_gpu else 2) * 4 * i**2 + 2 * 4 * i * d}
+    copies = 2 if config.token_weights == "norm" else 1
+    tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * (i + ahead) * 4}
+
+    def inner(width: int) -> Parts:
+        num_bytes = tokens * width * c
+        return {"inner activations": num_bytes if num_bytes <= placement.keep_inner_bytes else 0}
+
+    yield at("read", 1, {}, {"mapped file": d * i * s})
+    scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
+    yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c + scores})
+    if config.allocation == "auto":
+        # Before and behind a layer; and the layer in fp32.
+        probes = 2 * probe_bytes(sizes) + (0 if c == 4 else sizes.layer_params * 4)
+        both, one = {"Gram": (a**2 + i**2) * 4, "probes": probes}, {"Gram": a**2 * 4, "probes": probes}
+        of_batch = {"batch": batch * (4 * i + 4 * d) * c + scores}
+        if placement.gram == "host":
+            yield at("measuring", 1, one | of_batch | tiles, {"Gram of channels": i**2 * 4})
+            yield at("allocation", 1, one, {"Gram of channels": i**2 * 4} | elimination)
+        else:
+            yield at("measuring", 1, both | of_batch)
+            yield at("allocation", 1, both | elimination)
+    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d + (a + 2 * d if ahead else 0)) * c + scores
+    yield at("attention", own, inner(a) | {"batch": of_attention, "Gram": (a + ahead) ** 2 * 4})
+    heads = inner(a) | {"Gram": (a + ahead) ** 2 * 4 + a**2 * 8, "heads' covariances": 2 * sizes.units**2 * d * 8}
+    if config.criterion == "obs":
+        heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # the squares where the covariance was
+    yield at("heads", own, heads)
+    ffn_gram = {"Gram": (i + ahead) ** 2 * 4} if by_channels else {"Gram": d**2 * 4 if config.criterion == "slimllm" else 0}
+    away = by_channels and placement.gram == "host"
+    here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
+    yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d + (i + 2 * d if ahead else 0)) * c}, there)
+    # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or the matrices of
+    # the function (6 in fp32), which is as much.
+    space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if config.criterion == "slimllm" else d**2 * 8
+    yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
+    if config.criterion == "obs":
+        needed, covariance = ffn_gram | elimination, {"covariance": d**2 * 8}
+        yield at("obs", streams, inner(i) | covariance | ({} if away else needed), needed if away else {})
+    sliced = {"pruned layer": 3 * kept * d * s}
+    if lstsq:
+        moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d + (8 * i * d if ahead else 0)
+        across = {"moments": moments / sizes.ranks}  # of this rank's outputs
+        system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # and its factor
+        solution = ffn_gram | {"solution": 2 * 8 * kept * d}
+        yield at("recovery", streams, inner(i) | ({} if away else system), system if away else {})
+        yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
+    else:
+        if by_channels:
+            needed = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
+            yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
+        yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
+    embedded = 0 if placement.states == "disk" or sizes.on_gpu else (own * tokens + held_out) * d * c
+    # As `ModelSource.loss_sum` computes: a part of the vocabulary for a part of the tokens; the head as it is read.
+    logits: dict[str, float] = {
+        "layer, computing": 0,
+        "logits": max(sizes.seq_len, 2048) * (4 * 4096 + 2 * d) * 4 + 4096 * d * c,
+    }
+    if config.allocation == "auto":
+        logits["probes"] = 2 * probe_bytes(sizes)
+    yield at("perplexity", own, logits, {"layer, as stored": 0, "output head": 2 * sizes.vocab_size * d * s})
+    yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})
+
+
+def _pinned(num_bytes: int) -> int:
+    """What torch takes for pinned memory: the next power of two."""
+    return 1 << max(0, num_bytes - 1).bit_length()
+
+
+def probe_bytes(sizes: Sizes) -> float:
+    """Of the window's states that `auto` carries through the dense model in fp32, at most."""
+    return MOST_STATES * min(TOKENS, sizes.seq_len) * sizes.hidden_size * 4
+
+
+def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
+    """Bytes that go through the busiest rank, the first one, for a layer over both passes.
+
+    A sum of n bytes over R ranks passes each link with 2·n·(R - 1)/R; hidden states go to the first rank for the journal,
+    whose disk may not be ready for those of every layer.
+    """
+    d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
+    lstsq = config.recovery == "lstsq"
+    own, ahead = (2, d) if config.dense_target else (1, 0)
+    grams = 4 * ((a + ahead) ** 2 + (i + ahead if config.by_channels else d) ** 2)
+    grams += 4 * (a**2 + i**2) if config.allocation == "auto" else 0
+    states = ((1 + own) * sizes.samples + 2 * sizes.held_out) * sizes.seq_len * d * sizes.computed
+    solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
+    parts = {"Grams": 2 * grams * others, "hidden states": states * others, "solutions": solutions * others}
+    return {name: size for name, size in parts.items() if size}

@@ -1,0 +1,80 @@
+"""The README.md inside a pruned checkpoint: how it was made, and how to load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from slimllm.pruning.report import PruneReport
+from slimllm.pruning.tensor_parallel import tensor_parallel_of
+
+
+def in_line(text: str) -> str:
+    """Escape a user's text for use within one line of Markdown."""
+    # Bytes that are no text stay, and are written as escapes.
+    plain = "".join(one if one.isprintable() or "\ud800" <= one <= "\udfff" else " " for one in text)
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", plain)
+
+
+def in_block(text: str) -> str:
+    """Format a user's text as a Markdown code block, with a fence longer than any run of backticks in it."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}\n{text}\n{fence}"
+
+
+def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
+    """Write README.md; nothing in it depends on the clock, so that the same run writes the same file."""
+    parameters, calibration = report.parameters, report.calibration
+    native = report.format.startswith("slim_")
+    loading = (
+        "Layers have sizes of their own, so the folder carries two short modeling files:"
+        if native
+        else f"It is a stock `{report.format}` model and needs no custom code:"
+    )
+    trust = ", trust_remote_code=True" if native else ""
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    notes = "".join(f"- {note}\n" for note in report.allocation["notes"]) + "\n" * bool(report.allocation["notes"])
+    name = Path(report.model).name
+    title, text_name = in_line(name.removesuffix(".gguf")), in_line(calibration["text"])
+    text = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- slimllm
+- pruned
+---
+
+# {title}, pruned by {report.achieved_ratio:.1%}
+
+Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
+FFN channels are gone, {"without recovery" if report.config["recovery"] == "none" else "outputs are recovered by linear regression"}.
+
+| | before | after | removed |
+|---|---|---|---|
+| parameters | {parameters["before"]:,} | {parameters["after"]:,} | {report.achieved_ratio_model:.2%} |
+| of the decoder layers | {parameters["layers_before"]:,} | {parameters["layers_after"]:,} | {report.achieved_ratio:.2%} |
+| perplexity on {report.judged_by} | {calibration["perplexity_dense"]:.2f} | {calibration["perplexity_pruned"]:.2f} | |
+
+Calibration: {text_name}, {calibration["samples"]} x {calibration["seq_len"]} tokens, {calibration["bos"]},
+seed {report.config["seed"]}. On text of another kind the perplexity grows more; measure on your own with
+`slimllm eval`.
+
+{loading}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
+```
+
+{tensor_parallel_of(report).capitalize()} (numbers of GPUs over which vLLM can split every layer).
+
+Made from {in_line(name)} by
+
+{in_block(command)}
+
+{notes}Versions: {versions}. Computed in {report.compute_dtype} on {report.device}. Everything per layer is in `report.json`.
+"""
+    # A path may hold bytes that are not UTF-8.
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")

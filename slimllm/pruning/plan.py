@@ -1,0 +1,189 @@
+"""How a run is done within its budgets of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimllm.config import GIB, PruneConfig, parse_bytes
+from slimllm.errors import InputError
+from slimllm.pruning.memory_estimate import Parts, Sizes, phases, probe_bytes
+from slimllm.runtime.hidden_states import Placement
+
+# What is freed but stays with the allocator, and what is too small to be a part: some, and a fraction.
+_SLACK_BYTES, _SLACK = GIB / 10, 0.05
+ROUNDINGS = ("keep_inner_bytes", "gram")  # of a placement: what the last digits of a result depend on
+GPU_RUNTIME = GIB / 2  # the CUDA context, and what libraries set aside
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is done, and what it takes.
+
+    Attributes:
+        config: The settings, with what was chosen.
+        placement: Where what is as large as all tokens lives.
+        gpu, host: The parts of the two peaks, in bytes; `runtime` is what Python and the libraries take.
+        gpu_phase, host_phase: When those peaks are.
+        disk: Bytes on the disk at most, the result among them.
+        choices: What was done to fit the budgets, in words.
+    """
+
+    config: PruneConfig
+    placement: Placement
+    gpu: Parts
+    host: Parts
+    gpu_phase: str
+    host_phase: str
+    disk: Parts
+    choices: list[str]
+
+    @property
+    def peak_gpu(self) -> float:
+        """Bytes of a GPU's memory at most."""
+        return sum(self.gpu.values())
+
+    @property
+    def peak_host(self) -> float:
+        """Bytes of the host's memory at most."""
+        return sum(self.host.values())
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen, for the report."""
+        return {
+            "states": self.placement.states,
+            "gram": self.placement.gram,
+            "keep_inner_bytes": self.placement.keep_inner_bytes,
+            "batch_size": self.config.batch_size,
+            "feature_space": self.config.feature_space,
+            "host_phase": self.host_phase,
+            "gpu_phase": self.gpu_phase if self.gpu else None,
+            "disk_gib": {name: size / GIB for name, size in self.disk.items()},
+            "choices": self.choices,
+        }
+
+
+def make_plan(
+    sizes: Sizes, config: PruneConfig, runtime: float, gpu_runtime: float = 0.0, folder: Path | None = None,
+    begun: Mapping[str, Any] | None = None,
+) -> Plan:  # fmt: skip
+    """How to prune within the budgets of the settings, with as little lost time as possible.
+
+    Args:
+        sizes: Of the model and its calibration.
+        config: The settings; what they leave open is chosen.
+        runtime: Bytes that Python and the libraries take on the host, `gpu_runtime` on a GPU.
+        folder: Where files of hidden states are made, if they are.
+        begun: Of `ROUNDINGS`, what the run was begun with that is gone on with; None: what fits.
+
+    Raises:
+        ValueError: (as InputError) it cannot be done within the budgets; says with which it can.
+    """
+    budgets = {
+        "host_memory": parse_bytes("host_memory", config.host_memory),
+        "gpu_memory": parse_bytes("gpu_memory", config.gpu_memory) if sizes.on_gpu else math.inf,
+    }
+    if config.gpu_memory is not None and not sizes.on_gpu:
+        raise InputError("gpu_memory is a budget for a GPU, but the device is a CPU; leave it out, or give --device cuda.")
+    steps = [step for step in _STEPS if step.applies(sizes, config)]
+    start = Placement(folder=folder, read_ahead=sizes.on_gpu)
+    if begun:
+        start = dataclasses.replace(start, **{name: begun[name] for name in ROUNDINGS})
+        steps = [step for step in steps if step.field not in ROUNDINGS]
+
+    def planned(taken: list[_Step]) -> Plan:
+        changed, placement = config, start
+        for step in taken:
+            changed, placement = step.take(changed, placement)
+        every = list(phases(sizes, changed, placement))
+        gpu = max(every, key=lambda phase: sum(phase.gpu.values()))
+        host = max(every, key=lambda phase: sum(phase.host.values()))
+        return Plan(
+            config=changed,
+            placement=placement,
+            gpu=_account(gpu.gpu, gpu_runtime) if sizes.on_gpu else {},
+            host=_account(host.host, runtime),
+            gpu_phase=gpu.name,
+            host_phase=host.name,
+            disk=_disk(sizes, changed, placement),
+            choices=[step.words for step in taken],
+        )
+
+    def fits(plan: Plan) -> bool:
+        return plan.peak_host <= budgets["host_memory"] and plan.peak_gpu <= budgets["gpu_memory"]
+
+    taken: list[_Step] = []
+    for step in steps:
+        now, then = planned(taken), planned([*taken, step])
+        if fits(now):
+            break
+        worse_host = now.peak_host > budgets["host_memory"] and then.peak_host > now.peak_host
+        worse_gpu = now.peak_gpu > budgets["gpu_memory"] and then.peak_gpu > now.peak_gpu
+        if not (worse_host or worse_gpu):
+            taken.append(step)
+    plan = planned(taken)
+    if not fits(plan):
+        which = "host_memory" if plan.peak_host > budgets["host_memory"] else "gpu_memory"
+        peak, phase = (plan.peak_host, plan.host_phase) if which == "host_memory" else (plan.peak_gpu, plan.gpu_phase)
+        least = math.ceil(peak / GIB * 100) / 100
+        raise InputError(
+            f"{which} is {getattr(config, which)}, but this run takes {least:.2f} GiB at least (in the phase {phase!r}); "
+            f"give {least:.2f}GiB or more."
+        )
+    for step in taken[:-1]:  # the last ones may have made the first ones needless
+        without = [other for other in taken if other is not step]
+        if fits(planned(without)):
+            taken = without
+    return planned(taken)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One way to need less: the field it sets and its value, and what it means."""
+
+    words: str
+    field: str
+    value: Any
+    gpu_only: bool = False
+
+    def applies(self, sizes: Sizes, config: PruneConfig) -> bool:
+        needed = self.field != "gram" or config.gram_of_channels
+        return needed and getattr(config, self.field, None) is None and (sizes.on_gpu or not self.gpu_only)
+
+    def take(self, config: PruneConfig, placement: Placement) -> tuple[PruneConfig, Placement]:
+        change: dict[str, Any] = {self.field: self.value}
+        if hasattr(placement, self.field):
+            return config, dataclasses.replace(placement, **change)
+        return dataclasses.replace(config, **change), placement
+
+
+# From what costs least time to what costs most.
+_STEPS = [
+    _Step("weights are not read ahead", "read_ahead", False, gpu_only=True),
+    _Step("hidden states live in host memory", "states", "host", gpu_only=True),
+    _Step("inner activations are made twice instead of kept", "keep_inner_bytes", 0),
+    _Step("the FFN's Gram and the regression on it are on the host", "gram", "host", gpu_only=True),
+    _Step("hidden states live in files", "states", "disk"),
+]
+
+
+def _account(parts: Parts, runtime: float) -> Parts:
+    alive = {name: size for name, size in parts.items() if size}
+    return {"runtime": runtime, **alive, "slack": _SLACK_BYTES + _SLACK * sum(alive.values())}
+
+
+def _disk(sizes: Sizes, config: PruneConfig, placement: Placement) -> Parts:
+    """The result, which may be as large as the model, two states of the journal, and the files of hidden states."""
+    window = sizes.seq_len * sizes.hidden_size * sizes.computed
+    states, held_out = sizes.samples * window, sizes.held_out * window
+    own = 2 if config.dense_target else 1
+    return {
+        "result, at most": sizes.params * sizes.written,
+        "journal": 2 * held_out
+        + 2 * max(own * states, states + (probe_bytes(sizes) if config.allocation == "auto" else 0)),
+        "files of hidden states": 2 * states + held_out if placement.states == "disk" else 0,  # lstsq has no outputs there
+    }

@@ -1,0 +1,224 @@
+"""report.json: everything about a run, for people and programs. Written by `prune`, read by whoever shows results."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, Shape, check_shape, read_object
+from slimllm.config import MEASURED
+from slimllm.errors import InputError
+
+REPORT_NAME = "report.json"
+_Report = TypeVar("_Report")
+
+
+_NAMES = re.compile(r"[\w ,'()-]{1,80}")  # of parts, which pictures are labelled with
+_MOST_LAYERS, _MOST_HEADS = 2_000, 200_000  # which the page draws one by one
+
+# Of report.json as it is read: what others may have edited, and what displays rely on.
+_LAYER = {
+    "index": int, "ratio": float, "similarity": float, "parameters_before": POSITIVE, "parameters_after": int,
+    "num_heads": int, "num_kv_heads": int, "intermediate_size": int, "num_heads_before?": int,
+    "num_kv_heads_before?": int, "intermediate_size_before?": int, "kept_heads": [int], "kept_kv_heads": [int],
+    "kept_channels": [int], "head_importance?": [float], "channel_importance?": [float], "attention_error_before?": float,
+    "attention_error_after?": float, "ffn_error_before?": float, "ffn_error_after?": float,
+}  # fmt: skip
+_SHAPE = {
+    "model": str, "out?": (str, type(None)),
+    "config": {
+        "ratio": float, "preset": str, "criterion": str, "allocation": str, "recovery": str, "seed": int,
+        **{name: (str, type(None)) for name in ("host_memory?", "gpu_memory?", "device?")},
+    },
+    "allocation": {"notes": [str]},
+    "calibration": {
+        "text": str, "bos?": str, "samples": int, "seq_len": int, "held_out?": int, "perplexity_tokens": int,
+        "perplexity_dense": POSITIVE, "perplexity_pruned": POSITIVE,
+    },
+    "parameters": {"before": POSITIVE, "after": POSITIVE, "layers_before": POSITIVE, "layers_after": int},
+    "achieved_ratio": float, "achieved_ratio_model": float, "elapsed_s": float, "setup_s": float, "dense_pass_s": POSITIVE,
+    "stages_s": {EVERY: float}, "peak_host_gib": float, "peak_gpu_gib": float, "memory_gib": {EVERY: float},
+    "backend": str, "device": str, "compute_dtype": str, "format": str, "versions": {EVERY: str}, "layers": [_LAYER],
+    "tensor_parallel?": [int], "resumed_steps?": int, "identity?": dict, "dense_pass_shared?": bool,
+    "dense_stage_s?": float, "gpu_memory_gib?": {EVERY: float}, "plan?": dict,
+}  # fmt: skip
+
+
+@dataclass
+class PruneReport:
+    """What a pruning run did. Keys of report.json are the names of these fields.
+
+    Attributes:
+        model: Name of the model as it was given.
+        out: The folder written, or None for a model in memory.
+        config: The settings (`PruneConfig.to_dict`).
+        allocation: target_params, pruned_layers (n), alpha, round_to and notes.
+        calibration: text, bos (`with BOS`, `no BOS`, or `as given` of token ids), bos_token_id, samples, seq_len, tokens;
+            held_out: how many more windows of the text were kept out of the statistics; and the perplexity before and after
+            (`perplexity_dense`, `perplexity_pruned`) of those, `perplexity_tokens` in all, or, where there are none, of the
+            first tokens in the statistics.
+        parameters: before, after (whole model), layers_before, layers_after (decoder layers).
+        achieved_ratio: Fraction of the layers' parameters removed; `achieved_ratio_model` of the whole model.
+        elapsed_s: Seconds from the first weight read to the finished folder.
+        setup_s: Seconds before that: opening the model, drawing the calibration windows.
+        dense_pass_s: Seconds of computing in one forward pass of the dense decoder layers over the same tokens.
+        stages_s: Seconds by stage.
+        peak_host_gib, peak_gpu_gib: Peak memory of the run.
+        memory_gib, gpu_memory_gib: The account of the two peaks, part by part, made before the run.
+        identity: What another run must have in common with this one to be the same.
+        dense_pass_shared: Whether another run's dense pass was used, whose seconds are not among `elapsed_s`.
+        dense_stage_s: Seconds of all of the dense pass, reading and measuring too (of its last part, if it was resumed).
+        plan: Where things lived, the settings chosen to fit the budgets, and the account of the disk.
+        backend, device, compute_dtype, format: What ran, and the architecture written.
+        versions: Of python, torch, triton (where it is installed), transformers, slimllm.
+        layers: One entry per layer: index, similarity (c), ratio, num_heads, num_kv_heads, intermediate_size (and
+            num_heads_before, num_kv_heads_before, intermediate_size_before),
+            kept_heads, kept_kv_heads, kept_channels, parameters_before, parameters_after, elapsed_s, peak_host_gib,
+            and for pruned parts head_importance (by unit), channel_importance, attention_error_before/_after and
+            ffn_error_before/_after (output error relative to the output's variance, without and with recovery).
+        tensor_parallel: Numbers of devices, from 2 on, over which tensor parallelism can split every layer; see
+            `slimllm.pruning.tensor_parallel`.
+        resumed_steps: Layers (of both passes) that were done before the run was interrupted and gone on with. Seconds are
+            those of all parts together.
+    """
+
+    model: str
+    out: str | None
+    config: dict[str, Any]
+    allocation: dict[str, Any]
+    calibration: dict[str, Any]
+    parameters: dict[str, int]
+    achieved_ratio: float
+    achieved_ratio_model: float
+    elapsed_s: float
+    setup_s: float
+    dense_pass_s: float
+    stages_s: dict[str, float]
+    peak_host_gib: float
+    peak_gpu_gib: float
+    memory_gib: dict[str, float]
+    backend: str
+    device: str
+    compute_dtype: str
+    format: str
+    versions: dict[str, str]
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    tensor_parallel: list[int] = field(default_factory=list)
+    resumed_steps: int = 0
+    identity: dict[str, Any] = field(default_factory=dict)
+    dense_pass_shared: bool = False
+    dense_stage_s: float = 0.0
+    gpu_memory_gib: dict[str, float] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds_alone(self) -> float:
+        """Of pruning, as if it were alone: with the dense pass, which it may have taken from another run."""
+        if not self.dense_pass_shared:
+            return self.elapsed_s
+        return self.elapsed_s + (self.dense_stage_s if self.config["allocation"] in MEASURED else self.dense_pass_s)
+
+    @property
+    def judged_by(self) -> str:
+        """Which tokens the perplexity is of, in words."""
+        tokens = self.calibration["perplexity_tokens"]
+        if self.calibration.get("held_out"):
+            return f"{tokens:,} held-out tokens of the calibration text"
+        return f"{tokens:,} calibration tokens that it is fitted to"
+
+    def save(self, folder: Path) -> None:
+        """Write report.json into the folder."""
+        text = json.dumps(_rounded(dataclasses.asdict(self)), indent=1, allow_nan=False)
+        (folder / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> PruneReport:
+        """Read the report of a pruned checkpoint.
+
+        Raises:
+            ValueError: (as InputError) the folder holds no report.json, or none of ours.
+        """
+        path = Path(folder) / REPORT_NAME
+        report = read_report(cls, path, "a pruning run", _SHAPE)
+        if fault := report._fault():
+            raise InputError(f"{path} is not the report of a pruning run: {fault}.")
+        return report
+
+    def _fault(self) -> str | None:
+        """What in it does not fit together, where a display would fail by it."""
+        if not 1 <= len(self.layers) <= _MOST_LAYERS:
+            return f"it has {len(self.layers) or 'no'} layers"
+        if (heads := sum(layer.get("num_heads_before", 1) for layer in self.layers)) > _MOST_HEADS:
+            return f"its layers have {heads} heads"
+        for index, layer in enumerate(self.layers):
+            channels = layer.get("intermediate_size_before")
+            if layer["index"] != index:
+                return f"layer {index} has the index {layer['index']}"
+            before = [f"{name}_before" in layer for name in ("num_heads", "num_kv_heads", "intermediate_size")]
+            if any(before) and not all(before):
+                return f"layer {index} has not all of its sizes before"
+            if 0 in (layer.get("num_heads_before"), channels):
+                return f"layer {index} had no heads or no channels before"
+            if channels and any(channel >= channels for channel in layer["kept_channels"]):
+                return f"layer {index} has kept a channel that it does not have"
+            if channels and len(layer.get("channel_importance") or []) not in (0, channels):
+                return f"layer {index} has not as many importances as channels"
+            for part in ("attention", "ffn"):
+                if (f"{part}_error_before" in layer) != (f"{part}_error_after" in layer):
+                    return f"layer {index} has only one error of its {part}"
+        names = [*self.stages_s, *self.memory_gib, *self.gpu_memory_gib]
+        return next((f"{name[:40]!r} is no name of a part" for name in names if not _NAMES.fullmatch(name)), None)
+
+
+def read_report(kind: type[_Report], path: Path, of_what: str, shape: Shape) -> _Report:
+    """A report from its JSON file, whose keys are the names of its fields, and whose values have a shape (`check_shape`).
+
+    Raises:
+        ValueError: (as InputError) there is no such file, or it is no such report.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no {path}; give the folder that {of_what} has written.")
+    content = read_object(path)
+    try:
+        check_shape(content, shape, "")
+        return kind(**content)
+    except TypeError:
+        raise InputError(f"{path} is not the report of {of_what}, or is that of another version of slimllm.") from None
+    except InputError as error:
+        raise InputError(f"{path} is not the report of {of_what}: {error}") from None
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    import transformers
+
+    found = {
+        "slimllm": importlib.metadata.version("slimllm-engine"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    try:
+        found["triton"] = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        pass  # not on every platform
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to 7 digits: what the numbers are good for, at a third of the size."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,280 @@
+"""One run: its clocks, its account of memory, the format of its result, its report, and what makes it this run."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimllm import ops
+from slimllm.calibration import Calibration, calibration_name
+from slimllm.checkpoints.base import Checkpoint
+from slimllm.checkpoints.journal import Journal, fingerprint
+from slimllm.checkpoints.native import OutputFormat, output_format
+from slimllm.checkpoints.resume import Record
+from slimllm.checkpoints.source import CheckpointModel, ModelSource
+from slimllm.config import DTYPES, GIB, PruneConfig
+from slimllm.errors import InputError
+from slimllm.methods.allocation.allocate import Allocation
+from slimllm.models.families import layer_spec
+from slimllm.models.layer import Layer
+from slimllm.pruning.dense_pass import DensePass, perplexity_windows
+from slimllm.pruning.memory_estimate import batch_windows, sizes_of
+from slimllm.pruning.pipeline import Outcome, check_settings, prune_layers
+from slimllm.pruning.plan import GPU_RUNTIME, ROUNDINGS, Plan, make_plan
+from slimllm.pruning.report import PruneReport, versions
+from slimllm.pruning.tensor_parallel import tensor_parallel_sizes
+from slimllm.runtime import memory
+from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.progress import ProgressCallback, Stopwatch
+
+Notice = Callable[[str], None]
+WEIGHTS = "weights, by checksum"
+OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # those with kernels that a run uses
+
+
+class Run:
+    """One run: the clocks, the account of memory, and the format, which is settled when the budgets are."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        calibration: Calibration,
+        config: PruneConfig,
+        notice: Notice,
+        started: float,
+        runtime: float,
+        folder: Path | None = None,
+        begun: dict[str, Any] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
+        token_ids, held_out = calibration.token_ids, len(calibration.held_out)
+        if len(token_ids) < self.ranks.size:
+            raise InputError(
+                f"{len(token_ids)} calibration windows cannot be shared by {self.ranks.size} processes; give more samples, "
+                "or start fewer processes."
+            )
+        check_settings(source, config)
+        self.source, self.config, self.notice = source, config, notice
+        self.calibration, self.token_ids = calibration, token_ids
+        self.backend = ops.backend(source.device, OPERATIONS)
+        self.format: OutputFormat
+        self.sizes = source.sizes()
+        self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
+        memory.reset_peak(source.device)
+        self.plan = plan_of(source, (*token_ids.shape, held_out), config, runtime, folder, begun, self.ranks.size)
+        for choice in self.plan.choices:
+            self.notice(f"To fit the budget, {choice}.")
+        self._say_if_few(token_ids)
+        self.watch = Stopwatch(source.device)
+        self.setup_s = time.perf_counter() - started
+        self.resumed_steps = 0
+
+    def go_on(self, journal: Journal) -> None:
+        """Count on from where the journal ends, and say what may be different now."""
+        last = journal.steps[-1]
+        self.resumed_steps = len(journal.steps)
+        self.watch.go_on(last["seconds"], last["elapsed_s"])
+        done = len(journal.done("prune")) or len(journal.done("dense"))
+        self.notice(f"Going on behind layer {done - 1} of the {'pruning' if journal.done('prune') else 'dense pass'}.")
+        say_changes(journal, self.source.device, self.ranks.size, self.notice)
+
+    def prune(
+        self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, record: Record | None = None,
+        dense: DensePass | None = None,
+    ) -> Outcome:  # fmt: skip
+        return prune_layers(
+            self.source, self.calibration, self.plan.config, self.plan.placement, self.watch, self._settle, store, progress,
+            record, dense, self.ranks,
+        )  # fmt: skip
+
+    def _say_if_few(self, token_ids: torch.Tensor) -> None:
+        """A fit of more unknowns than there are tokens describes the calibration text, and no other."""
+        unknowns = max(size.intermediate_size for size in self.sizes)
+        if self.config.by_channels and token_ids.numel() < unknowns:
+            names = [name for name in (self.config.criterion, self.config.recovery) if name in ("obs", "lstsq")]
+            which = f"{' and '.join(names)} {'fit' if len(names) > 1 else 'fits'}"
+            tokens, least = token_ids.numel(), -(-unknowns // token_ids.shape[1])
+            self.notice(
+                f"{tokens:,} calibration tokens are fewer than the {unknowns:,} channels of an FFN that {which}, so the "
+                f"result will be good on this text alone; give at least {least} samples of {token_ids.shape[1]} tokens, "
+                "better several times as many."
+            )
+
+    def _settle(self, allocation: Allocation) -> None:
+        for note in allocation.notes:
+            self.notice(f"{note}.")
+        new_bias = self.config.recovery != "none"
+        sizes = [
+            size.without(budget.units, budget.channels, self.config.head_unit, new_bias)
+            for size, budget in zip(self.sizes, allocation.budgets)
+        ]
+        dtype = DTYPES[self.config.dtype] if self.config.dtype else _config_dtype(self.source)
+        self.format = output_format(self.source.config, sizes, dtype)
+
+    def report(self, outcome: Outcome, model: str, out: str | None, parameters_after: int) -> PruneReport:
+        source, config, allocation = self.source, self.config, outcome.allocation
+        layers_before = sum(size.params for size in self.sizes)
+        layers_after = sum(layer["parameters_after"] for layer in outcome.layers)
+        for note in (added := allocation.note_of_biases(layers_before, layers_after, self.format.name)):
+            self.notice(f"{note}.")
+        before, judged_by = self.parameters_before, perplexity_windows(self.calibration)
+        return PruneReport(
+            model=model,
+            out=out,
+            config=config.to_dict(),
+            allocation={
+                "target_params": allocation.target_params,
+                "pruned_layers": allocation.pruned_layers,
+                "alpha": allocation.alpha,
+                "round_to": allocation.round_to,
+                "notes": allocation.notes + added,
+            },
+            calibration={
+                "text": calibration_name(config),
+                "bos": self.calibration.bos,
+                "bos_token_id": self.calibration.bos_token_id,
+                "samples": self.token_ids.shape[0],
+                "seq_len": self.token_ids.shape[1],
+                "tokens": self.token_ids.numel(),
+                "held_out": len(self.calibration.held_out),
+                "perplexity_tokens": judged_by.numel(),
+                "perplexity_dense": _exp(outcome.loss_dense),
+                "perplexity_pruned": _exp(outcome.loss_pruned),
+            },
+            parameters={
+                "before": before,
+                "after": parameters_after,
+                "layers_before": layers_before,
+                "layers_after": layers_after,
+            },
+            achieved_ratio=1 - layers_after / layers_before,
+            achieved_ratio_model=1 - parameters_after / before,
+            elapsed_s=self.watch.elapsed_s(),
+            setup_s=self.setup_s,
+            dense_pass_s=outcome.dense.seconds,
+            stages_s=dict(self.watch.seconds),
+            peak_host_gib=max(memory.peak_host_gib(), *(layer["peak_host_gib"] for layer in outcome.layers)),
+            peak_gpu_gib=memory.peak_gpu_gib(source.device),
+            memory_gib={name: size / GIB for name, size in self.plan.host.items()},
+            gpu_memory_gib={name: size / GIB for name, size in self.plan.gpu.items()},
+            plan=self.plan.describe(),
+            backend=self.backend,
+            device=str(source.device),
+            compute_dtype=str(source.dtype).removeprefix("torch."),
+            format=self.format.name,
+            versions=versions(),
+            layers=outcome.layers,
+            tensor_parallel=tensor_parallel_sizes(
+                (layer["num_heads"], layer["num_kv_heads"], layer["intermediate_size"]) for layer in outcome.layers
+            ),
+            resumed_steps=self.resumed_steps,
+        )
+
+
+def plan_of(
+    source: ModelSource, windows: tuple[int, int, int], config: PruneConfig, runtime: float, folder: Path | None,
+    begun: dict[str, Any] | None, num_ranks: int,
+) -> Plan:  # fmt: skip
+    """How to prune a model with calibration windows (samples, seq_len, held out), within the budgets of the settings."""
+    stored = source.checkpoint.dtype_in_memory() if isinstance(source, CheckpointModel) else source.dtype
+    params = sum(torch.Size(shape).numel() for shape in source.shapes().values())
+    dtypes = stored, source.dtype, DTYPES[config.dtype] if config.dtype else _config_dtype(source)
+    sizes = sizes_of(
+        source.config, source.sizes(), source.head_dim, params, dtypes, windows, source.device, num_ranks
+    )  # fmt: skip
+    return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, begun)
+
+
+def identity_of(source: CheckpointModel, calibration: Calibration, plan: Plan) -> dict[str, Any]:
+    """What two runs must have in common for one to go on with the other; weights are compared layer by layer."""
+    others = [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
+    return {
+        **identity_in_memory(source, calibration, plan.config),
+        **{name: getattr(plan.placement, name) for name in ROUNDINGS},
+        "embeddings, by checksum": zlib.crc32(str(others).encode()),
+    }
+
+
+def identity_in_memory(source: ModelSource, calibration: Calibration, config: PruneConfig) -> dict[str, Any]:
+    """That without the weights."""
+    settings, token_ids = config.to_dict(), calibration.token_ids
+    for name in ("calibration", "device", "host_memory", "gpu_memory"):
+        del settings[name]
+    settings["batch_size"] = batch_windows(len(token_ids), token_ids.shape[1], config.batch_size)
+    model = source.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        model.pop(name, None)
+    description = json.dumps([model, source.shapes()], sort_keys=True, default=str)
+    return {
+        "slimllm": versions()["slimllm"],
+        **settings,
+        "compute_dtype": str(source.dtype).removeprefix("torch."),
+        "calibration text, by checksum": fingerprint({"": token_ids}),
+        "held-out text, by checksum": fingerprint({"": calibration.held_out}),
+        "model, by checksum": zlib.crc32(description.encode()),
+    }
+
+
+def checksum_of(checksums: list[int]) -> int:
+    """Of the weights of all layers, from those of each."""
+    return zlib.crc32(str(checksums).encode())
+
+
+def compare_identities(identity: dict[str, Any], ranks: Ranks) -> None:
+    """Whether all ranks have the same run before them.
+
+    Raises:
+        ValueError: (as InputError) one has another.
+    """
+    identities = ranks.everyone(identity)
+    with ranks.together():
+        for rank, other in enumerate(identities):
+            for key, value in identities[0].items():
+                if other[key] != value:
+                    raise InputError(
+                        f"Rank {rank} has another {key} ({other[key]}) than rank 0 ({value}); give all the same."
+                    )
+
+
+def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
+    """What the last digits of a result may depend on."""
+    cuda = device.type == "cuda"
+    return {
+        **{name: version for name, version in versions().items() if name in ("torch", "transformers", "triton")},
+        "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "ranks": num_ranks,
+    }
+
+
+def say_changes(journal: Journal, device: torch.device, num_ranks: int, notice: Notice) -> None:
+    """Say in what other environment a run was begun that is gone on with."""
+    now = environment_of(device, num_ranks)
+    if changed := [f"{key} {journal.environment.get(key)}" for key in now if journal.environment.get(key) != now[key]]:
+        notice(f"The run was begun with {', '.join(changed)}; the last digits of the result may depend on that.")
+
+
+def say_nothing(sentence: str) -> None:
+    """In place of a notice that nobody asked for."""
+
+
+def _exp(loss: float) -> float:
+    """Perplexity of a loss; a hopeless model's is capped, so that the report stays valid JSON."""
+    return math.exp(min(loss, 700.0))
+
+
+def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype a checkpoint is stored in, by its embeddings."""
+    return checkpoint.storage_dtype(f"{layer_spec(checkpoint.config.model_type).embedding}.weight")
+
+
+def _config_dtype(source: ModelSource) -> torch.dtype:
+    return weight_dtype(source.checkpoint) if isinstance(source, CheckpointModel) else source.dtype

@@ -1,0 +1,58 @@
+"""Over how many devices tensor parallelism can split a model, by what its layers have kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from slimllm.pruning.report import PruneReport
+
+Layer = tuple[int, int, int]  # its query heads, KV heads and FFN channels
+
+
+def tensor_parallel_sizes(layers: Iterable[Layer]) -> list[int]:
+    """The numbers of devices, from 2 on, over which every layer can be split as vLLM does it.
+
+    A size divides every layer's query heads and FFN channels. It divides the KV heads, too, or they divide it, and each is
+    then held by several devices, as in vLLM's own implementations.
+
+    Args:
+        layers: Query heads, KV heads and FFN channels of every layer.
+    """
+    found = list(layers)
+    common = math.gcd(*(size for heads, _, channels in found for size in (heads, channels)))
+    kv_heads = {kv for _, kv, _ in found}
+    return [
+        size for size in range(2, common + 1)
+        if common % size == 0 and all(kv % size == 0 or size % kv == 0 for kv in kv_heads)
+    ]  # fmt: skip
+
+
+def tensor_parallel_line(sizes: list[int]) -> str:
+    """The sizes in words: `tensor parallel: 2, 4`."""
+    return f"tensor parallel: {', '.join(map(str, sizes)) or 'only 1'}"
+
+
+def tensor_parallel_of(report: PruneReport) -> str:
+    """The line about a pruned model, with advice where the model could be split before it was pruned, and now cannot be."""
+    line = tensor_parallel_line(report.tensor_parallel)
+    size = None if report.tensor_parallel else _lost_size(report)
+    return line if size is None else f"{line}; --heads-multiple-of {size} keeps it possible"
+
+
+def _lost_size(report: PruneReport) -> int | None:
+    """The least size over which the model could be split if its heads had been kept in multiples of that; None: none."""
+    config = report.config
+    if config["preset"] == "paper":
+        return None
+    before = [
+        (layer["num_heads_before"], layer["num_kv_heads_before"], layer["intermediate_size_before"])
+        for layer in report.layers
+    ]  # fmt: skip
+    whole_groups = config["head_unit"] == "kv-group"
+    for size in tensor_parallel_sizes(before):
+        refused = whole_groups and any(kv_heads % size for _, kv_heads, _ in before)
+        of_no_use = config["heads_multiple_of"] % size == 0 or (config["round_to"] or size) % size
+        if not (refused or of_no_use):
+            return size
+    return None

@@ -1,0 +1,61 @@
+"""Stop on Ctrl-C, SIGTERM or a closed terminal: at a safe point, from which the run can be resumed, or at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from slimllm.runtime.distributed import Ranks
+
+# Those that end a run: SIGHUP when its terminal goes, unless nohup has it ignored.
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+    SIGNALS.append(signal.SIGHUP)
+
+
+def leave(number: int, frame: object = None) -> NoReturn:
+    """Leave by an exception, so that what was begun is removed, or kept to be gone on with, on the way out."""
+    heard_once(number)
+    sys.exit(128 + number)
+
+
+def heard_once(number: int) -> None:
+    """Ignore more of them if a signal is SIGHUP: of a closed terminal the shell sends one, and the system another."""
+    if number == getattr(signal, "SIGHUP", None):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def leave_interrupts_to_parent() -> None:
+    """In a process that another one has started, and ends: Ctrl-C reaches both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class SafeStop:
+    """While layers are at work, the first signal stops the run behind the present one; the second, at once.
+
+    Args:
+        say: Told what will happen.
+        ranks: Of the run, which stop behind the same layer, whichever of them was signalled.
+    """
+
+    def __init__(self, say: Callable[[str], None], ranks: Ranks) -> None:
+        self._say, self._ranks = say, ranks
+        self._requested = 0
+        self._at_work = False
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if not self._at_work or self._requested:
+            leave(number)
+        heard_once(number)
+        self._requested = number
+        self._say("Stopping behind this layer; interrupt once more to stop at once.")
+
+    def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
+        """A layer is done and recorded; a `ProgressCallback`."""
+        if requested := max(self._ranks.everyone(self._requested)):
+            leave(requested)
+        self._at_work = stage == "dense" or index + 1 < num_layers
