@@ -50,7 +50,7 @@ from slimllm import InputError, PruneConfig
 from slimllm.calibration import is_unicode, read_texts
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
-from slimllm.checkpoints.tokenizer import load_tokenizer, tokenizer_code
+from slimllm.checkpoints.tokenizer import encode, load_tokenizer, tokenizer_code
 from slimllm.cli.display import print_summary
 from slimllm.experiments.bench.forecast import forecast
 from slimllm.export.stock import export
@@ -195,7 +195,7 @@ def check_tokenizer(folder: Path) -> None:
         if tokenizer_code(folder) is None:  # only without the code that it asks for may another class read it
             raise
         right = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-    if ours(text)["input_ids"] != right(text)["input_ids"]:
+    if encode(ours, text) != right(text)["input_ids"]:
         raise Fault("other tokens than transformers'")
 
 
@@ -354,7 +354,9 @@ def run_trial(inputs: Inputs, number: int) -> tuple[str, str, str]:
     except InputError as error:
         fault = _what_is_wrong_with(error)
         return target, "fault" if fault else "refused", fault or str(error)
-    except (Exception, Fault) as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of a library is no Exception
         return target, "fault", f"{type(error).__name__}: {str(error)[:300]}"
     finally:
         signal.alarm(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
+from slimllm.checkpoints.tokenizer import encode
 from slimllm.config import BOS_CHOICES, check_choice
 from slimllm.errors import InputError
 
@@ -26,7 +27,7 @@ def window_bos(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
     if choice == "never":
         return None
     if choice == "auto":
-        return bos if bos is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [bos] else None
+        return bos if bos is not None and encode(tokenizer, "a")[:1] == [bos] else None
     if bos is None:
         raise InputError("bos is always, but the tokenizer of this model has no BOS token; give auto or never.")
     return bos

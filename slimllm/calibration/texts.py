@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from slimllm.calibration.files import check_regular, shown
 from slimllm.calibration.formats import BLOCK_BYTES, TextFile, recognise
 from slimllm.calibration.records import Records, fields_of
+from slimllm.checkpoints.tokenizer import encode
 from slimllm.errors import InputError
 
 # A source is read until it has given this many characters for every token asked for, and a file at least the second number.
@@ -163,7 +164,7 @@ def _has_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase, tokens
     text, tokens = "\n\n".join(documents), 0
     for begin in range(0, len(text), _COUNTED_CHARACTERS):
         piece = text[begin : begin + _COUNTED_CHARACTERS]
-        tokens += len(tokenizer(piece, verbose=False, add_special_tokens=False)["input_ids"])
+        tokens += len(encode(tokenizer, piece, special_tokens=False))
         if tokens >= tokens_wanted * _COUNTED_SURPLUS:
             return True
     return False

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from slimllm.calibration.bos import about_bos, window_bos
 from slimllm.calibration.texts import bundled_text, read_texts
+from slimllm.checkpoints.tokenizer import encode
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 
@@ -26,7 +27,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], bos: str 
         documents: The texts.
         bos: As for `PruneConfig`; with `never` the BOS that the tokenizer puts before the stream is left out.
     """
-    ids = tokenizer("\n\n".join(documents), verbose=False)["input_ids"]
+    ids = encode(tokenizer, "\n\n".join(documents))
     own = bos == "never" and ids[:1] == [window_bos(tokenizer, "auto")]
     return torch.tensor(ids[1:] if own else ids, dtype=torch.int64)
 

@@ -36,7 +36,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
             raise InputError(f"The tokenizer in {path} cannot be loaded: in {settings.name} {error}") from None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
+    except BaseException as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
+        if not _is_of_the_library(error):
+            raise
         if not trust_remote_code and (code := tokenizer_code(path)):
             if (path / "tokenizer.json").is_file():
                 return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
@@ -48,6 +50,34 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
             f"The tokenizer in {path} cannot be loaded; save it in the folder with tokenizer.save_pretrained. "
             f"It said: {first_line(error)}"
         ) from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = True) -> list[int]:
+    """Turn a text into token ids.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        text: Of any length.
+        special_tokens: Whether those that the tokenizer adds to a text by itself, such as a BOS, are there.
+
+    Raises:
+        ValueError: (as InputError) the tokenizer fails, as one does whose vocabulary and merges do not fit together.
+    """
+    try:
+        ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=special_tokens)["input_ids"]
+    except BaseException as error:
+        if not _is_of_the_library(error):
+            raise
+        raise InputError(
+            f"The tokenizer of {tokenizer.name_or_path} fails on the text ({first_line(error)}); its files do not fit "
+            "together."
+        ) from error
+    return ids
+
+
+def _is_of_the_library(error: BaseException) -> bool:
+    """Whether an error may be one of a tokenizer library: a panic of one that is written in Rust is no Exception."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def tokenizer_code(path: Path) -> str | None:

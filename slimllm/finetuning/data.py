@@ -23,6 +23,7 @@ from slimllm.calibration import (
     window_bos,
     windows_of,
 )
+from slimllm.checkpoints.tokenizer import encode
 from slimllm.errors import InputError
 from slimllm.pruning.run import Notice, say_nothing
 
@@ -182,9 +183,9 @@ def _conversation(record: dict[str, Any], where: str, tokenizer: PreTrainedToken
 
 
 def _example(prompt: str, output: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
-    given = tokenizer(prompt, verbose=False)["input_ids"]
+    given = encode(tokenizer, prompt)
     # Apart from the instruction, so that where it ends is known; the end, if the tokenizer has one, is learnt too.
-    answer = tokenizer(output, verbose=False, add_special_tokens=False)["input_ids"]
+    answer = encode(tokenizer, output, special_tokens=False)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if len(given) >= seq_len or not answer:
         return None

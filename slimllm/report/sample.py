@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from slimllm.calibration import is_unicode, longest_input, shown
+from slimllm.checkpoints.tokenizer import encode
 from slimllm.errors import InputError
 from slimllm.evaluation.perplexity import load
 from slimllm.runtime.memory import release
@@ -59,7 +60,7 @@ def _written(
     for name, value in (wanted or sizes).items():
         if sizes[name] != value:
             raise InputError(f"{model} is not what was pruned: its {name} is {sizes[name]} instead of {value}.")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(loaded.device)
+    ids = torch.tensor([encode(tokenizer, prompt)], device=loaded.device)
     longest = longest_input(loaded.config)
     if ids.shape[1] + NEW_TOKENS > longest:
         raise InputError(f"The prompt of the sample has {ids.shape[1]} tokens; give at most {longest - NEW_TOKENS}.")
