@@ -36,7 +36,6 @@ PARTS: dict[str, dict[str, Any]] = {
     "best, the paper's allocation": {"preset": "best", "allocation": "layer-importance"},
     "best, the paper's criterion": {"preset": "best", "criterion": "slimllm"},
     "best, the paper's recovery": {"preset": "best", "recovery": "affine"},
-    "best, dense target 0.3": {"preset": "best", "dense_target": 0.3},
 }
 KEYS = ("model", "mha", "method", "ratio", "calibration", "samples", "seed")
 

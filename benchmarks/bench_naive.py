@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from slimllm import ops
-from slimllm.methods.criteria.scores import input_importance
-from slimllm.methods.recovery import OutputMoments, head_moments, mean_output
+from slimllm.methods.criteria.slimllm import input_importance
+from slimllm.methods.moments import OutputMoments, mean_output, unit_moments
 from slimllm.methods.selection import select_channels
 from slimllm.runtime import memory
 from slimllm.runtime.progress import Stopwatch
@@ -76,7 +76,7 @@ def engine(
         covariance = ops.head_covariance(weights["o"], attention.covariance(), heads)
         kept_heads = ops.pearson_greedy(covariance, pruned_heads).cpu()
     with watch("recovery"):
-        head_moments(covariance, mean_output(weights["o"], attention.mean(), heads), kept_heads).affine_fit()
+        unit_moments(covariance, mean_output(weights["o"], attention.mean(), heads), kept_heads).affine_fit()
         del covariance, attention
     with watch("statistics"):
         inputs, channels = ColumnStatistics(hidden_size, device), ColumnStatistics(z.shape[1], device)

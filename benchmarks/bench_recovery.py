@@ -19,8 +19,7 @@ from rich.table import Table
 
 import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize
-from slimllm.config import RECOVERIES
-from slimllm.methods import recovery as fitting
+from slimllm.methods.recovery import lstsq as fitting
 
 
 def main() -> None:
@@ -45,7 +44,9 @@ def main() -> None:
         held_out = windows[-64 * 128 // arguments.seq_len :].flatten()  # the last of the permutation whose first are drawn
     before = slimllm.perplexity(dense, held_out, max_windows=64)
     table = Table("ratio", "recovery", "perplexity", "of the dense model", "prune s / dense pass s")
-    choices = [(ridge, "lstsq") for ridge in arguments.ridge or []] or [(None, name) for name in reversed(RECOVERIES)]
+    choices = [(ridge, "lstsq") for ridge in arguments.ridge or []] or [
+        (None, name) for name in ("none", "bias", "lstsq", "affine")
+    ]
     for ratio in arguments.ratio:
         for ridge, recovery in choices:
             fitting.RIDGE = ridge or fitting.RIDGE

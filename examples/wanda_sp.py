@@ -1,30 +1,20 @@
-"""Wanda-sp: the structured form of Wanda (arXiv 2306.11695, 2312.11983), on slimllm's statistics.
+"""Wanda-sp (arXiv 2306.11695, 2312.11983) as a criterion: mean weight times norm of the activations.
 
-A weight's importance is |W[k,c]|·‖X[:,c]‖₂, a channel's the mean over the outputs k. The lowest fifth of every layer goes.
+slimllm prune MODEL --out OUT --ratio 0.2 --plugin examples/wanda_sp.py --criterion my-wanda-sp
 """
 
-from __future__ import annotations
-
 import torch
-from harness import input_statistics, keep_channels, run
-from transformers import PreTrainedModel
 
-from slimllm.statistics import ColumnStatistics
-
-
-def wanda_sp(down_weight: torch.Tensor, inputs: ColumnStatistics) -> torch.Tensor:
-    """Importance of every channel (I,) from down_proj.weight (D, I) and the statistics of its inputs."""
-    return down_weight.abs().mean(0) * inputs.norms()
+from slimllm.methods.criteria import Criterion, register_criterion
+from slimllm.methods.statistics import SublayerStatistics
+from slimllm.models.sublayer import Sublayer
 
 
-def prune(model: PreTrainedModel, token_ids: torch.Tensor, ratio: float = 0.2) -> None:
-    """Remove that fraction of every FFN's channels, in place."""
-    for name, inputs in input_statistics(model, token_ids, "mlp.down_proj", ColumnStatistics).items():
-        ffn = model.get_submodule(name.removesuffix(".down_proj"))
-        importance = wanda_sp(ffn.down_proj.weight, inputs)
-        keep = importance.argsort()[round(ratio * len(importance)) :].sort().values
-        keep_channels(ffn, keep)
+@register_criterion("my-wanda-sp")
+class MyWandaSp(Criterion):
+    """Wanda-sp, summed over the columns of a head or channel."""
 
-
-if __name__ == "__main__":
-    run(prune)
+    def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
+        weight = sublayer.effective_weight().double()  # (D, F), of the output projection
+        norms = statistics.columns.norms().to(weight.device)  # ‖z[:, c]‖₂ of its inputs, (F,)
+        return (weight.abs().mean(0) * norms).view(sublayer.units, -1).sum(1)

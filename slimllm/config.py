@@ -12,21 +12,29 @@ from typing import Any
 import torch
 
 from slimllm.errors import InputError
+from slimllm.plugins import ALLOCATIONS, CRITERIA, RECOVERIES
 
-# What a preset makes of the settings that are not given.
+# What a preset makes of the settings that are not given; `settings` are the options of methods, by their names. The preset
+# `paper` also puts no BOS before the windows, unless it is asked for, and draws them from all of a file.
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {"criterion": "slimllm", "allocation": "layer-importance", "recovery": "affine", "token_weights": "none"},
-    "paper": {"criterion": "slimllm", "allocation": "layer-importance", "recovery": "affine", "token_weights": "none"},
-    "best": {"criterion": "obs", "allocation": "auto", "recovery": "lstsq", "token_weights": "norm"},
-}
+    "default": {
+        "criterion": "slimllm", "allocation": "layer-importance", "recovery": "affine", "token_weights": "none",
+        "round_to": None, "settings": {},
+    },
+    "paper": {
+        "criterion": "slimllm", "allocation": "layer-importance", "recovery": "affine", "token_weights": "none",
+        "round_to": 1, "settings": {"slimllm": {"keep_lowest": 0.01}, "layer-importance": {"published": True}},
+    },
+    "best": {
+        "criterion": "obs", "allocation": "auto", "recovery": "lstsq", "token_weights": "norm", "round_to": None,
+        "settings": {},
+    },
+}  # fmt: skip
+# The settings that are methods, and where those are known by name.
+METHODS = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "recovery": RECOVERIES}
 HEAD_UNITS = ("kv-group", "query")
-CRITERIA = ("slimllm", "obs", "wanda-sp", "flap", "magnitude", "random")
-ALLOCATIONS = ("layer-importance", "uniform", "auto", "flap")
-MEASURED = ("auto", "flap")  # the allocations that need more of the dense pass than how similar it leaves its input
-RECOVERIES = ("affine", "lstsq", "bias", "none")
 TOKEN_WEIGHTS = ("none", "norm")
 BOS_CHOICES = ("auto", "always", "never")
-FEATURE_SPACES = ("eigh", "function")
 GIB = 2**30
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,24 +51,23 @@ class PruneConfig:
             heads and round(r_l * I) channels of a layer, and the published implementation's rule that always keeps
             the lowest 1 % of channels. With grouped queries, which the paper has not, channels make up for whole groups.
             `best`: the most accurate known at high ratios, `obs` with `auto`, `lstsq` and `norm`. A preset is what is
-            taken for the next four settings where they are None.
-        criterion: What goes first. `slimllm`: the paper's. `obs`: structured optimal brain surgeon, what adds least output
-            error once the rest has been fitted anew. `wanda-sp`, `flap`: those papers' scores. `magnitude`: the smallest
-            weights. `random`: by `seed`.
-        allocation: What every layer gives. `layer-importance`: the paper's softmax. `uniform`: the same share. `auto`: the
-            whole budget where `obs` measures the least error for a parameter, times how much the model's output cares.
-            `flap`: one threshold for that paper's scores, standardised in every sub-layer.
+            taken for the next four settings, and for `round_to`, where they are None.
+        criterion: Which units are removed, a name or a `slimllm.methods.criteria.Criterion`. `slimllm`: the paper's. `obs`:
+            structured optimal brain surgeon, lowest output error after refit. `wanda-sp`, `flap`: those papers' scores.
+            `magnitude`: the smallest weights. `random`: by `seed`. Afterwards always a `Criterion`.
+        allocation: What every layer gives, a name or a `slimllm.methods.allocation.Allocation`. `layer-importance`: the
+            paper's softmax. `uniform`: the same share. `auto`: the whole budget where `obs` measures the least error for a
+            parameter, times how much the model's output cares. `flap`: one threshold for that paper's scores, standardised
+            in every sub-layer. Afterwards always an `Allocation`.
+        recovery: How the rest makes up for what is removed, a name or a `slimllm.methods.recovery.Recovery`. `affine`: the
+            paper's regression of every output dimension on its pruned self. `lstsq`: all kept weights of the output
+            projections by ridge regression, closer to the dense model. `bias`: the mean of what is removed, as in FLAP.
+            `none`: no recovery. Afterwards always a `Recovery`.
+        token_weights: `norm`: in all statistics a token counts with 1 / mean square of the residual stream after the
+            sub-layer, which the next norm divides it by: errors are then those that the rest of the model sees, and the
+            few enormous tokens of large models do not dominate the statistics. `none`: all count alike, as published.
         head_unit: What is removed from attention. `kv-group`: a KV head with all its query heads. `query`: the same
             number of query heads out of every group of a layer. Both are the single head when the group size is 1.
-        recovery: `affine`: the paper's regression of every output dimension on its pruned self. `lstsq`: all kept
-            weights of the output projections by ridge regression, closer to the dense model. `bias`: the mean of what goes,
-            as in FLAP. `none`: no recovery.
-        token_weights: `norm`: in all statistics a token counts with 1 / mean square of the residual stream behind the
-            sub-layer, which the next norm divides it by: errors are then those that the rest of the model sees, and the
-            few enormous tokens that large models have do not own every sum. `none`: all count alike, as published.
-        dense_target: Of recovery `lstsq`, 0 to 1: how much of the way to the dense model's own residual stream the
-            regression aims for, so that what earlier layers have lost is made good and not passed on. 0: each sub-layer is
-            fitted to what it put out itself. Takes a second stream through the dense layers.
         calibration: A file (plain text, or JSON lines, a JSON list or a table with the field "text", also compressed with
             gzip), of which a part is drawn by `seed` if it is long, see `slimllm.calibration.read_texts` (the preset
             `paper` draws its windows from all of it); the name of a hub dataset as `name` to
@@ -73,17 +80,12 @@ class PruneConfig:
         seq_len: Tokens per window, the BOS included.
         seed: Seed of the draw of the windows, and of the criterion `random`; nothing else in a run is random.
         batch_size: Windows that go through a layer together; None chooses about 1024 tokens.
-        pruned_layers: n, how many layers are pruned (those of highest importance c); None: by the ratio, as published.
-        alpha: Temperature of the softmax over layer importances; None: by the ratio, as published. 0 is uniform.
-        keep_lowest: Fraction of the least important channels that are kept all the same; None: 0 (paper: 0.01).
         heads_multiple_of: In every layer the number of kept KV heads (head_unit `query`: of kept query heads) is a
             multiple of this, so that tensor parallelism over so many devices can split them. The model's own number must
             be a multiple. The default of `round_to` becomes a multiple of it, too. Not with the preset `paper`, whose
             numbers of heads are the published ones.
         round_to: FFN widths are multiples of this; None: the largest power of two up to 64 that still meets the
             target within 0.5 % (paper: 1).
-        feature_space: How channels are weighed in the feature space of the output: `eigh`, by eigenvectors, or
-            `function`, without them, see `slimllm.ops.feature_space_importance`; None: the faster on the device.
         dtype: dtype of the written weights, `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own
             (bfloat16 for a quantised GGUF file).
         compute_dtype: dtype of the forward passes; None: float32 on a CPU, the checkpoint's own on a GPU.
@@ -98,11 +100,10 @@ class PruneConfig:
 
     ratio: float
     preset: str = "default"
-    criterion: str | None = None
-    allocation: str | None = None
-    recovery: str | None = None
+    criterion: Any = None
+    allocation: Any = None
+    recovery: Any = None
     token_weights: str | None = None
-    dense_target: float = 0.0
     head_unit: str = "kv-group"
     calibration: str | Path | torch.Tensor | None = field(default=None, repr=False)
     bos: str = "auto"
@@ -110,12 +111,8 @@ class PruneConfig:
     seq_len: int = 128
     seed: int = 0
     batch_size: int | None = None
-    pruned_layers: int | None = None
-    alpha: float | None = None
-    keep_lowest: float | None = None
     heads_multiple_of: int = 1
     round_to: int | None = None
-    feature_space: str | None = None
     dtype: str | None = None
     compute_dtype: str | None = None
     device: str | None = None
@@ -130,54 +127,34 @@ class PruneConfig:
                 f"got {self.ratio} (30 % is 0.3)."
             )
         check_choice("preset", self.preset, tuple(PRESETS))
-        for name, value in PRESETS[self.preset].items():
+        row = PRESETS[self.preset]
+        for name in ("criterion", "allocation", "recovery", "token_weights", "round_to"):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        check_choice("criterion", self.criterion, CRITERIA)
-        check_choice("allocation", self.allocation, ALLOCATIONS)
+                object.__setattr__(self, name, row[name])
+        for kind, registry in METHODS.items():
+            given = getattr(self, kind)
+            settings = row["settings"].get(given) if isinstance(given, str) else None
+            object.__setattr__(self, kind, registry.make(given, settings))
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
-        check_choice("recovery", self.recovery, RECOVERIES)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         check_choice("bos", self.bos, BOS_CHOICES)
-        for name, choices in (
-            ("feature_space", FEATURE_SPACES), ("dtype", tuple(DTYPES)), ("compute_dtype", tuple(DTYPES))
-        ):  # fmt: skip
+        for name in ("dtype", "compute_dtype"):
             if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), choices)
+                check_choice(name, getattr(self, name), tuple(DTYPES))
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("heads_multiple_of", 1)):
             check_number(name, getattr(self, name), int, least)
         if self.seed >= 2**63:
             raise InputError(f"seed must be below 2 to the power of 63, got {self.seed}.")
-        for name in ("batch_size", "pruned_layers", "round_to"):
+        for name in ("batch_size", "round_to"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), int, 1)
-        if self.allocation != "layer-importance":
-            if self.preset == "paper":
-                raise InputError(f"allocation {self.allocation} is not the paper's; leave it out, or take another preset.")
-            for name in ("pruned_layers", "alpha"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"{name} belongs to the allocation layer-importance, not to {self.allocation}.")
-        if self.heads_multiple_of > 1 and self.preset == "paper":
+        if self.preset == "paper":
+            self._check_published()
+        if self.criterion.needs_recovery and not self.recovery.adds_bias:
             raise InputError(
-                f"heads_multiple_of {self.heads_multiple_of} is not the paper's; leave it out, or take another preset."
+                f"criterion {self.criterion.name} chooses what the rest can stand in for; give a recovery: lstsq, affine "
+                "or bias."
             )
-        if self.criterion == "obs" and self.recovery == "none":
-            raise InputError(
-                "criterion obs chooses what the rest can stand in for; give a recovery: lstsq, affine or bias."
-            )
-        check_number("dense_target", self.dense_target, (int, float), 0)
-        if self.dense_target > 1:
-            raise InputError(f"dense_target is a share, from 0 to 1, got {self.dense_target}.")
-        if self.dense_target and self.recovery != "lstsq":
-            raise InputError(f"dense_target belongs to the recovery lstsq, not to {self.recovery}; leave it out.")
-        if self.keep_lowest is not None and self.criterion != "slimllm":
-            raise InputError(f"keep_lowest belongs to the criterion slimllm, not to {self.criterion}; leave it out.")
-        if self.alpha is not None:
-            check_number("alpha", self.alpha, (int, float), 0)
-        if self.keep_lowest is not None:
-            check_number("keep_lowest", self.keep_lowest, (int, float), 0)
-            if self.keep_lowest >= 1:
-                raise InputError(f"keep_lowest is a fraction of the channels and must be below 1, got {self.keep_lowest}.")
         if self.calibration is not None and not isinstance(self.calibration, (str, Path, torch.Tensor)):
             raise TypeError(
                 "calibration must be a path, the name of a dataset or a tensor of token ids, "
@@ -188,15 +165,28 @@ class PruneConfig:
         for name in ("host_memory", "gpu_memory"):
             parse_bytes(name, getattr(self, name))
 
-    @property
-    def by_channels(self) -> bool:
-        """Whether the FFN's selection or recovery needs the Gram of all channels; the others need that of the output."""
-        return self.criterion == "obs" or self.recovery == "lstsq"
+    def _check_published(self) -> None:
+        """Raise InputError if a setting is given that the paper has not."""
+        if not getattr(self.allocation.settings, "published", False):
+            raise InputError(
+                f"allocation {self.allocation!r} is not the paper's; leave it out, or take another preset (or, of "
+                "layer-importance, give published=True)."
+            )
+        if self.heads_multiple_of > 1:
+            raise InputError(
+                f"heads_multiple_of {self.heads_multiple_of} is not the paper's; leave it out, or take another preset."
+            )
 
     @property
-    def gram_of_channels(self) -> bool:
-        """Whether there is a Gram of all channels at any time."""
-        return self.by_channels or self.allocation == "auto"
+    def needs(self) -> Any:
+        """What the criterion and the recovery need of the activations: `slimllm.methods.statistics.Needs`."""
+        return self.criterion.needs | self.recovery.needs
+
+    def with_preset(self, preset: str, **changes: Any) -> PruneConfig:
+        """The same settings with another preset, which decides anew what presets decide, and with other changes."""
+        decided: dict[str, Any] = dict.fromkeys(("criterion", "allocation", "recovery", "token_weights"))
+        decided["round_to"] = None if self.round_to == PRESETS[self.preset]["round_to"] else self.round_to
+        return dataclasses.replace(self, **{**decided, "preset": preset, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain JSON types; token ids appear as their shape."""
@@ -205,7 +195,18 @@ class PruneConfig:
             settings["calibration"] = f"token ids {tuple(self.calibration.shape)}"
         elif self.calibration is not None:
             settings["calibration"] = str(self.calibration)
+        methods = {kind: getattr(self, kind) for kind in METHODS}
+        settings |= {kind: method.name for kind, method in methods.items()}
+        settings["method_settings"] = {kind: method.describe() for kind, method in methods.items()}
+        settings["method_versions"] = {kind: method.version for kind, method in methods.items()}
+        settings["by_sensitivity"] = self.allocation.by_sensitivity
+        settings["method_needs"] = {kind: _names(method.needs) for kind, method in methods.items()}
         return settings
+
+
+def _names(needs: Any) -> list[str]:
+    """Names of the flags of what a method needs."""
+    return [] if needs is None else [flag.name for flag in type(needs) if flag in needs]
 
 
 def parse_bytes(name: str, value: str | None) -> float:

@@ -21,8 +21,16 @@ import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from slimllm import PruneConfig
-from slimllm.calibration import bundled_text, draw_windows, tokenize
+from slimllm.calibration import Calibration, bundled_text, draw_windows, tokenize
 from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checkpoints.source import InMemoryModel
+from slimllm.methods.allocation.target import allocate
+from slimllm.pruning.context import RunContext
+from slimllm.pruning.dense_pass import run_dense_pass
+from slimllm.pruning.pipeline import Pruning
+from slimllm.pruning.shapes import layer_shapes
+from slimllm.runtime.hidden_states import Placement
+from slimllm.runtime.progress import Stopwatch
 
 # The models are tiny: more threads only make the tests slow where other work runs beside them.
 torch.set_num_threads(1)
@@ -105,3 +113,15 @@ def config(token_ids: torch.Tensor, ratio: float = 0.3, **settings: Any) -> Prun
 def logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return model(token_ids).logits
+
+
+def pruned(model: Any, calibration: Calibration, config: PruneConfig, placement: Placement | None = None) -> Pruning:
+    """What the engine makes of a model in memory, in place, without writing or converting anything."""
+    watch = Stopwatch(torch.device("cpu"))
+    run = RunContext(InMemoryModel(model), calibration, config, placement or Placement(), watch)
+    dense = run_dense_pass(run)
+    curves = None if config.allocation.needs is None else dense.curves()
+    pruning = Pruning(run, dense, allocate(dense.similarity, layer_shapes(run.source, config), config, curves).budgets)
+    for _ in pruning:
+        pass
+    return pruning

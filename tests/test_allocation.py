@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 import slimllm
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.methods.allocation.allocate import Allocation, LayerShape, allocate, find_target, paper_settings
-from slimllm.methods.allocation.budget import most_removable
+from slimllm.methods.allocation.budget import LayerShape, most_removable
+from slimllm.methods.allocation.layer_importance import LayerImportance, paper_settings
 from slimllm.methods.allocation.spending import Curves
+from slimllm.methods.allocation.target import Allocated, allocate, find_target
 from slimllm.models.slicing import LayerSizes
-from slimllm.pruning.pipeline import _shape
+from slimllm.pruning.shapes import layer_shapes
 
 LLAMA_7B = LayerShape(32, 4 * 128 * 4096, 11008, 3 * 4096, 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096, 4096, 4096, False)
 SMOLLM2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 576, 576, True)
 
 
-def removed(allocation: Allocation, shapes: list[LayerShape]) -> int:
+def removed(allocation: Allocated, shapes: list[LayerShape]) -> int:
     """Parameters that really go, biases added."""
     total = 0
     for budget, shape in zip(allocation.budgets, shapes, strict=True):
@@ -57,8 +58,8 @@ def layer(heads: int, kv_heads: int, channels: int) -> LayerSizes:
 
 
 def shape_of(size: LayerSizes, settings: PruneConfig) -> LayerShape:
-    source: Any = SimpleNamespace(head_dim=64, config=SimpleNamespace(hidden_size=64))
-    return _shape(source, size, settings)
+    source: Any = SimpleNamespace(head_dim=64, config=SimpleNamespace(hidden_size=64), sizes=lambda: [size])
+    return layer_shapes(source, settings)[0]
 
 
 @settings(max_examples=150, deadline=None)
@@ -106,7 +107,7 @@ def test_kept_heads_are_a_multiple(
 
 def test_heads_give_way_where_channels_cannot() -> None:
     """Four heads at once are more than what is wanted of a layer, whose heads have most of its parameters."""
-    config = PruneConfig(0.05, alpha=0.0, pruned_layers=2, heads_multiple_of=4)
+    config = PruneConfig(0.05, allocation=LayerImportance(alpha=0.0, pruned_layers=2), heads_multiple_of=4)
     shapes = [shape_of(layer(32, 32, 1536), config)] * 3
     found = allocate([0.5, 0.5, 0.5], shapes, config)
     assert sorted(budget.units for budget in found.budgets) == [0, 0, 4]
@@ -178,13 +179,13 @@ def test_paper_settings() -> None:
 
 def test_clamped_layers_hand_on_what_they_cannot_give() -> None:
     similarity = [0.999] + [0.5] * 9
-    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, alpha=30.0))
+    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, allocation=LayerImportance(alpha=30.0)))
     assert allocation.budgets[0].units == 31 and allocation.budgets[0].channels == 11008 - 64
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.5, rel=0.005)
 
 
 def test_more_layers_when_n_cannot_give_it() -> None:
-    allocation = allocate([0.9] * 10, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, pruned_layers=3))
+    allocation = allocate([0.9] * 10, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, allocation=LayerImportance(pruned_layers=3)))
     assert allocation.pruned_layers > 3 and any("cannot give so much" in note for note in allocation.notes)
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.5, rel=0.005)
 
@@ -198,7 +199,7 @@ def test_too_much_is_refused() -> None:
     with pytest.raises(InputError, match=r"more than this model can give.*the most is 0\.885"):
         allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(ratio=0.99))
     with pytest.raises(InputError, match="has 4 layers"):
-        allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(ratio=0.2, pruned_layers=5))
+        allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(ratio=0.2, allocation=LayerImportance(pruned_layers=5)))
 
 
 def test_a_width_that_is_no_multiple() -> None:
@@ -211,14 +212,14 @@ def test_a_width_that_is_no_multiple() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 1e3, 1e6])
 def test_any_temperature(alpha: float) -> None:
     similarity = torch.linspace(0.1, 0.9, 10).tolist()
-    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.4, alpha=alpha))
+    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.4, allocation=LayerImportance(alpha=alpha)))
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.4, rel=0.005)
 
 
 def test_biases_that_the_format_adds_are_said(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     """All layers alike: a plain format, which has zero biases beside gate and up, misses the ratio by them."""
     notices: list[str] = []
-    config = PruneConfig(ratio=0.1, calibration=token_ids, alpha=0.0, pruned_layers=5)
+    config = PruneConfig(ratio=0.1, calibration=token_ids, allocation=LayerImportance(alpha=0.0, pruned_layers=5))
     report = slimllm.prune(stories_path, tmp_path / "out", config, notice=notices.append)
     assert abs(report.achieved_ratio - 0.1) > 0.0005
     (note,) = report.allocation["notes"]
@@ -228,6 +229,6 @@ def test_biases_that_the_format_adds_are_said(stories_path: Path, token_ids: tor
 
 def test_single_heads_do_not_give_way() -> None:
     """Without multiples the budgets are what they were: heads take their rounded share, and channels the rest."""
-    config = PruneConfig(0.2, alpha=0.0, pruned_layers=3, round_to=1)
+    config = PruneConfig(0.2, allocation=LayerImportance(alpha=0.0, pruned_layers=3), round_to=1)
     shapes = [shape_of(layer(4, 4, 16), config)] * 3
     assert [(one.units, one.channels) for one in allocate([0.5, 0.5, 0.4], shapes, config).budgets] == [(1, 0)] * 3

@@ -30,6 +30,7 @@ from slimllm.experiments.bench.run import append_rows, check_results_file, read_
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint
 from slimllm.experiments.bench.work import Rates, Work, stage_work
+from slimllm.methods.allocation.layer_importance import LayerImportance
 from slimllm.runtime.progress import Stopwatch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -74,7 +75,7 @@ def test_random_weights_on_disk_are_those_in_memory(tmp_path: Path) -> None:
 def test_first_layers(tmp_path: Path) -> None:
     """They are pruned as the whole model's first layers would be, and the result is a model of so many layers."""
     token_ids = torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0))
-    config = slimllm.PruneConfig(ratio=0.3, calibration=token_ids, pruned_layers=2)
+    config = slimllm.PruneConfig(ratio=0.3, calibration=token_ids, allocation=LayerImportance(pruned_layers=2))
     slimllm.prune(STORIES, tmp_path / "pruned", slimllm.PruneConfig(ratio=0.3, calibration=token_ids))
     for model, layers in ((STORIES, 2), (tmp_path / "pruned", 2)):
         first = FirstLayers(open_checkpoint(model), layers)

@@ -5,8 +5,8 @@ import torch
 from transformers import PreTrainedModel
 
 from slimllm import InputError
-from slimllm.methods.criteria import elimination
-from slimllm.methods.criteria.elimination import (
+from slimllm.methods import elimination
+from slimllm.methods.elimination import (
     ELIMINATION_RIDGE,
     ELIMINATION_RIDGE_OF_FEW,
     Surgeon,
@@ -15,7 +15,7 @@ from slimllm.methods.criteria.elimination import (
     eliminate_heads,
     unit_costs,
 )
-from slimllm.methods.recovery import column_scale
+from slimllm.methods.ridge import column_scale
 from slimllm.statistics import GramStatistics
 
 KINDS = ("plain", "few tokens", "large means", "dead", "twins")

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 import slimllm
 from slimllm import InputError, PruneConfig, PruneReport
 from slimllm.experiments.bench.synthetic import as_mha
+from slimllm.methods.allocation.layer_importance import LayerImportance
 from slimllm.runtime.hidden_states import Placement
 
 
@@ -139,10 +141,13 @@ def test_inner_activations_kept_or_made_again(
     assert torch.allclose(logits(kept, token_ids[:2]), logits(again, token_ids[:2]), atol=1e-3)
 
 
-def test_no_eigenvectors_and_the_same_choices(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
-    reports = [
-        slimllm.prune(stories_path, tmp_path / name, config(token_ids, feature_space=name)) for name in ("eigh", "function")
-    ]
+def test_no_eigenvectors_and_the_same_choices(
+    stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, reports = slimllm.ops.feature_space_importance, []
+    for name in ("eigh", "function"):
+        monkeypatch.setattr(slimllm.ops, "feature_space_importance", partial(real, method=name))
+        reports.append(slimllm.prune(stories_path, tmp_path / name, config(token_ids)))
     for one, other in zip(reports[0].layers, reports[1].layers):
         assert one["kept_channels"] == other["kept_channels"] and one["kept_heads"] == other["kept_heads"]
 
@@ -172,7 +177,9 @@ def test_recovery_has_the_error_that_it_reports(
 ) -> None:
     """The first pruned layer's outputs, dense and pruned, measured on the model itself."""
     pruned = copy.deepcopy(stories)
-    settings = PruneConfig(ratio=0.3, recovery=recovery, pruned_layers=5, token_weights=token_weights)
+    settings = PruneConfig(
+        ratio=0.3, recovery=recovery, allocation=LayerImportance(pruned_layers=5), token_weights=token_weights
+    )
     report = slimllm.prune_model(pruned, token_ids, settings)
     hidden = stories.model.embed_tokens(token_ids).detach()
     for name, part in (("self_attn", "attention"), ("mlp", "ffn")):

@@ -16,6 +16,7 @@ import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.checkpoints.gguf import _undo_rope_order
 from slimllm.export.stock import export
+from slimllm.methods.allocation.layer_importance import LayerImportance
 
 IDS = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
 
@@ -25,7 +26,14 @@ IDS = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
 def test_padding_changes_nothing(family: str, head_unit: str, tmp_path: Path) -> None:
     """Layers of different heads and widths; biases only where the family's own architecture has a place for them."""
     recovery = "lstsq" if family == "llama" else "none"
-    settings = PruneConfig(ratio=0.5, recovery=recovery, head_unit=head_unit, round_to=1, calibration=IDS, alpha=20.0)
+    settings = PruneConfig(
+        ratio=0.5,
+        recovery=recovery,
+        head_unit=head_unit,
+        round_to=1,
+        calibration=IDS,
+        allocation=LayerImportance(alpha=20.0),
+    )
     report = slimllm.prune(saved(tiny(family), tmp_path / "dense"), tmp_path / "out", settings)
     assert len({(one["num_heads"], one["num_kv_heads"]) for one in report.layers}) > 1
     assert export(tmp_path / "out", tmp_path / "padded", "padded") == family

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES
+from conftest import STORIES, pruned
 from test_cli import call
 from test_text import plain_perplexity
 from transformers import AutoModelForCausalLM
@@ -19,10 +19,7 @@ import slimllm
 from slimllm import PruneConfig
 from slimllm.calibration import Calibration, calibration_windows, draw_windows, num_held_out, tokenize
 from slimllm.checkpoints.opening import open_checkpoint
-from slimllm.checkpoints.source import InMemoryModel
-from slimllm.pruning.pipeline import prune_layers
 from slimllm.runtime.hidden_states import Placement
-from slimllm.runtime.progress import Stopwatch
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +85,10 @@ def test_held_out_windows_change_nothing_but_the_perplexity(
 def test_it_is_the_same_wherever_hidden_states_live(stories: Any, token_ids: torch.Tensor) -> None:
     losses = []
     for place, batch_size in (("device", 1), ("disk", 3)):
-        outcome = prune_layers(
-            InMemoryModel(copy.deepcopy(stories)), Calibration(token_ids[:8], token_ids[8:13]),
-            PruneConfig(ratio=0.3, batch_size=batch_size), Placement(states=place), Stopwatch(torch.device("cpu")),
-            on_allocation=lambda allocation: None, store=lambda index, layer: 0,
-        )  # fmt: skip
-        losses.append((outcome.loss_dense, outcome.loss_pruned))
+        calibration = Calibration(token_ids[:8], token_ids[8:13])
+        config = PruneConfig(ratio=0.3, batch_size=batch_size)
+        pruning = pruned(copy.deepcopy(stories), calibration, config, Placement(states=place))
+        losses.append((pruning.dense.loss, pruning.loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][1] > losses[0][0]
 
 

@@ -196,7 +196,7 @@ def assert_close(folder: Path, other: Path) -> None:
         {},
         {"recovery": "lstsq", "head_unit": "query"},
         pytest.param({"preset": "paper", "recovery": "none"}, marks=pytest.mark.slow),
-        {"preset": "best", "dense_target": 0.3},
+        {"preset": "best"},
         {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
     ],
 )
@@ -255,7 +255,7 @@ def test_ratios(tmp_path: Path) -> None:
     ("stop", "states", "choice"),
     [
         pytest.param(["dense", 2], "device", {}, marks=pytest.mark.slow),
-        (["prune", 1], "disk", {"recovery": "lstsq", "dense_target": 0.5}),
+        (["prune", 1], "disk", {"recovery": "lstsq"}),
     ],
 )
 def test_resume(tmp_path: Path, stop: list[Any], states: str, choice: dict[str, Any]) -> None:

@@ -8,29 +8,20 @@ from typing import Any
 import pytest
 import reference
 import torch
-from conftest import random_llama
+from conftest import pruned, random_llama
 from tolerances import assert_close
 
 import slimllm
 from slimllm.calibration import Calibration
-from slimllm.checkpoints.source import InMemoryModel
 from slimllm.config import PruneConfig
 from slimllm.experiments.bench.synthetic import as_mha
-from slimllm.methods.allocation.allocate import LayerBudget
-from slimllm.pruning.pipeline import prune_layers
-from slimllm.runtime.hidden_states import Placement
-from slimllm.runtime.progress import Stopwatch
 
 
 def run_engine(model: Any, token_ids: torch.Tensor, config: PruneConfig) -> tuple[list[dict[str, Any]], list[Any], Any]:
     """Layer reports, budgets and the pruned model."""
-    pruned = copy.deepcopy(model)
-    budgets: list[LayerBudget] = []
-    outcome = prune_layers(
-        InMemoryModel(pruned), Calibration(token_ids), config, Placement(), Stopwatch(torch.device("cpu")),
-        on_allocation=lambda allocation: budgets.extend(allocation.budgets), store=lambda index, layer: None,
-    )  # fmt: skip
-    return outcome.layers, budgets, pruned
+    model = copy.deepcopy(model)
+    pruning = pruned(model, Calibration(token_ids), config)
+    return pruning.reports, pruning.budgets, model
 
 
 def check_parity(model: Any, token_ids: torch.Tensor, config: PruneConfig, keep_lowest: float = 0.0) -> None:

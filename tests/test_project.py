@@ -12,8 +12,8 @@ import slimllm
 PACKAGE = Path(slimllm.__file__).parent
 # The way of the data: a folder imports only from those before it.
 ORDER = [
-    "errors", "config", "kernels", "ops", "statistics", "runtime", "models", "checkpoints", "calibration", "methods",
-    "pruning", "export", "evaluation", "finetuning", "experiments", "report", "cli", "__main__", "__init__",
+    "errors", "plugins", "config", "kernels", "ops", "statistics", "runtime", "models", "checkpoints", "calibration",
+    "methods", "pruning", "export", "evaluation", "finetuning", "experiments", "report", "cli", "__main__", "__init__",
 ]  # fmt: skip
 FILES = sorted(PACKAGE.glob("**/*.py"))
 

@@ -5,16 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.methods.recovery import (
-    MEAN_PART,
-    RIDGE,
-    RIDGE_OF_FEW,
-    OutputMoments,
-    head_moments,
-    least_squares,
-    mean_output,
-    refit_kept,
-)
+from slimllm.methods.moments import OutputMoments, mean_output, unit_moments
+from slimllm.methods.recovery.lstsq import RIDGE, RIDGE_OF_FEW, least_squares, refit_kept
+from slimllm.methods.ridge import MEAN_PART
 from slimllm.ops import head_covariance
 from slimllm.statistics import GramStatistics
 
@@ -59,14 +52,14 @@ def test_perfect_prediction_is_left_alone() -> None:
     assert torch.allclose(slope, torch.ones(3).double()) and intercept.abs().max() < 1e-12
 
 
-def test_head_moments_are_those_of_the_outputs() -> None:
+def test_moments_of_units_are_those_of_the_outputs() -> None:
     x, weight = torch.randn(300, 12) + 2, torch.randn(7, 12)
     keep = torch.tensor([0, 2])
     statistics = GramStatistics(12)
     statistics.update(x)
     covariance = head_covariance(weight, statistics.covariance(), 4)
     means = (weight.double().view(7, 4, 3) * statistics.mean().view(4, 3)).sum(-1).T
-    got = head_moments(covariance, means, keep)
+    got = unit_moments(covariance, means, keep)
     outputs = torch.einsum("nhd,khd->nkh", x.double().view(300, 4, 3), weight.double().view(7, 4, 3))
     wanted = moments_of(outputs.sum(-1), outputs[..., keep].sum(-1))
     for name in ("mean_y", "mean_y_hat", "variance_y", "variance_y_hat", "covariance"):
@@ -138,25 +131,6 @@ def test_refit_is_least_squares_of_what_was_removed() -> None:
     assert refit.before == pytest.approx(float(lost.square().mean(0).sum()), rel=1e-4)
     left = lost - kept @ refit.change.delta.T - refit.change.intercept
     assert float(left.square().mean(0).sum()) == pytest.approx(refit.after, rel=1e-3) and refit.after < refit.before
-
-
-@pytest.mark.parametrize("share", [0.3, 1.0])
-def test_refit_towards_the_dense_stream(share: float) -> None:
-    """By how much the dense stream is ahead is part of what the kept columns are to put out."""
-    generator = torch.Generator().manual_seed(0)
-    z, weight = torch.randn(400, 60, generator=generator) + 2, torch.randn(9, 60, generator=generator)
-    ahead = torch.randn(400, 9, generator=generator) + z[:, :9] - 4
-    keep, gone = torch.arange(0, 60, 2), torch.arange(1, 60, 2)
-    statistics = GramStatistics(69)
-    statistics.update(torch.cat([z, ahead], 1))
-    refit = refit_kept(weight, statistics, keep, share=share)
-    kept, lost = z[:, keep].double(), z[:, gone].double() @ weight[:, gone].double().T + share * ahead.double()
-    u, e = kept - kept.mean(0), lost - lost.mean(0)
-    wanted, missing = least_squares(u.T @ u / 400, u.T @ e / 400, e.square().mean(0), kept.mean(0), lost.mean(0))
-    assert torch.allclose(refit.change.delta, wanted.delta, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(refit.change.intercept, wanted.intercept, rtol=1e-4, atol=1e-4)
-    assert refit.after == pytest.approx(float(missing), rel=1e-4)
-    assert refit.before == pytest.approx(float(lost.square().mean(0).sum()), rel=1e-4)
 
 
 def test_mean_output_by_heads() -> None:

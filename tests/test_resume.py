@@ -88,7 +88,7 @@ def test_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(
-    ("choice", "stage"), [({"recovery": "lstsq", "dense_target": 0.5}, "prune"), ({"recovery": "none"}, "prune"),
+    ("choice", "stage"), [({"recovery": "lstsq"}, "prune"), ({"recovery": "none"}, "prune"),
                           ({"preset": "best"}, "dense"),
                           ({"preset": "best"}, "prune"), ({"allocation": "flap", "recovery": "bias"}, "dense")]
 )  # fmt: skip

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.methods.selection import head_columns, select_channels
+from slimllm.methods.selection import select_channels
 from slimllm.ops import feature_space_importance, head_covariance, head_importance, pearson_greedy, pearson_similarity
 from slimllm.statistics import GramStatistics
 from slimllm.statistics.tokens import layer_similarity
@@ -163,10 +163,6 @@ def test_impossible_numbers_are_refused() -> None:
         select_channels(torch.zeros(5), 5)
     with pytest.raises(ValueError, match="got"):
         head_covariance(torch.zeros(4, 6), torch.zeros(6, 6), 4)
-
-
-def test_head_columns() -> None:
-    assert head_columns(torch.tensor([0, 2]), 3).tolist() == [0, 1, 2, 6, 7, 8]
 
 
 def test_layer_similarity() -> None:

@@ -9,29 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_llama
+from conftest import pruned, random_llama
 from test_families import PECULIAR, tiny
 
 from slimllm import PruneConfig
 from slimllm.calibration import Calibration
-from slimllm.checkpoints.source import InMemoryModel
 from slimllm.methods.allocation.sensitivity import MOST_LAYERS, TOKENS, probed_layers
-from slimllm.methods.allocation.spending import Curves
 from slimllm.models.families import layer_spec
 from slimllm.pruning.dense_pass import DensePass
-from slimllm.pruning.pipeline import prune_layers
-from slimllm.runtime.distributed import Ranks
-from slimllm.runtime.hidden_states import Placement
-from slimllm.runtime.progress import Stopwatch
 
 
 def dense_pass(model: Any, token_ids: torch.Tensor, **settings: Any) -> DensePass:
     config = PruneConfig(ratio=0.2, preset="best", **settings)
-    outcome = prune_layers(
-        InMemoryModel(copy.deepcopy(model)), Calibration(token_ids), config, Placement(), Stopwatch(torch.device("cpu")),
-        lambda allocation: None, lambda index, layer: 0, ranks=Ranks(),
-    )  # fmt: skip
-    return outcome.dense
+    return pruned(copy.deepcopy(model), Calibration(token_ids), config).dense
 
 
 @torch.no_grad()
@@ -78,7 +68,7 @@ def reference(model: Any, window: torch.Tensor, index: int, part: str, weighted:
 @pytest.mark.parametrize("token_weights", ["norm", "none"])
 def test_against_the_whole_model(stories: Any, token_ids: torch.Tensor, token_weights: str) -> None:
     """All five layers are probed: attention and FFN of each."""
-    factors = dense_pass(stories, token_ids, token_weights=token_weights).layers[-1]["factors"]
+    factors = dense_pass(stories, token_ids, token_weights=token_weights).factors
     for index, of_layer in enumerate(factors):
         for part, factor in zip(("attention", "ffn"), of_layer):
             expected = reference(stories, token_ids[:1], index, part, token_weights == "norm")
@@ -88,14 +78,14 @@ def test_against_the_whole_model(stories: Any, token_ids: torch.Tensor, token_we
 def test_first_tokens_of_a_longer_window(stories: Any, token_ids: torch.Tensor) -> None:
     long = token_ids.view(4, 256)
     assert TOKENS < 256
-    factors = dense_pass(stories, long).layers[-1]["factors"]
+    factors = dense_pass(stories, long).factors
     assert factors[2][1] == pytest.approx(reference(stories, long[:1, :TOKENS], 2, "ffn", True), rel=1e-4)
 
 
 def test_hard_activations() -> None:
     """Means far above their spread, dead and dominating channels."""
     model, ids = random_llama(), torch.arange(4 * 32).view(4, 32) % 128
-    for index, of_layer in enumerate(dense_pass(model, ids).layers[-1]["factors"]):
+    for index, of_layer in enumerate(dense_pass(model, ids).factors):
         for part, factor in zip(("attention", "ffn"), of_layer):
             assert factor == pytest.approx(reference(model, ids[:1], index, part, True), rel=2e-3)
 
@@ -103,7 +93,7 @@ def test_hard_activations() -> None:
 def test_half_precision() -> None:
     """The same as of an fp32 model with these weights: rounding does not pass for damage."""
     model, ids = random_llama(num_hidden_layers=24).bfloat16(), torch.arange(4 * 32).view(4, 32) % 128
-    half, full = (dense_pass(one, ids).layers[-1]["factors"] for one in (model, copy.deepcopy(model).float()))
+    half, full = (dense_pass(one, ids).factors for one in (model, copy.deepcopy(model).float()))
     assert torch.allclose(torch.tensor(half), torch.tensor(full), rtol=1e-3)
 
 
@@ -113,7 +103,7 @@ def test_every_family(family: str, head_unit: str) -> None:
     """What becomes of the damage, factor times J, against the whole model with the same taken out of one projection."""
     model = tiny(family)
     ids = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
-    layers, spec = dense_pass(model, ids, head_unit=head_unit).layers, layer_spec(model.config.model_type)
+    dense, spec = dense_pass(model, ids, head_unit=head_unit), layer_spec(model.config.model_type)
     for index, part in ((0, 0), (2, 1), (3, 0)):
         layer = model.get_submodule(f"{spec.layers}.{index}")
         projection = layer.get_submodule(spec.down_proj if part else spec.o_proj)
@@ -140,7 +130,7 @@ def test_every_family(family: str, head_unit: str) -> None:
             other = model(ids[:1], output_hidden_states=True).hidden_states[-1]
             hook.remove()
         change = float(((other - end).square().mean(-1) / end.square().mean(-1)).mean())
-        found = layers[-1]["factors"][index][part] * layers[index]["damage"][part]
+        found = dense.factors[index][part] * dense.layers[index].damage[part]
         assert found == pytest.approx(change, rel=1e-3), (index, part)
 
 
@@ -154,18 +144,16 @@ def test_a_single_group_loses_half_of_its_heads() -> None:
                 projection.weight = torch.nn.Parameter(projection.weight.repeat(6, 1))
             layer.self_attn.num_key_value_groups = 1
     reference_of_heads.config.num_key_value_heads = 6
-    assert found.layers[-1]["factors"][1][0] == pytest.approx(
-        reference(reference_of_heads, ids[:1], 1, "attention", True), rel=2e-3
-    )
+    assert found.factors[1][0] == pytest.approx(reference(reference_of_heads, ids[:1], 1, "attention", True), rel=2e-3)
 
 
 def test_layers_between(token_ids: torch.Tensor) -> None:
     model = random_llama(num_hidden_layers=2 * MOST_LAYERS)
     dense = dense_pass(model, torch.arange(2 * 16).view(2, 16))
-    factors = dense.layers[-1]["factors"]
+    factors = dense.factors
     probed = probed_layers(2 * MOST_LAYERS)
     assert probed == [*range(0, 2 * MOST_LAYERS, 2), 2 * MOST_LAYERS - 1]
-    assert [len(layer["damage"]) for layer in dense.layers] == [
+    assert [len(layer.damage) for layer in dense.layers] == [
         2 if index in probed else 0 for index in range(2 * MOST_LAYERS)
     ]  # fmt: skip
     for part in range(2):
@@ -175,20 +163,20 @@ def test_layers_between(token_ids: torch.Tensor) -> None:
 def test_dead_sublayers_tell_nothing(stories: Any, token_ids: torch.Tensor) -> None:
     with torch.no_grad():
         stories.model.layers[2].mlp.down_proj.weight.zero_()
-    factors = dense_pass(stories, token_ids).layers[-1]["factors"]
+    factors = dense_pass(stories, token_ids).factors
     assert factors[2][1] == pytest.approx((factors[1][1] + factors[3][1]) / 2)
     with torch.no_grad():
         for layer in stories.model.layers:
             layer.mlp.down_proj.weight.zero_()
-    assert [of_layer[1] for of_layer in dense_pass(stories, token_ids).layers[-1]["factors"]] == [1.0] * 5
+    assert [of_layer[1] for of_layer in dense_pass(stories, token_ids).factors] == [1.0] * 5
 
 
 def test_curves_are_multiplied(stories: Any, token_ids: torch.Tensor) -> None:
     dense = dense_pass(stories, token_ids)
     curves = dense.curves()
     assert curves is not None
-    for layer, factors, curve in zip(dense.layers, dense.layers[-1]["factors"], curves):
-        raw = Curves(**layer["curves"])
+    for layer, factors, curve in zip(dense.layers, dense.factors, curves):
+        raw = layer.curves
         assert all(math.isfinite(factor) and factor > 0 for factor in factors)
         assert curve.ffn == [factors[1] * value for value in raw.ffn]
         assert curve.attention == [factors[0] * value for value in raw.attention]

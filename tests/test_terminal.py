@@ -18,8 +18,8 @@ from test_cli import call
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.cli.busy import verdict
-from slimllm.methods.allocation.allocate import find_target
 from slimllm.methods.allocation.budget import LayerShape
+from slimllm.methods.allocation.target import find_target
 
 QUICK = ("--samples", "4", "--seq-len", "32")
 

@@ -124,6 +124,8 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         return False
+    if kind is int and value >= 2**63:  # what no library counts to
+        return False
     try:
         finite = math.isfinite(value)
     except OverflowError:  # an int may be larger than any float

@@ -55,7 +55,7 @@ class Record:
             try:
                 if self._journal:
                     extra = {} if final is None else {"final": (tuple(final.shape), final.dtype)}
-                    layout = {name: (stream.shape_of(name), stream[0].hidden.dtype) for name in stream.states} | extra
+                    layout = {"hidden": (stream.whole_shape, stream[0].hidden.dtype)} | extra
                     pieces = _and_then(windows, final)
                     self._journal.record(stage, State(layout, pieces) if ready else None, **data)
             finally:
@@ -72,17 +72,16 @@ class Record:
         with self._ranks.together():
             if self._journal:
                 state = self._journal.state()
-        for name in stream.states:
-            stored = state.get_slice(name) if state else None
-            for rank, windows, batch in stream.of_all_ranks(name):
-                if stored is not None:
-                    piece = stored[windows.start : windows.stop]
-                    if batch is None:
-                        self._ranks.send(rank, piece)
-                    else:
-                        getattr(batch, name).save(piece)
-                elif batch is not None:
-                    getattr(batch, name).save(self._ranks.receive(0, batch.hidden.shape, batch.hidden.dtype))
+        stored = state.get_slice("hidden") if state else None
+        for rank, windows, batch in stream.of_all_ranks():
+            if stored is not None:
+                piece = stored[windows.start : windows.stop]
+                if batch is None:
+                    self._ranks.send(rank, piece)
+                else:
+                    batch.hidden.save(piece)
+            elif batch is not None:
+                batch.hidden.save(self._ranks.receive(0, batch.hidden.shape, batch.hidden.dtype))
         if state and "final" in state.keys():
             return state.get_tensor("final").clone()
         return None
@@ -110,17 +109,16 @@ def gathered(stream: Stream) -> Iterator[torch.Tensor]:
 
     It has to be gone through to the end on every rank.
     """
-    for name in stream.states:
-        for rank, windows, batch in stream.of_all_ranks(name):
-            if batch is None and stream.ranks.first:
-                first = stream[0].hidden
-                yield stream.ranks.receive(rank, (len(windows), *first.shape[1:]), first.dtype)
-            elif batch is not None and stream.ranks.first:
-                yield getattr(batch, name).stored().cpu()
-                getattr(batch, name).release()
-            elif batch is not None:
-                stream.ranks.send(0, getattr(batch, name).stored())
-                getattr(batch, name).release()
+    for rank, windows, batch in stream.of_all_ranks():
+        if batch is None and stream.ranks.first:
+            first = stream[0].hidden
+            yield stream.ranks.receive(rank, (len(windows), *first.shape[1:]), first.dtype)
+        elif batch is not None and stream.ranks.first:
+            yield batch.hidden.stored().cpu()
+            batch.hidden.release()
+        elif batch is not None:
+            stream.ranks.send(0, batch.hidden.stored())
+            batch.hidden.release()
 
 
 def _and_then(pieces: Iterable[torch.Tensor], last: torch.Tensor | None) -> Iterator[torch.Tensor]:

@@ -51,8 +51,8 @@ TokenWeights = Annotated[
     str | None,
     typer.Option(help="norm: a token counts by what the next norm divides it by. none (default): all alike."),
 ]
-DenseTarget = Annotated[
-    float, typer.Option(help="Of lstsq, 0 to 1: how much of the way to the dense model's own stream to aim for.")
+Plugin = Annotated[
+    list[str] | None, typer.Option(help="A module, or a file that ends in .py, with methods of your own; it is imported.")
 ]
 HeadsMultipleOf = Annotated[
     int, typer.Option(help="Keep a multiple of this many KV heads in every layer, to split them over as many GPUs.")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
+from slimllm.cli.methods import WITH_METHOD_OPTIONS, chosen_methods
 from slimllm.cli.options import (
     OUT,
     RATIO,
@@ -17,9 +18,9 @@ from slimllm.cli.options import (
     AllocationName,
     Bos,
     Criterion,
-    DenseTarget,
     HeadsMultipleOf,
     Model,
+    Plugin,
     Preset,
     Quiet,
     Recovery,
@@ -36,8 +37,9 @@ from slimllm.runtime.distributed import Ranks, launched
 from slimllm.runtime.interrupts import SafeStop
 
 
-@app.command("prune")
+@app.command("prune", context_settings=WITH_METHOD_OPTIONS)
 def prune_command(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option(*OUT, help="The folder to make.")],
     ratio: Annotated[
@@ -57,7 +59,7 @@ def prune_command(
     ] = False,
     recovery: Recovery = None,
     token_weights: TokenWeights = None,
-    dense_target: DenseTarget = 0.0,
+    plugin: Plugin = None,
     head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
     calibration: Annotated[
         str | None,
@@ -70,21 +72,9 @@ def prune_command(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     seed: Seed = 0,
     batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass. Default: about 1024 tokens.")] = None,
-    pruned_layers: Annotated[
-        int | None, typer.Option(help="n, layers to prune. Default: 81 % of them (ratio 0.2) to 94 % (0.5).")
-    ] = None,
-    alpha: Annotated[
-        float | None, typer.Option(help="Temperature of the allocation. Default: 10 (ratio 0.2) to 7 (0.5).")
-    ] = None,
-    keep_lowest: Annotated[
-        float | None, typer.Option(help="Fraction of the least important channels kept. Default: 0, paper: 0.01.")
-    ] = None,
     heads_multiple_of: HeadsMultipleOf = 1,
     round_to: Annotated[
         int | None, typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
-    ] = None,
-    feature_space: Annotated[
-        str | None, typer.Option(help="eigh, or function: no eigenvectors. Default: the faster on the device.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")] = None,
     compute_dtype: Annotated[
@@ -119,13 +109,14 @@ def prune_command(
     with launched(device) as group:
         ranks = Ranks(group)
         with ranks.together():
+            methods: Any = chosen_methods(
+                context, plugin, preset, criterion=criterion, allocation=allocation, recovery=recovery
+            )  # fmt: skip
             config = PruneConfig(
-                ratio=ratio[0], preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,
-                token_weights=token_weights, dense_target=dense_target, head_unit=head_unit, calibration=calibration,
-                bos=bos, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size, pruned_layers=pruned_layers,
-                alpha=alpha, keep_lowest=keep_lowest, heads_multiple_of=heads_multiple_of, round_to=round_to,
-                feature_space=feature_space, dtype=dtype, compute_dtype=compute_dtype, device=device,
-                host_memory=host_memory, gpu_memory=gpu_memory,
+                ratio=ratio[0], preset=preset, **methods, token_weights=token_weights, head_unit=head_unit,
+                calibration=calibration, bos=bos, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
+                heads_multiple_of=heads_multiple_of, round_to=round_to, dtype=dtype, compute_dtype=compute_dtype,
+                device=device, host_memory=host_memory, gpu_memory=gpu_memory,
             )  # fmt: skip
         tell = errors.print if ranks.first else _say_nothing
         stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
@@ -160,8 +151,9 @@ def prune_command(
         write_page_unasked(Path(str(report.out)), quiet)
 
 
-@app.command("plan")
+@app.command("plan", context_settings=WITH_METHOD_OPTIONS)
 def plan_command(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A folder, a GGUF file, a hub id, or the name of a shape: llama-33b, …")
     ],
@@ -172,7 +164,7 @@ def plan_command(
     criterion: Criterion = None,
     allocation: AllocationName = None,
     recovery: Recovery = None,
-    dense_target: DenseTarget = 0.0,
+    plugin: Plugin = None,
     heads_multiple_of: HeadsMultipleOf = 1,
     samples: Samples = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
@@ -190,10 +182,10 @@ def plan_command(
     from slimllm.config import PruneConfig
     from slimllm.experiments.bench.forecast import forecast
 
+    methods: Any = chosen_methods(context, plugin, preset, criterion=criterion, allocation=allocation, recovery=recovery)
     config = PruneConfig(
-        ratio=ratio, preset=preset, criterion=criterion, allocation=allocation, recovery=recovery,
-        dense_target=dense_target, heads_multiple_of=heads_multiple_of, samples=samples, seq_len=seq_len, dtype=dtype,
-        compute_dtype=compute_dtype, device=None if device == "cuda" else device, host_memory=host_memory,
+        ratio=ratio, preset=preset, **methods, heads_multiple_of=heads_multiple_of, samples=samples, seq_len=seq_len,
+        dtype=dtype, compute_dtype=compute_dtype, device=None if device == "cuda" else device, host_memory=host_memory,
         gpu_memory=gpu_memory,
     )  # fmt: skip
     print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))

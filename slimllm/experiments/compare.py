@@ -6,7 +6,6 @@ first pruned layer on their activations differ.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import tempfile
@@ -110,9 +109,8 @@ def compare(
             raise InputError(f"{name!r} is no method; there are {', '.join(METHODS)}.")
     if not methods or not ratios:
         raise InputError("Give at least one method and one ratio.")
-    plain = {"preset": "default", "criterion": None, "allocation": None, "recovery": None, "token_weights": None}
     configs = {
-        (name, ratio): dataclasses.replace(config, ratio=ratio, **{**plain, **METHODS[name]})
+        (name, ratio): config.with_preset(**{"preset": "default", **METHODS[name]}, ratio=ratio)
         for name in METHODS if name in methods for ratio in ratios
     }  # fmt: skip
     checkpoint = open_checkpoint(model)

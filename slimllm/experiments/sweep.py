@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import shutil
@@ -12,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,8 +28,6 @@ from slimllm.pruning.run import Notice
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.memory import release
 from slimllm.runtime.progress import ProgressCallback
-
-_PLAIN: dict[str, Any] = {"criterion": None, "allocation": None, "recovery": None, "token_weights": None}
 
 
 @dataclass(frozen=True)
@@ -135,7 +131,7 @@ def sweep(
     there = {(point.preset, point.ratio) for point in points}
     presets = list(dict.fromkeys(presets))
     configs = {
-        (preset, ratio): dataclasses.replace(config, preset=preset, ratio=ratio, **_PLAIN)
+        (preset, ratio): config.with_preset(preset, ratio=ratio)
         for preset in presets for ratio in ratios if (preset, ratio) not in there
     }  # fmt: skip
 

@@ -1,8 +1,23 @@
-"""From importance to sorted keep indices: which channels of one layer stay, and which columns a head has."""
+"""From importance to sorted indices of what is kept."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a criterion chose.
+
+    Attributes:
+        kept: The units that stay, sorted int64 indices on the CPU.
+        importance: Of every unit, for the report: the lowest are removed first, where they are weighed one by one.
+    """
+
+    kept: torch.Tensor
+    importance: torch.Tensor
 
 
 def select_channels(importance: torch.Tensor, num_pruned: int, keep_lowest: int = 0) -> torch.Tensor:
@@ -46,8 +61,3 @@ def select_units(importance: torch.Tensor, num_pruned: int, num_groups: int = 1)
 def complement(removed: torch.Tensor, number: int) -> torch.Tensor:
     """The sorted int64 indices below `number` that are not removed, on the CPU."""
     return torch.ones(number, dtype=torch.bool).index_fill_(0, removed.cpu(), False).nonzero()[:, 0]
-
-
-def head_columns(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Column (or row) indices of the given heads: (len(heads) · head_dim,) int64."""
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()

@@ -18,8 +18,8 @@ from slimllm.checkpoints.native import convert_in_place
 from slimllm.checkpoints.source import InMemoryModel
 from slimllm.config import GIB, PruneConfig, check_config
 from slimllm.errors import InputError
-from slimllm.models.layer import Layer
 from slimllm.pruning.jobs import prune_all
+from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.run import Notice, Run, compare_identities, identity_in_memory, say_nothing
 from slimllm.runtime import memory
@@ -142,16 +142,20 @@ def prune_model(
     training = model.training
     model.eval()
 
-    def store(index: int, layer: Layer) -> int:
-        return sum(tensor.numel() for tensor in run.format.complete(layer.tensors, source.spec).values())
-
     try:
-        outcome = run.prune(store, progress)
+        context = run.context(progress)
+        dense = run.dense_pass(context, None)
+        allocated, output = run.allocate(dense)
+        pruning = Pruning(context, dense, allocated.budgets)
+        for pruned in pruning:
+            tensors = output.complete(pruned.layer.tensors, source.spec)
+            pruned.parameters = sum(tensor.numel() for tensor in tensors.values())
     finally:
         model.train(training)
-    convert_in_place(model, run.format, source.spec)
+    convert_in_place(model, output, source.spec)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return run.report(outcome, model.config.name_or_path or type(model).__name__, None, parameters)
+    name = model.config.name_or_path or type(model).__name__
+    return run.report(pruning, allocated, output, name, None, parameters)
 
 
 def _prepare(

@@ -1,34 +1,52 @@
-"""One pass through the dense model: how much every layer matters, and what a later comparison needs of it."""
+"""One pass through the dense model: how much every layer matters, and what an allocation measures in it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from slimllm.calibration import Calibration
 from slimllm.checkpoints.journal import fingerprint
-from slimllm.checkpoints.resume import Record
-from slimllm.checkpoints.source import ModelSource
-from slimllm.config import MEASURED, PruneConfig
-from slimllm.errors import HopelessError, InputError
+from slimllm.config import PruneConfig
+from slimllm.errors import InputError
+from slimllm.methods.allocation import DenseSublayer
 from slimllm.methods.allocation.budget import LayerShape
-from slimllm.methods.allocation.curves import measure_layer
-from slimllm.methods.allocation.sensitivity import Probes
-from slimllm.methods.allocation.spending import Curves
-from slimllm.models.layer import Layer, pass_held_out, run_layer
+from slimllm.methods.allocation.sensitivity import TOKENS, Probes
+from slimllm.methods.allocation.spending import Curves, sampled
+from slimllm.methods.statistics import Needs
+from slimllm.models.layer import Layer, run_layer
+from slimllm.models.meta import record_layer_inputs
+from slimllm.models.sublayer import Sublayer
+from slimllm.pruning.context import RunContext
+from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, residual_stream
+from slimllm.pruning.shapes import layer_shapes
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement, Stream
-from slimllm.runtime.progress import ProgressCallback, Stopwatch
+from slimllm.runtime.memory import trim
+from slimllm.statistics import ColumnStatistics, GramStatistics
 from slimllm.statistics.tokens import layer_similarity
 
-# Where no windows are held out, so many calibration tokens give the perplexity before and after.
-PERPLEXITY_TOKENS = 256
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """What the dense pass finds in one layer.
+
+    Attributes:
+        similarity: c, the mean cosine over tokens of its input with its output.
+        weights: Checksum of its weights; 0 where nothing is recorded.
+        curves: What its sub-layers lose, for an allocation that measures; None: it does not.
+        damage: Of the probes that were made in it, for an allocation by sensitivity.
+    """
+
+    similarity: float
+    weights: int
+    curves: Curves | None = None
+    damage: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -36,18 +54,17 @@ class DensePass:
     """What one pass through the dense model gives, for any number of prunings on the same windows.
 
     Attributes:
-        layers: For each layer its `similarity` c, the mean cosine over tokens of its input with its output, the
-            checksum of its `weights`, and, for an allocation that is measured, its `curves`; for `auto`, the `damage` of
-            those probes that were made in it, and, of the last layer, the `loss` of the model and the `factors` of all
-            layers' curves.
+        layers: What was found in every layer.
         loss: Of the dense model, see `mean_loss`.
+        factors: What every layer's curves, of attention and of the FFN, are multiplied by; None: nothing.
         seconds: Of computing.
         stage_seconds: Of all of the pass, reading and measuring too.
         measured: What the curves depend on; None: there are none.
     """
 
-    layers: list[dict[str, Any]]
+    layers: list[DenseLayer]
     loss: float
+    factors: list[list[float]] | None
     seconds: float
     stage_seconds: float = 0.0
     measured: tuple[str | None, ...] | None = None
@@ -57,113 +74,185 @@ class DensePass:
         wanted = _measured(config, placement)
         return wanted is None or wanted == self.measured
 
+    @property
+    def similarity(self) -> list[float]:
+        """c of every layer."""
+        return [layer.similarity for layer in self.layers]
+
     def curves(self) -> list[Curves] | None:
-        """What every layer loses, as far as the model's output cares; None: it was not measured."""
+        """Loss curves of every layer, weighted by output sensitivity; None: they were not measured."""
         if self.measured is None:
             return None
-        factors = self.layers[-1].get("factors") or [[1.0, 1.0]] * len(self.layers)
-        return [Curves(**layer["curves"]).times(*factors[index]) for index, layer in enumerate(self.layers)]
+        factors = self.factors or [[1.0, 1.0]] * len(self.layers)
+        return [layer.curves.times(*own) for layer, own in zip(self.layers, factors) if layer.curves is not None]
 
 
 def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ...] | None:
-    if config.allocation not in MEASURED:
+    if config.allocation.needs is None:
         return None
-    return config.allocation, config.token_weights, config.head_unit, placement.gram
+    settings = f"{config.allocation.name} {config.allocation.describe()} {config.allocation.version}"
+    return settings, config.token_weights, config.head_unit, placement.gram
 
 
-def run_dense_pass(
-    source: ModelSource, stream: Stream, calibration: Calibration, shapes: list[LayerShape], config: PruneConfig,
-    watch: Stopwatch, progress: ProgressCallback | None, record: Record | None, probes: Probes | None = None,
-) -> DensePass:  # fmt: skip
-    """Let the residual stream pass the dense model, and see how much every layer matters.
-
-    Args:
-        source: The model.
-        stream: The residual stream before the first layer.
-        calibration: The windows that it is of.
-        shapes: The layers' sizes.
-        config: The settings, which say what is measured.
-        watch: Gathers seconds by stage.
-        progress: Told about every layer that is done.
-        record: Of every layer that is done; the pass goes on behind those that it holds.
-        probes: Of the first rank, for the allocation `auto`.
-    """
+@torch.no_grad()
+def run_dense_pass(run: RunContext) -> DensePass:
+    """Let the residual stream pass the dense model, and see how much every layer matters."""
     started = time.perf_counter()
-    ranks = stream.ranks
-    measured = config.allocation in MEASURED
+    source, config, watch, ranks, record = run.source, run.config, run.watch, run.ranks, run.record
+    allocation, shapes = config.allocation, layer_shapes(run.source, run.config)
+    stream = residual_stream(run)
+    probes = _probes(run, stream) if allocation.by_sensitivity and ranks.first else None
     done = record.done("dense") if record else []
-    kept = ("similarity", "weights", "loss", *(("curves", "damage", "factors") if measured else ()))
-    layers = [{name: step[name] for name in kept if name in step} for step in done]
+    layers = [_recorded(step) for step in done]
+    last: dict[str, Any] = {name: done[-1][name] for name in ("loss", "factors") if done and name in done[-1]}
     if record and done:
         record.compare_weights(lambda index: fingerprint(source.weights(index)))
         if not record.done("prune"):
             states = record.restore(stream)
             if probes and states is not None:
-                probes.restore(states.to(source.device), [one for layer in layers for one in layer["damage"]])
+                probes.restore(states.to(source.device), [one for layer in layers for one in layer.damage])
     with source.layers(len(done), stream.placement.read_ahead) as load:
         for index in range(len(done), source.num_layers):
             with watch("read"), ranks.together():
                 layer = load(index)
-            found: dict[str, Any] = {}
+            damage: list[float] = []
             if probes:
                 with watch("sensitivity"):
-                    found["damage"] = probes.pass_layer(layer, index)
-            if measured:
-                total, curves = measure_layer(layer, stream, index, shapes[index], config, watch)
-                found["curves"] = dataclasses.asdict(curves)
+                    damage = probes.pass_layer(layer, index)
+            curves = None
+            if allocation.needs is not None:
+                total, curves = _measure_layer(layer, stream, index, shapes[index], run)
             else:
-                total = _pass_layer(layer, stream, index, watch)
+                total = _pass_layer(layer, stream, index, run)
             finite = pass_held_out(layer, stream, index, watch)
             with ranks.together():
                 if not (finite and bool(total.isfinite())):
                     raise overflow(source, index, "dense")
-            if config.allocation == "auto":
-                found["damage"] = ranks.tell(found.get("damage"))
-                if index == source.num_layers - 1:
-                    found["factors"] = ranks.made_by_first(partial(_factors, source, probes, watch))
+            is_last = index == source.num_layers - 1
+            if allocation.by_sensitivity:
+                damage = ranks.tell(damage)
+                if is_last:
+                    last["factors"] = ranks.made_by_first(partial(_factors, run, probes))
             weights = 0
             if record:
                 with watch("journal"):
                     weights = _common(fingerprint(layer.tensors), index, ranks)
             del layer  # before the output head or the next one is read
-            if index == source.num_layers - 1:
+            if is_last:
                 with watch("perplexity"):
-                    found["loss"] = mean_loss(source, stream, calibration)
-            layers.append({"similarity": float(total) / math.prod(stream.shape[:2]), "weights": weights, **found})
+                    last["loss"] = mean_loss(source, stream, run.calibration)
+            layers.append(DenseLayer(float(total) / math.prod(stream.shape[:2]), weights, curves, damage))
             if record:
                 with watch("journal"):
                     states = probes.states.cpu() if probes else None
-                    record.add("dense", stream, states, **layers[-1], **watch.so_far())
-            if progress:
-                progress("dense", index, source.num_layers, None)
+                    record.add("dense", stream, states, **dataclasses.asdict(layers[-1]), **last, **watch.so_far())
+            if run.progress:
+                run.progress("dense", index, source.num_layers, None)
+    del stream
+    trim()
     seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared
     return DensePass(
         layers,
-        layers[-1]["loss"],
+        last["loss"],
+        last.get("factors"),
         seconds or watch.seconds["dense pass"],
         stage_seconds=time.perf_counter() - started,
-        measured=_measured(config, stream.placement),
+        measured=_measured(config, run.placement),
     )
 
 
-def _pass_layer(layer: Layer, stream: Stream, index: int, watch: Stopwatch) -> torch.Tensor:
+def steps_of(dense: DensePass) -> list[dict[str, Any]]:
+    """The journal's steps of a dense pass that another run has made."""
+    steps = [dataclasses.asdict(layer) for layer in dense.layers]
+    steps[-1] |= {"loss": dense.loss, "factors": dense.factors}
+    return steps
+
+
+def _recorded(step: dict[str, Any]) -> DenseLayer:
+    curves = Curves(**step["curves"]) if step["curves"] else None
+    return DenseLayer(step["similarity"], step["weights"], curves, step["damage"])
+
+
+def _probes(run: RunContext, stream: Stream) -> Probes:
+    """On the first tokens of the first window, of which the first rank has the stream."""
+    window = stream[0].hidden.load()[:1, :TOKENS].float()
+    return Probes(window, record_layer_inputs(run.source.model, run.source.spec, window)[1], run.config)
+
+
+def _pass_layer(layer: Layer, stream: Stream, index: int, run: RunContext) -> torch.Tensor:
     """Let the residual stream pass a dense layer; its similarity, summed over all tokens."""
     total = torch.zeros((), dtype=torch.float64, device=layer.device)
     for batch in stream:
         hidden_in = batch.hidden.load()
-        with watch("dense pass"):
+        with run.watch("dense pass"):
             hidden_out = run_layer(layer, hidden_in, batch.kwargs[index])
-        with watch("statistics"):
+        with run.watch("statistics"):
             total += layer_similarity(hidden_in, hidden_out)
             batch.hidden.save(hidden_out)
     stream.ranks.sum_(total)
     return total
 
 
-def _factors(source: ModelSource, probes: Probes | None, watch: Stopwatch) -> list[list[float]]:
+def _measure_layer(
+    layer: Layer, stream: Stream, index: int, shape: LayerShape, run: RunContext
+) -> tuple[torch.Tensor, Curves]:
+    """Let the residual stream pass a dense layer; its similarity, summed over all tokens, and its curves.
+
+    The curves are empty where the stream is not finite any more.
+    """
+    config, watch, ranks = run.config, run.watch, stream.ranks
+    sublayers = (Sublayer.attention_of(layer, index, config.head_unit), Sublayer.ffn_of(layer, index))
+    weighted = config.token_weights == "norm"
+    statistics: list[ColumnStatistics | GramStatistics] = []
+    for one in sublayers:
+        features = one.output_projection.in_features
+        if Needs.COLUMN_GRAM in config.allocation.needs:
+            on_host = not one.is_attention and stream.placement.gram == "host"
+            statistics.append(GramStatistics(features, "cpu" if on_host else layer.device))
+        else:
+            statistics.append(ColumnStatistics(features, layer.device))
+    similarity = torch.zeros((), dtype=torch.float64, device=layer.device)
+    squares = torch.zeros(2, dtype=torch.float64, device=layer.device)  # Σ_t of the stream's mean square after each
+    for batch in stream:
+        hidden_in = hidden = batch.hidden.load()
+        for part, (one, columns) in enumerate(zip(sublayers, statistics)):
+            with watch("dense pass"):
+                inner = one.inner_activations(one.norm(hidden), batch.kwargs[index])
+                output = one.output_projection(inner)
+            with watch("statistics"):
+                weights = one.token_weights(hidden, output)
+                squares[part] += weights.reciprocal().sum(dtype=torch.float64)
+                columns.update(inner, weights if weighted else None)
+            with watch("dense pass"):
+                hidden = hidden + one.residual_update(output).view_as(hidden)
+        with watch("statistics"):
+            similarity += layer_similarity(hidden_in, hidden)
+            batch.hidden.save(hidden)
+    del hidden_in, hidden, inner, output
+    with watch("statistics"):
+        ranks.add_up(*statistics)
+        ranks.sum_(squares, similarity)
+    if not bool(similarity.isfinite()):
+        return similarity, Curves([], [])
+    with watch("allocation"):
+
+        def measured() -> list[list[float]]:
+            curves = []
+            for one, columns, square in zip(sublayers, statistics, squares.tolist()):
+                dense = DenseSublayer(one, columns, square, weighted, shape)
+                curves.append(sampled(config.allocation.costs(dense)))
+                trim()
+            return curves
+
+        curves = Curves(*ranks.made_by_first(measured))
+    trim()
+    return similarity, curves
+
+
+def _factors(run: RunContext, probes: Probes | None) -> list[list[float]]:
     assert probes is not None
-    with watch("sensitivity"):
-        return probes.factors(source.final_norm())
+    with run.watch("sensitivity"):
+        return probes.factors(run.source.final_norm())
 
 
 def _common(checksum: int, index: int, ranks: Ranks) -> int:
@@ -174,41 +263,3 @@ def _common(checksum: int, index: int, ranks: Ranks) -> int:
             if other != checksums[0]:
                 raise InputError(f"Rank {rank} has other weights in layer {index} than rank 0; give all the same model.")
     return checksum
-
-
-def overflow(source: ModelSource, index: int, which: str) -> InputError:
-    """Make the error for hidden states that are not finite after a layer."""
-    dtype = str(source.dtype).removeprefix("torch.")
-    advice = "compute in float32" if dtype != "float32" else "its weights are out of all proportion, look at them"
-    return HopelessError(
-        f"The hidden states after layer {index} of the {which} model are not finite when computed in {dtype}; {advice}."
-    )
-
-
-def mean_loss(source: ModelSource, stream: Stream, calibration: Calibration) -> float:
-    """Next-token negative log-likelihood, in nats, of the windows of `perplexity_windows`, from the end of the stream.
-
-    All ranks call it, and all have it.
-    """
-    rank, held_out = stream.ranks.rank, stream.num_held_out
-    begin = stream.samples if held_out else 0
-    token_ids = perplexity_windows(calibration)
-    parts = zip(stream.held_out_windows(rank), stream.held_out) if held_out else zip(stream.windows(rank), stream)
-    own = [
-        (batch, token_ids[windows.start - begin : windows.stop - begin])
-        for windows, batch in parts
-        if windows.start - begin < len(token_ids)
-    ]
-    total = torch.zeros((), dtype=torch.float64)
-    with stream.ranks.together():
-        if own:
-            total += source.loss_sum((batch.hidden.load()[: len(ids)], ids) for batch, ids in own)
-    stream.ranks.sum_(total)
-    return float(total) / token_ids[:, 1:].numel()
-
-
-def perplexity_windows(calibration: Calibration) -> torch.Tensor:
-    """The windows that the reported perplexity is of, (windows, seq_len) int64: those held out, or else the first ones."""
-    if len(calibration.held_out):
-        return calibration.held_out
-    return calibration.token_ids[: max(1, PERPLEXITY_TOKENS // calibration.token_ids.shape[1])]

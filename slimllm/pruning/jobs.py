@@ -15,7 +15,7 @@ from slimllm.calibration import calibration_windows
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.destination import check_destination, check_space
 from slimllm.checkpoints.journal import begun_with, fingerprint
-from slimllm.checkpoints.native import write_config
+from slimllm.checkpoints.native import OutputFormat, write_config
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel
@@ -28,10 +28,9 @@ from slimllm.checkpoints.writer import (
     remove_leftover,
 )
 from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
-from slimllm.models.layer import Layer
 from slimllm.pruning.dense_pass import DensePass
 from slimllm.pruning.model_card import write_model_card
-from slimllm.pruning.pipeline import check_settings
+from slimllm.pruning.pipeline import PrunedLayer, Pruning
 from slimllm.pruning.report import REPORT_NAME, PruneReport
 from slimllm.pruning.run import (
     OPERATIONS,
@@ -45,6 +44,7 @@ from slimllm.pruning.run import (
     say_nothing,
     weight_dtype,
 )  # fmt: skip
+from slimllm.pruning.shapes import check_settings
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
@@ -146,12 +146,12 @@ def _prune_one(
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype or checkpoint.storage_dtype(name))
 
-    def store(index: int, layer: Layer) -> int:
-        tensors = run.format.complete(layer.tensors, source.spec)
-        prefix = source.layer_prefix(index)
+    def write(pruned: PrunedLayer, output: OutputFormat) -> None:
+        tensors = output.complete(pruned.layer.tensors, source.spec)
+        prefix = source.layer_prefix(pruned.index)
         if writer:
-            writer.write_shard(index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
-        return sum(tensor.numel() for tensor in tensors.values())
+            writer.write_shard(pruned.index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
+        pruned.parameters = sum(tensor.numel() for tensor in tensors.values())
 
     with ranks.together():
         identity = identity_of(source, run.calibration, run.plan)
@@ -179,7 +179,14 @@ def _prune_one(
                 run.notice("There is no interrupted run to go on with; this one starts at the beginning.")
             if writer:
                 check_space(out, round(sum(run.plan.disk.values())) - writer.bytes_there)
-        outcome = run.prune(store, progress, record, dense)
+        context, shared = run.context(progress, record), dense is not None
+        dense = run.dense_pass(context, dense)
+        allocated, output = run.allocate(dense)
+        pruning = Pruning(context, dense, allocated.budgets)
+        for pruned in pruning:
+            with run.watch("write"), ranks.together():
+                write(pruned, output)
+            del pruned  # before the next layer is read
         with ranks.together():
             if writer:
                 with run.watch("write"):
@@ -187,18 +194,18 @@ def _prune_one(
                     others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
                     writer.write_shard(source.num_layers + 1, others)
                     del others
-                    write_config(run.format.config, writer.folder)
+                    write_config(output.config, writer.folder)
                     checkpoint.write_companions(writer.folder)
-                report = run.report(outcome, name, str(out), writer.num_parameters)
-                report.dense_pass_shared = dense is not None
-                report.dense_stage_s = outcome.dense.stage_seconds
-                report.identity = identity | {WEIGHTS: checksum_of([layer["weights"] for layer in outcome.dense.layers])}
+                report = run.report(pruning, allocated, output, name, str(out), writer.num_parameters)
+                report.dense_pass_shared = shared
+                report.dense_stage_s = dense.stage_seconds
+                report.identity = identity | {WEIGHTS: checksum_of([layer.weights for layer in dense.layers])}
                 write_model_card(report, writer.folder, command or f"slimllm.prune({name!r}, {str(out)!r}, {config})")
                 report.elapsed_s = run.watch.elapsed_s()
                 report.save(writer.folder)
                 writer.complete()
                 writer.finish()
-    return _told(report, ranks), outcome.dense
+    return _told(report, ranks), dense
 
 
 def _told(report: PruneReport | None, ranks: Ranks) -> PruneReport | None:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from slimllm.config import PruneConfig
 from slimllm.methods.allocation.sensitivity import MOST_STATES, TOKENS
+from slimllm.methods.statistics import Needs
 from slimllm.models.families import layer_spec
 from slimllm.models.slicing import LayerSizes
 from slimllm.runtime.hidden_states import Placement
@@ -114,12 +115,12 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
     held_out = math.ceil(sizes.held_out / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
-    lstsq, by_channels = config.recovery == "lstsq", config.by_channels
-    # Beside the pruned model's stream that of the dense one, by how much it is ahead with the inputs in the Gram.
-    own, ahead = (2, d) if config.dense_target else (1, 0)
+    by_channels = Needs.COLUMN_GRAM in config.needs
+    lstsq, obs = Needs.COLUMN_GRAM in config.recovery.needs, Needs.COLUMN_GRAM in config.criterion.needs
+    by_output = Needs.OUTPUT_GRAM in config.criterion.needs
     pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
     # Of what is as large as all tokens, in the FFN: the residual stream, and the outputs where they are needed.
-    streams = own if by_channels else 2
+    streams = 1 if by_channels else 2
 
     def at(name: str, num_streams: int, device: Mapping[str, float], host: Mapping[str, float] | None = None) -> Phase:
         shared = not sizes.on_gpu and s == c  # the layer computes with the tensors that were read
@@ -137,7 +138,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     # A factor, its inverse and, on a GPU, what the inverse is made of; and the weights.
     elimination = {"elimination": (3 if sizes.on_gpu else 2) * 4 * i**2 + 2 * 4 * i * d}
     copies = 2 if config.token_weights == "norm" else 1
-    tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * (i + ahead) * 4}
+    tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * i * 4}
 
     def inner(width: int) -> Parts:
         num_bytes = tokens * width * c
@@ -146,9 +147,11 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     yield at("read", 1, {}, {"mapped file": d * i * s})
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
     yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c + scores})
-    if config.allocation == "auto":
+    if measures_gram(config):
         # Before and behind a layer; and the layer in fp32.
-        probes = 2 * probe_bytes(sizes) + (0 if c == 4 else sizes.layer_params * 4)
+        probes = (
+            2 * probe_bytes(sizes) + (0 if c == 4 else sizes.layer_params * 4) if config.allocation.by_sensitivity else 0
+        )
         both, one = {"Gram": (a**2 + i**2) * 4, "probes": probes}, {"Gram": a**2 * 4, "probes": probes}
         of_batch = {"batch": batch * (4 * i + 4 * d) * c + scores}
         if placement.gram == "host":
@@ -157,26 +160,26 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         else:
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
-    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d + (a + 2 * d if ahead else 0)) * c + scores
-    yield at("attention", own, inner(a) | {"batch": of_attention, "Gram": (a + ahead) ** 2 * 4})
-    heads = inner(a) | {"Gram": (a + ahead) ** 2 * 4 + a**2 * 8, "heads' covariances": 2 * sizes.units**2 * d * 8}
-    if config.criterion == "obs":
+    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c + scores
+    yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": a**2 * 4})
+    heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * sizes.units**2 * d * 8}
+    if obs:
         heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # the squares where the covariance was
-    yield at("heads", own, heads)
-    ffn_gram = {"Gram": (i + ahead) ** 2 * 4} if by_channels else {"Gram": d**2 * 4 if config.criterion == "slimllm" else 0}
+    yield at("heads", 1, heads)
+    ffn_gram = {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if by_output else 0}
     away = by_channels and placement.gram == "host"
     here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
-    yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d + (i + 2 * d if ahead else 0)) * c}, there)
+    yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
     # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or the matrices of
     # the function (6 in fp32), which is as much.
-    space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if config.criterion == "slimllm" else d**2 * 8
+    space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if by_output else d**2 * 8
     yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
-    if config.criterion == "obs":
+    if obs:
         needed, covariance = ffn_gram | elimination, {"covariance": d**2 * 8}
         yield at("obs", streams, inner(i) | covariance | ({} if away else needed), needed if away else {})
     sliced = {"pruned layer": 3 * kept * d * s}
     if lstsq:
-        moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d + (8 * i * d if ahead else 0)
+        moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d
         across = {"moments": moments / sizes.ranks}  # of this rank's outputs
         system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # and its factor
         solution = ffn_gram | {"solution": 2 * 8 * kept * d}
@@ -187,16 +190,21 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             needed = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
             yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
-    embedded = 0 if placement.states == "disk" or sizes.on_gpu else (own * tokens + held_out) * d * c
+    embedded = 0 if placement.states == "disk" or sizes.on_gpu else (tokens + held_out) * d * c
     # As `ModelSource.loss_sum` computes: a part of the vocabulary for a part of the tokens; the head as it is read.
     logits: dict[str, float] = {
         "layer, computing": 0,
         "logits": max(sizes.seq_len, 2048) * (4 * 4096 + 2 * d) * 4 + 4096 * d * c,
     }
-    if config.allocation == "auto":
+    if config.allocation.by_sensitivity:
         logits["probes"] = 2 * probe_bytes(sizes)
-    yield at("perplexity", own, logits, {"layer, as stored": 0, "output head": 2 * sizes.vocab_size * d * s})
+    yield at("perplexity", 1, logits, {"layer, as stored": 0, "output head": 2 * sizes.vocab_size * d * s})
     yield Phase("embeddings", {}, {"embeddings": sizes.vocab_size * d * s * 2, "hidden states": embedded})
+
+
+def measures_gram(config: PruneConfig) -> bool:
+    """Whether the allocation measures the dense model by the Grams of its columns."""
+    return config.allocation.needs is not None and Needs.COLUMN_GRAM in config.allocation.needs
 
 
 def _pinned(num_bytes: int) -> int:
@@ -216,11 +224,10 @@ def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
     whose disk may not be ready for those of every layer.
     """
     d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
-    lstsq = config.recovery == "lstsq"
-    own, ahead = (2, d) if config.dense_target else (1, 0)
-    grams = 4 * ((a + ahead) ** 2 + (i + ahead if config.by_channels else d) ** 2)
-    grams += 4 * (a**2 + i**2) if config.allocation == "auto" else 0
-    states = ((1 + own) * sizes.samples + 2 * sizes.held_out) * sizes.seq_len * d * sizes.computed
+    lstsq = Needs.COLUMN_GRAM in config.recovery.needs
+    grams = 4 * (a**2 + (i if Needs.COLUMN_GRAM in config.needs else d) ** 2)
+    grams += 4 * (a**2 + i**2) if measures_gram(config) else 0
+    states = (2 * sizes.samples + 2 * sizes.held_out) * sizes.seq_len * d * sizes.computed
     solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
     parts = {"Grams": 2 * grams * others, "hidden states": states * others, "solutions": solutions * others}
     return {name: size for name, size in parts.items() if size}

@@ -11,7 +11,8 @@ from typing import Any
 
 from slimllm.config import GIB, PruneConfig, parse_bytes
 from slimllm.errors import InputError
-from slimllm.pruning.memory_estimate import Parts, Sizes, phases, probe_bytes
+from slimllm.methods.statistics import Needs
+from slimllm.pruning.memory_estimate import Parts, Sizes, measures_gram, phases, probe_bytes
 from slimllm.runtime.hidden_states import Placement
 
 # What is freed but stays with the allocator, and what is too small to be a part: some, and a fraction.
@@ -59,7 +60,6 @@ class Plan:
             "gram": self.placement.gram,
             "keep_inner_bytes": self.placement.keep_inner_bytes,
             "batch_size": self.config.batch_size,
-            "feature_space": self.config.feature_space,
             "host_phase": self.host_phase,
             "gpu_phase": self.gpu_phase if self.gpu else None,
             "disk_gib": {name: size / GIB for name, size in self.disk.items()},
@@ -151,7 +151,7 @@ class _Step:
     gpu_only: bool = False
 
     def applies(self, sizes: Sizes, config: PruneConfig) -> bool:
-        needed = self.field != "gram" or config.gram_of_channels
+        needed = self.field != "gram" or Needs.COLUMN_GRAM in config.needs or measures_gram(config)
         return needed and getattr(config, self.field, None) is None and (sizes.on_gpu or not self.gpu_only)
 
     def take(self, config: PruneConfig, placement: Placement) -> tuple[PruneConfig, Placement]:
@@ -180,10 +180,8 @@ def _disk(sizes: Sizes, config: PruneConfig, placement: Placement) -> Parts:
     """The result, which may be as large as the model, two states of the journal, and the files of hidden states."""
     window = sizes.seq_len * sizes.hidden_size * sizes.computed
     states, held_out = sizes.samples * window, sizes.held_out * window
-    own = 2 if config.dense_target else 1
     return {
         "result, at most": sizes.params * sizes.written,
-        "journal": 2 * held_out
-        + 2 * max(own * states, states + (probe_bytes(sizes) if config.allocation == "auto" else 0)),
+        "journal": 2 * held_out + 2 * (states + (probe_bytes(sizes) if config.allocation.by_sensitivity else 0)),
         "files of hidden states": 2 * states + held_out if placement.states == "disk" else 0,  # lstsq has no outputs there
     }

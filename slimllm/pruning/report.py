@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import torch
 
 from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, Shape, check_shape, read_object
-from slimllm.config import MEASURED
 from slimllm.errors import InputError
 
 REPORT_NAME = "report.json"
@@ -36,6 +35,8 @@ _SHAPE = {
     "model": str, "out?": (str, type(None)),
     "config": {
         "ratio": float, "preset": str, "criterion": str, "allocation": str, "recovery": str, "seed": int,
+        "head_unit?": str, "heads_multiple_of?": int, "round_to?": (int, type(None)), "method_settings?": {EVERY: dict},
+        "method_needs?": {EVERY: [str]},
         **{name: (str, type(None)) for name in ("host_memory?", "gpu_memory?", "device?")},
     },
     "allocation": {"notes": [str]},
@@ -124,7 +125,12 @@ class PruneReport:
         """Of pruning, as if it were alone: with the dense pass, which it may have taken from another run."""
         if not self.dense_pass_shared:
             return self.elapsed_s
-        return self.elapsed_s + (self.dense_stage_s if self.config["allocation"] in MEASURED else self.dense_pass_s)
+        return self.elapsed_s + (self.dense_stage_s if self._measured else self.dense_pass_s)
+
+    @property
+    def _measured(self) -> bool:
+        """Whether the allocation measured the dense model."""
+        return bool(self.config.get("method_needs", {}).get("allocation"))
 
     @property
     def judged_by(self) -> str:

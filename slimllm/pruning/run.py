@@ -1,4 +1,4 @@
-"""One run: its clocks, its account of memory, the format of its result, its report, and what makes it this run."""
+"""One run: its clocks, its memory estimate, its report, and what makes it this run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
 from slimllm.config import DTYPES, GIB, PruneConfig
 from slimllm.errors import InputError
-from slimllm.methods.allocation.allocate import Allocation
+from slimllm.methods.allocation.spending import Curves
+from slimllm.methods.allocation.target import Allocated, allocate
+from slimllm.methods.statistics import Needs
 from slimllm.models.families import layer_spec
-from slimllm.models.layer import Layer
-from slimllm.pruning.dense_pass import DensePass, perplexity_windows
+from slimllm.pruning.context import RunContext
+from slimllm.pruning.dense_pass import DensePass, run_dense_pass, steps_of
 from slimllm.pruning.memory_estimate import batch_windows, sizes_of
-from slimllm.pruning.pipeline import Outcome, check_settings, prune_layers
+from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.plan import GPU_RUNTIME, ROUNDINGS, Plan, make_plan
 from slimllm.pruning.report import PruneReport, versions
+from slimllm.pruning.residual_stream import perplexity_windows
+from slimllm.pruning.shapes import check_settings, layer_shapes
 from slimllm.pruning.tensor_parallel import tensor_parallel_sizes
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
@@ -40,7 +44,7 @@ OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # t
 
 
 class Run:
-    """One run: the clocks, the account of memory, and the format, which is settled when the budgets are."""
+    """One run: its model and windows, the clocks, and the memory estimate."""
 
     def __init__(
         self,
@@ -65,7 +69,6 @@ class Run:
         self.source, self.config, self.notice = source, config, notice
         self.calibration, self.token_ids = calibration, token_ids
         self.backend = ops.backend(source.device, OPERATIONS)
-        self.format: OutputFormat
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
         memory.reset_peak(source.device)
@@ -86,20 +89,44 @@ class Run:
         self.notice(f"Going on behind layer {done - 1} of the {'pruning' if journal.done('prune') else 'dense pass'}.")
         say_changes(journal, self.source.device, self.ranks.size, self.notice)
 
-    def prune(
-        self, store: Callable[[int, Layer], int], progress: ProgressCallback | None, record: Record | None = None,
-        dense: DensePass | None = None,
-    ) -> Outcome:  # fmt: skip
-        return prune_layers(
-            self.source, self.calibration, self.plan.config, self.plan.placement, self.watch, self._settle, store, progress,
-            record, dense, self.ranks,
+    def context(self, progress: ProgressCallback | None, record: Record | None = None) -> RunContext:
+        """What the passes of this run need."""
+        return RunContext(
+            self.source, self.calibration, self.plan.config, self.plan.placement, self.watch, self.ranks, record, progress
         )  # fmt: skip
+
+    def dense_pass(self, context: RunContext, made: DensePass | None) -> DensePass:
+        """The dense pass; one that another run has made, and that `serves` the settings, is taken as it is."""
+        if made is None:
+            return run_dense_pass(context)
+        if record := context.record:
+            record.compare_weights(lambda index: made.layers[index].weights)
+            adopted = steps_of(made)[len(record.done("dense")) :]
+            record.adopt("dense", adopted, {**self.watch.so_far(), "dense_pass_s": made.seconds})
+        return made
+
+    def allocate(self, dense: DensePass) -> tuple[Allocated, OutputFormat]:
+        """What every layer gives, and the format that follows from it."""
+        allocated = allocate(dense.similarity, layer_shapes(self.source, self.config), self.config, self._curves(dense))
+        for note in allocated.notes:
+            self.notice(f"{note}.")
+        new_bias = self.config.recovery.adds_bias
+        sizes = [
+            size.without(budget.units, budget.channels, self.config.head_unit, new_bias)
+            for size, budget in zip(self.sizes, allocated.budgets)
+        ]
+        dtype = DTYPES[self.config.dtype] if self.config.dtype else _config_dtype(self.source)
+        return allocated, output_format(self.source.config, sizes, dtype)
+
+    def _curves(self, dense: DensePass) -> list[Curves] | None:
+        return None if self.config.allocation.needs is None else dense.curves()
 
     def _say_if_few(self, token_ids: torch.Tensor) -> None:
         """A fit of more unknowns than there are tokens describes the calibration text, and no other."""
         unknowns = max(size.intermediate_size for size in self.sizes)
-        if self.config.by_channels and token_ids.numel() < unknowns:
-            names = [name for name in (self.config.criterion, self.config.recovery) if name in ("obs", "lstsq")]
+        if Needs.COLUMN_GRAM in self.config.needs and token_ids.numel() < unknowns:
+            methods = (self.config.criterion, self.config.recovery)
+            names = [method.name for method in methods if Needs.COLUMN_GRAM in method.needs]
             which = f"{' and '.join(names)} {'fit' if len(names) > 1 else 'fits'}"
             tokens, least = token_ids.numel(), -(-unknowns // token_ids.shape[1])
             self.notice(
@@ -108,22 +135,20 @@ class Run:
                 "better several times as many."
             )
 
-    def _settle(self, allocation: Allocation) -> None:
-        for note in allocation.notes:
-            self.notice(f"{note}.")
-        new_bias = self.config.recovery != "none"
-        sizes = [
-            size.without(budget.units, budget.channels, self.config.head_unit, new_bias)
-            for size, budget in zip(self.sizes, allocation.budgets)
-        ]
-        dtype = DTYPES[self.config.dtype] if self.config.dtype else _config_dtype(self.source)
-        self.format = output_format(self.source.config, sizes, dtype)
-
-    def report(self, outcome: Outcome, model: str, out: str | None, parameters_after: int) -> PruneReport:
-        source, config, allocation = self.source, self.config, outcome.allocation
+    def report(
+        self,
+        pruning: Pruning,
+        allocated: Allocated,
+        output: OutputFormat,
+        model: str,
+        out: str | None,
+        parameters: int,
+    ) -> PruneReport:
+        """The report of a run whose layers are all pruned."""
+        source, config, layers = self.source, self.config, pruning.reports
         layers_before = sum(size.params for size in self.sizes)
-        layers_after = sum(layer["parameters_after"] for layer in outcome.layers)
-        for note in (added := allocation.note_of_biases(layers_before, layers_after, self.format.name)):
+        layers_after = sum(layer["parameters_after"] for layer in layers)
+        for note in (added := allocated.note_of_biases(layers_before, layers_after, output.name)):
             self.notice(f"{note}.")
         before, judged_by = self.parameters_before, perplexity_windows(self.calibration)
         return PruneReport(
@@ -131,11 +156,11 @@ class Run:
             out=out,
             config=config.to_dict(),
             allocation={
-                "target_params": allocation.target_params,
-                "pruned_layers": allocation.pruned_layers,
-                "alpha": allocation.alpha,
-                "round_to": allocation.round_to,
-                "notes": allocation.notes + added,
+                "target_params": allocated.target_params,
+                "pruned_layers": allocated.pruned_layers,
+                "alpha": allocated.alpha,
+                "round_to": allocated.round_to,
+                "notes": allocated.notes + added,
             },
             calibration={
                 "text": calibration_name(config),
@@ -146,22 +171,22 @@ class Run:
                 "tokens": self.token_ids.numel(),
                 "held_out": len(self.calibration.held_out),
                 "perplexity_tokens": judged_by.numel(),
-                "perplexity_dense": _exp(outcome.loss_dense),
-                "perplexity_pruned": _exp(outcome.loss_pruned),
+                "perplexity_dense": _exp(pruning.dense.loss),
+                "perplexity_pruned": _exp(pruning.loss),
             },
             parameters={
                 "before": before,
-                "after": parameters_after,
+                "after": parameters,
                 "layers_before": layers_before,
                 "layers_after": layers_after,
             },
             achieved_ratio=1 - layers_after / layers_before,
-            achieved_ratio_model=1 - parameters_after / before,
+            achieved_ratio_model=1 - parameters / before,
             elapsed_s=self.watch.elapsed_s(),
             setup_s=self.setup_s,
-            dense_pass_s=outcome.dense.seconds,
+            dense_pass_s=pruning.dense.seconds,
             stages_s=dict(self.watch.seconds),
-            peak_host_gib=max(memory.peak_host_gib(), *(layer["peak_host_gib"] for layer in outcome.layers)),
+            peak_host_gib=max(memory.peak_host_gib(), *(layer["peak_host_gib"] for layer in layers)),
             peak_gpu_gib=memory.peak_gpu_gib(source.device),
             memory_gib={name: size / GIB for name, size in self.plan.host.items()},
             gpu_memory_gib={name: size / GIB for name, size in self.plan.gpu.items()},
@@ -169,11 +194,11 @@ class Run:
             backend=self.backend,
             device=str(source.device),
             compute_dtype=str(source.dtype).removeprefix("torch."),
-            format=self.format.name,
+            format=output.name,
             versions=versions(),
-            layers=outcome.layers,
+            layers=layers,
             tensor_parallel=tensor_parallel_sizes(
-                (layer["num_heads"], layer["num_kv_heads"], layer["intermediate_size"]) for layer in outcome.layers
+                (layer["num_heads"], layer["num_kv_heads"], layer["intermediate_size"]) for layer in layers
             ),
             resumed_steps=self.resumed_steps,
         )

@@ -49,10 +49,10 @@ def _lost_size(report: PruneReport) -> int | None:
         (layer["num_heads_before"], layer["num_kv_heads_before"], layer["intermediate_size_before"])
         for layer in report.layers
     ]  # fmt: skip
-    whole_groups = config["head_unit"] == "kv-group"
+    whole_groups = config.get("head_unit") == "kv-group"
     for size in tensor_parallel_sizes(before):
         refused = whole_groups and any(kv_heads % size for _, kv_heads, _ in before)
-        of_no_use = config["heads_multiple_of"] % size == 0 or (config["round_to"] or size) % size
+        of_no_use = config.get("heads_multiple_of", 1) % size == 0 or (config.get("round_to") or size) % size
         if not (refused or of_no_use):
             return size
     return None

@@ -94,13 +94,10 @@ class Stored:
 
 
 class Batch:
-    """Windows that go through a layer together: the residual stream (batch, seq_len, D), and how each layer is called.
+    """Windows that go through a layer together: the residual stream (batch, seq_len, D), and how each layer is called."""
 
-    While pruning, `dense` is the residual stream of the dense model beside it, if it is wanted.
-    """
-
-    def __init__(self, hidden: Stored, kwargs: list[dict[str, Any]], dense: Stored | None = None) -> None:
-        self.hidden, self.kwargs, self.dense = hidden, kwargs, dense
+    def __init__(self, hidden: Stored, kwargs: list[dict[str, Any]]) -> None:
+        self.hidden, self.kwargs = hidden, kwargs
 
     @property
     def num_tokens(self) -> int:
@@ -147,11 +144,6 @@ class Stream:
         return self.batches[number]
 
     @property
-    def states(self) -> list[str]:
-        """Names of what a batch holds of hidden states."""
-        return ["hidden", "dense"] if self[0].dense else ["hidden"]
-
-    @property
     def most_tokens(self) -> int:
         """Of the rank that has most."""
         return math.ceil(self.samples / self.ranks.size) * self.shape[1]
@@ -173,19 +165,20 @@ class Stream:
     def _batched(self, share: range) -> list[range]:
         return [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
 
-    def of_all_ranks(self, name: str) -> Iterator[tuple[int, range, Batch | None]]:
-        """All batches that hold states of a name, in the order of their windows, of each the rank, the windows, and the
-        batch where it is this rank's."""
+    def of_all_ranks(self) -> Iterator[tuple[int, range, Batch | None]]:
+        """All batches, those held out last, in the order of their windows: the rank, the windows, and the batch where it is
+        this rank's."""
         for rank in range(self.ranks.size):
             for number, windows in enumerate(self.windows(rank)):
                 yield rank, windows, self[number] if rank == self.ranks.rank else None
-        for rank in range(self.ranks.size if name == "hidden" else 0):
+        for rank in range(self.ranks.size):
             for number, windows in enumerate(self.held_out_windows(rank)):
                 yield rank, windows, self.held_out[number] if rank == self.ranks.rank else None
 
-    def shape_of(self, name: str) -> tuple[int, ...]:
-        """(windows, seq_len, D) of the states of a name, of all ranks and with those held out."""
-        return (self.samples + (self.num_held_out if name == "hidden" else 0), *self.shape[1:])
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """(windows, seq_len, D) of all ranks, with those held out."""
+        return (self.samples + self.num_held_out, *self.shape[1:])
 
     def store(self, tensor: torch.Tensor) -> Stored:
         """Keep a tensor of a batch where those of all batches are kept."""

@@ -2,5 +2,8 @@
 
 from slimllm.statistics.columns import ColumnStatistics, PairedMoments
 from slimllm.statistics.gram import TILE, GramStatistics
+from slimllm.statistics.tokens import layer_similarity, token_weights
 
-__all__ = ["TILE", "ColumnStatistics", "GramStatistics", "PairedMoments"]
+__all__ = [
+    "TILE", "ColumnStatistics", "GramStatistics", "PairedMoments", "layer_similarity", "token_weights",
+]  # fmt: skip

@@ -23,7 +23,6 @@ from slimllm.models.families import layer_spec
 from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, sizes_by_layer
 from slimllm.pruning.memory_estimate import Parts, sizes_of, traffic
-from slimllm.pruning.pipeline import check_for_family
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.runtime.memory import resident_gib
 
@@ -69,7 +68,6 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     default = torch.float32 if device.type == "cpu" else stored
     computed = DTYPES[config.compute_dtype] if config.compute_dtype else default
     spec, head_dim = layer_spec(model_config.model_type), head_dim_of(model_config)
-    check_for_family(spec, config)
     shapes = expected_tensors(meta_model(model_config), spec)
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     for layer in layers:

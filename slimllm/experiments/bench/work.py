@@ -67,7 +67,7 @@ def stage_work(
     config: dict[str, Any] = report["config"]
     on_gpu = str(report["device"]).startswith("cuda")
     by_stage: dict[str, Work] = defaultdict(Work)
-    probed = probed_layers(len(sizes)) if config.get("allocation") == "auto" else []
+    probed = probed_layers(len(sizes)) if config["by_sensitivity"] else []
     for index, (size, layer) in enumerate(zip(sizes, report["layers"])):
         found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, config, on_gpu)
         if probed:  # a window, and copies of it that were damaged before, or are in this layer
@@ -92,17 +92,16 @@ def _layer_work(
     into_ffn = 2 * (1 + size.gated) * tokens * hidden_size * channels
     out = 2 * tokens * hidden_size
     forward = into_attention + into_ffn + out * (kept_width + kept_channels)
-    ahead = hidden_size if config.get("dense_target") else 0
-    if ahead:  # the dense model's stream
-        forward += into_attention + into_ffn + 2 * out * (width + channels)
     statistics, heads, selection, recover, allocation = Work(), Work(), Work(), Work(), Work()
-    lstsq, obs = config["recovery"] == "lstsq", config.get("criterion") == "obs"
-    if config.get("allocation") == "auto":
+    needs = config["method_needs"]
+    lstsq, obs = "COLUMN_GRAM" in needs["recovery"], "COLUMN_GRAM" in needs["criterion"]
+    by_output, measured = "OUTPUT_GRAM" in needs["criterion"], "COLUMN_GRAM" in needs["allocation"]
+    if measured:
         statistics += Work(tokens * (width**2 + channels**2))
         allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
     if attention_pruned:
         units = size.num_kv_heads
-        statistics += Work(tokens * (width + ahead) ** 2)
+        statistics += Work(tokens * width**2)
         contributions = hidden_size * width**2 * (1 + 1 / units)
         heads += Work(single=contributions) if on_gpu else Work(precise=contributions)
         if obs:
@@ -110,25 +109,25 @@ def _layer_work(
         if lstsq:
             recover += _regression(width, kept_width, hidden_size)
     if ffn_pruned:
-        if config.get("criterion", "slimllm") == "slimllm":
+        if by_output:
             # Eigenvectors of a symmetric matrix: reduction to three diagonals, and back; on a GPU the matrix function.
             axes = Work(single=26 * hidden_size**3) if on_gpu else Work(precise=(4 / 3 + 2) * hidden_size**3)
             selection += axes + Work(single=2 * hidden_size**2 * channels)
         if obs or lstsq:
-            statistics += Work(tokens * (channels + ahead) ** 2)
+            statistics += Work(tokens * channels**2)
             selection += Work(single=hidden_size * channels * (2 * channels + hidden_size))
         if obs:
             selection += _elimination(channels, kept_channels, hidden_size)
         if lstsq:
             recover += _regression(channels, kept_channels, hidden_size)
         if not (obs or lstsq):
-            statistics += Work(tokens * hidden_size**2 if config.get("criterion", "slimllm") == "slimllm" else 0.0)
+            statistics += Work(tokens * hidden_size**2 if by_output else 0.0)
             forward += out * channels  # y, beside ŷ
     return {
         "dense pass": Work(into_attention + into_ffn + out * (width + channels)),
         "forward": Work(forward),
         "statistics": statistics,
-        **({"allocation": allocation} if config.get("allocation") == "auto" else {}),
+        **({"allocation": allocation} if measured else {}),
         "heads": heads,
         "channels": selection,
         "recovery": recover,

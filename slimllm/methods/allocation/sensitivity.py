@@ -1,6 +1,6 @@
 """How much the model's output cares about what a sub-layer loses: damage to the dense model, carried to its end.
 
-The curves of `slimllm.methods.allocation.curves` say what the residual stream behind a sub-layer loses, not what the layers
+The curves of `slimllm.methods.allocation.auto` say what the residual stream behind a sub-layer loses, not what the layers
 behind make of that. So one sub-layer at a time loses half of its units or channels, on the first tokens of one window; the
 damaged copies of its residual stream go through the rest of the dense model beside the whole one, in the same pass over the
 weights, and what becomes of the damage, over what it was, is what the sub-layer's curve is multiplied by.
@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from slimllm.config import PruneConfig
-from slimllm.methods.criteria.scores import fluctuation
-from slimllm.models.layer import Layer, inner_activations, run_layer, sublayer_output
+from slimllm.methods.scores import fluctuation
+from slimllm.models.layer import Layer, run_layer
+from slimllm.models.sublayer import Sublayer
 
 MOST_LAYERS = 16  # that are damaged, evenly spread, but for the last one
 MOST_STATES = 1 + 2 * (MOST_LAYERS + 1)
@@ -70,11 +71,12 @@ class Probes:
             layer = dataclasses.replace(layer, module=copy.deepcopy(layer.module).float(), dtype=torch.float32)
         if index in self._layers:
             hidden = self.states[:1]
-            for projection in (layer.spec.o_proj, layer.spec.down_proj):
-                whole, lost, damage = self._damaged(layer, projection, hidden, kwargs)
+            ffn = Sublayer.ffn_of(layer, index)
+            for sublayer in (Sublayer.attention_of(layer, index, self._config.head_unit), ffn):
+                whole, lost, damage = self._damaged(sublayer, hidden, kwargs)
                 damaged = hidden + lost
-                if projection == layer.spec.o_proj:
-                    damaged = damaged + sublayer_output(layer, layer.spec.down_proj, damaged, kwargs).view_as(damaged)
+                if sublayer.is_attention:
+                    damaged = damaged + ffn.update_of(damaged, kwargs).view_as(damaged)
                 made.append(damaged)
                 self.damage.append(damage)
                 hidden = hidden + whole
@@ -109,26 +111,24 @@ class Probes:
         return [list(factors) for factors in zip(*by_part)]
 
     def _damaged(
-        self, layer: Layer, projection: str, hidden: torch.Tensor, kwargs: dict[str, Any]
+        self, sublayer: Sublayer, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
         """What a sub-layer adds to the stream, what it adds without half of its units, and J of the difference."""
-        attention = projection == layer.spec.o_proj
-        norm = layer.module.get_submodule(layer.spec.attention_norm if attention else layer.spec.ffn_norm)
-        inner = inner_activations(layer, projection, norm(hidden), kwargs if attention else None)
-        linear, sizes, gain = layer.linear(projection), layer.sizes(), layer.gain(projection)
+        inner = sublayer.inner_activations(sublayer.norm(hidden), kwargs)
+        linear, gain, units = sublayer.output_projection, sublayer.post_norm_gain(), sublayer.units
         centered = inner - inner.mean(0)  # a recovery makes good for the means
-        units = sizes.units(self._config.head_unit)[0] if attention else sizes.intermediate_size
-        units = sizes.num_heads if units == 1 else units  # a single group has no half
-        scores = fluctuation(layer.seen(projection), centered.double().square().mean(0)).view(units, -1).sum(1)
+        if sublayer.is_attention and units == 1:
+            units = sublayer.layer.sizes().num_heads  # a single group has no half
+        scores = fluctuation(sublayer.effective_weight(), centered.double().square().mean(0)).view(units, -1).sum(1)
         gone = torch.zeros_like(scores, dtype=torch.bool)
         gone[scores.argsort()[: max(1, units // 2)]] = True
         columns = gone.repeat_interleave(inner.shape[1] // units)
         output = linear(inner)
         error = centered[:, columns] @ linear.weight[:, columns].T
         seen = error if gain is None else error * gain
-        weights = layer.weights(projection, hidden, output)
+        weights = sublayer.token_weights(hidden, output)
         if self._config.token_weights == "none":
             weights = 1 / (1 / weights).mean()
         damage = float((weights * seen.square().mean(-1)).mean(dtype=torch.float64))
-        added = [layer.behind(projection, one).view_as(hidden) for one in (output, output - error)]
+        added = [sublayer.residual_update(one).view_as(hidden) for one in (output, output - error)]
         return added[0], added[1], damage

@@ -1,1 +1,5 @@
-"""Criteria: which heads and channels of a sub-layer are removed."""
+"""Criteria: which units of a sub-layer are removed, one file for each."""
+
+from slimllm.methods.criteria.base import Criterion, register_criterion
+
+__all__ = ["Criterion", "register_criterion"]

@@ -15,13 +15,12 @@ never falls as more goes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from slimllm.errors import InputError
-from slimllm.methods.recovery import column_scale, has_few_tokens
+from slimllm.methods.ridge import column_scale, has_few_tokens
 from slimllm.ops.dispatch import full_precision
 from slimllm.statistics import GramStatistics
 
@@ -45,10 +44,6 @@ class Elimination:
     order: torch.Tensor
     costs: torch.Tensor
     alone: torch.Tensor
-
-    def to_lists(self) -> dict[str, list[Any]]:
-        """The same as plain lists."""
-        return {"order": self.order.tolist(), "costs": self.costs.tolist(), "alone": self.alone.tolist()}
 
 
 class Surgeon:

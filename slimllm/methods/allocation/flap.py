@@ -1,0 +1,41 @@
+"""FLAP's allocation (arXiv 2312.11983): one threshold for its scores, standardised in every sub-layer.
+
+Scores are standardised over the columns of each sub-layer and averaged over a head's; a curve is their sum over what is
+removed, times its parameters, so that a budget is spent at one threshold for all.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm.methods.allocation.base import (
+    Allocation,
+    Budgets,
+    DenseSublayer,
+    Request,
+    register_allocation,
+    spend_at_least_cost,
+)
+from slimllm.methods.scores import fluctuation
+from slimllm.methods.statistics import Needs
+
+
+@register_allocation("flap")
+class FlapAllocation(Allocation):
+    """FLAP: one threshold for its scores over the whole model."""
+
+    needs = Needs.COLUMNS
+
+    def costs(self, dense: DenseSublayer) -> torch.Tensor:
+        sublayer = dense.sublayer
+        weight = sublayer.effective_weight()
+        score = fluctuation(weight, dense.columns.variance().to(weight.device)).cpu()
+        deviation = float(score.std(correction=0))
+        score = (score - score.mean()) / deviation if deviation > 0 else torch.zeros_like(score)
+        if not sublayer.is_attention:
+            return score.sort().values * dense.shape.channel_params
+        by_unit = score.view(sublayer.units, -1).mean(1).view(sublayer.groups, -1).sort(1).values.mean(0)
+        return by_unit * dense.shape.unit_params
+
+    def allocate(self, request: Request) -> Budgets:
+        return spend_at_least_cost(request)

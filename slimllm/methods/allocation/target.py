@@ -1,0 +1,115 @@
+"""From a ratio to an exact number of parameters, and from that to the budgets of all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from slimllm.config import PruneConfig
+from slimllm.errors import InputError
+from slimllm.methods.allocation.base import Request, Wanted
+from slimllm.methods.allocation.budget import LayerBudget, LayerShape, most_removable, removed_params
+from slimllm.methods.allocation.rounding import default_rounding
+from slimllm.methods.allocation.spending import Curves
+
+
+@dataclass(frozen=True)
+class Allocated:
+    """The budgets of all layers, the settings they follow from, and one sentence for each choice worth knowing.
+
+    Attributes:
+        budgets: Of every layer.
+        target_params: Parameters to remove.
+        pruned_layers: How many layers give something.
+        alpha: Temperature of the softmax; 0: there is none.
+        round_to: Kept FFN widths are multiples of this.
+        notes: Sentences without a full stop.
+        coarse: Whether whole heads and rounded widths miss the target.
+    """
+
+    budgets: list[LayerBudget]
+    target_params: int
+    pruned_layers: int
+    alpha: float
+    round_to: int
+    notes: list[str]
+    coarse: bool
+
+    def note_of_biases(self, layers_before: int, layers_after: int, format_name: str) -> list[str]:
+        """A note where only what the format adds misses the target; parameters of all layers before and after."""
+        if self.coarse or abs(layers_before - layers_after - self.target_params) <= 0.005 * self.target_params:
+            return []
+        return [
+            f"the layers are {1 - layers_after / layers_before:.2%} smaller instead of "
+            f"{self.target_params / layers_before:.2%}: the format, {format_name}, stores biases of zero beside its weights"
+        ]
+
+
+@dataclass(frozen=True)
+class Target:
+    """How many parameters are removed, in widths of which step, and what the allocation wants."""
+
+    params: int
+    round_to: int
+    wanted: Wanted
+
+
+def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
+    """What the settings ask of a model.
+
+    Raises:
+        ValueError: (as InputError) it is more than the model can give.
+    """
+    num_layers, total = len(shapes), sum(shape.params for shape in shapes)
+    wanted = config.allocation.wanted(config.ratio, num_layers)
+    target = round(wanted.ratio * total)
+    at_once = num_layers if config.allocation.alike else 1  # layers that are rounded alike
+    round_to = config.round_to or default_rounding(target / at_once, shapes, config.heads_multiple_of)
+    narrowest = min(shape.channels for shape in shapes)
+    if round_to > narrowest:
+        raise InputError(f"round_to is {round_to}, but the FFN is only {narrowest} channels wide; give less.")
+    most = sum(most_removable(shape, round_to) for shape in shapes)
+    if most < target:
+        step = max(shape.unit_step for shape in shapes)
+        units = "one head unit" if step == 1 else f"{step} head units"
+        asked = f"A ratio of {config.ratio:g}"
+        if wanted.ratio != config.ratio:
+            asked += f" by the preset {config.preset} (which makes {wanted.ratio:.4g} of the layers' parameters of it)"
+        raise InputError(
+            f"{asked} is more than this model can give while every layer keeps {units} and {round_to} channels; "
+            f"the most is {most / total:.3f}."
+        )
+    return Target(target, round_to, wanted)
+
+
+def allocate(
+    similarity: Sequence[float], shapes: list[LayerShape], config: PruneConfig, curves: list[Curves] | None = None
+) -> Allocated:
+    """Spread the ratio over the layers, by `config.allocation`.
+
+    The layers' ratios are clamped to what a layer can give, and the rest is spread over the others. Heads take their
+    rounded share; channels make up what the heads leave over, and what the rounding of widths leaves over goes on to the
+    next layer, so that the total is met to half a rounding step.
+
+    Args:
+        similarity: c_ℓ, the mean cosine between input and output of every layer.
+        shapes: The layers' sizes.
+        config: Settings.
+        curves: What every layer loses, for the allocations that are measured.
+
+    Raises:
+        ValueError: (as InputError) the ratio is more than the model can give.
+    """
+    target = find_target(shapes, config)
+    found = config.allocation.allocate(Request(target.params, target.round_to, shapes, similarity, target.wanted, curves))
+    notes = [*target.wanted.notes, *found.notes]
+    total, removed = sum(shape.params for shape in shapes), sum(map(removed_params, found.layers, shapes))
+    coarse = abs(removed - target.params) > 0.005 * target.params
+    if coarse:
+        notes.append(
+            f"{removed / total:.4%} of the layers' parameters are removed instead of {target.params / total:.4%}: whole "
+            f"heads and widths in steps of {target.round_to} come no nearer"
+        )
+    return Allocated(
+        found.layers, target.params, found.pruned_layers, target.wanted.alpha, target.round_to, notes, coarse
+    )  # fmt: skip

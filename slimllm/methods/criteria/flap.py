@@ -1,0 +1,19 @@
+"""FLAP's score (arXiv 2312.11983)."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm.methods.criteria.base import Criterion, register_criterion
+from slimllm.methods.scores import fluctuation
+from slimllm.methods.statistics import SublayerStatistics
+from slimllm.models.sublayer import Sublayer
+
+
+@register_criterion("flap")
+class Flap(Criterion):
+    """FLAP: variance of the activations times squared weights, summed over a unit's columns."""
+
+    def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
+        weight = sublayer.effective_weight()
+        return fluctuation(weight, statistics.columns.variance().to(weight.device)).view(sublayer.units, -1).sum(1)

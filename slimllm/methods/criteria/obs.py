@@ -1,0 +1,25 @@
+"""Structured optimal brain surgeon: what is removed leaves the lowest output error after the rest is fitted anew."""
+
+from __future__ import annotations
+
+from slimllm.methods.criteria.base import Criterion, register_criterion
+from slimllm.methods.elimination import Surgeon, eliminate_channels, eliminate_heads
+from slimllm.methods.selection import Selection, complement
+from slimllm.methods.statistics import Needs, SublayerStatistics
+from slimllm.models.sublayer import Sublayer
+
+
+@register_criterion("obs")
+class Obs(Criterion):
+    """Structured optimal brain surgeon: the lowest output error after refit, one unit after the other."""
+
+    needs = Needs.COLUMN_GRAM
+    needs_recovery = True
+
+    def select(self, sublayer: Sublayer, statistics: SublayerStatistics, num_removed: int) -> Selection:
+        surgeon = Surgeon(sublayer.effective_weight(), statistics.gram)
+        if sublayer.is_attention:
+            found = eliminate_heads(surgeon, sublayer.units, num_removed, sublayer.groups)
+        else:
+            found = eliminate_channels(surgeon, num_removed)
+        return Selection(complement(found.order, sublayer.units), found.alone)

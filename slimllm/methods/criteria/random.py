@@ -1,0 +1,18 @@
+"""A seeded draw, to compare with."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm.methods.criteria.base import Criterion, register_criterion
+from slimllm.methods.statistics import SublayerStatistics
+from slimllm.models.sublayer import Sublayer
+
+
+@register_criterion("random")
+class Random(Criterion):
+    """A draw by the run's seed."""
+
+    def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(sublayer.seed)
+        return torch.rand(sublayer.units, generator=generator, dtype=torch.float64)

@@ -1,0 +1,108 @@
+"""Moments of a sub-layer's output before and after pruning: what the recovery by slopes and intercepts is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from slimllm import ops
+from slimllm.statistics import GramStatistics
+
+_ROWS = 256  # of a weight in fp64 at a time
+
+
+@dataclass(frozen=True)
+class OutputMoments:
+    """Moments of a sub-layer's dense output y and pruned output ŷ, each (D,) fp64, population (1/N) normalised."""
+
+    mean_y: torch.Tensor
+    mean_y_hat: torch.Tensor
+    variance_y: torch.Tensor
+    variance_y_hat: torch.Tensor
+    covariance: torch.Tensor
+
+    def affine_fit(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slope and intercept of the regression of y on ŷ, (D,) each; see `slimllm.ops.affine_fit`."""
+        return ops.affine_fit(self.mean_y, self.mean_y_hat, self.variance_y_hat, self.covariance)
+
+    def relative_error(self, slope: torch.Tensor, intercept: torch.Tensor) -> float:
+        """Σ_k E(y_k - a_k ŷ_k - b_k)² / Σ_k var(y_k): 0 is perfect, 1 is as good as the mean.
+
+        Args:
+            slope, intercept: a and b, (D,) fp64.
+        """
+        bias = self.mean_y - slope * self.mean_y_hat - intercept
+        residual = self.variance_y - 2 * slope * self.covariance + slope.square() * self.variance_y_hat
+        return relative_error(float((residual.clamp(min=0) + bias.square()).sum()), self.variance_y)
+
+    def error_of_removal(self) -> float:
+        """`relative_error` of the pruned output as it is."""
+        return self.relative_error(torch.ones_like(self.mean_y), torch.zeros_like(self.mean_y))
+
+
+def relative_error(error: float, variance_y: torch.Tensor) -> float:
+    """An output error, summed over dimensions, relative to the output's variance (D,)."""
+    total = float(variance_y.sum())
+    return error / total if total > 0 else 0.0
+
+
+def unit_moments(covariance: torch.Tensor, unit_means: torch.Tensor, keep: torch.Tensor) -> OutputMoments:
+    """Moments of the output before and after pruning, from the units' covariances.
+
+    Args:
+        covariance: C from `head_covariance`, (H, H, D).
+        unit_means: Means of the units' contributions, (H, D).
+        keep: Indices of the kept units.
+    """
+    keep = keep.to(covariance.device)
+    with_full = covariance.sum(1)
+    return OutputMoments(
+        mean_y=unit_means.sum(0),
+        mean_y_hat=unit_means[keep].sum(0),
+        variance_y=with_full.sum(0),
+        variance_y_hat=covariance[keep][:, keep].sum((0, 1)),
+        covariance=with_full[keep].sum(0),
+    )
+
+
+def mean_output(weight: torch.Tensor, mean: torch.Tensor, num_units: int = 1) -> torch.Tensor:
+    """E W_i x_i of every unit's columns: (num_units, D) fp64, without a copy of the weight in fp64.
+
+    Args:
+        weight: W, (D, num_units · d), any floating dtype.
+        mean: E x, (num_units · d,) fp64.
+    """
+    by_unit = mean.view(num_units, -1)
+    rows = [(some.double().view(len(some), num_units, -1) * by_unit).sum(-1) for some in weight.split(_ROWS)]
+    return torch.cat(rows).T
+
+
+def channel_moments(
+    weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor, output_covariance: torch.Tensor
+) -> OutputMoments:
+    """Moments of the output before and after pruning, from the Gram of all columns.
+
+    Args:
+        weight: W of the output projection, (D, F).
+        statistics: Of its inputs, F features.
+        keep: Indices of the kept columns, on any device.
+        output_covariance: Cov(y), (D, D).
+    """
+    mean = statistics.mean()
+    kept, removed = kept_and_removed(keep, mean)
+    weight = weight.to(mean.device)
+    kept_weight, removed_weight = weight[:, kept].double(), weight[:, removed].double()
+    of_kept = ((kept_weight @ statistics.block(kept, kept)) * kept_weight).sum(1)
+    with_removed = ((kept_weight @ statistics.block(kept, removed)) * removed_weight).sum(1)
+    moments = (kept_weight @ mean[kept] + removed_weight @ mean[removed], kept_weight @ mean[kept])
+    mean_y, mean_y_hat, of_kept, covariance = (
+        part.to(output_covariance.device) for part in (*moments, of_kept, of_kept + with_removed)
+    )
+    return OutputMoments(mean_y, mean_y_hat, output_covariance.diagonal(), of_kept, covariance)
+
+
+def kept_and_removed(keep: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of the columns that are kept and of those that are not, where the mean (F,) is."""
+    removed = torch.ones(len(mean), dtype=torch.bool, device=mean.device).index_fill_(0, keep.to(mean.device), False)
+    return (~removed).nonzero()[:, 0], removed.nonzero()[:, 0]

@@ -1,0 +1,223 @@
+"""One half of a decoder layer, its attention or its FFN: what pruning works on.
+
+Both have the form h += residual_update(project(inner(norm(h)))). What was kept of a pruned one produces what it produced
+before, so the pruned output is a product with the kept columns and no layer runs twice, unless keeping the inner
+activations of all tokens would take more than the stream allows: then the sliced, cheaper module makes them again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimllm.models.layer import Layer
+from slimllm.models.slicing import OutputChange, Tensors, slice_attention, slice_ffn
+from slimllm.runtime.hidden_states import Batch, Stream
+from slimllm.statistics import token_weights
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """The attention or the FFN of a decoder layer, and the units in which it is pruned.
+
+    Attributes:
+        layer: The layer it is half of.
+        kind: `attention` or `ffn`.
+        index: The layer's number.
+        units: What is removed as a whole: KV groups or single heads, or channels. A unit has `width` neighbouring columns
+            of the output projection.
+        width: Columns of the output projection in a unit.
+        groups: Groups of neighbouring units that lose as many each; 1: any unit may go.
+        seed: Of its own, for methods that draw.
+    """
+
+    layer: Layer
+    kind: str
+    index: int
+    units: int
+    width: int
+    groups: int = 1
+    seed: int = 0
+
+    @classmethod
+    def attention_of(cls, layer: Layer, index: int, head_unit: str, seed: int = 0) -> Sublayer:
+        """The attention of a layer, to be pruned in units of `head_unit` (`kv-group` or `query`)."""
+        sizes = layer.sizes()
+        units, groups = sizes.units(head_unit)
+        width = sizes.num_heads * layer.head_dim // units
+        return cls(layer, "attention", index, units, width, groups, _seed_of(seed, index, 0))
+
+    @classmethod
+    def ffn_of(cls, layer: Layer, index: int, seed: int = 0) -> Sublayer:
+        """The FFN of a layer, whose units are its channels."""
+        return cls(layer, "ffn", index, layer.sizes().intermediate_size, 1, seed=_seed_of(seed, index, 1))
+
+    @property
+    def is_attention(self) -> bool:
+        return self.kind == "attention"
+
+    @property
+    def projection(self) -> str:
+        """Name of the output projection in the layer."""
+        return self.layer.spec.o_proj if self.is_attention else self.layer.spec.down_proj
+
+    @property
+    def output_projection(self) -> nn.Linear:
+        """W (D, F) and, if there is one, its bias."""
+        return self.layer.linear(self.projection)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The norm before the sub-layer."""
+        spec = self.layer.spec
+        return self.layer.module.get_submodule(spec.attention_norm if self.is_attention else spec.ffn_norm)
+
+    @property
+    def post_norm(self) -> nn.Module | None:
+        """The norm that the output passes before it is added to the residual stream; None: none."""
+        spec = self.layer.spec
+        name = spec.attention_post_norm if self.is_attention else spec.ffn_post_norm
+        return self.layer.module.get_submodule(name) if name else None
+
+    @property
+    def unit_rows(self) -> list[str]:
+        """Names of the projections with rows of their own for every unit: q_proj, and k_proj and v_proj where whole KV
+        groups are removed; or gate_proj and up_proj."""
+        spec = self.layer.spec
+        if not self.is_attention:
+            return list(spec.into_ffn)
+        return [spec.q_proj, spec.k_proj, spec.v_proj] if self._whole_groups else [spec.q_proj]
+
+    @property
+    def _whole_groups(self) -> bool:
+        return self.units == self.layer.sizes().num_kv_heads
+
+    def weight_of(self, projection: str) -> torch.Tensor:
+        """The weight of one of the layer's projections, by its name: (out_features, in_features)."""
+        return self.layer.linear(projection).weight
+
+    def columns_of(self, units: torch.Tensor) -> torch.Tensor:
+        """Columns of the output projection that units have: (len(units) · width,) int64."""
+        return (units[:, None] * self.width + torch.arange(self.width)).flatten()
+
+    def residual_update(self, output: torch.Tensor) -> torch.Tensor:
+        """Apply the post-norm, if there is one, to the output projection's output: (num_tokens, D)."""
+        norm = self.post_norm
+        added: torch.Tensor = norm(output) if norm else output
+        return added
+
+    def post_norm_gain(self) -> torch.Tensor | None:
+        """What the post-norm multiplies each output by, (D,); None: there is no post-norm."""
+        norm, weight = self.post_norm, self.output_projection.weight
+        if norm is None:
+            return None
+        gain: torch.Tensor = norm(weight.new_ones(len(weight)))
+        return gain
+
+    def effective_weight(self) -> torch.Tensor:
+        """The output projection's weight scaled by the post-norm's gain, (D, F); used for scoring."""
+        weight, gain = self.output_projection.weight, self.post_norm_gain()
+        return weight if gain is None else weight * gain[:, None]
+
+    def token_weights(self, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Weights of the tokens in the statistics, (num_tokens,) fp32; see `slimllm.statistics.token_weights`.
+
+        Args:
+            hidden: The residual stream before the sub-layer, (batch, seq_len, D).
+            output: The output projection's output, (num_tokens, D).
+        """
+        centered = isinstance(self.layer.module.get_submodule(self.layer.spec.ffn_norm), nn.LayerNorm)
+        added = self.residual_update(output)
+        return token_weights(hidden, added, None if self.post_norm is None else output, centered)
+
+    def inner_activations(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """What enters the output projection, (num_tokens, F): the sub-layer, run with that projection taken out.
+
+        Args:
+            hidden: The norm's output, (batch, seq_len, D).
+            kwargs: How the layer is called; only attention takes them.
+        """
+        layer, spec = self.layer, self.layer.spec
+        if not self.is_attention and not spec.ffn:
+            channels: torch.Tensor = getattr(layer.module, spec.activation)(layer.linear(spec.up_proj)(hidden))
+            return channels.flatten(0, 1)
+        parent, name = self.projection.rsplit(".", 1)
+        module = layer.module.get_submodule(parent)
+        linear = getattr(module, name)
+        setattr(module, name, nn.Identity())
+        try:
+            output = module(hidden_states=hidden, **self._arguments(kwargs)) if self.is_attention else module(hidden)
+        finally:
+            setattr(module, name, linear)
+        inner: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return inner.flatten(0, 1)
+
+    def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The attention's arguments; for Gemma 3 under transformers 4 the layer chooses among its rotary embeddings."""
+        if "position_embeddings_global" not in kwargs:
+            return kwargs
+        sliding = self.layer.module.get_submodule(self.layer.spec.attention).is_sliding
+        chosen = {name: value for name, value in kwargs.items() if not name.startswith("position_embeddings_")}
+        chosen["position_embeddings"] = kwargs[f"position_embeddings_{'local' if sliding else 'global'}"]
+        return chosen
+
+    def update_of(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        """What the sub-layer adds to a residual stream (batch, seq_len, D): (num_tokens, D)."""
+        return self.residual_update(self.output_projection(self.inner_activations(self.norm(hidden), kwargs)))
+
+    def sliced(self, units: torch.Tensor, change: OutputChange | None = None) -> Tensors:
+        """The layer's tensors with only some units of this sub-layer, sorted int64 on the CPU, and a changed output."""
+        columns, tensors, spec = self.columns_of(units), self.layer.tensors, self.layer.spec
+        if not self.is_attention:
+            return slice_ffn(tensors, spec, columns, change)
+        kv_heads = units if self._whole_groups else torch.arange(self.layer.sizes().num_kv_heads)
+        head_dim = self.layer.head_dim
+        kv_rows = (kv_heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+        return slice_attention(tensors, spec, columns, kv_rows, change)
+
+
+def _seed_of(seed: int, index: int, part: int) -> int:
+    return (1_000_003 * seed + 2 * index + part) % 2**63
+
+
+def add_update(batch: Batch, sublayer: Sublayer) -> None:
+    """Let a batch's residual stream pass a sub-layer."""
+    batch.add(sublayer.update_of(batch.hidden.load(), batch.kwargs[sublayer.index]))
+
+
+class InnerActivations:
+    """The inputs of a sub-layer's output projection, batch by batch, twice: first all of them, then the kept columns.
+
+    Between the two they are kept, if those of all tokens take no more than the stream allows; otherwise the second time
+    the layer, sliced by then, makes them again.
+
+    Args:
+        sublayer: The sub-layer.
+        stream: The residual stream before it.
+    """
+
+    def __init__(self, sublayer: Sublayer, stream: Stream) -> None:
+        self._sublayer, self._stream, self._norm = sublayer, stream, sublayer.norm
+        features, itemsize = sublayer.output_projection.in_features, sublayer.layer.dtype.itemsize
+        num_bytes = stream.most_tokens * features * itemsize
+        self._kept: dict[int, torch.Tensor] | None = {} if num_bytes <= stream.placement.keep_inner_bytes else None
+
+    def first(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input of the sub-layer, (batch, seq_len, D), and that of its output projection, (num_tokens, F)."""
+        x = self._norm(self._stream[number].hidden.load())
+        inner = self._make(number, x)
+        if self._kept is not None:
+            self._kept[number] = inner
+        return x, inner
+
+    def again(self, number: int, columns: torch.Tensor) -> torch.Tensor:
+        """The columns that are left, (num_tokens, len(columns)); once for each batch."""
+        if self._kept is not None:
+            return self._kept.pop(number).index_select(1, columns)
+        return self._make(number, self._norm(self._stream[number].hidden.load()))
+
+    def _make(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        return self._sublayer.inner_activations(x, self._stream[number].kwargs[self._sublayer.index])

@@ -1,0 +1,100 @@
+"""The residual stream before the first layer, what passes a whole layer, and the loss at its end."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm.calibration import Calibration
+from slimllm.checkpoints.source import ModelSource
+from slimllm.errors import HopelessError, InputError
+from slimllm.models.layer import Layer, run_layer
+from slimllm.models.meta import record_layer_inputs
+from slimllm.pruning.context import RunContext
+from slimllm.pruning.memory_estimate import batch_windows
+from slimllm.runtime.hidden_states import Batch, Stream
+from slimllm.runtime.progress import Stopwatch
+
+# Where no windows are held out, so many calibration tokens give the perplexity before and after.
+PERPLEXITY_TOKENS = 256
+
+
+def residual_stream(run: RunContext) -> Stream:
+    """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
+    source, calibration, ranks = run.source, run.calibration, run.ranks
+    (samples, seq_len), held_out = calibration.token_ids.shape, len(calibration.held_out)
+    batch_size = batch_windows(samples, seq_len, run.config.batch_size)
+    stream = Stream(samples, batch_size, run.placement, ranks, held_out)
+    with run.watch("read"), ranks.together():
+        embed = source.embedder()
+
+        def batch_of(own: torch.Tensor) -> Batch:
+            hidden, kwargs = record_layer_inputs(source.model, source.spec, embed(own))
+            if stream.batches and hidden.shape == stream[0].hidden.shape:
+                kwargs = stream[0].kwargs  # they depend on the shape of a batch alone, and masks are large
+            return Batch(stream.store(hidden), kwargs)
+
+        for windows in stream.windows(ranks.rank):
+            stream.batches.append(batch_of(calibration.token_ids[windows.start : windows.stop]))
+        for windows in stream.held_out_windows(ranks.rank):
+            own = calibration.held_out[windows.start - samples : windows.stop - samples]
+            stream.held_out.append(batch_of(own))
+    return stream
+
+
+def pass_held_out(layer: Layer, stream: Stream, index: int, watch: Stopwatch) -> bool:
+    """Run a whole layer, dense or pruned, on the held-out windows, in place.
+
+    Args:
+        layer: The layer as it is now.
+        stream: Whose held-out batches (windows, seq_len, D) are replaced by the layer's outputs.
+        index: The layer's number, for its arguments.
+        watch: Gathers the seconds as `perplexity`.
+
+    Returns:
+        Whether all outputs are finite; True on a rank without held-out windows.
+    """
+    finite = True
+    for batch in stream.held_out:
+        with watch("perplexity"):
+            hidden = run_layer(layer, batch.hidden.load(), batch.kwargs[index])
+            batch.hidden.save(hidden)
+            finite = finite and bool(hidden.isfinite().all())
+    return finite
+
+
+def overflow(source: ModelSource, index: int, which: str) -> InputError:
+    """Make the error for hidden states that are not finite after a layer."""
+    dtype = str(source.dtype).removeprefix("torch.")
+    advice = "compute in float32" if dtype != "float32" else "its weights are out of all proportion, look at them"
+    return HopelessError(
+        f"The hidden states after layer {index} of the {which} model are not finite when computed in {dtype}; {advice}."
+    )
+
+
+def mean_loss(source: ModelSource, stream: Stream, calibration: Calibration) -> float:
+    """Next-token negative log-likelihood, in nats, of the windows of `perplexity_windows`, from the end of the stream.
+
+    All ranks call it, and all have it.
+    """
+    rank, held_out = stream.ranks.rank, stream.num_held_out
+    begin = stream.samples if held_out else 0
+    token_ids = perplexity_windows(calibration)
+    parts = zip(stream.held_out_windows(rank), stream.held_out) if held_out else zip(stream.windows(rank), stream)
+    own = [
+        (batch, token_ids[windows.start - begin : windows.stop - begin])
+        for windows, batch in parts
+        if windows.start - begin < len(token_ids)
+    ]
+    total = torch.zeros((), dtype=torch.float64)
+    with stream.ranks.together():
+        if own:
+            total += source.loss_sum((batch.hidden.load()[: len(ids)], ids) for batch, ids in own)
+    stream.ranks.sum_(total)
+    return float(total) / token_ids[:, 1:].numel()
+
+
+def perplexity_windows(calibration: Calibration) -> torch.Tensor:
+    """The windows that the reported perplexity is of, (windows, seq_len) int64: those held out, or else the first ones."""
+    if len(calibration.held_out):
+        return calibration.held_out
+    return calibration.token_ids[: max(1, PERPLEXITY_TOKENS // calibration.token_ids.shape[1])]

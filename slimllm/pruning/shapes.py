@@ -1,0 +1,47 @@
+"""Sizes of the layers in the units in which they are pruned, and whether a model can give what is asked for."""
+
+from __future__ import annotations
+
+from slimllm.checkpoints.source import ModelSource
+from slimllm.config import PruneConfig
+from slimllm.methods.allocation.budget import LayerShape
+from slimllm.methods.allocation.target import find_target
+from slimllm.models.slicing import LayerSizes
+
+
+def layer_shapes(source: ModelSource, config: PruneConfig) -> list[LayerShape]:
+    """The shape of every layer of a model.
+
+    Raises:
+        ValueError: (as InputError) its heads are no multiple of `config.heads_multiple_of`.
+    """
+    return [_shape(source, size, config) for size in source.sizes()]
+
+
+def check_settings(source: ModelSource, config: PruneConfig) -> None:
+    """Whether a model can give so much, which can be seen before the dense pass.
+
+    Raises:
+        ValueError: (as InputError) it cannot.
+    """
+    find_target(layer_shapes(source, config), config)
+
+
+def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:
+    hidden_size: int = source.config.hidden_size
+    query_params = source.head_dim * (2 * hidden_size + size.qkv_bias)  # rows of q_proj and columns of o_proj
+    kv_params = 2 * source.head_dim * (hidden_size + size.qkv_bias)
+    units, groups = size.units(config.head_unit)
+    by_group = size.by_group(config.head_unit)
+    new_bias = hidden_size if config.recovery.adds_bias else 0
+    return LayerShape(
+        units=units // groups,
+        unit_params=size.group_size * query_params + kv_params if by_group else groups * query_params,
+        channels=size.intermediate_size,
+        channel_params=hidden_size + (1 + size.gated) * (hidden_size + size.gate_bias),
+        params=size.params,
+        attention_bias_params=0 if size.attention_out_bias else new_bias,
+        ffn_bias_params=0 if size.ffn_out_bias else new_bias,
+        grouped=size.group_size > 1,
+        unit_step=size.unit_step(config.head_unit, config.heads_multiple_of),
+    )

@@ -1,0 +1,294 @@
+"""Methods of others: in a package of their own, found by its entry point; and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import STORIES, config
+from test_cli import call
+
+import slimllm
+from slimllm import InputError, PruneConfig
+from slimllm.methods.allocation import Allocation, Budgets, DenseSublayer, Request, register_allocation, spend_at_least_cost
+from slimllm.methods.criteria import Criterion, register_criterion
+from slimllm.methods.recovery import Fit, Recovery, register_recovery
+from slimllm.methods.selection import Selection
+from slimllm.methods.statistics import Needs, SublayerStatistics
+from slimllm.models.slicing import OutputChange
+from slimllm.models.sublayer import Sublayer
+from slimllm.plugins import ALLOCATIONS, CRITERIA, RECOVERIES, import_plugin
+
+PYPROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "their-pruning"
+version = "3.1"
+[project.entry-points."slimllm.criteria"]
+their-score = "their_pruning:TheirScore"
+[tool.setuptools]
+py-modules = ["their_pruning"]
+"""
+MODULE = '''
+"""A package that knows slimllm; slimllm does not know it."""
+
+from dataclasses import dataclass
+
+from slimllm.methods.criteria import Criterion
+
+
+class TheirScore(Criterion):
+    """The largest activations stay."""
+
+    version = "3"
+
+    @dataclass(frozen=True)
+    class Settings:
+        power: float = 1.0
+
+    def scores(self, sublayer, statistics):
+        return (statistics.columns.norms() ** self.settings.power).view(sublayer.units, -1).sum(1)
+'''
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    for registry in (CRITERIA, RECOVERIES, ALLOCATIONS):
+        monkeypatch.setattr(registry, "_found", dict(registry.all()))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment in which the package is installed."""
+    source, site = tmp_path_factory.mktemp("theirs"), tmp_path_factory.mktemp("site")
+    (source / "pyproject.toml").write_text(PYPROJECT)
+    (source / "their_pruning.py").write_text(MODULE)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(site), str(source)], check=True, capture_output=True)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+
+
+def test_a_package_of_others(installed: dict[str, str], tmp_path: Path) -> None:
+    """Prunes, is killed, goes on, shows in report and page, and is exported."""
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "slimllm", *map(str, words)]
+        return subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True)
+
+    prune = ["prune", STORIES, "--out", "out", "--ratio", "0.3", "--criterion", "their-score", "--their-score.power", "2"]
+    prune += ["--samples", "40", "--seq-len", "512", "--batch-size", "1"]  # long enough to be met at work
+    command = [sys.executable, "-m", "slimllm", *map(str, prune)]
+    running = subprocess.Popen(command, cwd=tmp_path, env=installed, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    journal, deadline = tmp_path / ".out.partial" / "journal.jsonl", time.monotonic() + 120
+    while running.poll() is None and time.monotonic() < deadline:
+        if journal.is_file() and len(journal.read_bytes().splitlines()) > 2:
+            break
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL and journal.is_file()
+    other = run(*prune[:-7], "--samples", "40", "--seq-len", "512", "--batch-size", "1", "--resume")
+    assert other.returncode == 2 and "another method_settings" in other.stderr, other.stderr
+    done = run(*prune, "--resume")
+    assert done.returncode == 0, done.stderr
+    report = slimllm.PruneReport.read(tmp_path / "out")
+    assert report.resumed_steps and report.config["criterion"] == "their-score"
+    assert report.config["method_settings"]["criterion"] == {"power": 2.0}
+    assert report.config["method_versions"]["criterion"] == "3"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "those that the criterion their-score chose" in page and "their-score: power 2.0" in page
+    assert "--their-score.power 2" in (tmp_path / "out" / "README.md").read_text()
+    exported = run("export", "out", "--to", "gguf", "--out", "m.gguf")
+    assert exported.returncode == 0 and (tmp_path / "m.gguf").is_file(), exported.stderr
+
+
+def test_the_package_from_python(installed: dict[str, str], tmp_path: Path) -> None:
+    code = f"""
+import slimllm
+from their_pruning import TheirScore
+by_name = slimllm.PruneConfig(ratio=0.3, samples=4, criterion="their-score")
+assert by_name.criterion == TheirScore() and by_name.criterion != TheirScore(power=3)
+slimllm.prune({str(STORIES)!r}, "by_name", by_name)
+slimllm.prune({str(STORIES)!r}, "made", slimllm.PruneConfig(ratio=0.3, samples=4, criterion=TheirScore()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=installed, capture_output=True, text=True
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for shard in (tmp_path / "by_name").glob("*.safetensors"):
+        assert shard.read_bytes() == (tmp_path / "made" / shard.name).read_bytes()
+
+
+@pytest.mark.parametrize("recovery", ["affine", "lstsq"])
+def test_a_criterion_that_chooses_jointly(forgotten: None, recovery: str, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    @register_criterion("the-first")
+    class TheFirst(Criterion):
+        """The first units of every group stay."""
+
+        needs = Needs.OUTPUT_GRAM
+
+        def select(self, sublayer: Sublayer, statistics: SublayerStatistics, num_removed: int) -> Selection:
+            assert statistics.output_covariance().shape == (64, 64)
+            numbers = torch.arange(sublayer.units).view(sublayer.groups, -1)
+            return Selection(numbers[:, : numbers.shape[1] - num_removed].flatten(), torch.zeros(sublayer.units))
+
+    settings: dict[str, Any] = {"criterion": TheFirst(), "recovery": recovery, "head_unit": "query"}
+    report = slimllm.prune(STORIES, tmp_path / "out", config(token_ids, **settings))
+    for layer in report.layers:
+        assert layer["kept_channels"] == list(range(layer["intermediate_size"]))
+        per_group = layer["num_heads"] // 4
+        assert layer["kept_heads"] == [2 * group + head for group in range(4) for head in range(per_group)]
+
+
+def test_a_recovery(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    @register_recovery("half-bias")
+    class HalfBias(Recovery):
+        """Half of the mean of what is removed."""
+
+        def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
+            moments = statistics.moments(kept)
+            half = (moments.mean_y - moments.mean_y_hat) / 2
+            return Fit.of_moments(moments, torch.ones_like(half), half)
+
+    for name in ("bias", "half-bias"):
+        slimllm.prune(STORIES, tmp_path / name, config(token_ids, recovery=name))
+    whole, half = (slimllm.load(tmp_path / name)[0].model.layers[0] for name in ("bias", "half-bias"))
+    for module in ("self_attn.o_proj", "mlp.down_proj"):
+        biases = [layer.get_submodule(module).bias for layer in (whole, half)]
+        if biases[0] is not None and module == "self_attn.o_proj":  # the FFN's input depends on the attention's
+            torch.testing.assert_close(biases[1], biases[0] / 2, rtol=1e-5, atol=1e-8)
+
+
+def test_a_recovery_that_says_too_little(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    @register_recovery("secret")
+    class Secret(Recovery):
+        """Changes single weights of the FFN without having asked for the Gram."""
+
+        def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
+            outputs = sublayer.output_projection.out_features
+            change = OutputChange(torch.zeros(outputs), delta=torch.zeros(outputs, len(kept) * sublayer.width))
+            return Fit(change, 0.0, 0.0)
+
+    with pytest.raises(ValueError, match=r"has to declare Needs\.COLUMN_GRAM"):
+        slimllm.prune(STORIES, tmp_path / "out", config(token_ids, recovery="secret"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_allocation(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    @register_allocation("smallest-weights")
+    class SmallestWeights(Allocation):
+        """A unit costs the square of its weights."""
+
+        needs = Needs.COLUMNS
+
+        def costs(self, dense: DenseSublayer) -> torch.Tensor:
+            weight = dense.sublayer.output_projection.weight.double()
+            by_unit = weight.square().sum(0).view(dense.sublayer.units, -1).sum(1)
+            return by_unit.sort().values
+
+        def allocate(self, request: Request) -> Budgets:
+            return spend_at_least_cost(request)
+
+    report = slimllm.prune(STORIES, tmp_path / "out", config(token_ids, allocation="smallest-weights"))
+    assert report.achieved_ratio == pytest.approx(0.2, rel=0.005)
+    assert len({layer["intermediate_size"] for layer in report.layers}) > 1
+    with pytest.raises(NotImplementedError, match=r"has to define costs\(\)"):
+        incomplete = dataclasses.replace(config(token_ids), allocation=_incomplete())
+        slimllm.prune(STORIES, tmp_path / "other", incomplete)
+
+
+def _incomplete() -> Allocation:
+    @register_allocation("incomplete")
+    class Incomplete(Allocation):
+        """Measures nothing."""
+
+        needs = Needs.COLUMNS
+
+        def allocate(self, request: Request) -> Budgets:
+            return spend_at_least_cost(request)
+
+    return Incomplete()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers(forgotten: None, bad: float, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    @register_criterion("bad")
+    class Bad(Criterion):
+        """A score that is no number."""
+
+        def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
+            return torch.full((sublayer.units,), bad)
+
+    with pytest.raises(ValueError, match="scores of the criterion bad must be finite"):
+        slimllm.prune(STORIES, tmp_path / "out", config(token_ids, criterion="bad"))
+
+
+def test_names(forgotten: None) -> None:
+    with pytest.raises(ValueError, match="has the characters a-z, 0-9 and -, got 'My Score'"):
+        register_criterion("My Score")
+    with pytest.raises(ValueError, match="there is a criterion obs already, slimllm"):
+        register_criterion("obs")(type("Other", (Criterion,), {}))
+    with pytest.raises(InputError, match=r"The plug-in no_such_module cannot be imported \(ModuleNotFoundError"):
+        import_plugin("no_such_module")
+    with pytest.raises(InputError, match=r"cannot be imported \(ImportError: there is no file"):
+        import_plugin("no/such/file.py")
+    with pytest.raises(TypeError, match="criterion must be a name or a registered criterion"):
+        PruneConfig(0.2, criterion=Criterion())
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (
+            ["--slimllm.keep-lowest", "0.5", "--criterion", "obs"],
+            "keep-lowest is no option of the methods of this run",
+        ),
+        (["--slimllm.lowest", "0.5"], "there are --slimllm.keep-lowest, --layer-importance.pruned-layers"),
+        (["--slimllm.keep-lowest", "x"], "--slimllm.keep-lowest must be a number, got 'x'"),
+        (["--layer-importance.pruned-layers", "2.5"], "--layer-importance.pruned-layers must be an integer, got '2.5'"),
+        (["--slimllm.keep-lowest"], "--slimllm.keep-lowest needs a value"),
+        (["--layer-importance.published", "maybe"], "is a switch and takes true or false, got 'maybe'"),
+        (["--alpha", "5"], "No such option: --alpha. Options of a method are written --METHOD.OPTION VALUE."),
+        (["more"], "Got unexpected extra argument (more)"),
+        (["--plugin", "no_such_module"], "The plug-in no_such_module cannot be imported"),
+        (["--recovery", "other"], "recovery must be one of affine, bias, lstsq, none, got 'other'"),
+    ],
+)
+def test_options_that_cannot_be(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.2", *words)
+    assert code == 2 and sentence in " ".join(err.split()), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--preset",
+        "paper",
+        "--layer-importance.alpha=0",
+        "--slimllm.keep-lowest",
+        "0.25",
+        "--samples",
+        "4",
+        "--quiet",
+    ]
+    code, _, err = call(capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.2", *words, "--no-page")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["config"]["method_settings"] == {
+        "criterion": {"keep_lowest": 0.25}, "recovery": {},
+        "allocation": {"pruned_layers": None, "alpha": 0.0, "published": True},
+    }  # fmt: skip
+    assert report["allocation"]["alpha"] == 0
