@@ -53,7 +53,7 @@ from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.tokenizer import encode, load_tokenizer, tokenizer_code
 from slimllm.cli.display import print_summary
 from slimllm.experiments.bench.forecast import forecast
-from slimllm.export.stock import export
+from slimllm.export.api import export
 from slimllm.pruning.report import PruneReport
 from slimllm.report import write_page
 

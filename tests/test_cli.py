@@ -147,7 +147,7 @@ def bad_inputs(stories: Path, tmp: Path) -> list[tuple[str, list[str | Path], st
         ("no such dataset", [stories, "--calibration", "nobody/nothing"], "no dataset of that name"),
         ("windows too long", [stories, "--seq-len", "1024"], "at most 512"),
         ("preset", [stories, "--preset", "quick"], "preset must be one of default, paper, best, got 'quick'"),
-        ("n", [stories, "--pruned-layers", "9"], "has 5 layers"),
+        ("n", [stories, "--layer-importance.pruned-layers", "9"], "has 5 layers"),
         ("rounding", [stories, "--round-to", "1000"], "only 172 channels wide"),
         ("an address", [stories, "--calibration", "https://example.com/x.txt"], "https://example.com/x.txt is an address"),
         ("no such file", [stories, "--calibration", "a.csv"], "a.csv does not exist"),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.checkpoints.gguf import _undo_rope_order
-from slimllm.export.stock import export
+from slimllm.export.api import export
 from slimllm.methods.allocation.layer_importance import LayerImportance
 
 IDS = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.export.stock import export
+from slimllm.export.api import export
 
 IDS = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
 Tensors = dict[str, torch.Tensor]

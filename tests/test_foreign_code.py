@@ -151,7 +151,7 @@ def test_a_model_type_that_only_its_code_knows(tmp_path: Path, mark: Path, capsy
 
 
 def test_settings_beside_a_gguf_file_are_not_its_own(tmp_path: Path, mark: Path) -> None:
-    from slimllm.export.stock import export
+    from slimllm.export.api import export
 
     export(STORIES, tmp_path / "m.gguf", "gguf")
     folder = hostile(STORIES, tmp_path / "m", mark)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.export.stock import export
+from slimllm.export.api import export
 
 PHI3: dict[str, dict[str, Any]] = {
     "windows": {"sliding_window": 7},

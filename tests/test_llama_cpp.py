@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.cli.demo import find_demo_model
-from slimllm.export.stock import export
+from slimllm.export.api import export
 
 xllamacpp: Any = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed; make test-llama-cpp does that")
 pytestmark = pytest.mark.slow

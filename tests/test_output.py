@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
 from slimllm import InputError, PruneConfig
+from slimllm.methods.allocation.layer_importance import LayerImportance
 
 
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])
@@ -167,7 +168,12 @@ def test_uniform_sizes_are_written_as_stock_models(
     stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, recovery: str, ratio: float, wanted: str
 ) -> None:
     """seed_oss has a home for every bias and any number of heads; llama only where the heads divide the width."""
-    settings = {"recovery": recovery, "ratio": ratio, "pruned_layers": 5, "alpha": 0.0, "round_to": 43}
+    settings = {
+        "recovery": recovery,
+        "ratio": ratio,
+        "round_to": 43,
+        "allocation": LayerImportance(pruned_layers=5, alpha=0.0),
+    }
     out = tmp_path / "out"
     report = slimllm.prune(stories_path, out, config(token_ids, **settings))
     assert len({(r["num_heads"], r["intermediate_size"]) for r in report.layers}) == 1

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import slimllm
 from slimllm import InputError, PruneConfig, PruneReport
 from slimllm.cli.display import print_summary
+from slimllm.methods.allocation.layer_importance import LayerImportance
 from slimllm.pruning.tensor_parallel import tensor_parallel_line, tensor_parallel_of, tensor_parallel_sizes
 
 
@@ -111,7 +112,7 @@ def summary(report: PruneReport) -> str:
 
 def test_advice_that_is_true(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     """What the summary and the model card advise makes the model what it promises."""
-    settings = {"ratio": 0.35, "alpha": 20.0}
+    settings = {"ratio": 0.35, "allocation": LayerImportance(alpha=20.0)}
     report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, **settings))
     advice = "ensor parallel: only 1; --heads-multiple-of 2 keeps it possible"
     assert report.tensor_parallel == [] and "t" + advice in summary(report).splitlines()

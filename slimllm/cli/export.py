@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import OUT, Model, Quiet, app
+from slimllm.cli.options import OUT, Model, Plugin, Quiet, app
 from slimllm.cli.terminal import console
+from slimllm.plugins import import_plugin
 
 
 @app.command("export")
@@ -20,12 +21,15 @@ def export_command(
     ],
     out: Annotated[Path, typer.Option(*OUT, help="The folder to make; for gguf the file, NAME.gguf.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    plugin: Plugin = None,
     quiet: Quiet = False,
 ) -> None:
     """Write a model in a form that more programs load, without any loss, or not at all."""
     from slimllm.cli.display import PruneDisplay
-    from slimllm.export.stock import export
+    from slimllm.export.api import export
 
+    for module in plugin or []:
+        import_plugin(module)
     with PruneDisplay(console, quiet) as display:
         name = export(model, out, to, overwrite=overwrite, progress=display.progress, notice=display.notice)
     if not quiet:

@@ -1,1 +1,5 @@
-"""Pruned models in formats of others: a stock architecture, padded, or GGUF."""
+"""Pruned models in formats of others, one file for each: a stock architecture, padded, or GGUF."""
+
+from slimllm.export.base import Exporter, ExportJob, register_exporter
+
+__all__ = ["ExportJob", "Exporter", "register_exporter"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from slimllm.checkpoints.journal import sync
 from slimllm.checkpoints.native import is_llama
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.errors import InputError, OutputError
+from slimllm.export.base import Exporter, ExportJob, register_exporter
 from slimllm.export.gguf_vocabulary import add_vocabulary
-from slimllm.export.source import ExportSource
 from slimllm.models.families import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
 from slimllm.models.slicing import LayerSizes
 from slimllm.runtime.progress import ProgressCallback
@@ -40,14 +40,17 @@ _TYPES = {
 }
 
 
-def write_gguf(
-    source: ExportSource,
-    out: Path,
-    overwrite: bool,
-    progress: ProgressCallback | None = None,
-    notice: Callable[[str], None] | None = None,
-) -> str:
-    """Write the file, and give the architecture; see `slimllm.export.stock`."""
+@register_exporter("gguf")
+class Gguf(Exporter):
+    """A file for llama.cpp, with sizes by layer, tokenizer and chat template, in the dtype of the model."""
+
+    def write(self, job: ExportJob) -> str:
+        return _write_file(job)
+
+
+def _write_file(job: ExportJob) -> str:
+    """Write the file, and give the architecture."""
+    source, out, overwrite, progress, notice = job.source, job.out, job.overwrite, job.progress, job.notice
     source.leave_out(set().union(*source.zero_biases()))
     sizes = source.sizes()
     _check(source, sizes, out, overwrite)

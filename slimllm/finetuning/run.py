@@ -30,8 +30,9 @@ from slimllm.evaluation.perplexity import load
 from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.data import Example, read_examples
 from slimllm.finetuning.report import FINETUNE_NAME, FinetuneReport, add_to_model_card
+from slimllm.pruning.identity import checksum_of, environment_of, say_changes
 from slimllm.pruning.report import REPORT_NAME, versions
-from slimllm.pruning.run import Notice, checksum_of, environment_of, say_changes, say_nothing
+from slimllm.pruning.run import Notice, say_nothing
 from slimllm.runtime import memory
 from slimllm.runtime.progress import ProgressCallback
 

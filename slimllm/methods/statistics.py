@@ -34,7 +34,7 @@ class SublayerStatistics:
         columns: Of z, the inputs of the output projection, F features.
         inputs: Of what enters an FFN, D features; None for attention.
         output_covariance: Makes the covariance of y, (D, D) fp64; None: it was not streamed.
-        moments: Makes the moments of y and of what the kept units put out.
+        moments: Makes the moments of y and of what the kept units put out; None: they are streamed, and given later.
         ranks: The processes of the run; all of them call a method's functions.
     """
 
@@ -44,11 +44,12 @@ class SublayerStatistics:
         columns: ColumnStatistics | GramStatistics,
         inputs: ColumnStatistics | None,
         output_covariance: Callable[[], torch.Tensor] | None,
-        moments: Callable[[SublayerStatistics, torch.Tensor], OutputMoments],
+        moments: Callable[[SublayerStatistics, torch.Tensor], OutputMoments] | None,
         ranks: Ranks,
     ) -> None:
         self.sublayer, self.columns, self.ranks = sublayer, columns, ranks
         self._inputs, self._output_covariance, self._moments = inputs, output_covariance, moments
+        self.streamed_moments: OutputMoments | None = None
         self._covariance: torch.Tensor | None = None
         self._by_unit: dict[bool, torch.Tensor] = {}
 
@@ -98,4 +99,8 @@ class SublayerStatistics:
         Args:
             kept: The units that were selected, sorted int64 indices.
         """
+        if self.streamed_moments is not None:
+            return self.streamed_moments
+        if self._moments is None:
+            raise ValueError("the moments of what is kept are known to a recovery, and not to a criterion.")
         return self._moments(self, kept)

@@ -18,10 +18,11 @@ from slimllm.checkpoints.native import convert_in_place
 from slimllm.checkpoints.source import InMemoryModel
 from slimllm.config import GIB, PruneConfig, check_config
 from slimllm.errors import InputError
+from slimllm.pruning.identity import compare_identities, identity_in_memory
 from slimllm.pruning.jobs import prune_all
 from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.report import PruneReport
-from slimllm.pruning.run import Notice, Run, compare_identities, identity_in_memory, say_nothing
+from slimllm.pruning.run import Notice, Run, say_nothing
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback

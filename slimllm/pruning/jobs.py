@@ -29,21 +29,11 @@ from slimllm.checkpoints.writer import (
 )
 from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
 from slimllm.pruning.dense_pass import DensePass
+from slimllm.pruning.identity import WEIGHTS, checksum_of, compare_identities, environment_of, identity_of
 from slimllm.pruning.model_card import write_model_card
 from slimllm.pruning.pipeline import PrunedLayer, Pruning
 from slimllm.pruning.report import REPORT_NAME, PruneReport
-from slimllm.pruning.run import (
-    OPERATIONS,
-    WEIGHTS,
-    Notice,
-    Run,
-    checksum_of,
-    compare_identities,
-    environment_of,
-    identity_of,
-    say_nothing,
-    weight_dtype,
-)  # fmt: skip
+from slimllm.pruning.run import OPERATIONS, Notice, Run, say_nothing, weight_dtype
 from slimllm.pruning.shapes import check_settings
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks

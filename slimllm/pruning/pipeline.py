@@ -63,6 +63,7 @@ class Pruning:
             if pruned is None:
                 return
             yield pruned
+            del pruned  # before the next layer is read
 
     def _layers(self) -> Iterator[PrunedLayer]:
         run, source, watch, ranks, record = self.run, self.run.source, self.run.watch, self.run.ranks, self.run.record

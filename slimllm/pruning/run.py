@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import torch
 from slimllm import ops
 from slimllm.calibration import Calibration, calibration_name
 from slimllm.checkpoints.base import Checkpoint
-from slimllm.checkpoints.journal import Journal, fingerprint
+from slimllm.checkpoints.journal import Journal
 from slimllm.checkpoints.native import OutputFormat, output_format
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
@@ -27,9 +25,10 @@ from slimllm.methods.statistics import Needs
 from slimllm.models.families import layer_spec
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass, run_dense_pass, steps_of
-from slimllm.pruning.memory_estimate import batch_windows, sizes_of
+from slimllm.pruning.identity import say_changes
+from slimllm.pruning.memory_estimate import sizes_of
 from slimllm.pruning.pipeline import Pruning
-from slimllm.pruning.plan import GPU_RUNTIME, ROUNDINGS, Plan, make_plan
+from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.pruning.report import PruneReport, versions
 from slimllm.pruning.residual_stream import perplexity_windows
 from slimllm.pruning.shapes import check_settings, layer_shapes
@@ -39,7 +38,6 @@ from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback, Stopwatch
 
 Notice = Callable[[str], None]
-WEIGHTS = "weights, by checksum"
 OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # those with kernels that a run uses
 
 
@@ -216,75 +214,6 @@ def plan_of(
         source.config, source.sizes(), source.head_dim, params, dtypes, windows, source.device, num_ranks
     )  # fmt: skip
     return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, begun)
-
-
-def identity_of(source: CheckpointModel, calibration: Calibration, plan: Plan) -> dict[str, Any]:
-    """What two runs must have in common for one to go on with the other; weights are compared layer by layer."""
-    others = [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
-    return {
-        **identity_in_memory(source, calibration, plan.config),
-        **{name: getattr(plan.placement, name) for name in ROUNDINGS},
-        "embeddings, by checksum": zlib.crc32(str(others).encode()),
-    }
-
-
-def identity_in_memory(source: ModelSource, calibration: Calibration, config: PruneConfig) -> dict[str, Any]:
-    """That without the weights."""
-    settings, token_ids = config.to_dict(), calibration.token_ids
-    for name in ("calibration", "device", "host_memory", "gpu_memory"):
-        del settings[name]
-    settings["batch_size"] = batch_windows(len(token_ids), token_ids.shape[1], config.batch_size)
-    model = source.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        model.pop(name, None)
-    description = json.dumps([model, source.shapes()], sort_keys=True, default=str)
-    return {
-        "slimllm": versions()["slimllm"],
-        **settings,
-        "compute_dtype": str(source.dtype).removeprefix("torch."),
-        "calibration text, by checksum": fingerprint({"": token_ids}),
-        "held-out text, by checksum": fingerprint({"": calibration.held_out}),
-        "model, by checksum": zlib.crc32(description.encode()),
-    }
-
-
-def checksum_of(checksums: list[int]) -> int:
-    """Of the weights of all layers, from those of each."""
-    return zlib.crc32(str(checksums).encode())
-
-
-def compare_identities(identity: dict[str, Any], ranks: Ranks) -> None:
-    """Whether all ranks have the same run before them.
-
-    Raises:
-        ValueError: (as InputError) one has another.
-    """
-    identities = ranks.everyone(identity)
-    with ranks.together():
-        for rank, other in enumerate(identities):
-            for key, value in identities[0].items():
-                if other[key] != value:
-                    raise InputError(
-                        f"Rank {rank} has another {key} ({other[key]}) than rank 0 ({value}); give all the same."
-                    )
-
-
-def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """What the last digits of a result may depend on."""
-    cuda = device.type == "cuda"
-    return {
-        **{name: version for name, version in versions().items() if name in ("torch", "transformers", "triton")},
-        "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "ranks": num_ranks,
-    }
-
-
-def say_changes(journal: Journal, device: torch.device, num_ranks: int, notice: Notice) -> None:
-    """Say in what other environment a run was begun that is gone on with."""
-    now = environment_of(device, num_ranks)
-    if changed := [f"{key} {journal.environment.get(key)}" for key in now if journal.environment.get(key) != now[key]]:
-        notice(f"The run was begun with {', '.join(changed)}; the last digits of the result may depend on that.")
 
 
 def say_nothing(sentence: str) -> None:

@@ -192,8 +192,8 @@ class _ByOutput(_Way):
             self.stream.ranks.add_up(inputs, self.columns, self.outputs)
         covariance = self.outputs.covariance if isinstance(self.outputs, GramStatistics) else None
         self.statistics = SublayerStatistics(
-            self.sublayer, self.columns, inputs, covariance, lambda statistics, kept: self.moments, self.stream.ranks
-        )
+            self.sublayer, self.columns, inputs, covariance, None, self.stream.ranks
+        )  # fmt: skip
         return self.statistics
 
     def prepare(self, kept: torch.Tensor) -> None:
@@ -216,7 +216,7 @@ class _ByOutput(_Way):
             self.stream.ranks.add_up(paired)
             by_gram = isinstance(self.outputs, GramStatistics)
             variance = self.statistics.output_covariance().diagonal() if by_gram else self.outputs.variance()
-            self.moments = OutputMoments(
+            self.statistics.streamed_moments = OutputMoments(
                 paired.mean_y, paired.mean_y_hat, variance, paired.variance(), paired.covariance()
             )  # fmt: skip
 

@@ -1,0 +1,45 @@
+"""What an exporter is: a form of a model that other programs load."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimllm.export.source import ExportSource
+from slimllm.plugins import EXPORTERS, Method
+from slimllm.runtime.progress import ProgressCallback
+
+register_exporter = EXPORTERS.register
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """One export.
+
+    Attributes:
+        source: The model; `weights(index)` reads one layer, `sizes()` has the sizes of all.
+        out: The folder or file to make; it must appear when it is complete, and not before.
+        overwrite: Whether to replace a model that is there.
+        progress: Called after every part that is written; None: nobody.
+        notice: Called with a sentence that is worth knowing; None: nobody.
+    """
+
+    source: ExportSource
+    out: Path
+    overwrite: bool = False
+    progress: ProgressCallback | None = None
+    notice: Callable[[str], None] | None = None
+
+
+class Exporter(Method, ABC):
+    """Writes a model in one form, without any loss, or not at all."""
+
+    @abstractmethod
+    def write(self, job: ExportJob) -> str:
+        """Write the model, and return the name of the architecture that was written.
+
+        Raises:
+            ValueError: (as InputError) the form cannot hold the model; says which one can. Nothing is written.
+        """

@@ -1,0 +1,135 @@
+"""Models as folders of an architecture of transformers: what `stock` and `padded` share."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from abc import abstractmethod
+
+import torch
+
+from slimllm.checkpoints.destination import check_destination, check_space
+from slimllm.checkpoints.journal import begun_with
+from slimllm.checkpoints.native import OutputFormat, heads_fit, output_format, write_config
+from slimllm.checkpoints.source import CheckpointModel
+from slimllm.checkpoints.writer import CheckpointWriter, partial_folder
+from slimllm.errors import InputError
+from slimllm.export.base import Exporter, ExportJob
+from slimllm.export.padding import pad_layer
+from slimllm.export.source import ExportSource
+from slimllm.models.slicing import LayerSizes
+from slimllm.pruning.tensor_parallel import tensor_parallel_line, tensor_parallel_sizes
+
+
+class FolderExporter(Exporter):
+    """Writes a folder of an architecture of transformers itself."""
+
+    @abstractmethod
+    def padded_sizes(self, source: CheckpointModel) -> LayerSizes | None:
+        """The sizes that every layer is padded to; None: layers stay as they are."""
+
+    def write(self, job: ExportJob) -> str:
+        source, checkpoint = job.source, job.source.checkpoint
+        check_destination(job.out, [checkpoint.path], job.overwrite)
+        form, wanted = self._form(source)
+        sizes = source.sizes()
+        check_space(job.out, _bytes(source, sizes, wanted))
+        if job.notice:
+            for sentence in checkpoint.left_out():
+                job.notice(sentence)
+            job.notice(f"{tensor_parallel_line(tensor_parallel_sizes(map(_alike, [wanted] if wanted else sizes)))}.")
+        _write(job, sizes, wanted, form)
+        return form.name
+
+    def _form(self, source: ExportSource) -> tuple[OutputFormat, LayerSizes | None]:
+        """The format, and the sizes that layers are padded to; of the source it leaves out what has no place in it.
+
+        Raises:
+            ValueError: (as InputError) no format holds the model without a loss; says why it does not hold the whole.
+        """
+        refused = None
+        for _ in source.fewer_and_fewer():
+            sizes = source.sizes()
+            wanted = self.padded_sizes(source)
+            try:
+                return stock_format(source, [wanted] * len(sizes) if wanted else sizes), wanted
+            except InputError as error:
+                refused = refused or error
+        assert refused
+        raise refused
+
+
+def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputFormat:
+    """The architecture of transformers that holds layers of these sizes.
+
+    Raises:
+        ValueError: (as InputError) there is none, or it has no place for a bias, or for so many heads.
+    """
+    first, family = sizes[0], source.spec.family
+    if source.spec.slopes:
+        raise InputError(
+            f"transformers' {family} computes the slopes of its position bias from the number of heads, and would give "
+            "heads that are left other ones; only the native format, which slimllm prune writes, keeps them."
+        )
+    dtype = source.checkpoint.storage_dtype(f"{source.spec.embedding}.weight")
+    form = output_format(source.config, sizes, dtype)
+    if not form.name.startswith("slim_"):
+        return form
+    if any(_alike(size) != _alike(first) for size in sizes):
+        raise InputError(
+            "The layers have sizes of their own, which no architecture of transformers holds; give --to padded, or prune "
+            "with --uniform."
+        )
+    if not heads_fit(source.config, source.spec, first.num_heads):
+        raise InputError(
+            f"transformers' {family} does not take {first.num_heads} heads beside a hidden size of "
+            f"{source.config.hidden_size}; give --to padded."
+        )
+    raise InputError(
+        f"The model has biases of its output projections, for which transformers' {family} has no place, and leaving them "
+        "out would change the model; the native format that it is in keeps them, and --recovery none makes none."
+    )
+
+
+def _alike(size: LayerSizes) -> tuple[int, int, int]:
+    return size.num_heads, size.num_kv_heads, size.intermediate_size
+
+
+def _bytes(source: CheckpointModel, sizes: list[LayerSizes], wanted: LayerSizes | None) -> int:
+    """What the weights take when they are written."""
+    total = 0
+    for name, shape in source.shapes().items():
+        if not name.startswith(f"{source.spec.layers}."):
+            total += math.prod(shape) * source.checkpoint.storage_dtype(name).itemsize
+    for index, size in enumerate(sizes):
+        prefix = source.layer_prefix(index)
+        own = {name.removeprefix(prefix): shape for name, shape in source.shapes().items() if name.startswith(prefix)}
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in own.items()}
+        if wanted:
+            tensors = pad_layer(tensors, source.spec, size, wanted, source.head_dim)
+        total += sum(
+            tensor.numel() * source.checkpoint.storage_dtype(prefix + name).itemsize for name, tensor in tensors.items()
+        )
+    return total
+
+
+def _write(job: ExportJob, sizes: list[LayerSizes], wanted: LayerSizes | None, form: OutputFormat) -> None:
+    source, out = job.source, job.out
+    checkpoint = source.checkpoint
+    if "export" in begun_with(partial_folder(out)):  # one that was killed at its very end; there is nothing to go on with
+        shutil.rmtree(partial_folder(out))
+    with CheckpointWriter(out, source.num_layers + 1, job.overwrite, {"export": form.name}, {}) as writer:
+        for index, size in enumerate(sizes):
+            tensors = source.weights(index)
+            if wanted:
+                tensors = pad_layer(tensors, source.spec, size, wanted, source.head_dim)
+            prefix = source.layer_prefix(index)
+            complete = form.complete(tensors, source.spec)
+            writer.write_shard(index + 1, {prefix + name: tensor for name, tensor in complete.items()})
+            if job.progress:
+                job.progress("export", index, source.num_layers, None)
+        writer.write_shard(source.num_layers + 1, checkpoint.read(source.other_tensors()))
+        write_config(form.config, writer.folder)
+        checkpoint.write_companions(writer.folder)
+        writer.complete()
+        writer.finish()
