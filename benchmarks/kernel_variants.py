@@ -42,7 +42,7 @@ def _gram(arch: int) -> list[Variant]:
     launches = (*layouts, "pivot", "weight", "pivot weight", "pivot weight unaligned", "tma")
     for dtype, torch_dtype in DTYPES.items():
         for launch in launches:
-            for split in ("", "partial", "atomic"):
+            for split in ("", "partial"):
                 tma, parts = launch == "tma", "pivot" in launch or "weight" in launch
                 if tma and (arch < 90 or dtype == "fp32"):
                     continue
@@ -51,7 +51,7 @@ def _gram(arch: int) -> list[Variant]:
                 types = {"x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32"}
                 types |= {"total": "*fp64", **_integers("num_tokens", "features", "split_tokens", "stride_row")}
                 constants: dict[str, Any] = {"BLOCK_N": config.block_n, "BLOCK_F": config.block_f, "TMA": tma}
-                constants |= {"ATOMIC": split == "atomic", "stride_col": 1, "stride_total": 1}
+                constants |= {"stride_col": 1, "stride_total": 1}
                 unit, other = ("stride_n", "stride_f") if launch == "transposed" else ("stride_f", "stride_n")
                 types, constants = types | _integers(other), constants | {unit: 1}
                 for name in ("pivot", "weight"):

@@ -8,7 +8,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <tuple>
 
 #include "lanes.h"
@@ -53,17 +52,6 @@ void load(const Problem<T>& p, Lanes<kLanes>& lanes, int64_t first, int64_t coun
   }
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t b = first + (lane < count ? lane : 0);
-    if (p.start != nullptr) {  // solve for the difference from the start: R - G W₀
-      const T* w = p.start + b * k * m;
-      for (int64_t i = 0; i < k; ++i) {
-        for (int64_t j = 0; j < k; ++j) {
-          const double value = lanes.system[(i >= j ? i * k + j : j * k + i) * kLanes + lane];
-          for (int64_t c = 0; c < m; ++c) {
-            lanes.right[(i * m + c) * kLanes + lane] -= value * static_cast<double>(w[j * m + c]);
-          }
-        }
-      }
-    }
     lanes.ridge[lane] = p.absolute_ridge(b);
   }
 }
@@ -73,8 +61,7 @@ template <typename T>
 void store(const Problem<T>& p, const Lanes<kLanes>& lanes, int lane, int64_t b) {
   bool fine = lanes.regular[lane] && p.makes_sense(b, lanes.ridge[lane]);
   for (int64_t i = 0; i < p.k * p.m; ++i) {
-    const double from = p.start != nullptr ? static_cast<double>(p.start[b * p.k * p.m + i]) : 0;
-    const T value = static_cast<T>(from + lanes.right[i * kLanes + lane]);
+    const T value = static_cast<T>(lanes.right[i * kLanes + lane]);
     p.solution[b * p.k * p.m + i] = value;
     fine = fine && std::isfinite(value);
   }
@@ -105,16 +92,15 @@ void run(const Problem<T>& problem) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> small_lstsq(const Tensor& gram, const Tensor& cross, const Tensor& ridge, bool absolute,
-                                               std::optional<Tensor> start) {
-  return small_lstsq_on(gram, cross, ridge, absolute, start, [](const auto& problem) { run(problem); });
+std::tuple<Tensor, Tensor, Tensor> small_lstsq(const Tensor& gram, const Tensor& cross, const Tensor& ridge, bool absolute) {
+  return small_lstsq_on(gram, cross, ridge, absolute, [](const auto& problem) { run(problem); });
 }
 
 }  // namespace
 }  // namespace slimllm
 
 STABLE_TORCH_LIBRARY(slimllm_C, m) {
-  m.def("small_lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute, Tensor? start) -> (Tensor, Tensor, Tensor)");
+  m.def("small_lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute) -> (Tensor, Tensor, Tensor)");
   m.def("affine_fit(Tensor mean_y, Tensor mean_y_hat, Tensor variance_y_hat, Tensor covariance) -> (Tensor, Tensor)");
 }
 

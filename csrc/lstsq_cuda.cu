@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <optional>
 #include <tuple>
 
 #include "launch.h"
@@ -32,10 +31,9 @@ __global__ void __launch_bounds__(kWarp, 1) solve(const Problem<T> problem) {
   TeamSolver<T, Warp>(problem, blockIdx.x, warp, memory).solve();
 }
 
-std::tuple<Tensor, Tensor, Tensor> small_lstsq(const Tensor& gram, const Tensor& cross, const Tensor& ridge, bool absolute,
-                                               std::optional<Tensor> start) {
+std::tuple<Tensor, Tensor, Tensor> small_lstsq(const Tensor& gram, const Tensor& cross, const Tensor& ridge, bool absolute) {
   const torch::stable::accelerator::DeviceGuard guard(gram.get_device_index());
-  return small_lstsq_on(gram, cross, ridge, absolute, start, [&](const auto& problem) {
+  return small_lstsq_on(gram, cross, ridge, absolute, [&](const auto& problem) {
     STD_TORCH_CHECK(problem.k <= kTeamUnknowns && problem.batch <= std::numeric_limits<int32_t>::max(),
                     "up to 64 unknowns and 2147483647 systems at once, got ", problem.k, " and ", problem.batch, ".");
     if (problem.batch == 0) return;

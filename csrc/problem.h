@@ -13,13 +13,11 @@
 
 namespace slimllm {
 
-// All arrays are contiguous: gram (B, K, K), of which the lower half counts, cross, start and solution (B, K, M), the others
-// (B,). `start` may be null.
+// All arrays are contiguous: gram (B, K, K), of which the lower half counts, cross and solution (B, K, M), the others (B,).
 template <typename T>
 struct Problem {
   const T* gram;
   const T* cross;
-  const T* start;
   const double* ridge;
   T* solution;
   double* used;

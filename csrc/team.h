@@ -113,39 +113,28 @@ class TeamSolver {
 
   // Column c of X by refinement in fp64; false where that does not converge, or leaves the range of T.
   SLIMLLM_DEVICE bool solve_column(int c) {
-    const T* start = p.start != nullptr ? p.start + b * k * m : nullptr;
     for (int i = team.lane(); i < k; i += team.width()) {
       shared.residual[i] = shared.scale[i] * static_cast<double>(p.cross[(b * k + i) * m + c]);
       shared.solution[i] = 0;
     }
     team.sync();
     const double right_size = largest(shared.residual);
-    double missing = right_size, start_size = 0;
-    if (start != nullptr) {  // solve for the difference from the start
-      team.sync();
-      update_residual(c, start);
-      team.sync();
-      missing = largest(shared.residual);
-      for (int i = 0; i < k; ++i) {
-        if (shared.scale[i] > 0) start_size = fmax(start_size, fabs(static_cast<double>(start[i * m + c])) / shared.scale[i]);
-      }
-    }
-    const double size = right_size + start_size;
-    for (int step = 0; step < 10 && !converged(missing, size); ++step) {
+    double missing = right_size;
+    for (int step = 0; step < 10 && !converged(missing, right_size); ++step) {
       correct(missing);
       team.sync();
-      update_residual(c, start);
+      update_residual(c);
       team.sync();
       missing = largest(shared.residual);
     }
-    bool fine = converged(missing, size);
-    for (int i = 0; i < k; ++i) fine = fine && std::isfinite(value(i, c, start));
-    for (int i = team.lane(); i < k; i += team.width()) p.solution[(b * k + i) * m + c] = value(i, c, start);
+    bool fine = converged(missing, right_size);
+    for (int i = 0; i < k; ++i) fine = fine && std::isfinite(value(i));
+    for (int i = team.lane(); i < k; i += team.width()) p.solution[(b * k + i) * m + c] = value(i);
     team.sync();
     return fine;
   }
 
-  // Whether the residual is as small as rounding, given the size of the right-hand side and the start.
+  // Whether the residual is as small as rounding, given the size of the right-hand side.
   SLIMLLM_DEVICE bool converged(double missing, double given) const {
     const double size = largest(shared.solution) + given;
     return std::isfinite(missing) && missing <= sqrt(static_cast<double>(k)) * kAccuracy * size;
@@ -175,21 +164,17 @@ class TeamSolver {
     for (int i = team.lane(); i < k; i += team.width()) shared.solution[i] += size * static_cast<double>(shared.forward[i]);
   }
 
-  SLIMLLM_DEVICE void update_residual(int c, const T* start) {
+  SLIMLLM_DEVICE void update_residual(int c) {
     for (int i = team.lane(); i < k; i += team.width()) {
       double sum = static_cast<double>(p.cross[(b * k + i) * m + c]) - ridge * shared.scale[i] * shared.solution[i];
       for (int j = 0; j < k; ++j) {
-        const double from = start != nullptr ? static_cast<double>(start[j * m + c]) : 0;
-        sum -= element(i, j) * (from + shared.scale[j] * shared.solution[j]);
+        sum -= element(i, j) * (shared.scale[j] * shared.solution[j]);
       }
       shared.residual[i] = shared.scale[i] * sum;
     }
   }
 
-  SLIMLLM_DEVICE T value(int i, int c, const T* start) const {
-    const double from = start != nullptr ? static_cast<double>(start[i * m + c]) : 0;
-    return static_cast<T>(from + shared.scale[i] * shared.solution[i]);
-  }
+  SLIMLLM_DEVICE T value(int i) const { return static_cast<T>(shared.scale[i] * shared.solution[i]); }
 
   // Largest size of k numbers; NaN where one is not finite.
   SLIMLLM_DEVICE double largest(const double* numbers) const {

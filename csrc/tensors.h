@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
-#include <optional>
 #include <tuple>
 
 #include "affine.h"
@@ -36,13 +35,13 @@ inline void check_precise(const Tensor& tensor, const char* name) {
                   " must be float32 or float64.");
 }
 
-// gram (B, K, K), cross and start (B, K, M), of one dtype, fp32 or fp64; ridge (B,) fp64, relative to the mean of the
+// gram (B, K, K), cross (B, K, M), of one dtype, fp32 or fp64; ridge (B,) fp64, relative to the mean of the
 // diagonal unless `absolute`. Returns the solution (B, K, M), NaN of what failed, the ridge used (B,) fp64, absolute, and the status (B,) int32, 1
 // for a system that is singular to working precision or not to be solved, else 0. Arguments are checked for their meaning in Python
 // (slimllm.ops.lstsq).
 template <typename Solve>
 std::tuple<Tensor, Tensor, Tensor> small_lstsq_on(const Tensor& gram, const Tensor& cross, const Tensor& ridge,
-                                                  bool absolute, const std::optional<Tensor>& start, const Solve& solve) {
+                                                  bool absolute, const Solve& solve) {
   STD_TORCH_CHECK(gram.dim() == 3 && cross.dim() == 3, "gram and cross must have three dimensions.");
   const int64_t batch = gram.size(0), k = gram.size(1), m = cross.size(2);
   check_precise(gram, "gram");
@@ -50,7 +49,6 @@ std::tuple<Tensor, Tensor, Tensor> small_lstsq_on(const Tensor& gram, const Tens
   check(gram, "gram", {batch, k, k}, dtype, gram);
   check(cross, "cross", {batch, k, m}, dtype, gram);
   check(ridge, "ridge", {batch}, ScalarType::Double, gram);
-  if (start) check(*start, "start", {batch, k, m}, dtype, gram);
   Tensor solution = torch::stable::empty_like(cross);
   Tensor used = torch::stable::empty_like(ridge);
   Tensor status = torch::stable::new_empty(ridge, {batch}, ScalarType::Int);
@@ -59,7 +57,6 @@ std::tuple<Tensor, Tensor, Tensor> small_lstsq_on(const Tensor& gram, const Tens
     solve(Problem<T>{
         static_cast<const T*>(gram.const_data_ptr()),
         static_cast<const T*>(cross.const_data_ptr()),
-        start ? static_cast<const T*>(start->const_data_ptr()) : nullptr,
         static_cast<const double*>(ridge.const_data_ptr()),
         static_cast<T*>(solution.mutable_data_ptr()),
         static_cast<double*>(used.mutable_data_ptr()),

@@ -137,14 +137,13 @@ def _accumulate(
 def gram_kernel(
     x, tiles, pivot, weight, gram, total, partial, partial_sums, num_tokens, features, split_tokens,
     stride_n, stride_f, stride_row, stride_col, stride_total,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr, ATOMIC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of the lower half, over one part of the tokens; `partial` is None when there is one part.
 
-    Else it has a slot of tiles for each part, or, if ATOMIC, one slot of zeros to which all parts are added.
+    Else it has a slot of tiles for each part.
     """
     pid, split = tl.program_id(0), tl.program_id(1)
-    slot = 0 * split if ATOMIC else split
     row, col = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
     first = split * split_tokens
     last = tl.minimum(first + split_tokens, num_tokens)
@@ -156,11 +155,8 @@ def gram_kernel(
         # A product need not round x_a·x_b and x_b·x_a alike: the half below the diagonal counts.
         tile = tl.where(rows[:, None] >= cols[None, :], tile, tl.trans(tile))
         if partial is not None:
-            here = partial_sums + (slot * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F + tl.arange(0, BLOCK_F)
-            if ATOMIC:
-                tl.atomic_add(here, sums, sem="relaxed")
-            else:
-                tl.store(here, sums)
+            here = partial_sums + (split * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F + tl.arange(0, BLOCK_F)
+            tl.store(here, sums)
         else:
             total_rows = total + rows.to(tl.int64) * stride_total
             before = tl.load(total_rows, mask=rows < features, other=0.0)
@@ -171,12 +167,9 @@ def gram_kernel(
         )
     if partial is not None:
         local = tl.arange(0, BLOCK_F)
-        here = partial + (slot * tl.num_programs(0) + pid).to(tl.int64) * BLOCK_F * BLOCK_F
+        here = partial + (split * tl.num_programs(0) + pid).to(tl.int64) * BLOCK_F * BLOCK_F
         here += local[:, None] * BLOCK_F + local[None, :]
-        if ATOMIC:
-            tl.atomic_add(here, tile, sem="relaxed")
-        else:
-            tl.store(here, tile)
+        tl.store(here, tile)
     else:
         inside = (rows[:, None] < features) & (cols[None, :] < features)
         out = gram + rows[:, None].to(tl.int64) * stride_row + cols[None, :].to(tl.int64) * stride_col
@@ -248,7 +241,7 @@ def _can_use_tma(x: torch.Tensor) -> bool:
 
 def gram_(
     gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor, pivot: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None, deterministic: bool = True, splits: int | None = None,
+    weight: torch.Tensor | None = None, splits: int | None = None,
 ) -> None:  # fmt: skip
     """Add one batch in place; arguments as in `slimllm.ops.gram_`, which checks them.
 
@@ -271,16 +264,15 @@ def gram_(
     splits = triton.cdiv(num_tokens, split_tokens)
     partial = sums = None
     if splits > 1:
-        slots, make = (splits, x.new_empty) if deterministic else (1, x.new_zeros)
-        partial = make(slots, len(tiles), config.block_f, config.block_f, dtype=torch.float32)
-        sums = make(slots, triton.cdiv(features, config.block_f), config.block_f, dtype=torch.float32)
+        partial = x.new_empty(splits, len(tiles), config.block_f, config.block_f, dtype=torch.float32)
+        sums = x.new_empty(splits, triton.cdiv(features, config.block_f), config.block_f, dtype=torch.float32)
     source = TensorDescriptor.from_tensor(x, [config.block_n, config.block_f]) if tma else x
     outputs = (*gram.stride(), total.stride(0))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         gram_kernel[(len(tiles), splits)](
             source, tiles, pivot, weight, gram, total, partial, sums, num_tokens, features, split_tokens,
             *x.stride(), *outputs, BLOCK_N=config.block_n, BLOCK_F=config.block_f, TMA=tma,
-            ATOMIC=partial is not None and not deterministic, num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if partial is not None:
             reduce_kernel[(len(tiles), config.block_f // REDUCE_ROWS)](

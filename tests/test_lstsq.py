@@ -37,15 +37,11 @@ def normal_equations(
     return (a.mT @ a).to(dtype), (a.mT @ b).to(dtype)
 
 
-def reference(
-    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool = False, start: torch.Tensor | None = None
-) -> torch.Tensor:
+def reference(gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool = False) -> torch.Tensor:
     gram, cross = gram.double(), cross.double()
     if not absolute:
         ridge = ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     system = gram + ridge[:, None, None] * torch.eye(gram.shape[-1], dtype=torch.float64)
-    if start is not None:
-        cross = cross + ridge[:, None, None] * start.double()
     return torch.linalg.solve(system, cross)
 
 
@@ -61,7 +57,7 @@ def test_against_fp64(backend: str, batch: int, k: int, m: int, dtype: torch.dty
                                     * torch.eye(k, dtype=dtype)), cross)  # fmt: skip
         got, used = ops.lstsq_ex(gram, cross, ridge)
         assert got.dtype == dtype and got.is_contiguous()
-        assert torch.equal(torch.ops.slimllm.lstsq(gram, cross, ridges, False, None)[0], got)  # at the first attempt
+        assert torch.equal(torch.ops.slimllm.lstsq(gram, cross, ridges, False)[0], got)  # at the first attempt
         assert_close(got, wanted, plain, FLOOR[dtype])
         assert torch.allclose(used, ridges * gram.double().diagonal(dim1=-2, dim2=-1).mean(-1))
 
@@ -121,16 +117,15 @@ def test_strides_and_the_half_that_is_read(backend: str) -> None:
 
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_shrinking_towards_a_start(backend: str, absolute: bool, dtype: torch.dtype) -> None:
+def test_absolute_and_relative_ridges(backend: str, absolute: bool, dtype: torch.dtype) -> None:
     for k in (6, 140):
         gram, cross = normal_equations(LANES, k, 4, dtype=dtype)
-        start = torch.randn(LANES, k, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
         ridge = torch.logspace(-3, 3, LANES, dtype=torch.float64)
-        got, used = ops.lstsq_ex(gram, cross, ridge, absolute=absolute, start=start)
-        wanted = reference(gram, cross, ridge, absolute, start)
+        got, used = ops.lstsq_ex(gram, cross, ridge, absolute=absolute)
+        wanted = reference(gram, cross, ridge, absolute)
         assert_close(got, wanted, wanted.to(dtype), 2 * FLOOR[dtype])
         assert not absolute or torch.equal(used, ridge)
-        assert torch.allclose(ops.lstsq(gram, cross, 1e12, start=start), start, atol=1e-6)
+        assert torch.allclose(ops.lstsq(gram, cross, 1e12), torch.zeros_like(cross), atol=1e-6)
 
 
 def test_singular_systems(backend: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -151,7 +146,6 @@ def test_singular_systems(backend: str, caplog: pytest.LogCaptureFixture) -> Non
         assert torch.allclose(x[:, 2], x[:, 3], atol=1e-3) and not x[:, 5].any()
         cross[:, 5] = 7.0  # which no data could give
         assert not ops.lstsq(gram, cross)[:, 5].any()
-        assert torch.equal(ops.lstsq(gram, cross, start=torch.ones_like(cross))[:, 5], torch.ones(repeat, 2).double())
     assert not ops.lstsq(torch.zeros(9, 4, 4), torch.zeros(9, 4, 1)).any()
 
 
@@ -177,13 +171,13 @@ def test_the_residual_is_orthogonal_to_the_columns(seed: int, k: int, m: int, to
 
 def test_registration() -> None:
     gram, cross = normal_equations(LANES, 5, 2)
-    ridge, start = torch.zeros(LANES, dtype=torch.float64), torch.ones_like(cross)
-    for arguments in ((gram, cross, ridge, False, None), (gram, cross, ridge, True, start)):
+    ridge = torch.zeros(LANES, dtype=torch.float64)
+    for arguments in ((gram, cross, ridge, False), (gram, cross, ridge, True)):
         assert set(torch.library.opcheck(torch.ops.slimllm.lstsq.default, arguments).values()) == {"SUCCESS"}
     if not NO_EXTENSION:
         checks = ("test_schema",)
         solve, fit = torch.ops.slimllm_C.small_lstsq.default, torch.ops.slimllm_C.affine_fit.default
-        assert torch.library.opcheck(solve, (gram, cross, ridge, False, start), test_utils=checks)
+        assert torch.library.opcheck(solve, (gram, cross, ridge, False), test_utils=checks)
         assert torch.library.opcheck(fit, tuple(torch.rand(4, 7)), test_utils=checks)
 
 
@@ -193,7 +187,7 @@ def test_the_status_of_a_system(backend: str) -> None:
     gram[1] = torch.outer(gram[1, 0], gram[1, 0])
     gram[2, 3, 1] = torch.nan
     ridge = torch.tensor([0.0, 0, 0, -1, torch.inf, 0, 0, 0], dtype=torch.float64)
-    solution, _, status = torch.ops.slimllm.lstsq(gram, cross, ridge, False, None)
+    solution, _, status = torch.ops.slimllm.lstsq(gram, cross, ridge, False)
     assert status.tolist() == [0, 1, 1, 1, 1, 0, 0, 0]
     assert solution[1:5].isnan().all() and solution[[0, 5, 6, 7]].isfinite().all()
 
@@ -213,7 +207,7 @@ def test_the_extension_itself_checks_what_it_is_given() -> None:
         (gram.mT.contiguous().mT, cross, ridge), (gram, cross, ridge.float()), (gram.half(), cross.half(), ridge),
     ):  # fmt: skip
         with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
-            solve(*arguments, False, None)
+            solve(*arguments, False)
 
 
 def test_errors(backend: str) -> None:
@@ -232,8 +226,6 @@ def test_errors(backend: str) -> None:
         ops.lstsq(gram, cross, "much")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="absolute must be True or False, got 1"):
         ops.lstsq(gram, cross, absolute=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="start must have the shape of cross"):
-        ops.lstsq(gram, cross, start=cross[:, :2])
     off = gram.clone()
     off[0, 2, 1] = torch.inf
     for name, arguments in (("gram", (gram * torch.nan, cross)), ("gram", (off, cross)), ("cross", (gram, cross / 0))):
@@ -244,8 +236,6 @@ def test_errors(backend: str) -> None:
         system[1, 1, 1] = torch.nan
         with pytest.raises(ValueError, match="gram must be finite, got NaN or infinity"):
             ops.lstsq(system, torch.ones(LANES, size, 1), 0.1, absolute=True)
-    with pytest.raises(ValueError, match="start must be finite, got NaN or infinity"):
-        ops.lstsq(gram, cross, 1.0, start=cross * torch.nan)
     with pytest.raises(ValueError, match=r"ridge must be finite, .*, got inf"):
         ops.lstsq(gram, cross, torch.inf)
     with pytest.raises(ValueError, match=r"leaves the range of torch\.float32"):

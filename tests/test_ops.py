@@ -21,7 +21,7 @@ def sample() -> dict[str, tuple[Any, ...]]:
     covariance = (x.T @ x / 20).double()
     by_head = ops.head_covariance(weight, covariance, 3)
     return {
-        "gram_": (torch.zeros(12, 12), torch.zeros(12), x, x[0].clone(), torch.rand(20), True),
+        "gram_": (torch.zeros(12, 12), torch.zeros(12), x, x[0].clone(), torch.rand(20)),
         "head_covariance": (weight, covariance, 3),
         "head_covariance_of_tokens": (weight, x, 3, "stream"),
         "pearson_greedy": (by_head, 1, 1),
@@ -215,8 +215,6 @@ def test_arguments_that_are_no_tensors_or_no_integers() -> None:
         ops.head_covariance(weight, torch.zeros(6, 6), 3.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"num_pruned must be an integer, got 0\.25"):
         ops.pearson_greedy(torch.zeros(4, 4, 2), 0.25)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="deterministic must be True or False, got 'no'"):
-        ops.gram_(torch.zeros(6, 6), zeros, x, deterministic="no")  # type: ignore[arg-type]
 
 
 def test_results_carry_no_gradients() -> None:

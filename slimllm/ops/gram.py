@@ -22,7 +22,6 @@ def gram_(
     *,
     pivot: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
-    deterministic: bool = True,
 ) -> None:
     """gram += Σ_t w_t u_t u_tᵀ and total += Σ_t w_t u_t with u_t = x_t - pivot, in place; by default XᵀX and Σ_t x_t.
 
@@ -34,8 +33,6 @@ def gram_(
             gram/N - (total/N)(total/N)ᵀ keeps its digits where the mean is far larger than the spread. On a GPU, bf16
             differences and weighted numbers have 16 bits, all else fp32's 24.
         weight: (num_tokens,) fp32, not negative.
-        deterministic: False allows additions in any order, which may be faster on a GPU; the results of two runs then
-            differ by rounding.
 
     Raises:
         ValueError: shapes or devices do not fit together.
@@ -59,17 +56,15 @@ def gram_(
         if vector.shape != (size,):
             raise ValueError(f"{name} must have shape ({size},), got {tuple(vector.shape)}.")
         check_dtype(name, vector, (torch.float32,))
-    if not isinstance(deterministic, bool):
-        raise TypeError(f"deterministic must be True or False, got {deterministic!r}.")
     pivot, weight = (None if vector is None else vector.detach() for vector in (pivot, weight))
-    _gram_(gram.detach(), total.detach(), x.detach(), pivot, weight, deterministic)
+    _gram_(gram.detach(), total.detach(), x.detach(), pivot, weight)
 
 
 def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     x = (4 * random(tokens, 192)).round()  # whole numbers, which no dtype rounds
     pivot = (64 * random(192)).round() / 64  # differences from it have more digits than bf16: the low parts count
     weights, few = random(tokens).abs(), x[:300]  # too few for a GPU to split them over programs
-    cases: list[tuple[torch.Tensor, dict[str, Any]]] = [(x, {}), (x, {"deterministic": False})]
+    cases: list[tuple[torch.Tensor, dict[str, Any]]] = [(x, {})]
     cases += [(x, {"pivot": pivot}), (x, {"weight": weights}), (x, {"pivot": pivot, "weight": weights}), (few, {})]
     cases += [(few, {"pivot": pivot}), (x[:300, 1:], {}), (x[:192, :100].T, {})]
     results = []
@@ -85,7 +80,7 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
 
 
 @operator(
-    "gram_(Tensor(a!) gram, Tensor(b!) total, Tensor x, Tensor? pivot, Tensor? weight, bool deterministic) -> ()",
+    "gram_(Tensor(a!) gram, Tensor(b!) total, Tensor x, Tensor? pivot, Tensor? weight) -> ()",
     shape=lambda *arguments: None,
     cases=_cases,
     kernel=True,
@@ -96,7 +91,6 @@ def _gram_(
     x: torch.Tensor,
     pivot: torch.Tensor | None,
     weight: torch.Tensor | None,
-    deterministic: bool,
 ) -> None:
     if x.numel() == 0:
         return
@@ -104,7 +98,7 @@ def _gram_(
         from slimllm.kernels.gram import gram_ as kernel
 
         pivot, weight = (None if vector is None else vector.contiguous() for vector in (pivot, weight))
-        kernel(gram, total, x, pivot, weight, deterministic)
+        kernel(gram, total, x, pivot, weight)
         return
     u = x.float() if pivot is None else x.float() - pivot
     weighted = u if weight is None else u * weight[:, None]

@@ -31,13 +31,12 @@ def lstsq(
     ridge: float | torch.Tensor = 0.0,
     *,
     absolute: bool = False,
-    start: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """X_b = argmin tr(Xᵀ G_b X - 2 Xᵀ R_b) + λ_b ‖X - W_b‖²: a batch of least-squares problems from their normal equations.
+    """X_b = argmin tr(Xᵀ G_b X - 2 Xᵀ R_b) + λ_b ‖X‖²: a batch of least-squares problems from their normal equations.
 
-    With G = AᵀA and R = AᵀB it is the ridge regression of B on A, shrunk towards W (0 if there is none):
+    With G = AᵀA and R = AᵀB it is the ridge regression of B on A:
 
-        X = W + (G + λI)⁻¹ (R - G W).
+        X = (G + λI)⁻¹ R.
 
     Factored in fp64 whatever the dtype, or, small systems on a GPU, in fp32 and refined until the residual is that of fp64
     work. A system that is singular to fp64's precision gets the least of the ridges 1e-12, 1e-10, … 1e-4 of its mean
@@ -50,10 +49,9 @@ def lstsq(
         ridge: λ, not negative; a number, or (batch,) one for each system. Relative to the mean of the system's diagonal,
             or, if `absolute`, as it is.
         absolute: See `ridge`.
-        start: W, (batch, k, m) of the same dtype.
 
     Returns:
-        X, (batch, k, m), of the arguments' dtype. Of a column whose diagonal is 0, of which nothing is known, it is W.
+        X, (batch, k, m), of the arguments' dtype. Of a column whose diagonal is 0, of which nothing is known, it is 0.
         No gradients are defined.
 
     Raises:
@@ -61,7 +59,7 @@ def lstsq(
             positive semidefinite.
         TypeError: a dtype is none of those above.
     """
-    return lstsq_ex(gram, cross, ridge, absolute=absolute, start=start)[0]
+    return lstsq_ex(gram, cross, ridge, absolute=absolute)[0]
 
 
 def lstsq_ex(
@@ -70,10 +68,9 @@ def lstsq_ex(
     ridge: float | torch.Tensor = 0.0,
     *,
     absolute: bool = False,
-    start: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`lstsq`, and the ridge that each system was solved with: (batch,) fp64, absolute."""
-    check_tensors(gram=gram, cross=cross, **({} if start is None else {"start": start}))
+    check_tensors(gram=gram, cross=cross)
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or cross.ndim != 3 or cross.shape[:2] != gram.shape[:2]:
         raise ValueError(
             "gram and cross must have shapes (batch, k, k) and (batch, k, m), "
@@ -81,10 +78,6 @@ def lstsq_ex(
         )
     check_dtype("gram", gram, PRECISE)
     check_dtype("cross", cross, (gram.dtype,))
-    if start is not None:
-        check_dtype("start", start, (gram.dtype,))
-        if start.shape != cross.shape:
-            raise ValueError(f"start must have the shape of cross, {tuple(cross.shape)}, got {tuple(start.shape)}.")
     if not isinstance(absolute, bool):
         raise TypeError(f"absolute must be True or False, got {absolute!r}.")
     if not isinstance(ridge, (numbers.Real, torch.Tensor)):
@@ -96,24 +89,21 @@ def lstsq_ex(
         wanted = wanted.expand(len(gram)).contiguous()
     else:
         wanted = torch.full(gram.shape[:1], float(ridge), dtype=torch.float64, device=gram.device)
-    gram, cross, start = gram.detach(), cross.detach(), None if start is None else start.detach()
-    solution, used, status = _attempt(gram, cross, wanted, absolute, start)
+    gram, cross = gram.detach(), cross.detach()
+    solution, used, status = _attempt(gram, cross, wanted, absolute)
     if bool(status.any()):  # the only wait for the device
-        _check_values(gram, cross, start, wanted, absolute)
+        _check_values(gram, cross, wanted, absolute)
         failed = (status & FAILED).nonzero()[:, 0]
         if len(failed):
-            _solve_again(failed, gram, cross, start, solution, used)
+            _solve_again(failed, gram, cross, solution, used)
     return solution, used
 
 
-def _check_values(
-    gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None, ridge: torch.Tensor, absolute: bool
-) -> None:
+def _check_values(gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool) -> None:
     """Raise the error that explains why a system may not have been solved, if there is one."""
     sizes = gram.tril().abs_()  # one copy: this may be as large as memory allows
     beside = torch.maximum(sizes.amax(-1), sizes.amax(-2))  # NaN and infinity reach it
-    named = {"gram": beside, "cross": cross} | ({} if start is None else {"start": start})
-    for name, tensor in named.items():
+    for name, tensor in (("gram", beside), ("cross", cross)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity.")
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
@@ -131,17 +121,15 @@ def _check_values(
 
 
 def _solve_again(
-    rows: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, start: torch.Tensor | None,
-    solution: torch.Tensor, used: torch.Tensor,
+    rows: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, solution: torch.Tensor, used: torch.Tensor
 ) -> None:  # fmt: skip
     """Solve the systems `rows` in fp64, with the least ridge that does, into `solution` and `used`."""
     raised, most = 0, 0.0
     for least in RIDGES:
         few = len(rows) < len(gram)
-        g, r, w = (None if t is None else t[rows] if few else t for t in (gram, cross, start))
-        assert g is not None and r is not None
+        g, r = (t[rows] if few else t for t in (gram, cross))
         ridge = torch.maximum(used[rows], least * g.diagonal(dim1=-2, dim2=-1).double().mean(-1))
-        x, failed = _factor_and_solve(g, r, ridge, w)
+        x, failed = _factor_and_solve(g, r, ridge)
         done = rows[~failed]
         if not bool(x[~failed].to(cross.dtype).isfinite().all()):
             raise ValueError(f"the solution leaves the range of {cross.dtype}; scale gram and cross, or use float64.")
@@ -161,7 +149,7 @@ def _solve_again(
 
 
 def _attempt(
-    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool, start: torch.Tensor | None
+    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One attempt, which waits for no device: solutions, NaN where there is none, absolute ridges, status by system."""
     backend = choose("lstsq", gram.device).backend
@@ -175,11 +163,10 @@ def _attempt(
         return zeros, used, FAILED * (~(ridge >= 0)).int()
     many = batch >= FEWEST or size <= SMALL or gram.device.type != "cpu"
     if backend == "extension" and size <= LARGEST[gram.device.type] and columns <= MOST_COLUMNS and many:
-        contiguous = None if start is None else start.contiguous()
-        return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute, contiguous)  # type: ignore[no-any-return]
+        return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute)  # type: ignore[no-any-return]
     used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)
     with full_precision(gram.device):
-        precise, failed = _factor_and_solve(gram, cross, used, start)
+        precise, failed = _factor_and_solve(gram, cross, used)
     solution = precise.to(gram.dtype)
     # NaN and infinity reach the sum; so may large numbers, which are then looked at again.
     failed |= ~(ridge >= 0) | ~(diagonal >= 0).all(-1) | ~solution.sum((-2, -1)).isfinite()
@@ -192,16 +179,16 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     results: list[torch.Tensor] = []
     for size, rights, dtype in ((64, 3, torch.float32), (33, 1, torch.float64), (8, 16, torch.float32)):
         a, b = random(50, 2 * size, size).to(dtype), random(50, 2 * size, rights).to(dtype)
-        start, ridge = random(50, size, rights).to(dtype), random(50).abs().double()
+        ridge = random(50).abs().double()
         # Not by lstsq_ex, which would solve again what a kernel has failed to.
-        results += torch.ops.slimllm.lstsq(a.mT @ a, a.mT @ b, 1e-3 * ridge, False, None)
-        results += torch.ops.slimllm.lstsq(a.mT @ a, a.mT @ b, ridge, True, start)
+        results += torch.ops.slimllm.lstsq(a.mT @ a, a.mT @ b, 1e-3 * ridge, False)
+        results += torch.ops.slimllm.lstsq(a.mT @ a, a.mT @ b, ridge, True)
     return results
 
 
 operator(
-    "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute, Tensor? start) -> (Tensor, Tensor, Tensor)",
-    shape=lambda gram, cross, ridge, absolute, start: (torch.empty_like(cross, memory_format=torch.contiguous_format),
+    "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute) -> (Tensor, Tensor, Tensor)",
+    shape=lambda gram, cross, ridge, absolute: (torch.empty_like(cross, memory_format=torch.contiguous_format),
                                                        torch.empty_like(ridge), torch.empty_like(ridge, dtype=torch.int32)),
     cases=_cases,
     extension={
@@ -211,18 +198,12 @@ operator(
 )(_attempt)  # fmt: skip
 
 
-def _factor_and_solve(
-    gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, start: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _factor_and_solve(gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """X in fp64, and which systems are singular to its precision.
 
-    Of G the lower half is read. In memory beside it: G + λI in fp64, which its factor replaces, and twice X. A start costs
-    two matrices more.
+    Of G the lower half is read. In memory beside it: G + λI in fp64, which its factor replaces, and twice X.
     """
     cross = cross.double()
-    if start is not None:
-        both = gram.double().tril()
-        cross = cross - (both + both.tril(-1).mT) @ start.double()
     # By rows, so that for LAPACK, which reads by columns, it is the upper half and factored in place.
     system = gram.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     diagonal = system.diagonal(dim1=-2, dim2=-1)
@@ -235,6 +216,4 @@ def _factor_and_solve(
     least = gram.shape[-1] * torch.finfo(torch.float64).eps
     right = cross if not cross.is_cuda and bool(known.all()) else torch.where(known[..., None], cross, 0.0)
     solution = torch.linalg.solve_triangular(upper, torch.linalg.solve_triangular(upper.mT, right, upper=False), upper=True)
-    if start is not None:
-        solution += start.double()
     return solution.contiguous(), (status != 0) | ~(pivots > least)
