@@ -44,8 +44,9 @@ def measured(model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict[str
     """Perplexity by text and window."""
     return {
         f"{name} {seq_len}": slimllm.perplexity(model, tokens, seq_len=seq_len)
-        for name, tokens in texts.items() for seq_len in LENGTHS
-    }  # fmt: skip
+        for name, tokens in texts.items()
+        for seq_len in LENGTHS
+    }
 
 
 def places(tokens: torch.Tensor) -> torch.Tensor:
@@ -99,9 +100,12 @@ def main() -> None:
                         config = slimllm.PruneConfig(ratio=ratio, seed=seed, **(METHODS | PARTS)[method])
                         report = slimllm.prune_model(model, windows, config)
                         row |= {
-                            "perplexity": measured(model, held_out), "perplexity_dense": before, "seq_len": 128,
-                            "achieved_ratio": report.achieved_ratio, "parameters": report.parameters["layers_after"],
-                        }  # fmt: skip
+                            "perplexity": measured(model, held_out),
+                            "perplexity_dense": before,
+                            "seq_len": 128,
+                            "achieved_ratio": report.achieved_ratio,
+                            "parameters": report.parameters["layers_after"],
+                        }
                         append_results("accuracy", [row])
                         values = " ".join(f"{value:.1f}" for value in row["perplexity"].values())
                         about = f"{method}, {ratio:g}, {text}, {samples} windows, seed {seed}"

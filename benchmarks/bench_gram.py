@@ -77,10 +77,16 @@ def bench(name: str, num_tokens: int, features: int, device: torch.device, round
     work = gram_work(num_tokens, features, dtype.itemsize)
     rate = work.operations / seconds["ours"]
     row = {
-        "shape": name, "tokens": num_tokens, "features": features, "dtype": str(dtype).removeprefix("torch."),
-        "backend": ops.backend(device), "seconds": seconds, "errors": errors,
-        "speedup_over_torch": seconds["torch"] / seconds["ours"], "tflops_of_half": rate / 1e12,
-    }  # fmt: skip
+        "shape": name,
+        "tokens": num_tokens,
+        "features": features,
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": ops.backend(device),
+        "seconds": seconds,
+        "errors": errors,
+        "speedup_over_torch": seconds["torch"] / seconds["ours"],
+        "tflops_of_half": rate / 1e12,
+    }
     if "gemm" in seconds:
         row["of_measured_gemm_rate"] = rate / (2 * num_tokens * features**2 / seconds["gemm"])
         row["floor_s_h100"] = max(work.floor_s(H100))

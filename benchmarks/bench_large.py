@@ -32,15 +32,22 @@ def show(rows: list[dict[str, Any]]) -> None:
     """The table."""
     table = Table(
         "model", "layers", "recovery", "budget", "s / layer", "s", "peak GiB", "plan GiB", "plan / peak", "GPU", box=None
-    )  # fmt: skip
+    )
     for row in rows:
         budget = row["host_memory"] or row["gpu_memory"] or ""
         gpu = f"{row['peak_gpu_gib']:.2f} / {sum(row['gpu_memory_gib'].values()):.2f}" if row["peak_gpu_gib"] else ""
         table.add_row(
-            row["model"], str(row["num_layers"]), row["recovery"], budget, f"{mean(row['layer_s']):.1f}",
-            f"{row['elapsed_s']:.0f}", f"{row['peak_host_gib']:.2f}", f"{row['predicted_gib']:.2f}",
-            f"{row['predicted_over_peak']:.2f}", gpu,
-        )  # fmt: skip
+            row["model"],
+            str(row["num_layers"]),
+            row["recovery"],
+            budget,
+            f"{mean(row['layer_s']):.1f}",
+            f"{row['elapsed_s']:.0f}",
+            f"{row['peak_host_gib']:.2f}",
+            f"{row['predicted_gib']:.2f}",
+            f"{row['predicted_over_peak']:.2f}",
+            gpu,
+        )
     console = Console(width=120)
     console.print(table)
 

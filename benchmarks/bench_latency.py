@@ -45,18 +45,26 @@ def main() -> None:
             )
         rows = [
             {
-                "model": Path(arguments.model).stem, "preset": names[line.model][0], "ratio": names[line.model][1],
-                **dataclasses.asdict(line.shape), "parameters": line.parameters, "memory_gib": memory,
-                "prefill_macs": line.prefill_macs, "decode_macs": line.decode_macs,
+                "model": Path(arguments.model).stem,
+                "preset": names[line.model][0],
+                "ratio": names[line.model][1],
+                **dataclasses.asdict(line.shape),
+                "parameters": line.parameters,
+                "memory_gib": memory,
+                "prefill_macs": line.prefill_macs,
+                "decode_macs": line.decode_macs,
                 "first_token_s": statistics.median(line.first_token_s),
                 "prefill_per_s": statistics.median(line.prefill_rates),
                 "decode_per_s": statistics.median(line.decode_rates),
                 "prefill_speedup": found.speedup(line, "prefill_rates"),
                 "decode_speedup": found.speedup(line, "decode_rates"),
-                "rounds": arguments.rounds, "dtype": found.dtype, "device": found.device, "threads": found.threads,
+                "rounds": arguments.rounds,
+                "dtype": found.dtype,
+                "device": found.device,
+                "threads": found.threads,
             }
             for line, memory in zip(found.lines, found.memory_gib * (len(found.lines) // len(names)))
-        ]  # fmt: skip
+        ]
         append_results("latency", rows)
         console = Console(width=120)
         console.print(model_table(found))

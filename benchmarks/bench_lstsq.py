@@ -64,10 +64,14 @@ def bench_systems(batch: int, k: int, m: int, device: torch.device, rounds: int)
     seconds = median_seconds(runs, device, rounds)
     backend = choose("lstsq", device).backend if k <= LARGEST[device.type] and m <= MOST_COLUMNS else "torch"
     return {
-        "what": f"{batch} systems, k = {k}, m = {m}", "backend": backend, "seconds": seconds,
-        "error": error, "error_torch": plain, "speedup_over_torch": seconds["torch"] / seconds["ours"],
+        "what": f"{batch} systems, k = {k}, m = {m}",
+        "backend": backend,
+        "seconds": seconds,
+        "error": error,
+        "error_torch": plain,
+        "speedup_over_torch": seconds["torch"] / seconds["ours"],
         "speedup_over_torch_fp64": seconds["torch fp64"] / seconds["ours"],
-    }  # fmt: skip
+    }
 
 
 def bench_affine(device: torch.device, rounds: int, outputs: int = 4096, tokens: int = 4096) -> dict[str, Any]:
@@ -96,10 +100,11 @@ def bench_affine(device: torch.device, rounds: int, outputs: int = 4096, tokens:
     }
     seconds = median_seconds(runs, device, rounds) | {"polyfit": polyfit_s}
     return {
-        "what": f"affine fit, {outputs} outputs, {tokens} tokens", "seconds": seconds,
+        "what": f"affine fit, {outputs} outputs, {tokens} tokens",
+        "seconds": seconds,
         "speedup_over_polyfit": polyfit_s / seconds["ours"],
         "speedup_over_polyfit_with_moments": polyfit_s / seconds["ours, with the moments"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

@@ -55,16 +55,22 @@ def make_layer(width: int, tokens: int, device: torch.device) -> tuple[Activatio
     x, inner = activations(width, (0.3 * normal(width)).exp()), activations(width, per_head)
     z = activations(channels, (0.5 * normal(channels)).exp())
     weights = {
-        "o": normal(width, width) / width**0.5, "down": normal(width, channels) / channels**0.5,
-        "gate": normal(channels, width) / width**0.5, "up": normal(channels, width) / width**0.5,
-    }  # fmt: skip
+        "o": normal(width, width) / width**0.5,
+        "down": normal(width, channels) / channels**0.5,
+        "gate": normal(channels, width) / width**0.5,
+        "up": normal(channels, width) / width**0.5,
+    }
     return ((inner, inner @ weights["o"].T), (x, z, z @ weights["down"].T)), weights
 
 
 def engine(
-    activations: Activations, weights: dict[str, torch.Tensor], heads: int, pruned_heads: int, pruned_channels: int,
+    activations: Activations,
+    weights: dict[str, torch.Tensor],
+    heads: int,
+    pruned_heads: int,
+    pruned_channels: int,
     watch: Stopwatch,
-) -> tuple[list[int], list[int]]:  # fmt: skip
+) -> tuple[list[int], list[int]]:
     """What `slimllm.pruning.attention` and `slimllm.pruning.ffn` do with a layer's activations, batch by batch."""
     (inner, _), (x, z, y) = activations
     device, hidden_size = inner.device, weights["o"].shape[0]
@@ -134,11 +140,20 @@ def bench(width: int, tokens: int, device: torch.device, rounds: int) -> dict[st
     assert ours[0][0] == theirs[0], f"width {width}, {tokens} tokens: the choices differ"
     seconds, gib = statistics.median(run[1] for run in ours), max(run[2] for run in ours)
     return {
-        "hidden_size": width, "num_heads": heads, "intermediate_size": num_channels, "tokens": tokens, "ratio": RATIO,
-        "device": str(device), "engine_s": seconds, "naive_s": theirs[1], "engine_gib": gib, "naive_gib": theirs[2],
+        "hidden_size": width,
+        "num_heads": heads,
+        "intermediate_size": num_channels,
+        "tokens": tokens,
+        "ratio": RATIO,
+        "device": str(device),
+        "engine_s": seconds,
+        "naive_s": theirs[1],
+        "engine_gib": gib,
+        "naive_gib": theirs[2],
         "stages_s": {stage: statistics.median(run[stage] for run in stages) for stage in stages[0]},
-        "speedup": theirs[1] / seconds, "memory_ratio": theirs[2] / max(gib, 1e-3),
-    }  # fmt: skip
+        "speedup": theirs[1] / seconds,
+        "memory_ratio": theirs[2] / max(gib, 1e-3),
+    }
 
 
 def main() -> None:
@@ -159,9 +174,15 @@ def main() -> None:
         append_results("naive", [row])
         console.print(f"width {width}, {tokens} tokens: {row['speedup']:.0f} ×", style="dim")
         table.add_row(
-            str(width), str(tokens), f"{row['engine_s']:.3f}", f"{row['naive_s']:.2f}", f"{row['speedup']:.0f} ×",
-            f"{1024 * row['engine_gib']:.0f}", f"{1024 * row['naive_gib']:.0f}", f"1/{row['memory_ratio']:.0f}",
-        )  # fmt: skip
+            str(width),
+            str(tokens),
+            f"{row['engine_s']:.3f}",
+            f"{row['naive_s']:.2f}",
+            f"{row['speedup']:.0f} ×",
+            f"{1024 * row['engine_gib']:.0f}",
+            f"{1024 * row['naive_gib']:.0f}",
+            f"1/{row['memory_ratio']:.0f}",
+        )
     console.print(table)
     points = [(row["tokens"], row["stages_s"]) for row in rows if row["hidden_size"] == 512]
     if len(points) > 2:
@@ -172,8 +193,9 @@ def main() -> None:
             r2 = 1 - ((y - slope * x - start) ** 2).sum() / ((y - y.mean()) ** 2).sum()
             fit = f", R² {r2:.4f}" if stage == "statistics" else ""
             times = ", ".join(f"{1e3 * value:.1f}" for value in y)
-            console.print(f"{stage}: {times} ms; {1e3 * start:.1f} ms + {1e6 * slope:.2f} ms a thousand tokens{fit}",
-                          highlight=False)  # fmt: skip
+            console.print(
+                f"{stage}: {times} ms; {1e3 * start:.1f} ms + {1e6 * slope:.2f} ms a thousand tokens{fit}", highlight=False
+            )
 
 
 if __name__ == "__main__":

@@ -48,11 +48,9 @@ def bench(shape: Shape, units: int, device: torch.device, rounds: int) -> list[d
     pruned = max(1, units // 4)
     operations = {
         "gram": (lambda: ops.head_covariance(weight, covariance, units), head_covariance_work(shape)),
-        "stream": (
-            lambda: ops.head_covariance_of_tokens(weight, x, units, method="stream"), stream_work(shape, TOKENS)
-        ),
+        "stream": (lambda: ops.head_covariance_of_tokens(weight, x, units, method="stream"), stream_work(shape, TOKENS)),
         "exchange": (lambda: ops.pearson_greedy(by_head, pruned), exchange_work(shape, pruned)),
-    }  # fmt: skip
+    }
     backends = ["torch", "triton"] if device.type == "cuda" else ["torch"]
     rows = []
     for name, (function, work) in operations.items():
@@ -61,12 +59,18 @@ def bench(shape: Shape, units: int, device: torch.device, rounds: int) -> list[d
         worst = max(float((result - results[0]).abs().max() / results[0].abs().max()) for result in results)
         assert worst < 1e-5, f"{name}: the backends differ by {worst:.1e}"
         seconds = median_seconds(runs, device, rounds)
-        rows.append({
-            "operation": name, "shape": shape.name, "units": units, "seconds": seconds,
-            "speedup_over_torch": seconds["torch"] / seconds[backends[-1]],
-            "extra_bytes": {backend: extra_bytes(run, device) for backend, run in runs.items()},
-            "result_bytes": results[0].numel() * 4, "floor_s_h100": max(work.floor_s(H100)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "operation": name,
+                "shape": shape.name,
+                "units": units,
+                "seconds": seconds,
+                "speedup_over_torch": seconds["torch"] / seconds[backends[-1]],
+                "extra_bytes": {backend: extra_bytes(run, device) for backend, run in runs.items()},
+                "result_bytes": results[0].numel() * 4,
+                "floor_s_h100": max(work.floor_s(H100)),
+            }
+        )
     return rows
 
 

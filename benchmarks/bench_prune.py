@@ -34,10 +34,7 @@ SCALING = [
     *(Setting("smollm2-360m", layers=4, samples=samples) for samples in (8, 16, 64, 128)),
     *(Setting(model, layers=4) for model in ("smollm2-135m", "tinyllama-1.1b")),
 ]
-LARGE = [
-    Setting("llama-7b", preset="paper", on_disk=True),
-    Setting("llama-7b", layers=8, recovery="lstsq"),
-]
+LARGE = [Setting("llama-7b", preset="paper", on_disk=True), Setting("llama-7b", layers=8, recovery="lstsq")]
 
 
 def as_safetensors(model: str | Path, folder: str) -> str:

@@ -57,11 +57,24 @@ def main() -> None:
             report = slimllm.prune_model(model, tokenizer, config)
             value = slimllm.perplexity(model, held_out, max_windows=64)
             cost = report.elapsed_s / report.dense_pass_s
-            append_results("recovery", [{
-                "model": getattr(path, "stem", path), "ratio": ratio, "recovery": recovery, "samples": arguments.samples,
-                "seq_len": arguments.seq_len, "ridge": ridge, "perplexity": value, "perplexity_dense": before,
-                "elapsed_s": report.elapsed_s, "dense_pass_s": report.dense_pass_s, "achieved_ratio": report.achieved_ratio,
-            }])  # fmt: skip
+            append_results(
+                "recovery",
+                [
+                    {
+                        "model": getattr(path, "stem", path),
+                        "ratio": ratio,
+                        "recovery": recovery,
+                        "samples": arguments.samples,
+                        "seq_len": arguments.seq_len,
+                        "ridge": ridge,
+                        "perplexity": value,
+                        "perplexity_dense": before,
+                        "elapsed_s": report.elapsed_s,
+                        "dense_pass_s": report.dense_pass_s,
+                        "achieved_ratio": report.achieved_ratio,
+                    }
+                ],
+            )
             table.add_row(
                 f"{ratio:g}",
                 recovery if ridge is None else f"{recovery}, ridge {ridge:g}",

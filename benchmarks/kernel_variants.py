@@ -122,8 +122,10 @@ def _exchange() -> list[Variant]:
         types |= _integers("step", "features", "num_heads", "group_size", "stride_i", "stride_j") | {"rounding": "fp32"}
         options = exchange.NUM_WARPS, 3, None, ("features", "stride_i", "stride_j")
         for name, kernel in (
-            ("sums", exchange.sums_kernel), ("score", exchange.score_kernel), ("update", exchange.exchange_kernel)
-        ):  # fmt: skip
+            ("sums", exchange.sums_kernel),
+            ("score", exchange.score_kernel),
+            ("update", exchange.exchange_kernel),
+        ):
             constants = {"BLOCK": exchange.BLOCK} | ({"HEADS": 64} if name == "update" else {})
             found.append(Variant(f"exchange {name} {dtype}", kernel, types, constants, *options))
     return found

@@ -72,9 +72,14 @@ def compile_variant(name: str, arch: int) -> Compiled:
     assert found, usage
     instruction = variant.tensor_cores if arch >= 90 else "HMMA"
     row = Compiled(
-        name, arch, int(found[1]), int(found[2]), len(re.findall(r"\b(?:STL|LDL)\b", code)), compiled.metadata.shared,
+        name,
+        arch,
+        int(found[1]),
+        int(found[2]),
+        len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        compiled.metadata.shared,
         len(re.findall(rf"\b{instruction}\b", code)) if variant.tensor_cores else 0,
-    )  # fmt: skip
+    )
     if row.stack or row.spills or row.registers > 255:
         row.faults.append("spills")
     if row.shared_bytes > SHARED_LIMIT[arch]:

@@ -15,9 +15,9 @@ import torch
 def head_outputs(x: torch.Tensor, weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """o_i = X_i W_iᵀ of every head: (H, num_tokens, D)."""
     width = weight.shape[1] // num_heads
-    return torch.stack([
-        x[:, i * width : (i + 1) * width] @ weight[:, i * width : (i + 1) * width].T for i in range(num_heads)
-    ])  # fmt: skip
+    return torch.stack(
+        [x[:, i * width : (i + 1) * width] @ weight[:, i * width : (i + 1) * width].T for i in range(num_heads)]
+    )
 
 
 def similarity(part: torch.Tensor, full: torch.Tensor) -> float:
@@ -69,9 +69,13 @@ def regress(y: torch.Tensor, y_hat: torch.Tensor) -> tuple[np.ndarray, np.ndarra
 
 
 def prune_layer(
-    attention: tuple[torch.Tensor, torch.Tensor], ffn: tuple[torch.Tensor, ...], weights: dict[str, torch.Tensor],
-    num_heads: int, pruned_heads: int, pruned_channels: int,
-) -> tuple[list[int], list[int]]:  # fmt: skip
+    attention: tuple[torch.Tensor, torch.Tensor],
+    ffn: tuple[torch.Tensor, ...],
+    weights: dict[str, torch.Tensor],
+    num_heads: int,
+    pruned_heads: int,
+    pruned_channels: int,
+) -> tuple[list[int], list[int]]:
     """Everything after a layer's forward pass: heads, channels and both regressions.
 
     Args:

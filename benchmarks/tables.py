@@ -71,16 +71,36 @@ def prune_table() -> str:
 
     settings = whole_models()
     return table(
-        ["input", "preset", "recovery", "ratio", "calibration", "pruning", "dense pass", "pruning / dense", "× floor",
-         "peak", "account"],
-        [[
-            rows[0]["weights"], rows[0]["preset"], rows[0]["recovery"], f"{rows[0]['ratio']:.0%}",
-            f"{rows[0]['samples']} × {rows[0]['seq_len']}", f"{median(rows, lambda r: r['elapsed_s']):.1f} s",
-            f"{median(rows, lambda r: r['dense_pass_s']):.1f} s", spread(rows, "ratio_to_dense_pass"),
-            f"{median(rows, lambda r: r['times_floor']):.2f}", f"{median(rows, lambda r: r['peak_host_gib']):.2f} GiB",
-            f"{median(rows, lambda r: sum(r['memory_gib'].values())):.2f} GiB",
-        ] for rows in settings],
-    )  # fmt: skip
+        [
+            "input",
+            "preset",
+            "recovery",
+            "ratio",
+            "calibration",
+            "pruning",
+            "dense pass",
+            "pruning / dense",
+            "× floor",
+            "peak",
+            "account",
+        ],
+        [
+            [
+                rows[0]["weights"],
+                rows[0]["preset"],
+                rows[0]["recovery"],
+                f"{rows[0]['ratio']:.0%}",
+                f"{rows[0]['samples']} × {rows[0]['seq_len']}",
+                f"{median(rows, lambda r: r['elapsed_s']):.1f} s",
+                f"{median(rows, lambda r: r['dense_pass_s']):.1f} s",
+                spread(rows, "ratio_to_dense_pass"),
+                f"{median(rows, lambda r: r['times_floor']):.2f}",
+                f"{median(rows, lambda r: r['peak_host_gib']):.2f} GiB",
+                f"{median(rows, lambda r: sum(r['memory_gib'].values())):.2f} GiB",
+            ]
+            for rows in settings
+        ],
+    )
 
 
 def stages_table() -> str:
@@ -108,15 +128,19 @@ def naive_table() -> str:
     settings.sort(key=lambda rows: (rows[0]["hidden_size"], rows[0]["tokens"]))
     return table(
         ["hidden", "heads", "intermediate", "tokens", "engine", "plain", "speed-up", "engine's memory", "plain's", "ratio"],
-        [[
-            *(str(rows[0][key]) for key in ("hidden_size", "num_heads", "intermediate_size", "tokens")),
-            f"{median(rows, lambda r: r['engine_s']):.3f} s", f"{median(rows, lambda r: r['naive_s']):.1f} s",
-            f"{median(rows, lambda r: r['speedup']):.0f} ×",
-            f"{median(rows, lambda r: 1024 * r['engine_gib']):.0f} MiB",
-            f"{median(rows, lambda r: 1024 * r['naive_gib']):.0f} MiB",
-            f"1/{median(rows, lambda r: r['memory_ratio']):.0f}",
-        ] for rows in settings],
-    )  # fmt: skip
+        [
+            [
+                *(str(rows[0][key]) for key in ("hidden_size", "num_heads", "intermediate_size", "tokens")),
+                f"{median(rows, lambda r: r['engine_s']):.3f} s",
+                f"{median(rows, lambda r: r['naive_s']):.1f} s",
+                f"{median(rows, lambda r: r['speedup']):.0f} ×",
+                f"{median(rows, lambda r: 1024 * r['engine_gib']):.0f} MiB",
+                f"{median(rows, lambda r: 1024 * r['naive_gib']):.0f} MiB",
+                f"1/{median(rows, lambda r: r['memory_ratio']):.0f}",
+            ]
+            for rows in settings
+        ],
+    )
 
 
 def recovery_table() -> str:
@@ -130,9 +154,7 @@ def recovery_table() -> str:
         return f"{row['perplexity']:,.{digits}f} ({row['elapsed_s'] / row['dense_pass_s']:.1f} ×)"
 
     names = [("none", "`none`"), ("affine", "`affine`, the paper's"), ("lstsq", "`lstsq`")]
-    return table(
-        ["`--recovery`", "20 %", "50 %"], [[title, cell(name, 0.2), cell(name, 0.5)] for name, title in names]
-    )  # fmt: skip
+    return table(["`--recovery`", "20 %", "50 %"], [[title, cell(name, 0.2), cell(name, 0.5)] for name, title in names])
 
 
 def accuracy_table() -> str:
@@ -153,8 +175,9 @@ def calibration_table() -> str:
     with_more = {key[0] for key, _ in settings if key[1] > 32}
     lines = [
         [key[0], f"{key[1] * 128:,}", *increases([row for row in rows if row["seed"] == 0], (0.2, 0.5))]
-        for key, rows in sorted(settings, key=lambda entry: entry[0]) if key[0] in with_more
-    ]  # fmt: skip
+        for key, rows in sorted(settings, key=lambda entry: entry[0])
+        if key[0] in with_more
+    ]
     return table(["method", "tokens", *(f"{ratio}, {kind}" for ratio in ("20%", "50%") for kind in KINDS)], lines)
 
 
@@ -204,17 +227,30 @@ def large_table() -> str:
     def line(rows: Rows) -> list[str]:
         first = rows[0]
         return [
-            first["model"], str(first["layers"]), first["recovery"], first["host_memory"] or "none",
+            first["model"],
+            str(first["layers"]),
+            first["recovery"],
+            first["host_memory"] or "none",
             f"{median(rows, lambda r: statistics.mean(r['layer_s'])):.0f} s",
             f"{median(rows, lambda r: r['elapsed_s']):.0f} s",
             f"{median(rows, lambda r: r['ratio_to_dense_pass']):.2f}",
             f"{median(rows, lambda r: r['peak_host_gib']):.2f} GiB",
             f"{median(rows, lambda r: r['predicted_gib']):.2f} GiB",
             f"{median(rows, lambda r: r['predicted_over_peak']):.2f}",
-        ]  # fmt: skip
+        ]
 
-    header = ["layers of", "number", "recovery", "budget", "pruning a layer", "all", "pruning / dense", "peak", "plan",
-              "plan / peak"]  # fmt: skip
+    header = [
+        "layers of",
+        "number",
+        "recovery",
+        "budget",
+        "pruning a layer",
+        "all",
+        "pruning / dense",
+        "peak",
+        "plan",
+        "plan / peak",
+    ]
     return table(header, [line(rows) for rows in settings])
 
 
@@ -240,9 +276,16 @@ def latency_table() -> str:
     return table(["", "parameters", "MMAC/token", "memory", *header], [line(model) for model in models])
 
 
-TABLES = {"prune": prune_table, "stages": stages_table, "naive": naive_table, "recovery": recovery_table,
-          "large": large_table, "accuracy": accuracy_table, "calibration": calibration_table,
-          "latency": latency_table}  # fmt: skip
+TABLES = {
+    "prune": prune_table,
+    "stages": stages_table,
+    "naive": naive_table,
+    "recovery": recovery_table,
+    "large": large_table,
+    "accuracy": accuracy_table,
+    "calibration": calibration_table,
+    "latency": latency_table,
+}
 
 
 def fill(page: str) -> str:

@@ -28,9 +28,22 @@ def column_sums_reference(
 
 @triton.jit
 def columns_kernel(
-    x, pivot_x, y, pivot_y, weight, partial, num_tokens, features, split_tokens, stride_xn, stride_xf, stride_yn,
-    stride_yf, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+    x,
+    pivot_x,
+    y,
+    pivot_y,
+    weight,
+    partial,
+    num_tokens,
+    features,
+    split_tokens,
+    stride_xn,
+    stride_xf,
+    stride_yn,
+    stride_yf,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     """Two sums of BLOCK_F features over one part of the tokens; of x alone where y is None."""
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     known = cols < features
@@ -70,9 +83,13 @@ def columns_kernel(
 
 
 def column_sums(
-    x: torch.Tensor, pivot_x: torch.Tensor | None, y: torch.Tensor | None, pivot_y: torch.Tensor | None,
-    weight: torch.Tensor | None = None, splits: int | None = None,
-) -> torch.Tensor:  # fmt: skip
+    x: torch.Tensor,
+    pivot_x: torch.Tensor | None,
+    y: torch.Tensor | None,
+    pivot_y: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
     """(2, features) fp64: Σ w u and Σ w u², or of two streams Σ w v² and Σ w u v; `slimllm.ops` checks the arguments.
 
     Args:
@@ -89,7 +106,19 @@ def column_sums(
     strides = (0, 0) if y is None else y.stride()
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         columns_kernel[(blocks, splits)](
-            x, pivot_x, y, pivot_y, weight, partial, num_tokens, features, split_tokens, *x.stride(), *strides,
-            BLOCK_N=BLOCK_N, BLOCK_F=BLOCK_F, num_warps=NUM_WARPS,
-        )  # fmt: skip
+            x,
+            pivot_x,
+            y,
+            pivot_y,
+            weight,
+            partial,
+            num_tokens,
+            features,
+            split_tokens,
+            *x.stride(),
+            *strides,
+            BLOCK_N=BLOCK_N,
+            BLOCK_F=BLOCK_F,
+            num_warps=NUM_WARPS,
+        )
     return partial.sum(0, dtype=torch.float64)

@@ -23,9 +23,18 @@ def token_cosine_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def cosine_kernel(
-    a, b, result, num_tokens, features, stride_an, stride_af, stride_bn, stride_bf,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+    a,
+    b,
+    result,
+    num_tokens,
+    features,
+    stride_an,
+    stride_af,
+    stride_bn,
+    stride_bf,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     """The cosines of BLOCK_N tokens."""
     tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     a_rows, b_rows = a + tokens[:, None].to(tl.int64) * stride_an, b + tokens[:, None].to(tl.int64) * stride_bn

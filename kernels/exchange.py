@@ -72,9 +72,23 @@ def sums_kernel(covariance, kept, with_full, with_kept, own, features, num_heads
 
 @triton.jit(do_not_specialize=["step"])
 def score_kernel(
-    covariance, own, with_full, with_kept, cov_kept, variance, full_variance, kept, pruned, scores, step, features,
-    group_size, stride_i, stride_j, BLOCK: tl.constexpr,
-):  # fmt: skip
+    covariance,
+    own,
+    with_full,
+    with_kept,
+    cov_kept,
+    variance,
+    full_variance,
+    kept,
+    pruned,
+    scores,
+    step,
+    features,
+    group_size,
+    stride_i,
+    stride_j,
+    BLOCK: tl.constexpr,
+):
     """Similarity after the exchange of the step's head p with head q, this program's; -inf where it is not allowed."""
     q = tl.program_id(0)
     p = tl.load(pruned + step).to(tl.int32)
@@ -97,9 +111,25 @@ def score_kernel(
 
 @triton.jit(do_not_specialize=["step"])
 def exchange_kernel(
-    covariance, own, with_full, with_kept, cov_kept, variance, kept, pruned, scores, best, step, features, num_heads,
-    stride_i, stride_j, rounding, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    covariance,
+    own,
+    with_full,
+    with_kept,
+    cov_kept,
+    variance,
+    kept,
+    pruned,
+    scores,
+    best,
+    step,
+    features,
+    num_heads,
+    stride_i,
+    stride_j,
+    rounding,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Make the step's best exchange if it raises best[step] by more than rounding; best[step + 1] is what there is then."""
     heads = tl.arange(0, HEADS)
     score = tl.load(scores + heads, mask=heads < num_heads, other=float("-inf"))
@@ -162,10 +192,40 @@ def exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor
         best[:1] = torch.where(scale > 0, cov_kept.abs() / scale, 0.0).sum()
         for step in range(len(pruned)):
             score_kernel[(num_heads,)](
-                covariance, own, with_full, with_kept, cov_kept, variance, full_variance, flags, pruned, scores, step,
-                features, group_size, *strides, BLOCK=BLOCK, num_warps=NUM_WARPS,
-            )  # fmt: skip
+                covariance,
+                own,
+                with_full,
+                with_kept,
+                cov_kept,
+                variance,
+                full_variance,
+                flags,
+                pruned,
+                scores,
+                step,
+                features,
+                group_size,
+                *strides,
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )
             exchange_kernel[(blocks,)](
-                covariance, own, with_full, with_kept, cov_kept, variance, flags, pruned, scores, best, step, features,
-                num_heads, *strides, rounding, HEADS=triton.next_power_of_2(num_heads), BLOCK=BLOCK, num_warps=NUM_WARPS,
-            )  # fmt: skip
+                covariance,
+                own,
+                with_full,
+                with_kept,
+                cov_kept,
+                variance,
+                flags,
+                pruned,
+                scores,
+                best,
+                step,
+                features,
+                num_heads,
+                *strides,
+                rounding,
+                HEADS=triton.next_power_of_2(num_heads),
+                BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
+            )

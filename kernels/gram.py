@@ -69,9 +69,18 @@ def choose_config(dtype: torch.dtype, parts: bool, tma: bool, aligned: bool) -> 
 
 @triton.jit
 def _tile(
-    x, pivot, start, column, num_tokens, features, stride_n, stride_f,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    x,
+    pivot,
+    start,
+    column,
+    num_tokens,
+    features,
+    stride_n,
+    stride_f,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """u of some tokens and features: x itself, or fp32 differences from the pivot."""
     if TMA:
         u = x.load([start, column])
@@ -112,9 +121,22 @@ def _product(left, right, tile, DTYPE: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    x, pivot, weight, row, col, first, last, num_tokens, features, stride_n, stride_f,
-    DIAGONAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    x,
+    pivot,
+    weight,
+    row,
+    col,
+    first,
+    last,
+    num_tokens,
+    features,
+    stride_n,
+    stride_f,
+    DIAGONAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    TMA: tl.constexpr,
+):
     tile = tl.zeros((BLOCK_F, BLOCK_F), dtype=tl.float32)
     sums = tl.zeros((BLOCK_F,), dtype=tl.float32)
     DTYPE: tl.constexpr = x.dtype if TMA else x.dtype.element_ty
@@ -135,10 +157,26 @@ def _accumulate(
 
 @triton.jit
 def gram_kernel(
-    x, tiles, pivot, weight, gram, total, partial, partial_sums, num_tokens, features, split_tokens,
-    stride_n, stride_f, stride_row, stride_col, stride_total,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    x,
+    tiles,
+    pivot,
+    weight,
+    gram,
+    total,
+    partial,
+    partial_sums,
+    num_tokens,
+    features,
+    split_tokens,
+    stride_n,
+    stride_f,
+    stride_row,
+    stride_col,
+    stride_total,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    TMA: tl.constexpr,
+):
     """One tile of the lower half, over one part of the tokens; `partial` is None when there is one part.
 
     Else it has a slot of tiles for each part.
@@ -182,9 +220,19 @@ def gram_kernel(
 
 @triton.jit
 def reduce_kernel(
-    tiles, gram, total, partial, partial_sums, features, num_slots, stride_row, stride_col, stride_total,
-    BLOCK_F: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    tiles,
+    gram,
+    total,
+    partial,
+    partial_sums,
+    features,
+    num_slots,
+    stride_row,
+    stride_col,
+    stride_total,
+    BLOCK_F: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """Add the partial tiles of all slots to the Gram, in order; a program takes ROWS rows of one tile."""
     pid, strip = tl.program_id(0), tl.program_id(1)
     row, col = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
@@ -240,9 +288,13 @@ def _can_use_tma(x: torch.Tensor) -> bool:
 
 
 def gram_(
-    gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor, pivot: torch.Tensor | None = None,
-    weight: torch.Tensor | None = None, splits: int | None = None,
-) -> None:  # fmt: skip
+    gram: torch.Tensor,
+    total: torch.Tensor,
+    x: torch.Tensor,
+    pivot: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    splits: int | None = None,
+) -> None:
     """Add one batch in place; arguments as in `slimllm.ops.gram_`, which checks them.
 
     Args:
@@ -270,12 +322,35 @@ def gram_(
     outputs = (*gram.stride(), total.stride(0))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         gram_kernel[(len(tiles), splits)](
-            source, tiles, pivot, weight, gram, total, partial, sums, num_tokens, features, split_tokens,
-            *x.stride(), *outputs, BLOCK_N=config.block_n, BLOCK_F=config.block_f, TMA=tma,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            source,
+            tiles,
+            pivot,
+            weight,
+            gram,
+            total,
+            partial,
+            sums,
+            num_tokens,
+            features,
+            split_tokens,
+            *x.stride(),
+            *outputs,
+            BLOCK_N=config.block_n,
+            BLOCK_F=config.block_f,
+            TMA=tma,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
         if partial is not None:
             reduce_kernel[(len(tiles), config.block_f // REDUCE_ROWS)](
-                tiles, gram, total, partial, sums, features, len(partial), *outputs,
-                BLOCK_F=config.block_f, ROWS=REDUCE_ROWS,
-            )  # fmt: skip
+                tiles,
+                gram,
+                total,
+                partial,
+                sums,
+                features,
+                len(partial),
+                *outputs,
+                BLOCK_F=config.block_f,
+                ROWS=REDUCE_ROWS,
+            )

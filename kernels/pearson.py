@@ -76,10 +76,22 @@ def choose_config(weight_dtype: torch.dtype, aligned: bool) -> GramConfig:
 
 @triton.jit
 def gram_blocks_kernel(
-    weight, covariance, pairs, result, out_features, width,
-    stride_wk, stride_wf, stride_row, stride_col, stride_i, stride_j,
-    BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
+    weight,
+    covariance,
+    pairs,
+    result,
+    out_features,
+    width,
+    stride_wk,
+    stride_wf,
+    stride_row,
+    stride_col,
+    stride_i,
+    stride_j,
+    BLOCK_K: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
     """C of one pair of heads for one tile of outputs."""
     # Neighbours share a pair, whose block of the covariance then comes from memory once.
     pair, tile = tl.program_id(0) // tl.cdiv(out_features, BLOCK_K), tl.program_id(0) % tl.cdiv(out_features, BLOCK_K)
@@ -118,10 +130,25 @@ def gram_blocks_kernel(
 
 @triton.jit
 def _contributions(
-    x, mean, weight, head_block, start, outputs, num_tokens, num_heads, out_features, width,
-    stride_n, stride_f, stride_wk, stride_wf,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x,
+    mean,
+    weight,
+    head_block,
+    start,
+    outputs,
+    num_tokens,
+    num_heads,
+    out_features,
+    width,
+    stride_n,
+    stride_f,
+    stride_wk,
+    stride_wf,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """o[h, t, k] of a block of heads, about the mean: (BLOCK_H, BLOCK_N, BLOCK_K)."""
     heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
     tokens = start + tl.arange(0, BLOCK_N)[None, :, None]
@@ -149,10 +176,26 @@ def _contributions(
 
 @triton.jit
 def stream_kernel(
-    x, mean, weight, pairs, result, num_tokens, num_heads, out_features, width,
-    stride_n, stride_f, stride_wk, stride_wf, stride_i, stride_j,
-    BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x,
+    mean,
+    weight,
+    pairs,
+    result,
+    num_tokens,
+    num_heads,
+    out_features,
+    width,
+    stride_n,
+    stride_f,
+    stride_wk,
+    stride_wf,
+    stride_i,
+    stride_j,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """C of one pair of blocks of heads for one tile of outputs, over all tokens."""
     pair, tile = tl.program_id(0) // tl.cdiv(out_features, BLOCK_K), tl.program_id(0) % tl.cdiv(out_features, BLOCK_K)
     row, col = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
@@ -160,15 +203,47 @@ def stream_kernel(
     sums = tl.zeros((BLOCK_K, BLOCK_H, BLOCK_H), dtype=tl.float32)
     for start in range(0, num_tokens, BLOCK_N):
         left = _contributions(
-            x, mean, weight, row, start, outputs, num_tokens, num_heads, out_features, width,
-            stride_n, stride_f, stride_wk, stride_wf, BLOCK_K, BLOCK_H, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+            x,
+            mean,
+            weight,
+            row,
+            start,
+            outputs,
+            num_tokens,
+            num_heads,
+            out_features,
+            width,
+            stride_n,
+            stride_f,
+            stride_wk,
+            stride_wf,
+            BLOCK_K,
+            BLOCK_H,
+            BLOCK_N,
+            BLOCK_D,
+        )
         right = left
         if row != col:
             right = _contributions(
-                x, mean, weight, col, start, outputs, num_tokens, num_heads, out_features, width,
-                stride_n, stride_f, stride_wk, stride_wf, BLOCK_K, BLOCK_H, BLOCK_N, BLOCK_D,
-            )  # fmt: skip
+                x,
+                mean,
+                weight,
+                col,
+                start,
+                outputs,
+                num_tokens,
+                num_heads,
+                out_features,
+                width,
+                stride_n,
+                stride_f,
+                stride_wk,
+                stride_wf,
+                BLOCK_K,
+                BLOCK_H,
+                BLOCK_N,
+                BLOCK_D,
+            )
         sums = tl.dot(tl.permute(left, (2, 0, 1)), tl.permute(right, (2, 1, 0)), sums, input_precision="tf32x3")
     sums = sums / num_tokens
     i = (row * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
@@ -195,11 +270,21 @@ def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: i
     pairs = _pairs(num_heads, weight.device)
     with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
         gram_blocks_kernel[(len(pairs) * triton.cdiv(out_features, config.block_k),)](
-            weight, covariance, pairs, result, out_features, width,
-            *weight.stride(), *covariance.stride(), *result.stride()[:2],
-            BLOCK_K=config.block_k, BLOCK_A=config.block_a, BLOCK_B=config.block_b,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            weight,
+            covariance,
+            pairs,
+            result,
+            out_features,
+            width,
+            *weight.stride(),
+            *covariance.stride(),
+            *result.stride()[:2],
+            BLOCK_K=config.block_k,
+            BLOCK_A=config.block_a,
+            BLOCK_B=config.block_b,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return result
 
 
@@ -211,9 +296,23 @@ def stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, mean: torch.Te
     pairs = _pairs(triton.cdiv(num_heads, config.block_h), x.device)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         stream_kernel[(len(pairs) * triton.cdiv(weight.shape[0], config.block_k),)](
-            x, mean, weight, pairs, result, num_tokens, num_heads, weight.shape[0], in_features // num_heads,
-            *x.stride(), *weight.stride(), *result.stride()[:2],
-            BLOCK_K=config.block_k, BLOCK_H=config.block_h, BLOCK_N=config.block_n, BLOCK_D=config.block_d,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+            x,
+            mean,
+            weight,
+            pairs,
+            result,
+            num_tokens,
+            num_heads,
+            weight.shape[0],
+            in_features // num_heads,
+            *x.stride(),
+            *weight.stride(),
+            *result.stride()[:2],
+            BLOCK_K=config.block_k,
+            BLOCK_H=config.block_h,
+            BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
     return result

@@ -18,18 +18,30 @@ from slimllm.plugins import ALLOCATIONS, CRITERIA, RECOVERIES
 # `paper` also puts no BOS before the windows, unless it is asked for, and draws them from all of a file.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
-        "criterion": "slimllm", "allocation": "layer-importance", "recovery": "affine", "token_weights": "none",
-        "round_to": None, "settings": {},
-    },
-    "paper": {
-        "criterion": "slimllm", "allocation": "layer-importance", "recovery": "affine", "token_weights": "none",
-        "round_to": 1, "settings": {"slimllm": {"keep_lowest": 0.01}, "layer-importance": {"published": True}},
-    },
-    "best": {
-        "criterion": "obs", "allocation": "auto", "recovery": "lstsq", "token_weights": "norm", "round_to": None,
+        "criterion": "slimllm",
+        "allocation": "layer-importance",
+        "recovery": "affine",
+        "token_weights": "none",
+        "round_to": None,
         "settings": {},
     },
-}  # fmt: skip
+    "paper": {
+        "criterion": "slimllm",
+        "allocation": "layer-importance",
+        "recovery": "affine",
+        "token_weights": "none",
+        "round_to": 1,
+        "settings": {"slimllm": {"keep_lowest": 0.01}, "layer-importance": {"published": True}},
+    },
+    "best": {
+        "criterion": "obs",
+        "allocation": "auto",
+        "recovery": "lstsq",
+        "token_weights": "norm",
+        "round_to": None,
+        "settings": {},
+    },
+}
 # The settings that are methods, and where those are known by name.
 METHODS = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "recovery": RECOVERIES}
 HEAD_UNITS = ("kv-group", "query")

@@ -59,9 +59,10 @@ class Method:
 
     def __repr__(self) -> str:
         changed = {
-            field.name: value for field in dataclasses.fields(self.settings)
+            field.name: value
+            for field in dataclasses.fields(self.settings)
             if (value := getattr(self.settings, field.name)) != field.default
-        }  # fmt: skip
+        }
         if not changed:
             return repr(self.name)
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"

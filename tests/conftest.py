@@ -77,10 +77,18 @@ def token_ids(stories_path: Path) -> torch.Tensor:
 def random_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
     """A seeded random LLaMA whose activations are hard on statistics: large means, dead and dominating channels."""
     settings: dict[str, object] = {
-        "vocab_size": 128, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6,
-        "num_key_value_heads": 6, "head_dim": 8, "max_position_embeddings": 128, "tie_word_embeddings": False,
-        "attention_bias": True, "mlp_bias": True,
-    }  # fmt: skip
+        "vocab_size": 128,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+    }
     settings |= changes
     if transformers.__version__ < "5" and "rope_parameters" in settings:
         scaling = dict(settings.pop("rope_parameters"))  # type: ignore[call-overload]

@@ -63,9 +63,33 @@ LONGEST_SENTENCE = 1010
 
 DEEP = "[" * 100_000 + "]" * 100_000
 ODD: list[Any] = [
-    None, True, False, 0, 1, -1, 3, 2**31, 10**9, 10**30, -0.5, 1e308, "", "x", "[/b]:smile:$x$", "\x00", "\udcff", [], {},
-    [None], [[]], {"": None}, "a" * 100_000, list(range(1000)), "../../etc/passwd", "/dev/zero",
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    3,
+    2**31,
+    10**9,
+    10**30,
+    -0.5,
+    1e308,
+    "",
+    "x",
+    "[/b]:smile:$x$",
+    "\x00",
+    "\udcff",
+    [],
+    {},
+    [None],
+    [[]],
+    {"": None},
+    "a" * 100_000,
+    list(range(1000)),
+    "../../etc/passwd",
+    "/dev/zero",
+]
 
 
 class Fault(BaseException):

@@ -90,9 +90,13 @@ def columns(units: list[int], size: int) -> list[int]:
 
 @torch.no_grad()
 def prune(
-    model: Any, token_ids: torch.Tensor, budgets: list[Any], head_unit: str, keep_lowest: float = 0.0,
+    model: Any,
+    token_ids: torch.Tensor,
+    budgets: list[Any],
+    head_unit: str,
+    keep_lowest: float = 0.0,
     dtype: torch.dtype = torch.float64,
-) -> Any:  # fmt: skip
+) -> Any:
     """Prune a LLaMA, in order, with the numbers of units and channels in `budgets`.
 
     Everything that a forward pass computes, outputs of the projections included, is in `dtype`, the rest in fp64.

@@ -169,8 +169,12 @@ def test_curves_keep_apart_what_differs(rows: list[dict[str, Any]]) -> None:
     curves = _series([*tokens, *other], "tokens")
     points = [(samples * 128.0, 1.0 + samples) for samples in (8, 16, 32)]
     assert sorted(curves.values()) == sorted([points, [(at, 9.0) for at, _ in points]]) and len(curves) == 2
-    picked = _medians([{**tokens[0], "elapsed_s": seconds, "commit": commit} for commit, seconds in
-                       (("a", 1.0), ("b", 9.0), ("b", 5.0), ("b", 7.0))])  # fmt: skip
+    picked = _medians(
+        [
+            {**tokens[0], "elapsed_s": seconds, "commit": commit}
+            for commit, seconds in (("a", 1.0), ("b", 9.0), ("b", 5.0), ("b", 7.0))
+        ]
+    )
     assert [row["elapsed_s"] for row in picked] == [7.0]
     assert "R² = 1.0000" in _fit(points, "calibration tokens") and "1.00 s + 7.81 s/1000 tokens" in _fit(points, "tokens")
     # A layer's time: of models of as many layers, without the perplexity.
@@ -212,7 +216,7 @@ def test_what_cannot_be_measured_is_said_at_once(models: list[str], options: dic
     with pytest.raises(InputError, match=message):
         run_bench(
             Console(), models, layers=[None], ratio=[0.2], recovery=["affine"], samples=[32], out=Path("none"), **settings
-        )  # fmt: skip
+        )
     assert not Path("none").exists()
 
 
@@ -276,8 +280,16 @@ def test_tables_take_the_newest_commit_of_a_setting(
 ) -> None:
     tables = load_script("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    row = {"device": "cpu", "num_heads": 4, "intermediate_size": 704, "tokens": 4096, "naive_s": 3.0, "engine_gib": 0.1,
-           "naive_gib": 0.4, "memory_ratio": 4.0}  # fmt: skip
+    row = {
+        "device": "cpu",
+        "num_heads": 4,
+        "intermediate_size": 704,
+        "tokens": 4096,
+        "naive_s": 3.0,
+        "engine_gib": 0.1,
+        "naive_gib": 0.4,
+        "memory_ratio": 4.0,
+    }
     rows = [
         {**row, "commit": commit, "hidden_size": hidden, "engine_s": seconds, "speedup": 3.0 / seconds}
         for commit, hidden, seconds in (("a", 512, 9.0), ("a", 256, 5.0), ("b", 256, 1.0), ("b", 256, 3.0), ("b", 256, 2.0))

@@ -127,17 +127,25 @@ def test_commands_say_it_beside_every_perplexity(tmp_path: Path, capsys: pytest.
     found = {}
     for bos, words in (("auto", "with BOS"), ("never", "no BOS")):
         file = tmp_path / f"{bos}.json"
-        code, out, err = call(
-            capsys, "eval", STORIES, tmp_path / "out", "--max-windows", "4", "--bos", bos, "--out", file
-        )  # fmt: skip
+        code, out, err = call(capsys, "eval", STORIES, tmp_path / "out", "--max-windows", "4", "--bos", bos, "--out", file)
         assert code == 0 and f"4 windows of 128 tokens, {words}" in out and f"in windows ({words})" in out, err
         found[bos] = json.loads(file.read_text())
         assert found[bos]["bos"] == bos and found[bos]["models"][0]["bos_token_id"] == (BOS if bos == "auto" else None)
     assert found["auto"]["models"][0]["perplexity"] != found["never"]["models"][0]["perplexity"]
     code, out, err = call(
-        capsys, "compare", STORIES, "--ratio", "0.2", "--method", "random", "--max-windows", "4", *few,
-        "--out", tmp_path / "lines.jsonl",
-    )  # fmt: skip
+        capsys,
+        "compare",
+        STORIES,
+        "--ratio",
+        "0.2",
+        "--method",
+        "random",
+        "--max-windows",
+        "4",
+        *few,
+        "--out",
+        tmp_path / "lines.jsonl",
+    )
     assert code == 0 and "perplexity in windows of 128 tokens, with BOS" in out, err
     line = json.loads((tmp_path / "lines.jsonl").read_text().splitlines()[0])
     assert line["bos_token_id"] == BOS and line["perplexity"] == pytest.approx(

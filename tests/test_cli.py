@@ -402,8 +402,10 @@ def test_uniform_and_export(capsys: pytest.CaptureFixture[str], stories_path: Pa
     assert call(capsys, *pruning, "--out", tmp_path / "alike", "--uniform")[0] == 0
     assert call(capsys, *pruning, "--out", tmp_path / "own")[0] == 0
     for model, to, out, architecture in (
-        ("alike", "stock", "stock", "seed_oss"), ("own", "padded", "padded", "seed_oss"), ("own", "gguf", "m.gguf", "deci"),
-    ):  # fmt: skip
+        ("alike", "stock", "stock", "seed_oss"),
+        ("own", "padded", "padded", "seed_oss"),
+        ("own", "gguf", "m.gguf", "deci"),
+    ):
         code, printed, _ = call(capsys, "export", tmp_path / model, "--to", to, "--out", tmp_path / out)
         assert code == 0 and f"of the architecture {architecture}" in printed
         assert (tmp_path / out).exists()

@@ -49,8 +49,12 @@ def test_sums(backend: str, tokens: int, features: int, layout: str, dtype: torc
         u = x.float() if pivot is None else x.float() - pivot
         scale = u.double().abs().sum(0) + 1
         assert_close(total / scale, (wanted_total + 1) / scale, (u.sum(0) + 1) / scale, FLOOR[torch.float32])
-        assert_close(squares / (wanted_squares + 1), torch.ones_like(wanted_squares),
-                     (u.square().sum(0) + 1) / (wanted_squares + 1), FLOOR[torch.float32])  # fmt: skip
+        assert_close(
+            squares / (wanted_squares + 1),
+            torch.ones_like(wanted_squares),
+            (u.square().sum(0) + 1) / (wanted_squares + 1),
+            FLOOR[torch.float32],
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

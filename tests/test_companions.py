@@ -19,18 +19,59 @@ from slimllm.checkpoints import opening
 from slimllm.checkpoints.companions import companions, copy_companions, files_to_fetch, left_out
 
 KNOWN = [
-    "LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "added_tokens.json", "additional_chat_templates/tools.jinja",
-    "bpe.codes", "chat_template.jinja", "chat_template.json", "cl100k.bpe", "en.vocab.json", "generation_config.json",
-    "merges.txt", "merges-en.txt", "my.spiece.model", "qwen.tiktoken", "sentencepiece.bpe.model", "source.spm",
-    "special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model", "tokenizer.model.v3",
-    "tokenizer_config.json", "vocab.bpe", "vocab.json", "vocab.txt", "vocab-en.json",
-]  # fmt: skip
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+    "added_tokens.json",
+    "additional_chat_templates/tools.jinja",
+    "bpe.codes",
+    "chat_template.jinja",
+    "chat_template.json",
+    "cl100k.bpe",
+    "en.vocab.json",
+    "generation_config.json",
+    "merges.txt",
+    "merges-en.txt",
+    "my.spiece.model",
+    "qwen.tiktoken",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tokenizer_config.json",
+    "vocab.bpe",
+    "vocab.json",
+    "vocab.txt",
+    "vocab-en.json",
+]
 STRANGE = [
-    "thesis.txt", "notes.json", "README.md", "config.json", "report.json", "report.html", "finetune.json",
-    "model.safetensors", "tokenizer.safetensors", "vocab.bin", "model.safetensors.index.json", "pytorch_model.bin",
-    "modeling_mine.py", "configuration_mine.py", "slim_layers.py", "tokenization_mine.py", "tokenizer.py", ".secret",
-    "original/tokenizer.model", "tokenizer/vocab.json", "additional_chat_templates/notes.txt",
-]  # fmt: skip
+    "thesis.txt",
+    "notes.json",
+    "README.md",
+    "config.json",
+    "report.json",
+    "report.html",
+    "finetune.json",
+    "model.safetensors",
+    "tokenizer.safetensors",
+    "vocab.bin",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "modeling_mine.py",
+    "configuration_mine.py",
+    "slim_layers.py",
+    "tokenization_mine.py",
+    "tokenizer.py",
+    ".secret",
+    "original/tokenizer.model",
+    "tokenizer/vocab.json",
+    "additional_chat_templates/notes.txt",
+]
 
 
 def folder_of(path: Path, names: list[str], **settings: Any) -> Path:
@@ -69,9 +110,16 @@ def test_they_are_in_the_result(stories_path: Path, token_ids: torch.Tensor, tmp
 def test_files_that_the_settings_name(tmp_path: Path) -> None:
     names = ["foo.words", "first.tab", "second.tab", "unnamed.tab", "config.json", "model.safetensors", "thesis.txt"]
     settings = {
-        "vocab_file": "foo.words", "tables": ["first.tab", "second.tab", 3], "a": "config.json", "b": "model.safetensors",
-        "c": "*.txt", "d": "../thesis.txt", "e": "sub/thesis.txt", "f": {"g": "unnamed.tab"}, "h": "not there.tab",
-    }  # fmt: skip
+        "vocab_file": "foo.words",
+        "tables": ["first.tab", "second.tab", 3],
+        "a": "config.json",
+        "b": "model.safetensors",
+        "c": "*.txt",
+        "d": "../thesis.txt",
+        "e": "sub/thesis.txt",
+        "f": {"g": "unnamed.tab"},
+        "h": "not there.tab",
+    }
     folder = folder_of(tmp_path, names, **settings)
     assert found(folder) == {"tokenizer_config.json", "foo.words", "first.tab", "second.tab"}
     assert files_to_fetch(folder) == {"not there.tab"}
@@ -79,9 +127,16 @@ def test_files_that_the_settings_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("class_name", "files"),
-    [("MyT5Tokenizer", {"byte_maps.json"}), ("ProphetNetTokenizer", {"prophetnet.tokenizer"}), ("Qwen2Tokenizer", set()),
-     ("Nonsense", set()), ("../Nonsense", set()), (None, set()), (["MyT5Tokenizer"], set())],
-)  # fmt: skip
+    [
+        ("MyT5Tokenizer", {"byte_maps.json"}),
+        ("ProphetNetTokenizer", {"prophetnet.tokenizer"}),
+        ("Qwen2Tokenizer", set()),
+        ("Nonsense", set()),
+        ("../Nonsense", set()),
+        (None, set()),
+        (["MyT5Tokenizer"], set()),
+    ],
+)
 def test_files_of_the_class(tmp_path: Path, class_name: Any, files: set[str]) -> None:
     folder = folder_of(tmp_path, ["byte_maps.json", "prophetnet.tokenizer", "thesis.txt"], tokenizer_class=class_name)
     assert found(folder) == {"tokenizer_config.json", *files}
@@ -149,10 +204,11 @@ def test_links(tmp_path: Path) -> None:
     assert found(folder) == kept
     for name, fault in (
         ("additional_chat_templates/x.jinja", "is a link that leads out of its folder"),
-        ("id_rsa", "is a link that leads out of its folder"), ("merges.txt", "is a device or a pipe, not a file"),
+        ("id_rsa", "is a link that leads out of its folder"),
+        ("merges.txt", "is a device or a pipe, not a file"),
         *((f"{name}.model", "is a link that leads out of its folder") for name in ("outside", "relative", "shared")),
         ("vocab.json", "is larger than any such file"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=f"{name} {fault}, so it cannot go with the result; put a copy"):
             left_out(folder)
         (folder / name).unlink() if "/" not in name else (folder / "additional_chat_templates").unlink()
@@ -172,9 +228,12 @@ def test_a_download_fetches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """By their patterns at once; what only the settings name, in a second go, and once."""
     named = ["foo.words", "tokenization_mine.py", "helper.py"]
     hub = folder_of(
-        tmp_path / "hub", [*KNOWN, *STRANGE, *named], vocab_file="foo.words", missing="missing.tab",
+        tmp_path / "hub",
+        [*KNOWN, *STRANGE, *named],
+        vocab_file="foo.words",
+        missing="missing.tab",
         auto_map={"AutoTokenizer": ["tokenization_mine.MyTokenizer", None]},
-    )  # fmt: skip
+    )
     (hub / "tokenization_mine.py").write_text("from .helper import x\n")
     here = tmp_path / "here"
     calls = []

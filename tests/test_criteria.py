@@ -38,9 +38,13 @@ def flap(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("recovery", ["none", "lstsq"])
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])
 def test_scores_of_columns(
-    stories: PreTrainedModel, token_ids: torch.Tensor, criterion: str, score: Callable[..., torch.Tensor], recovery: str,
+    stories: PreTrainedModel,
+    token_ids: torch.Tensor,
+    criterion: str,
+    score: Callable[..., torch.Tensor],
+    recovery: str,
     head_unit: str,
-) -> None:  # fmt: skip
+) -> None:
     """Both of the ways in which statistics are streamed; the first layer's inputs are those of the dense model."""
     layer = stories.model.layers[0]
     of_heads = score(layer.self_attn.o_proj.weight.double(), inputs_of(stories, "self_attn.o_proj", token_ids))

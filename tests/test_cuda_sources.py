@@ -64,15 +64,17 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def solve(
     program: Path, threads: int, gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, k, m = cross.shape
     dtype = {torch.float32: "float", torch.float64: "double"}[gram.dtype]
     arguments = [threads, dtype, batch, k, m, int(absolute)]
     tensors = [gram, cross, ridge]
     done = subprocess.run(
-        [str(program), *map(str, arguments)], input=b"".join(t.contiguous().numpy().tobytes() for t in tensors),
-        capture_output=True, timeout=300,
-    )  # fmt: skip
+        [str(program), *map(str, arguments)],
+        input=b"".join(t.contiguous().numpy().tobytes() for t in tensors),
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr.decode()
     split = cross.numel() * cross.element_size()
     solution = np.frombuffer(done.stdout[:split], dtype=cross.numpy().dtype).reshape(cross.shape)
@@ -84,9 +86,7 @@ def solve(
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("threads", "k", "m"), [(4, 1, 1), (4, 2, 3), (3, 17, 2), (4, 64, 2), (32, 33, 1)])
-def test_against_fp64(
-    team: dict[str, Path], sanitizer: str, threads: int, k: int, m: int, dtype: torch.dtype
-) -> None:  # fmt: skip
+def test_against_fp64(team: dict[str, Path], sanitizer: str, threads: int, k: int, m: int, dtype: torch.dtype) -> None:
     gram, cross = normal_equations(3, k, m, condition=1e6, dtype=dtype)
     gram = gram.tril() + torch.full_like(gram, 7e5).triu(1)  # the lower half counts
     whole = gram.tril() + gram.tril(-1).mT

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from slimllm import PruneReport
-from slimllm.cli import demo
+from slimllm.cli import demo_display as demo
 
 
 def test_demo_with_the_bundled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,9 @@ def plain_greedy(h: torch.Tensor, v: torch.Tensor, units: list[list[int]], num: 
     for _ in range(num):
         costs = {
             u: least(h, v, [column for one in [*order, u] for column in units[one]])[0]
-            for u in range(len(units)) if u not in order
-        }  # fmt: skip
+            for u in range(len(units))
+            if u not in order
+        }
         best = min(costs, key=lambda u: costs[u])
         order.append(best)
         total.append(costs[best])

@@ -153,9 +153,16 @@ def test_gguf_without_biases_of_zero(tmp_path: Path) -> None:
 def test_rows_that_llama_cpp_cannot_quantise(tmp_path: Path, hidden: int, intermediate: int, words: str | None) -> None:
     """Two layers with embeddings and a head: 16 matrices, 2 of which have the FFN's width."""
     model = random_llama(
-        vocab_size=512, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=2, head_dim=32,
-        num_attention_heads=hidden // 32, num_key_value_heads=1, attention_bias=False, mlp_bias=False,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=2,
+        head_dim=32,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=1,
+        attention_bias=False,
+        mlp_bias=False,
+    )
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "dense")
     told: list[str] = []
     export(saved(model, tmp_path / "dense"), tmp_path / "m.gguf", "gguf", notice=told.append)

@@ -23,17 +23,31 @@ from slimllm.models.families import FAMILIES, layer_spec
 from slimllm.models.modeling.slim_layers import rope_of_transformers_4
 
 COMMON: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "head_dim": 16, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "pad_token_id": 0,
-}  # fmt: skip
+}
 WINDOWS = {"sliding_window": 7}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
 PECULIAR: dict[str, dict[str, Any]] = {
     "llama": {
-        "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
         "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 16,
         },
     },
@@ -41,13 +55,17 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, **WINDOWS, **ALTERNATING},
     "qwen3": {"use_sliding_window": True, "attention_bias": True, **WINDOWS, **ALTERNATING},
     "gemma2": {
-        **WINDOWS, **ALTERNATING, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 2.0,
-        "query_pre_attn_scalar": 24, "attention_bias": True,
+        **WINDOWS,
+        **ALTERNATING,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 2.0,
+        "query_pre_attn_scalar": 24,
+        "attention_bias": True,
     },
     "opt": {"ffn_dim": 96, "num_attention_heads": 3, "word_embed_proj_dim": 48, "tie_word_embeddings": True},
     "gemma3_text": {**WINDOWS, **ALTERNATING, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0},
     "bloom": {"num_attention_heads": 3, "num_key_value_heads": 3},
-}  # fmt: skip
+}
 
 
 def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:

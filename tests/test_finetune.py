@@ -101,7 +101,7 @@ def test_the_result_is_as_before_but_for_the_weights(pruned: Path, whole: Path) 
         changed |= {name: not torch.equal(old[name], new[name]) for name in old}
     assert {name for name, other in changed.items() if other} == {
         name for name in changed if ".layers." in name and name.endswith("_proj.weight")
-    }  # fmt: skip
+    }
     # In a process that knows nothing of this package.
     code = (
         "import sys; from transformers import AutoModelForCausalLM as M; "
@@ -197,7 +197,7 @@ def test_every_family_trains(family: str) -> None:
         scores = dense(ids).logits.double().log_softmax(-1)
     found = [
         -float(scores[row, position - 1, ids[row, position]]) for row in range(8) for position in range(max(1, row), 24)
-    ]  # fmt: skip
+    ]
     assert sum(found) / len(found) == pytest.approx(after, rel=1e-4)
 
 

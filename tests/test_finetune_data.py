@@ -43,9 +43,10 @@ def test_what_is_no_example(tmp_path: Path) -> None:
     """Letters that end a line for Python, but not in JSON, are letters; what is left out is counted."""
     tokenizer, path, told = open_checkpoint(STORIES).tokenizer(), tmp_path / "alpaca.jsonl", []
     records = [
-        {"instruction": "Say\u2028it\u0085now.", "output": "It."}, {"instruction": "Nothing", "output": ""},
+        {"instruction": "Say\u2028it\u0085now.", "output": "It."},
+        {"instruction": "Nothing", "output": ""},
         {"instruction": "word " * 400, "output": "No room."},
-    ]  # fmt: skip
+    ]
     path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records))
     assert len(read_examples(path, tokenizer, 200, told.append)) == 1
     assert told == ["2 of 3 examples have no answer, or no room for it in 200 tokens."]
@@ -92,8 +93,12 @@ def test_what_is_null_or_not_unicode(tmp_path: Path) -> None:
     tokenizer, path, told = open_checkpoint(STORIES).tokenizer(), tmp_path / "alpaca.txt", []
     given = {"instruction": "Say hello.", "output": "Hello."}
     records = [
-        given, {**given, "input": None}, {**given, "output": None}, {"instruction": "None."}, {**given, "input": "\ud800"},
-    ]  # fmt: skip
+        given,
+        {**given, "input": None},
+        {**given, "output": None},
+        {"instruction": "None."},
+        {**given, "input": "\ud800"},
+    ]
     path.write_bytes(gzip.compress(("\ufeff" + "\n".join(map(json.dumps, records))).encode()))
     first, second = read_examples(path, tokenizer, 200, told.append)
     assert first == second and "Input" not in tokenizer.decode(first.ids)

@@ -88,16 +88,19 @@ CHANGED: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "left over": (lambda t: t | {"model.layers.0.self_attn.k_scale": torch.ones(1)}, r"k_scale has no place in the model"),
     "left over outside the layers": (lambda t: t | {"score.weight": torch.ones(2, 64)}, r"score\.weight has no place"),
     "several left over": (
-        lambda t: t | {f"mtp.{i}.weight": torch.ones(2) for i in range(3)}, r"mtp\.0\.weight and 2 more have no place"
+        lambda t: t | {f"mtp.{i}.weight": torch.ones(2) for i in range(3)},
+        r"mtp\.0\.weight and 2 more have no place",
     ),
     "GPTQ": (
-        lambda t: {k.replace("down_proj.weight", "down_proj.qweight"): v for k, v in t.items()}, r"quantised .*qweight"
+        lambda t: {k.replace("down_proj.weight", "down_proj.qweight"): v for k, v in t.items()},
+        r"quantised .*qweight",
     ),
     "fp8": (
-        lambda t: {k: v.to(torch.float8_e4m3fn) if "proj" in k else v for k, v in t.items()}, "is stored as F8_E4M3; only"
+        lambda t: {k: v.to(torch.float8_e4m3fn) if "proj" in k else v for k, v in t.items()},
+        "is stored as F8_E4M3; only",
     ),
     "int8": (lambda t: t | {DOWN_PROJ: t[DOWN_PROJ].to(torch.int8)}, f"{DOWN_PROJ} .*is stored as I8; only"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CHANGED)

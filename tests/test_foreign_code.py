@@ -57,21 +57,21 @@ def hostile(source: Path, folder: Path, mark: Path, fast: bool = True) -> Path:
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text(code)
     change(
-        folder / "tokenizer_config.json", tokenizer_class="XTokenizerFast",
+        folder / "tokenizer_config.json",
+        tokenizer_class="XTokenizerFast",
         auto_map={"AutoTokenizer": [None, "tokenization_x.XTokenizerFast"]},
         chat_template=TEMPLATE.format(mark=str(mark)),
-    )  # fmt: skip
-    change(folder / "config.json", auto_map={
-        "AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM",
-    })  # fmt: skip
+    )
+    change(
+        folder / "config.json",
+        auto_map={"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"},
+    )
     if not fast:
         (folder / "tokenizer.json").unlink()
     return folder
 
 
-COMMANDS = (
-    "prune", "prune, chat", "plan", "export", "compare", "sweep", "eval", "latency", "finetune", "report", "bench",
-)  # fmt: skip
+COMMANDS = ("prune", "prune, chat", "plan", "export", "compare", "sweep", "eval", "latency", "finetune", "report", "bench")
 
 
 @pytest.fixture
@@ -94,15 +94,28 @@ def commands(folder: Path, tmp_path: Path) -> dict[str, list[str | Path]]:
         "export": ["export", folder, "--to", "stock", "--out", tmp_path / "stock"],
         "compare": ["compare", folder, "--ratio", "0.2", "--method", "random", "--max-windows", "2", *few],
         "sweep": [
-            "sweep", folder, "--ratio", "0.2", "--max-windows", "2", "--rounds", "1", "--prompt", "8", "--new-tokens", "2",
-            "--out", tmp_path / "sweep", *few,
+            "sweep",
+            folder,
+            "--ratio",
+            "0.2",
+            "--max-windows",
+            "2",
+            "--rounds",
+            "1",
+            "--prompt",
+            "8",
+            "--new-tokens",
+            "2",
+            "--out",
+            tmp_path / "sweep",
+            *few,
         ],
         "eval": ["eval", folder, "--max-windows", "2"],
         "latency": ["latency", folder, "--prompt", "8", "--new-tokens", "2", "--rounds", "1"],
         "finetune": ["finetune", folder, "--data", story, "--out", tmp_path / "tuned", "--max-steps", "1"],
         "report": ["report", folder],
         "bench": ["bench", folder, "--samples", "4", "--seq-len", "32", "--out", tmp_path / "bench.jsonl"],
-    }  # fmt: skip
+    }
 
 
 # The slow ones load models as prune, eval and latency do.

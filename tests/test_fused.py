@@ -21,11 +21,14 @@ PHI3: dict[str, dict[str, Any]] = {
     "long": {
         "original_max_position_embeddings": 16,
         "rope_parameters": {
-            "rope_type": "longrope", "rope_theta": 500.0, "long_factor": [2.0] * 4, "short_factor": [1.0, 2.0, 3.0, 4.0],
+            "rope_type": "longrope",
+            "rope_theta": 500.0,
+            "long_factor": [2.0] * 4,
+            "short_factor": [1.0, 2.0, 3.0, 4.0],
             "original_max_position_embeddings": 16,
         },
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -105,9 +108,16 @@ def test_bloom_as_the_hub_has_it(ids: torch.Tensor, tmp_path: Path) -> None:
     for name in ("hidden_size", "dtype", "torch_dtype"):
         settings.pop(name, None)
     settings |= {
-        "architectures": ["BloomForCausalLM"], "n_embed": 48, "num_attention_heads": 4, "n_inner": None, "seq_length": 2048,
-        "offset_alibi": 100, "torch_dtype": "bfloat16", "attention_softmax_in_fp32": True, "skip_bias_add": True,
-    }  # fmt: skip
+        "architectures": ["BloomForCausalLM"],
+        "n_embed": 48,
+        "num_attention_heads": 4,
+        "n_inner": None,
+        "seq_length": 2048,
+        "offset_alibi": 100,
+        "torch_dtype": "bfloat16",
+        "attention_softmax_in_fp32": True,
+        "skip_bias_add": True,
+    }
     (folder / "config.json").write_text(json.dumps(settings))
     everything = PruneConfig(ratio=0.001, calibration=ids, round_to=1, recovery="none", allocation="uniform")
     slimllm.prune(folder, tmp_path / "out", everything)

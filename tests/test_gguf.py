@@ -61,10 +61,16 @@ def write_gguf(
     writer.add_token_scores([0.0] * len(tokens))
     writer.add_token_types([2, 3, 3] + [6] * (len(tokens) - 3))
     names = {
-        "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    }  # fmt: skip
+        "input_layernorm": "attn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
     for name, tensor in state.items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads:
@@ -281,9 +287,11 @@ ONES = np.ones(4, dtype=np.float32)
 )
 def test_linear_scaling(stories: Any, tmp_path: Path, settings: dict[str, Any], factors: Any, divisor: float) -> None:
     path = write_gguf(
-        stories, tmp_path / "m.gguf", settings={f"llama.rope.{name}": value for name, value in settings.items()},
+        stories,
+        tmp_path / "m.gguf",
+        settings={f"llama.rope.{name}": value for name, value in settings.items()},
         more={} if factors is None else {"rope_freqs.weight": factors},
-    )  # fmt: skip
+    )
     assert torch.allclose(inverse_frequencies(path), PLAIN / divisor, rtol=1e-6, atol=0)
     config = open_checkpoint(path).config
     rope = config.rope_parameters if knows_rope_parameters() else config.rope_scaling or {"rope_type": "default"}
@@ -341,10 +349,16 @@ def test_scaling_of_llama_3(
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     rule = dict(zip(names, scaling))
     model = random_llama(
-        vocab_size=512, head_dim=head_dim, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
-        max_position_embeddings=2 * int(scaling[3]), attention_bias=False, mlp_bias=False,
+        vocab_size=512,
+        head_dim=head_dim,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_hidden_layers=2,
+        max_position_embeddings=2 * int(scaling[3]),
+        attention_bias=False,
+        mlp_bias=False,
         rope_parameters={"rope_type": "llama3", "rope_theta": theta, **rule},
-    )  # fmt: skip
+    )
     model.save_pretrained(tmp_path / "dense")
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "dense")
     assert export(tmp_path / "dense", tmp_path / "m.gguf", "gguf") == "llama"

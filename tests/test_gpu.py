@@ -37,10 +37,12 @@ def test_inner_activations_made_again(stories_path: Path, token_ids: torch.Tenso
 @pytest.mark.parametrize(
     "choice",
     [
-        {"recovery": "lstsq"}, {"preset": "best"}, {"criterion": "obs", "recovery": "affine"},
+        {"recovery": "lstsq"},
+        {"preset": "best"},
+        {"criterion": "obs", "recovery": "affine"},
         {"criterion": "flap", "allocation": "flap", "recovery": "lstsq"},
     ],
-)  # fmt: skip
+)
 def test_gram_on_the_host(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, choice: dict[str, str]) -> None:
     kept = {}
     for gram in ("device", "host"):

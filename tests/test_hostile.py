@@ -75,11 +75,20 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, *commands: str) ->
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("num_hidden_layers", 10**9), ("num_hidden_layers", 1500), ("num_hidden_layers", 3), ("num_hidden_layers", 0),
-        ("num_hidden_layers", -5), ("num_hidden_layers", "5"), ("num_hidden_layers", 5.0), ("vocab_size", 10**12),
-        ("num_key_value_heads", 10**9), ("hidden_size", True), ("intermediate_size", 10**9), ("head_dim", 10**8),
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 1500),
+        ("num_hidden_layers", 3),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", -5),
+        ("num_hidden_layers", "5"),
+        ("num_hidden_layers", 5.0),
+        ("vocab_size", 10**12),
+        ("num_key_value_heads", 10**9),
+        ("hidden_size", True),
+        ("intermediate_size", 10**9),
+        ("head_dim", 10**8),
     ],
-)  # fmt: skip
+)
 def test_sizes_in_config_json(
     folder: Path, capsys: pytest.CaptureFixture[str], bounded: None, name: str, value: Any
 ) -> None:
@@ -97,9 +106,15 @@ def test_sizes_in_config_json(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("llama.block_count", 10**9), ("llama.block_count", 400), ("llama.rope.dimension_count", 10**9),
-     ("llama.embedding_length", 10**9), ("llama.attention.head_count", 0), ("llama.feed_forward_length", 2**31)],
-)  # fmt: skip
+    [
+        ("llama.block_count", 10**9),
+        ("llama.block_count", 400),
+        ("llama.rope.dimension_count", 10**9),
+        ("llama.embedding_length", 10**9),
+        ("llama.attention.head_count", 0),
+        ("llama.feed_forward_length", 2**31),
+    ],
+)
 def test_sizes_in_gguf(stories: Any, tmp_path: Path, bounded: None, key: str, value: int) -> None:
     path = write_gguf(stories, tmp_path / "m.gguf")
     content = bytearray(path.read_bytes())
@@ -190,9 +205,15 @@ def test_deeply_nested(folder: Path, capsys: pytest.CaptureFixture[str], file: s
 
 @pytest.mark.parametrize(
     "values",
-    [{"model_max_length": "x"}, {"model_max_length": [1]}, {"bos_token": 5}, {"added_tokens_decoder": []},
-     {"chat_template": 3}, {"tokenizer_class": {}}],
-)  # fmt: skip
+    [
+        {"model_max_length": "x"},
+        {"model_max_length": [1]},
+        {"bos_token": 5},
+        {"added_tokens_decoder": []},
+        {"chat_template": 3},
+        {"tokenizer_class": {}},
+    ],
+)
 def test_tokenizer_settings_of_another_kind(
     folder: Path, capsys: pytest.CaptureFixture[str], values: dict[str, Any]
 ) -> None:
@@ -256,18 +277,21 @@ def _holder(report: Any, path: tuple[Any, ...]) -> Any:
         (_set("x", "calibration", "perplexity_dense"), "calibration.perplexity_dense is 'x'"),
         (_set(float("nan"), "calibration", "perplexity_dense"), "calibration.perplexity_dense is 'nan'"),
         (_set(0, "parameters", "before"), "parameters.before is '0', but should be a finite number above 0"),
-        (_set([], "layers"), "it has no layers"), (_set({}, "layers"), "layers is '{}'"),
+        (_set([], "layers"), "it has no layers"),
+        (_set({}, "layers"), "layers is '{}'"),
         (_set(10**9, "layers", 1, "num_heads_before"), "its layers have 10000000"),
         (_set([10**6], "layers", 0, "kept_channels"), "layer 0 has kept a channel that it does not have"),
         (_set([1.0], "layers", 1, "channel_importance"), "layer 1 has not as many importances as channels"),
-        (_set(7, "layers", 2, "index"), "layer 2 has the index 7"), (_set(0, "dense_pass_s"), "dense_pass_s is '0'"),
+        (_set(7, "layers", 2, "index"), "layer 2 has the index 7"),
+        (_set(0, "dense_pass_s"), "dense_pass_s is '0'"),
         (_set("fast", "stages_s", "read"), "stages_s.read is 'fast'"),
         (_set(1.0, "stages_s", "$x^"), "is no name of a part"),
-        (_set(None, "config"), "config is missing"), (_set(["x"], "allocation", "notes", 0), "allocation.notes[0]"),
+        (_set(None, "config"), "config is missing"),
+        (_set(["x"], "allocation", "notes", 0), "allocation.notes[0]"),
         (_set(1, "a new field"), "another version of slimllm"),
         (_delete("layers", 0, "kept_heads"), "layers[0].kept_heads"),
     ],
-)  # fmt: skip
+)
 def test_an_edited_report(
     pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], edit: Callable[[dict[str, Any]], None], words: str
 ) -> None:
@@ -294,11 +318,16 @@ def test_json_in_one_place(tmp_path: Path) -> None:
     check_shape(good, shape, "")
     check_shape({**good, "b": [-1, 2.5], "d": {}, "more": None}, shape, "")
     for change_, words in (
-        ({"a": -1}, "a is '-1', but should be a whole number"), ({"a": True}, "a is 'True'"), ({"a": 1.0}, "a is '1.0'"),
-        ({"b": [1, "x"]}, r"b\[1\] is 'x'"), ({"c": {"x": 0}}, "c.x is '0'"),
+        ({"a": -1}, "a is '-1', but should be a whole number"),
+        ({"a": True}, "a is 'True'"),
+        ({"a": 1.0}, "a is '1.0'"),
+        ({"b": [1, "x"]}, r"b\[1\] is 'x'"),
+        ({"c": {"x": 0}}, "c.x is '0'"),
         ({"d": 3}, "d is '3', but should be a text or an object"),
-        ({"e": 1}, "e is '1'"), ({"c": None}, "c is missing"), ({"a": 10**400}, "a is '10000"),
-    ):  # fmt: skip
+        ({"e": 1}, "e is '1'"),
+        ({"c": None}, "c is missing"),
+        ({"a": 10**400}, "a is '10000"),
+    ):
         with pytest.raises(InputError, match=words):
             check_shape({**good, **change_}, shape, "")
 
@@ -325,9 +354,10 @@ def test_odd_files_beside_a_model(folder: Path, tmp_path: Path, capsys: pytest.C
     assert code == 0, err
     before_the_work = out[: out.index("Calibrating on the bundled text")]
     for name, fault in (
-        ("LICENSE", "is a link to nothing"), ("NOTICE", "is a link to nothing"),
+        ("LICENSE", "is a link to nothing"),
+        ("NOTICE", "is a link to nothing"),
         ("USE_POLICY.md", "is a device or a pipe, not a file"),
-    ):  # fmt: skip
+    ):
         assert f"{name} {fault}, so it is not copied." in before_the_work
         assert not os.path.lexists(tmp_path / "out" / name)
 

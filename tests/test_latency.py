@@ -27,12 +27,16 @@ def pruned(token_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) ->
 def test_models_in_turn(pruned: Path) -> None:
     told: list[tuple[int, int, str]] = []
     found = measure_latency(
-        [STORIES, pruned], batch_sizes=[1, 3], prompts=[16], new_tokens=4, rounds=2,
+        [STORIES, pruned],
+        batch_sizes=[1, 3],
+        prompts=[16],
+        new_tokens=4,
+        rounds=2,
         progress=lambda done, total, about: told.append((done, total, about)),
-    )  # fmt: skip
+    )
     assert [(line.model, line.shape.batch_size) for line in found.lines] == [
         (str(model), batch) for batch in (1, 3) for model in (STORIES, pruned)
-    ]  # fmt: skip
+    ]
     dense, half = found.lines[:2]
     for line in found.lines:
         assert len(line.first_token_s) == len(line.next_tokens_s) == 2

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize
-from slimllm.cli.demo import find_demo_model
+from slimllm.cli.demo_display import find_demo_model
 from slimllm.export.api import export
 
 xllamacpp: Any = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed; make test-llama-cpp does that")
@@ -77,9 +77,13 @@ def test_next_tokens(token_ids: torch.Tensor, tmp_path: Path, settings: dict[str
 
 def test_rotary_scaling(tmp_path: Path) -> None:
     scaling = {
-        "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
-    }  # fmt: skip
+    }
     model = random_llama(vocab_size=512, rope_parameters=scaling, attention_bias=False, mlp_bias=False)
     model.save_pretrained(tmp_path / "dense")
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "dense")

@@ -53,8 +53,9 @@ def test_against_fp64(backend: str, batch: int, k: int, m: int, dtype: torch.dty
     for ridge in (0.0, 1e-2):
         ridges = torch.full((batch,), ridge, dtype=torch.float64)
         wanted = reference(gram, cross, ridges)
-        plain = torch.linalg.solve((gram + (ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None]
-                                    * torch.eye(k, dtype=dtype)), cross)  # fmt: skip
+        plain = torch.linalg.solve(
+            (gram + (ridge * gram.diagonal(dim1=-2, dim2=-1).mean(-1))[:, None, None] * torch.eye(k, dtype=dtype)), cross
+        )
         got, used = ops.lstsq_ex(gram, cross, ridge)
         assert got.dtype == dtype and got.is_contiguous()
         assert torch.equal(torch.ops.slimllm.lstsq(gram, cross, ridges, False)[0], got)  # at the first attempt
@@ -93,8 +94,12 @@ def test_fp32_systems_that_fp32_work_gets_wrong(backend: str, batch: int, k: int
 
 def test_a_thousand_and_none(backend: str) -> None:
     gram, cross = normal_equations(1000, 16, 1)
-    assert_close(ops.lstsq(gram, cross), reference(gram, cross, torch.zeros(1000, dtype=torch.float64)),
-                 torch.linalg.solve(gram, cross), FLOOR[torch.float64])  # fmt: skip
+    assert_close(
+        ops.lstsq(gram, cross),
+        reference(gram, cross, torch.zeros(1000, dtype=torch.float64)),
+        torch.linalg.solve(gram, cross),
+        FLOOR[torch.float64],
+    )
     assert ops.lstsq(gram[:0], cross[:0]).shape == (0, 16, 1)
     with pytest.raises(ValueError, match="ridge must not be negative, got -1"):
         ops.lstsq(gram, cross[..., :0], -1.0)
@@ -203,9 +208,14 @@ def test_the_extension_itself_checks_what_it_is_given() -> None:
         with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
             fit(*four)
     for arguments in (
-        (gram[0], cross, ridge), (gram[:, :4], cross, ridge), (gram, cross[:3], ridge), (gram, cross.float(), ridge),
-        (gram.mT.contiguous().mT, cross, ridge), (gram, cross, ridge.float()), (gram.half(), cross.half(), ridge),
-    ):  # fmt: skip
+        (gram[0], cross, ridge),
+        (gram[:, :4], cross, ridge),
+        (gram, cross[:3], ridge),
+        (gram, cross.float(), ridge),
+        (gram.mT.contiguous().mT, cross, ridge),
+        (gram, cross, ridge.float()),
+        (gram.half(), cross.half(), ridge),
+    ):
         with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
             solve(*arguments, False)
 

@@ -221,9 +221,11 @@ def test_results_carry_no_gradients() -> None:
     weight, x = torch.randn(7, 12, requires_grad=True), torch.randn(20, 12, requires_grad=True)
     covariance = torch.eye(12, requires_grad=True)
     results = [
-        ops.head_covariance(weight, covariance, 3), ops.head_covariance_of_tokens(weight, x, 3, method="stream"),
-        ops.token_cosine(x, x), ops.pearson_greedy(ops.head_covariance(weight, covariance, 3), 1),
-    ]  # fmt: skip
+        ops.head_covariance(weight, covariance, 3),
+        ops.head_covariance_of_tokens(weight, x, 3, method="stream"),
+        ops.token_cosine(x, x),
+        ops.pearson_greedy(ops.head_covariance(weight, covariance, 3), 1),
+    ]
     assert not any(result.requires_grad for result in results)
 
 

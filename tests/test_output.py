@@ -74,9 +74,7 @@ def test_generate_with_and_without_cache(stories_path: Path, token_ids: torch.Te
     settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
     with_cache = model.generate(prompt, use_cache=True, **settings)
     assert torch.equal(with_cache, model.generate(prompt, use_cache=False, **settings))
-    eager = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", trust_remote_code=True, attn_implementation="eager"
-    )  # fmt: skip
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, attn_implementation="eager")
     assert torch.allclose(logits(eager, prompt), logits(model, prompt), atol=1e-4)
 
 
@@ -163,7 +161,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(
         ("none", 11328 / 45440, "seed_oss"),
         ("none", 22656 / 45440, "llama"),
     ],
-)  # fmt: skip
+)
 def test_uniform_sizes_are_written_as_stock_models(
     stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, recovery: str, ratio: float, wanted: str
 ) -> None:
@@ -196,7 +194,11 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "biases": {},
     "rope scaling": {
         "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
         }
     },
@@ -204,7 +206,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "one KV head": {"num_key_value_heads": 1},
     "odd width": {"intermediate_size": 101},
     "tied": {"tie_word_embeddings": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("peculiarity", PECULIAR)

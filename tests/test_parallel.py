@@ -164,7 +164,7 @@ def _prune(group: Any, out: str, stop: list[Any] | None, **settings: Any) -> Any
     config = PruneConfig(**{**SETTINGS, **settings.get("config", {})})
     report = prune(
         STORIES, out, config, progress=progress, group=group, resume=True, command="the command", notice=told.append
-    )  # fmt: skip
+    )
     return {"steps": steps, "told": told, "kept": _kept(report.layers), "plan": report.plan}
 
 
@@ -253,10 +253,7 @@ def test_ratios(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "states", "choice"),
-    [
-        pytest.param(["dense", 2], "device", {}, marks=pytest.mark.slow),
-        (["prune", 1], "disk", {"recovery": "lstsq"}),
-    ],
+    [pytest.param(["dense", 2], "device", {}, marks=pytest.mark.slow), (["prune", 1], "disk", {"recovery": "lstsq"})],
 )
 def test_resume(tmp_path: Path, stop: list[Any], states: str, choice: dict[str, Any]) -> None:
     """On as many ranks to the last bit, on others to rounding."""

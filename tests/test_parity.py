@@ -61,9 +61,14 @@ def rounded_otherwise(model: Any, seed: int) -> Any:
 
 
 def check_fit(
-    dense: Any, pruned: Any, index: int, projection: str, report: dict[str, Any], wanted: tuple[Any, ...],
+    dense: Any,
+    pruned: Any,
+    index: int,
+    projection: str,
+    report: dict[str, Any],
+    wanted: tuple[Any, ...],
     plain: list[tuple[Any, ...]],
-) -> None:  # fmt: skip
+) -> None:
     """a and b are found in the weights: W' = a W[:, kept], bias' = bias + b."""
     old = dense.model.layers[index].get_submodule(projection)
     new = pruned.model.layers[index].get_submodule(projection)

@@ -21,10 +21,22 @@ from slimllm.pruning.plan import make_plan
 from slimllm.runtime.hidden_states import PLACES, Placement, Stored
 
 LLAMA_33B = Sizes(
-    hidden_size=6656, vocab_size=32000, attention_width=6656, kv_width=6656, units=52, intermediate_size=17920,
-    layer_params=535_000_000, params=32_500_000_000, stored=2, computed=4, written=2, samples=32, seq_len=128, held_out=4,
+    hidden_size=6656,
+    vocab_size=32000,
+    attention_width=6656,
+    kv_width=6656,
+    units=52,
+    intermediate_size=17920,
+    layer_params=535_000_000,
+    params=32_500_000_000,
+    stored=2,
+    computed=4,
+    written=2,
+    samples=32,
+    seq_len=128,
+    held_out=4,
     on_gpu=False,
-)  # fmt: skip
+)
 
 
 def test_amounts_of_memory() -> None:

@@ -122,9 +122,7 @@ assert by_name.criterion == TheirScore() and by_name.criterion != TheirScore(pow
 slimllm.prune({str(STORIES)!r}, "by_name", by_name)
 slimllm.prune({str(STORIES)!r}, "made", slimllm.PruneConfig(ratio=0.3, samples=4, criterion=TheirScore()))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=installed, capture_output=True, text=True
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=installed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for shard in (tmp_path / "by_name").glob("*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "made" / shard.name).read_bytes()
@@ -263,10 +261,7 @@ def test_names(forgotten: None) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (
-            ["--slimllm.keep-lowest", "0.5", "--criterion", "obs"],
-            "keep-lowest is no option of the methods of this run",
-        ),
+        (["--slimllm.keep-lowest", "0.5", "--criterion", "obs"], "keep-lowest is no option of the methods of this run"),
         (["--slimllm.lowest", "0.5"], "there are --slimllm.keep-lowest, --layer-importance.pruned-layers"),
         (["--slimllm.keep-lowest", "x"], "--slimllm.keep-lowest must be a number, got 'x'"),
         (["--layer-importance.pruned-layers", "2.5"], "--layer-importance.pruned-layers must be an integer, got '2.5'"),
@@ -303,7 +298,8 @@ def test_options_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert code == 0, err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["config"]["method_settings"] == {
-        "criterion": {"keep_lowest": 0.25}, "recovery": {},
+        "criterion": {"keep_lowest": 0.25},
+        "recovery": {},
         "allocation": {"pruned_layers": None, "alpha": 0.0, "published": True},
-    }  # fmt: skip
+    }
     assert report["allocation"]["alpha"] == 0

@@ -27,9 +27,13 @@ def single(token_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) ->
 def test_the_results_of_single_runs(token_ids: torch.Tensor, tmp_path: Path, single: list[dict[str, bytes]]) -> None:
     seen: list[str] = []
     reports = prune_ratios(
-        STORIES, tmp_path / "out", config(token_ids), RATIOS, command="the command",
+        STORIES,
+        tmp_path / "out",
+        config(token_ids),
+        RATIOS,
+        command="the command",
         progress=lambda stage, index, layers, report: seen.append(stage),
-    )  # fmt: skip
+    )
     assert seen == ["dense"] * 5 + ["prune"] * 15
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.2", "0.35", "0.5"]
     assert [contents(tmp_path / "out" / str(ratio)) for ratio in RATIOS] == single
@@ -85,9 +89,7 @@ def test_a_dense_pass_that_was_begun_on_its_own(
 
     with pytest.raises(KeyboardInterrupt):
         prune_ratios(STORIES, tmp_path / "out", config(token_ids), [0.2, 0.5], resume=True, progress=progress)
-    reports = prune_ratios(
-        STORIES, tmp_path / "out", config(token_ids), [0.2, 0.5], resume=True, command="the command"
-    )  # fmt: skip
+    reports = prune_ratios(STORIES, tmp_path / "out", config(token_ids), [0.2, 0.5], resume=True, command="the command")
     weights = {name: content for name, content in single[2].items() if name.endswith(".safetensors")}
     assert weights.items() <= contents(tmp_path / "out" / "0.5").items()
     assert all(report.dense_pass_s > 0 for report in reports)

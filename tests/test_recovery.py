@@ -16,9 +16,12 @@ def moments_of(y: torch.Tensor, y_hat: torch.Tensor) -> OutputMoments:
     y, y_hat = y.double(), y_hat.double()
     centered, centered_hat = y - y.mean(0), y_hat - y_hat.mean(0)
     return OutputMoments(
-        y.mean(0), y_hat.mean(0), centered.square().mean(0), centered_hat.square().mean(0),
+        y.mean(0),
+        y_hat.mean(0),
+        centered.square().mean(0),
+        centered_hat.square().mean(0),
         (centered * centered_hat).mean(0),
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -77,9 +80,12 @@ def test_least_squares_is_ridge_regression_on_scaled_columns(tokens: int, dead: 
     lost = torch.randn(tokens, 4, generator=generator, dtype=torch.float64) + 0.1 * z[:, :4] - 3
     centered, centered_lost = z - z.mean(0), lost - lost.mean(0)
     change, missing = least_squares(
-        centered.T @ centered / tokens, centered.T @ centered_lost / tokens, centered_lost.square().mean(0), z.mean(0),
+        centered.T @ centered / tokens,
+        centered.T @ centered_lost / tokens,
+        centered_lost.square().mean(0),
+        z.mean(0),
         lost.mean(0),
-    )  # fmt: skip
+    )
     variance = centered.square().mean(0)
     size = torch.where(variance > 0, variance + MEAN_PART * z.mean(0).square(), 0.0).sqrt()
     scaled = torch.where(size > 0, centered / size, 0.0)
@@ -122,9 +128,7 @@ def test_refit_is_least_squares_of_what_was_removed() -> None:
     refit = refit_kept(weight, statistics, keep)
     kept, lost = z[:, keep].double(), z[:, gone].double() @ weight[:, gone].double().T
     u, e = kept - kept.mean(0), lost - lost.mean(0)
-    wanted, missing = least_squares(
-        u.T @ u / 400, u.T @ e / 400, e.square().mean(0), kept.mean(0), lost.mean(0)
-    )  # fmt: skip
+    wanted, missing = least_squares(u.T @ u / 400, u.T @ e / 400, e.square().mean(0), kept.mean(0), lost.mean(0))
     assert torch.allclose(refit.change.delta, wanted.delta, rtol=1e-4, atol=1e-6)
     assert torch.allclose(refit.change.intercept, wanted.intercept, rtol=1e-4, atol=1e-4)
     assert refit.after == pytest.approx(float(missing), rel=1e-4)

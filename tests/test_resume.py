@@ -77,9 +77,13 @@ def test_goes_on_where_it_was(
     interrupted(tmp_path / "out", config(token_ids), stage, layer)
     seen: list[tuple[str, int]] = []
     report = prune(
-        STORIES, tmp_path / "out", config(token_ids), resume=True, command="the command",
+        STORIES,
+        tmp_path / "out",
+        config(token_ids),
+        resume=True,
+        command="the command",
         progress=lambda stage, index, layers, layer: seen.append((stage, index)),
-    )  # fmt: skip
+    )
     assert contents(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     steps = [("dense", index) for index in range(5)] + [("prune", index) for index in range(5)]
@@ -88,10 +92,15 @@ def test_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize(
-    ("choice", "stage"), [({"recovery": "lstsq"}, "prune"), ({"recovery": "none"}, "prune"),
-                          ({"preset": "best"}, "dense"),
-                          ({"preset": "best"}, "prune"), ({"allocation": "flap", "recovery": "bias"}, "dense")]
-)  # fmt: skip
+    ("choice", "stage"),
+    [
+        ({"recovery": "lstsq"}, "prune"),
+        ({"recovery": "none"}, "prune"),
+        ({"preset": "best"}, "dense"),
+        ({"preset": "best"}, "prune"),
+        ({"allocation": "flap", "recovery": "bias"}, "dense"),
+    ],
+)
 def test_every_method_and_batches_of_different_sizes(
     token_ids: torch.Tensor, tmp_path: Path, choice: dict[str, Any], stage: str
 ) -> None:

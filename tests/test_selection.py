@@ -106,9 +106,7 @@ def test_every_group_loses_the_same(seed: int, groups: int, group_size: int, dat
 def test_similarity_does_not_see_shift_and_scale(seed: int, scale: float) -> None:
     x, weight = case(seed, 4)
     assert torch.allclose(
-        head_importance(covariance_of(x, weight, 4)),
-        head_importance(covariance_of((x + 7) * scale, weight, 4)),
-        rtol=1e-4,
+        head_importance(covariance_of(x, weight, 4)), head_importance(covariance_of((x + 7) * scale, weight, 4)), rtol=1e-4
     )
 
 

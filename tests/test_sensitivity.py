@@ -155,7 +155,7 @@ def test_layers_between(token_ids: torch.Tensor) -> None:
     assert probed == [*range(0, 2 * MOST_LAYERS, 2), 2 * MOST_LAYERS - 1]
     assert [len(layer.damage) for layer in dense.layers] == [
         2 if index in probed else 0 for index in range(2 * MOST_LAYERS)
-    ]  # fmt: skip
+    ]
     for part in range(2):
         assert factors[5][part] == pytest.approx((factors[4][part] + factors[6][part]) / 2)
 

@@ -48,9 +48,13 @@ def test_the_front() -> None:
         return dataclasses.replace(POINT, preset=preset, ratio=ratio, parameters=parameters, perplexity=perplexity)
 
     points = [
-        point("dense", 0.0, 100, 10.0), point("a", 0.2, 80, 12.0), point("b", 0.2, 80, 13.0), point("a", 0.5, 50, 30.0),
-        point("b", 0.5, 50, 30.0), point("b", 0.4, 60, 31.0),
-    ]  # fmt: skip
+        point("dense", 0.0, 100, 10.0),
+        point("a", 0.2, 80, 12.0),
+        point("b", 0.2, 80, 13.0),
+        point("a", 0.5, 50, 30.0),
+        point("b", 0.5, 50, 30.0),
+        point("b", 0.4, 60, 31.0),
+    ]
     assert on_front(points) == {("dense", 0.0), ("a", 0.2), ("a", 0.5), ("b", 0.5)}
 
 
@@ -59,12 +63,18 @@ def test_points_are_those_of_single_runs(token_ids: torch.Tensor, tmp_path: Path
     tokens = tokenize(open_checkpoint(STORIES).tokenizer(), [bundled_text("evaluation")[:10_000]])
     told: list[Swept] = []
     points = sweep(
-        STORIES, [0.4], config(token_ids), tokens, presets=["default", "best"], prompt=16, new_tokens=3, rounds=1,
-        keep=tmp_path / "kept", on_point=told.append,
-    )  # fmt: skip
-    assert [(point.preset, point.ratio) for point in points] == [
-        ("dense", 0.0), ("default", 0.4), ("best", 0.4),
-    ]  # fmt: skip
+        STORIES,
+        [0.4],
+        config(token_ids),
+        tokens,
+        presets=["default", "best"],
+        prompt=16,
+        new_tokens=3,
+        rounds=1,
+        keep=tmp_path / "kept",
+        on_point=told.append,
+    )
+    assert [(point.preset, point.ratio) for point in points] == [("dense", 0.0), ("default", 0.4), ("best", 0.4)]
     assert sorted(map(str, told)) == sorted(map(str, points))
     prune(STORIES, tmp_path / "alone", config(token_ids, ratio=0.4, preset="best"))
     model = load(tmp_path / "alone")[0]
@@ -72,9 +82,7 @@ def test_points_are_those_of_single_runs(token_ids: torch.Tensor, tmp_path: Path
     assert last.perplexity == perplexity(model, tokens) == perplexity(load(tmp_path / "kept/best/0.4")[0], tokens)
     assert last.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert last.decode_speedup > 0 and last.prefill_per_s > 0 and points[0].decode_speedup == 1.0
-    again = sweep(
-        STORIES, [0.4], config(token_ids), tokens, presets=["default", "best"], done=points, rounds=1
-    )  # fmt: skip
+    again = sweep(STORIES, [0.4], config(token_ids), tokens, presets=["default", "best"], done=points, rounds=1)
     assert again == points  # nothing is measured twice
 
 

@@ -61,9 +61,14 @@ def test_kv_heads_of_a_pruned_model(stories_path: Path, token_ids: torch.Tensor,
 
 @pytest.mark.parametrize(
     ("head_unit", "kv_heads", "multiple_of", "counted"),
-    [("kv-group", 6, 2, "num_kv_heads"), ("kv-group", 6, 3, "num_kv_heads"), ("query", 3, 2, "num_heads"),
-     ("query", 2, 3, "num_heads"), ("query", 6, 2, "num_kv_heads")],
-)  # fmt: skip
+    [
+        ("kv-group", 6, 2, "num_kv_heads"),
+        ("kv-group", 6, 3, "num_kv_heads"),
+        ("query", 3, 2, "num_heads"),
+        ("query", 2, 3, "num_heads"),
+        ("query", 6, 2, "num_kv_heads"),
+    ],
+)
 def test_heads_of_a_random_model(head_unit: str, kv_heads: int, multiple_of: int, counted: str) -> None:
     """12 query heads; where every group has one, `query` is `kv-group`."""
     model = random_llama(1, num_attention_heads=12 if kv_heads < 6 else 6, num_key_value_heads=kv_heads)
@@ -78,9 +83,12 @@ def test_heads_of_a_random_model(head_unit: str, kv_heads: int, multiple_of: int
 
 
 def test_what_cannot_be_is_refused_early(
-    stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    stories_path: Path,
+    token_ids: torch.Tensor,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Before any tensor is read, and by `slimllm plan` too."""
     from slimllm.checkpoints.safetensors import SafetensorsCheckpoint
 

@@ -48,9 +48,12 @@ def shell(command: str, folder: Path) -> tuple[int, str]:
     """The exit code of the first program of a pipe, and what is on stderr."""
     environment = {**os.environ, "SLIMLLM": f"{sys.executable} -m slimllm", "MODEL": str(STORIES), "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}} > code"], cwd=folder, env=environment, stderr=subprocess.PIPE,
+        ["bash", "-c", f"{command}; echo ${{PIPESTATUS[0]}} > code"],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
     lines = [line for line in done.stderr.splitlines(True) if not line.startswith("Other work kept")]  # as there may be
     return int((folder / "code").read_text()), "".join(lines)
 
@@ -75,9 +78,10 @@ def test_no_output_at_all(tmp_path: Path) -> None:
 def test_habits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
     for name, arguments in (
-        ("plain", ["--out", "OUT", "--ratio", "0.3"]), ("short", ["-o", "OUT", "--sparsity", "30%"]),
+        ("plain", ["--out", "OUT", "--ratio", "0.3"]),
+        ("short", ["-o", "OUT", "--sparsity", "30%"]),
         ("long", ["--output", "OUT", "--ratio", "30%", "--host-memory", "8G"]),
-    ):  # fmt: skip
+    ):
         out = tmp_path / name
         code, _, err = call(capsys, "prune", STORIES, *QUICK, *(str(out) if one == "OUT" else one for one in arguments))
         assert code == 0, err
@@ -114,8 +118,15 @@ def test_no_advice_that_is_followed_already() -> None:
 
 def test_the_preset_paper_speaks_of_the_ratio_that_was_asked_for() -> None:
     shape = LayerShape(
-        units=4, unit_params=1000, channels=64, channel_params=100, params=10_400, attention_bias_params=0,
-        ffn_bias_params=0, grouped=False, unit_step=1,
-    )  # fmt: skip
+        units=4,
+        unit_params=1000,
+        channels=64,
+        channel_params=100,
+        params=10_400,
+        attention_bias_params=0,
+        ffn_bias_params=0,
+        grouped=False,
+        unit_step=1,
+    )
     with pytest.raises(InputError, match=r"^A ratio of 0\.999 by the preset paper \(which makes 0\.989 of .* is more than"):
         find_target([shape] * 10, PruneConfig(ratio=0.999, preset="paper"))

@@ -117,7 +117,7 @@ def test_content_decides(
         ("a.gz", gzip.compress(random.Random(0).randbytes(500).hex().encode(), mtime=0)[:-30], "damaged or truncated"),
         ("a.gz", b"\x1f\x8b\x08\x00" + b"x" * 100, "damaged or truncated"),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_text(name: str, content: str | bytes, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=sentence) as error:
         read_texts(written(tmp_path, name, content), 10)
@@ -129,13 +129,16 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "empty").mkdir()
     for source, sentence in {
-        "/dev/null": "a device or a pipe", str(tmp_path / "pipe"): "a device or a pipe",
+        "/dev/null": "a device or a pipe",
+        str(tmp_path / "pipe"): "a device or a pipe",
         str(tmp_path / "link"): "a link to nowhere, which does not exist",
         str(tmp_path / "empty"): "The folder .* cannot be read as a dataset: .*data files",
-        "foo.gz": "The text file foo.gz does not exist", "~nobody-of-that-name/a.txt": "does not exist",
-        "x" * 5000 + ".txt": "File name too long", "": "name of the text is empty",
+        "foo.gz": "The text file foo.gz does not exist",
+        "~nobody-of-that-name/a.txt": "does not exist",
+        "x" * 5000 + ".txt": "File name too long",
+        "": "name of the text is empty",
         os.fsdecode(b"caf\xe9.txt"): r"The text file caf\\udce9.txt does not exist",
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(InputError, match=sentence) as error:
             read_texts(source, 10)
         str(error.value).encode()  # can be printed
@@ -205,7 +208,7 @@ def test_conversations(tmp_path: Path, tokenizer: Any) -> None:
         ([{"role": "user", "content": [{"type": "text", "text": "Hi."}]}], CHAT, "as strings"),
         ("Hi.", CHAT, "not a list of objects"),
     ],
-)  # fmt: skip
+)
 def test_conversations_that_cannot_be(
     messages: Any, template: str | None, sentence: str, tmp_path: Path, tokenizer: Any
 ) -> None:
@@ -217,9 +220,11 @@ def test_conversations_that_cannot_be(
 def test_rows_of_datasets(tmp_path: Path, tokenizer: Any) -> None:
     """They are held to what objects in files are."""
     for name, rows in {
-        "nulls": [{"text": None}, {"text": "One."}], "numbers": [{"text": 1}], "talks": [{"messages": TALK}],
+        "nulls": [{"text": None}, {"text": "One."}],
+        "numbers": [{"text": 1}],
+        "talks": [{"messages": TALK}],
         "others": [{"body": "One."}],
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / name).mkdir()
         written(tmp_path / name, "train.jsonl", "\n".join(map(json.dumps, rows)))
     told: list[str] = []

@@ -14,7 +14,7 @@ from conftest import config, logits
 
 import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize
-from slimllm.cli.demo import find_demo_model
+from slimllm.cli.demo_display import find_demo_model
 from slimllm.export.api import export
 
 PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"

@@ -22,10 +22,16 @@ lm_eval: Any = pytest.importorskip("lm_eval", reason="lm-eval is not installed; 
 ROWS = Path(__file__).parent / "data" / "zeroshot"
 OWN = Path(lm_eval.__file__).parent / "tasks"
 FILES = {
-    "boolq": "super_glue/boolq/default.yaml", "piqa": "piqa/piqa.yaml", "hellaswag": "hellaswag/hellaswag.yaml",
-    "winogrande": "winogrande/default.yaml", "arc_easy": "arc/arc_easy.yaml", "arc_challenge": "arc/arc_challenge.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml", "mathqa": "mathqa/mathqa.yaml", "rte": "glue/rte/default.yaml",
-}  # fmt: skip
+    "boolq": "super_glue/boolq/default.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "mathqa": "mathqa/mathqa.yaml",
+    "rte": "glue/rte/default.yaml",
+}
 EVERY = (*PAPER_TASKS, "mathqa", "rte")
 
 
@@ -36,9 +42,13 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for task in EVERY:
         splits = ("training_split", "validation_split", "test_split", "fewshot_split")
         description: dict[str, Any] = {
-            "include": str(OWN / FILES[task]), "task": task, "dataset_path": "json", "dataset_name": None,
-            **dict.fromkeys(splits, "train"), "dataset_kwargs": {"data_files": str(ROWS / f"{task}.jsonl")},
-        }  # fmt: skip
+            "include": str(OWN / FILES[task]),
+            "task": task,
+            "dataset_path": "json",
+            "dataset_name": None,
+            **dict.fromkeys(splits, "train"),
+            "dataset_kwargs": {"data_files": str(ROWS / f"{task}.jsonl")},
+        }
         if task == "hellaswag":
             description["process_docs"] = None  # these rows have been through it
         if task == "boolq":
@@ -63,11 +73,7 @@ def by_hand(folder: Path, tasks: Path, few_shot: int) -> dict[str, dict[str, flo
 
 @pytest.mark.parametrize(
     ("few_shot", "grouped"),
-    [
-        pytest.param(0, True, marks=pytest.mark.slow),
-        pytest.param(0, False, marks=pytest.mark.slow),
-        (2, True),
-    ],
+    [pytest.param(0, True, marks=pytest.mark.slow), pytest.param(0, False, marks=pytest.mark.slow), (2, True)],
 )
 def test_as_lm_eval_by_hand(
     stories_path: Path, token_ids: torch.Tensor, tasks: Path, tmp_path: Path, few_shot: int, grouped: bool

@@ -18,7 +18,25 @@ from slimllm.calibration.windows import (
 )
 
 __all__ = [
-    "Calibration", "about_bos", "bundled_text", "calibration_name", "calibration_windows", "check_messages",
-    "check_regular", "check_seq_len", "draw_windows", "fields_of", "has_empty", "is_unicode", "longest_input",
-    "num_held_out", "read_texts", "recognise", "rendered", "shown", "tokenize", "window_bos", "windows_of",
-]  # fmt: skip
+    "Calibration",
+    "about_bos",
+    "bundled_text",
+    "calibration_name",
+    "calibration_windows",
+    "check_messages",
+    "check_regular",
+    "check_seq_len",
+    "draw_windows",
+    "fields_of",
+    "has_empty",
+    "is_unicode",
+    "longest_input",
+    "num_held_out",
+    "read_texts",
+    "recognise",
+    "rendered",
+    "shown",
+    "tokenize",
+    "window_bos",
+    "windows_of",
+]

@@ -22,10 +22,29 @@ _log = logging.getLogger("slimllm")
 
 # Patterns of names, for a folder as for a download.
 PATTERNS = (
-    "generation_config.json", "tokenizer*", "special_tokens_map*.json", "added_tokens*.json", "tekken*.json", "vocab.*",
-    "vocab*.json", "vocab*.txt", "*vocab.json", "*vocab.txt", "*.vocab", "merges*.txt", "*.model", "*.tiktoken", "*.bpe",
-    "*.spm", "bpe.codes", "chat_template*", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map*.json",
+    "added_tokens*.json",
+    "tekken*.json",
+    "vocab.*",
+    "vocab*.json",
+    "vocab*.txt",
+    "*vocab.json",
+    "*vocab.txt",
+    "*.vocab",
+    "merges*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.bpe",
+    "*.spm",
+    "bpe.codes",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 # Weights, and what every result has of its own: never copied, whoever names it.
 _NEVER = re.compile(

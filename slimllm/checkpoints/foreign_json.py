@@ -114,9 +114,15 @@ def _check_kind(value: Any, kind: Any, where: str) -> None:
 
 
 _KINDS = {
-    dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a whole number from 0 on",
-    type(None): "null", float: "a finite number", POSITIVE: "a finite number above 0",
-}  # fmt: skip
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number from 0 on",
+    type(None): "null",
+    float: "a finite number",
+    POSITIVE: "a finite number above 0",
+}
 
 
 def _is(value: Any, kind: Any) -> bool:

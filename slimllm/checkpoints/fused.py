@@ -86,11 +86,29 @@ def _length(rows: Rows) -> int:
 
 # What Mistral's configuration has from Phi-3's.
 _KEPT_OF_PHI3 = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "tie_word_embeddings",
-    "rope_parameters", "rope_theta", "rope_scaling", "original_max_position_embeddings", "sliding_window",
-    "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id", "dtype",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+)
 
 
 def read_as(config: PretrainedConfig) -> PretrainedConfig:
@@ -128,10 +146,14 @@ def take_apart(checkpoint: Checkpoint) -> Checkpoint:
     if kind == "bloom":
         return BloomCheckpoint(checkpoint, config, spec)
     kv_width, channels = config.num_key_value_heads * head_dim_of(config), config.intermediate_size
-    return FusedCheckpoint(checkpoint, config, {
-        "self_attn.qkv_proj": _one_behind_the_other(qkv, (width, kv_width, kv_width)),
-        "mlp.gate_up_proj": _one_behind_the_other(spec.into_ffn, (channels, channels)),
-    })  # fmt: skip
+    return FusedCheckpoint(
+        checkpoint,
+        config,
+        {
+            "self_attn.qkv_proj": _one_behind_the_other(qkv, (width, kv_width, kv_width)),
+            "mlp.gate_up_proj": _one_behind_the_other(spec.into_ffn, (channels, channels)),
+        },
+    )
 
 
 def _one_behind_the_other(parts: tuple[str, ...], numbers: tuple[int, ...]) -> dict[str, Rows]:

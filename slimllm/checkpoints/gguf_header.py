@@ -106,10 +106,17 @@ def check_sizes(settings: dict[str, Any], shapes: list[tuple[int, ...]], path: P
     """
     widest = max((max(shape) for shape in shapes), default=0)
     bounds = {
-        "block_count": len(shapes), "embedding_length": widest, "feed_forward_length": widest, "vocab_size": widest,
-        "attention.head_count": widest, "attention.head_count_kv": widest, "attention.key_length": widest,
-        "attention.value_length": widest, "rope.dimension_count": widest, "context_length": 10**9,
-    }  # fmt: skip
+        "block_count": len(shapes),
+        "embedding_length": widest,
+        "feed_forward_length": widest,
+        "vocab_size": widest,
+        "attention.head_count": widest,
+        "attention.head_count_kv": widest,
+        "attention.key_length": widest,
+        "attention.value_length": widest,
+        "rope.dimension_count": widest,
+        "context_length": 10**9,
+    }
     for name, value in settings.items():
         most = bounds.get(name.partition(".")[2])
         if most is None or isinstance(value, list):

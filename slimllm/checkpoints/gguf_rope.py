@@ -54,9 +54,12 @@ def rope_rule(file: GGUFFile, architecture: str, theta: float, head_dim: int) ->
         share = ((original / wavelengths - low) / (high - low)).clip(0, 1)
         if np.allclose(1 / ((1 - share) / factor + share), divisors, rtol=_TOLERANCE, atol=0):
             return {
-                "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
                 "original_max_position_embeddings": original,
-            }  # fmt: skip
+            }
     raise InputError(
         f"{file.path} scales its rotary embedding by factors ({ROPE_FREQS}) that do not follow LLaMA 3's rule; "
         "prune the model's Hugging Face folder instead."

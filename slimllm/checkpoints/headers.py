@@ -16,14 +16,17 @@ from slimllm.models.families import FAMILIES
 
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _QUANTISED_ENDINGS = (
-    ".qweight", ".qzeros", ".scales", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".SCB",
-)  # fmt: skip
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+    ".weight.absmax",
+    ".SCB",
+)
 # What other programs put before the names of a model's tensors.
-_WRAPPERS = {
-    "_orig_mod.": "torch.compile",
-    "module.": "DistributedDataParallel",
-    "base_model.model.": "peft",
-}
+_WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel", "base_model.model.": "peft"}
 
 
 class Headers:

@@ -20,11 +20,27 @@ from slimllm.models.slicing import LayerSizes, Tensors, install
 
 # What the output format decides anew; every other setting of the source goes on unchanged.
 _DECIDED = {
-    "model_type", "architectures", "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access",
-    "transformers_version", "torch_dtype", "dtype", "head_dim", "num_attention_heads", "n_head", "num_key_value_heads",
-    "intermediate_size", "ffn_dim", "attention_bias", "mlp_bias", "attention_out_bias", "mlp_out_bias", "residual_dropout",
+    "model_type",
+    "architectures",
+    "auto_map",
+    "per_layer_config",
+    "allow_global_per_layer_attribute_access",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "head_dim",
+    "num_attention_heads",
+    "n_head",
+    "num_key_value_heads",
+    "intermediate_size",
+    "ffn_dim",
+    "attention_bias",
+    "mlp_bias",
+    "attention_out_bias",
+    "mlp_out_bias",
+    "residual_dropout",
     "_name_or_path",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -88,9 +104,15 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
         for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
             common.pop(name, None)
         config = AutoConfig.for_model(
-            "seed_oss", **common, **largest, attention_bias=qkv_bias, attention_out_bias=out_bias,
-            mlp_bias=ffn_bias or gate_bias, residual_dropout=0.0, architectures=["SeedOssForCausalLM"],
-        )  # fmt: skip
+            "seed_oss",
+            **common,
+            **largest,
+            attention_bias=qkv_bias,
+            attention_out_bias=out_bias,
+            mlp_bias=ffn_bias or gate_bias,
+            residual_dropout=0.0,
+            architectures=["SeedOssForCausalLM"],
+        )
         return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias or gate_bias)
     overrides = {}
     most = {**largest, "attention_out_bias": out_bias, "mlp_out_bias": ffn_bias}

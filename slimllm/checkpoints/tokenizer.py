@@ -11,10 +11,15 @@ from slimllm.checkpoints.foreign_json import MOST_OF_SETTINGS, check_shape, find
 from slimllm.errors import InputError, first_line
 
 _SETTINGS = {
-    "model_max_length?": float, "tokenizer_class?": str, "chat_template?": (str, list, dict), "added_tokens_decoder?": dict,
-    "add_bos_token?": bool, "add_eos_token?": bool, "model_input_names?": [str],
+    "model_max_length?": float,
+    "tokenizer_class?": str,
+    "chat_template?": (str, list, dict),
+    "added_tokens_decoder?": dict,
+    "add_bos_token?": bool,
+    "add_eos_token?": bool,
+    "model_input_names?": [str],
     **{f"{name}_token?": (str, dict) for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")},
-}  # fmt: skip
+}
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

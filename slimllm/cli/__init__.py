@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli import prune, export, measure, finetune, page  # isort: skip
+from slimllm.cli import prune, export, eval, compare, sweep, latency, finetune, page, demo, bench, doctor  # noqa: F401, isort: skip
 from slimllm.cli.options import REMOVED, app
 from slimllm.cli.terminal import console, errors, lost, open_closed_streams
 from slimllm.errors import InputError, OtherRankError
@@ -18,7 +18,7 @@ from slimllm.runtime.distributed import end
 from slimllm.runtime.interrupts import SIGNALS, leave
 from slimllm.runtime.memory import exhausted
 
-__all__ = ["app", "export", "finetune", "main", "measure", "page", "prune"]
+__all__ = ["app", "main"]
 
 
 def _print_version(wanted: bool) -> None:

@@ -19,9 +19,18 @@ from slimllm.experiments.compare import METHODS, Compared, compare
 
 
 def run_compare(
-    console: Console, model: str, ratios: list[float], config: PruneConfig, methods: list[str] | None, text: str | None,
-    eval_len: int, max_windows: int | None, workdir: Path | None, out: Path | None, quiet: bool,
-) -> None:  # fmt: skip
+    console: Console,
+    model: str,
+    ratios: list[float],
+    config: PruneConfig,
+    methods: list[str] | None,
+    text: str | None,
+    eval_len: int,
+    max_windows: int | None,
+    workdir: Path | None,
+    out: Path | None,
+    quiet: bool,
+) -> None:
     """Compare, print the table, and write the lines to `out`; arguments as on the command line.
 
     Raises:
@@ -42,9 +51,18 @@ def run_compare(
                     file.write(json.dumps({**dataclasses.asdict(line), **about}) + "\n")
 
         lines = compare(
-            model, ratios, config, tokens, methods=methods or tuple(METHODS), seq_len=eval_len, max_windows=max_windows,
-            bos_token_id=bos_token_id, workdir=workdir, progress=display.progress, on_line=on_line,
-        )  # fmt: skip
+            model,
+            ratios,
+            config,
+            tokens,
+            methods=methods or tuple(METHODS),
+            seq_len=eval_len,
+            max_windows=max_windows,
+            bos_token_id=bos_token_id,
+            workdir=workdir,
+            progress=display.progress,
+            on_line=on_line,
+        )
     console.print(compare_table(lines, eval_len))
 
 

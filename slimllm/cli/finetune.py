@@ -58,10 +58,22 @@ def finetune_command(
     from slimllm.runtime.interrupts import SafeStop
 
     config = FinetuneConfig(
-        rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate, warmup=warmup, epochs=epochs,
-        batch_size=batch_size, micro_batch=micro_batch, seq_len=seq_len, held_out=held_out, max_steps=max_steps,
-        save_every=save_every, seed=seed, dtype=dtype, device=device,
-    )  # fmt: skip
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        epochs=epochs,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        seq_len=seq_len,
+        held_out=held_out,
+        max_steps=max_steps,
+        save_every=save_every,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
     with watch_for_other_work(quiet, device), PruneDisplay(console, quiet) as display:
         stop = SafeStop(lambda sentence: errors.print(sentence.replace("layer", "step")), Ranks())
 
@@ -102,7 +114,7 @@ def _summary(report: FinetuneReport) -> None:
         f"{steps} over {report.examples:,} examples in {report.elapsed_s:.0f} s; "
         f"{report.trainable:,} of {report.parameters:,} parameters were trained.",
         highlight=False,
-    )  # fmt: skip
+    )
     if report.held_out:
         (_, before), (_, after) = report.held_out[0], report.held_out[-1]
         console.print(

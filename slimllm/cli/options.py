@@ -11,9 +11,7 @@ import typer
 from slimllm.cli.terminal import console, errors
 
 app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
 # What people call these two, from other programs.
@@ -35,8 +33,7 @@ REMOVED = "what was begun is removed"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file or a hub id.")]
 Preset = Annotated[str, typer.Option(help="default; paper: the published settings; best: most accurate at high ratios.")]
 Criterion = Annotated[
-    str | None,
-    typer.Option(help="slimllm (default), obs (what is missed least), wanda-sp, flap, magnitude or random."),
+    str | None, typer.Option(help="slimllm (default), obs (what is missed least), wanda-sp, flap, magnitude or random.")
 ]
 AllocationName = Annotated[
     str | None,
@@ -48,8 +45,7 @@ Recovery = Annotated[
     str | None, typer.Option(help="affine (default, the paper's), lstsq (all kept weights), bias, or none.")
 ]
 TokenWeights = Annotated[
-    str | None,
-    typer.Option(help="norm: a token counts by what the next norm divides it by. none (default): all alike."),
+    str | None, typer.Option(help="norm: a token counts by what the next norm divides it by. none (default): all alike.")
 ]
 Plugin = Annotated[
     list[str] | None, typer.Option(help="A module, or a file that ends in .py, with methods of your own; it is imported.")
@@ -84,8 +80,10 @@ def write_page_unasked(folder: Path, quiet: bool) -> None:
         errors.print(
             f"The page about {folder} could not be written ({type(error).__name__}: {first_line(error)}) "
             f"slimllm report {folder} tries again.",
-            style="bold red", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            style="bold red",
+            highlight=False,
+            soft_wrap=True,
+        )
         return
     if not quiet:
         console.print(f"page    {page}", highlight=False, soft_wrap=True)

@@ -53,10 +53,7 @@ def prune_command(
     preset: Preset = "default",
     criterion: Criterion = None,
     allocation: AllocationName = None,
-    uniform: Annotated[
-        bool,
-        typer.Option("--uniform", help="Short for --allocation uniform: all layers alike."),
-    ] = False,
+    uniform: Annotated[bool, typer.Option("--uniform", help="Short for --allocation uniform: all layers alike.")] = False,
     recovery: Recovery = None,
     token_weights: TokenWeights = None,
     plugin: Plugin = None,
@@ -78,8 +75,7 @@ def prune_command(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")] = None,
     compute_dtype: Annotated[
-        str | None,
-        typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU."),
+        str | None, typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
     host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB: the run is done so that it fits.")] = None,
@@ -111,13 +107,27 @@ def prune_command(
         with ranks.together():
             methods: Any = chosen_methods(
                 context, plugin, preset, criterion=criterion, allocation=allocation, recovery=recovery
-            )  # fmt: skip
+            )
             config = PruneConfig(
-                ratio=ratio[0], preset=preset, **methods, token_weights=token_weights, head_unit=head_unit,
-                calibration=calibration, bos=bos, samples=samples, seq_len=seq_len, seed=seed, batch_size=batch_size,
-                heads_multiple_of=heads_multiple_of, round_to=round_to, dtype=dtype, compute_dtype=compute_dtype,
-                device=device, host_memory=host_memory, gpu_memory=gpu_memory,
-            )  # fmt: skip
+                ratio=ratio[0],
+                preset=preset,
+                **methods,
+                token_weights=token_weights,
+                head_unit=head_unit,
+                calibration=calibration,
+                bos=bos,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                batch_size=batch_size,
+                heads_multiple_of=heads_multiple_of,
+                round_to=round_to,
+                dtype=dtype,
+                compute_dtype=compute_dtype,
+                device=device,
+                host_memory=host_memory,
+                gpu_memory=gpu_memory,
+            )
         tell = errors.print if ranks.first else _say_nothing
         stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
 
@@ -127,10 +137,7 @@ def prune_command(
 
         try:
             several = group is not None  # to each of them the others are other work
-            with (
-                watch_for_other_work(quiet or several, device),
-                PruneDisplay(console, quiet or not ranks.first) as display,
-            ):
+            with watch_for_other_work(quiet or several, device), PruneDisplay(console, quiet or not ranks.first) as display:
                 settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
                 settings |= {"command": command, "group": group}
                 if len(ratio) == 1:
@@ -184,10 +191,18 @@ def plan_command(
 
     methods: Any = chosen_methods(context, plugin, preset, criterion=criterion, allocation=allocation, recovery=recovery)
     config = PruneConfig(
-        ratio=ratio, preset=preset, **methods, heads_multiple_of=heads_multiple_of, samples=samples, seq_len=seq_len,
-        dtype=dtype, compute_dtype=compute_dtype, device=None if device == "cuda" else device, host_memory=host_memory,
+        ratio=ratio,
+        preset=preset,
+        **methods,
+        heads_multiple_of=heads_multiple_of,
+        samples=samples,
+        seq_len=seq_len,
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        device=None if device == "cuda" else device,
+        host_memory=host_memory,
         gpu_memory=gpu_memory,
-    )  # fmt: skip
+    )
     print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))
 
 

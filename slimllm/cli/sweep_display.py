@@ -28,10 +28,23 @@ POINTS, PICTURE = "sweep.jsonl", "sweep.png"
 
 
 def run_sweep(
-    console: Console, model: str, ratios: list[float], presets: list[str], config: PruneConfig, text: str | None,
-    eval_len: int, max_windows: int | None, prompt: int, new_tokens: int, rounds: int, out: Path, keep: bool,
-    workdir: Path | None, resume: bool, quiet: bool,
-) -> None:  # fmt: skip
+    console: Console,
+    model: str,
+    ratios: list[float],
+    presets: list[str],
+    config: PruneConfig,
+    text: str | None,
+    eval_len: int,
+    max_windows: int | None,
+    prompt: int,
+    new_tokens: int,
+    rounds: int,
+    out: Path,
+    keep: bool,
+    workdir: Path | None,
+    resume: bool,
+    quiet: bool,
+) -> None:
     """Sweep into a folder, and print the table; arguments as on the command line.
 
     Raises:
@@ -42,13 +55,24 @@ def run_sweep(
     tokenizer = open_checkpoint(model).tokenizer()
     bos_token_id = window_bos(tokenizer, config.bos)
     settings = {
-        "model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows, "bos": config.bos,
-        "bos_token_id": bos_token_id, "prompt": prompt, "new_tokens": new_tokens,
-        "calibration": config.to_dict()["calibration"], "samples": config.samples,
-        "seq_len": config.seq_len, "seed": config.seed, "head_unit": config.head_unit,
-        "rounds": rounds, "device": machine(str(device)), "threads": torch.get_num_threads(),
+        "model": model,
+        "text": text or "bundled",
+        "eval_len": eval_len,
+        "max_windows": max_windows,
+        "bos": config.bos,
+        "bos_token_id": bos_token_id,
+        "prompt": prompt,
+        "new_tokens": new_tokens,
+        "calibration": config.to_dict()["calibration"],
+        "samples": config.samples,
+        "seq_len": config.seq_len,
+        "seed": config.seed,
+        "head_unit": config.head_unit,
+        "rounds": rounds,
+        "device": machine(str(device)),
+        "threads": torch.get_num_threads(),
         "slimllm": versions()["slimllm"],
-    }  # fmt: skip
+    }
     file = out / POINTS
     others = [path.name for path in out.iterdir() if path.name not in presets] if out.is_dir() else []
     if others and not file.exists():  # of the presets there may be kept models of a sweep without a point yet
@@ -67,10 +91,23 @@ def run_sweep(
             display.notice(f"{about}: perplexity {point.perplexity:.2f}, decoding x {point.decode_speedup:.2f}")
 
         points = sweep(
-            model, ratios, config, tokens, presets=presets, seq_len=eval_len, max_windows=max_windows,
-            bos_token_id=bos_token_id, prompt=prompt, new_tokens=new_tokens, rounds=rounds, keep=out if keep else None,
-            workdir=workdir, done=done, progress=display.progress, on_point=on_point,
-        )  # fmt: skip
+            model,
+            ratios,
+            config,
+            tokens,
+            presets=presets,
+            seq_len=eval_len,
+            max_windows=max_windows,
+            bos_token_id=bos_token_id,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            keep=out if keep else None,
+            workdir=workdir,
+            done=done,
+            progress=display.progress,
+            on_point=on_point,
+        )
     draw(points, out / PICTURE)
     if quiet:
         return
@@ -79,8 +116,9 @@ def run_sweep(
         f"Perplexity in windows of {eval_len} tokens, {about_bos(bos_token_id)}. * no other point has a lower one "
         "with no more parameters. Speeds are over the dense model's, in turns; s: of pruning. "
         f"All figures, and the picture: {out}",
-        style="dim", highlight=False,
-    )  # fmt: skip
+        style="dim",
+        highlight=False,
+    )
 
 
 @contextmanager
@@ -141,9 +179,7 @@ def sweep_table(points: list[Swept]) -> Table:
             f"{point.log_increase:.3f}",
         ]
         cells += [f"{point.prefill_speedup:.2f} ×", f"{point.decode_speedup:.2f} ×", f"{point.prune_s:.1f}"]
-        table.add_row(
-            point.preset, f"{point.ratio:g}", *cells, "*" if (point.preset, point.ratio) in front else ""
-        )  # fmt: skip
+        table.add_row(point.preset, f"{point.ratio:g}", *cells, "*" if (point.preset, point.ratio) in front else "")
     return table
 
 

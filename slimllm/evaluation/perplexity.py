@@ -70,9 +70,14 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
         if stored_head_differs(config, headers):  # transformers 5 unties it then, and 4 would leave it out
             config.tie_word_embeddings = False
         loaded, found = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype or "auto", trust_remote_code=trust_remote_code, use_safetensors=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,  # what does not match is said below
-        )  # fmt: skip
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # what does not match is said below
+        )
     except InputError:
         raise
     except Exception as error:  # transformers and its back ends raise many types for one fact: it cannot be loaded

@@ -164,9 +164,14 @@ def evaluation_table(lines: list[Evaluated]) -> Table:
 
 # As the paper heads its columns.
 _TITLES = {
-    "boolq": "BoolQ", "piqa": "PIQA", "hellaswag": "HellaS", "winogrande": "WinoG", "arc_easy": "ARC-e",
-    "arc_challenge": "ARC-c", "openbookqa": "OBQA",
-}  # fmt: skip
+    "boolq": "BoolQ",
+    "piqa": "PIQA",
+    "hellaswag": "HellaS",
+    "winogrande": "WinoG",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "openbookqa": "OBQA",
+}
 
 
 def accuracy_table(lines: list[Evaluated], limit: int | None = None) -> Table:
@@ -187,8 +192,10 @@ def accuracy_table(lines: list[Evaluated], limit: int | None = None) -> Table:
 def write_json(lines: list[Evaluated], text: str | None, path: Path, settings: dict[str, Any]) -> None:
     """The figures, the text they are of, further settings of theirs and the versions, as a new file."""
     content = {
-        "text": text or "bundled", **settings, "versions": versions(),
+        "text": text or "bundled",
+        **settings,
+        "versions": versions(),
         "models": [dataclasses.asdict(line) for line in lines],
-    }  # fmt: skip
+    }
     with path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")

@@ -75,9 +75,14 @@ def zero_shot(
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
     try:
         found = lm_eval.simple_evaluate(
-            wrapped, tasks=list(tasks), num_fewshot=few_shot, limit=limit, task_manager=manager, bootstrap_iters=0,
+            wrapped,
+            tasks=list(tasks),
+            num_fewshot=few_shot,
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=0,
             log_samples=False,
-        )  # fmt: skip
+        )
     except (OSError, ValueError) as error:
         raise InputError(f"lm-eval could not run {', '.join(tasks)}: {str(error).splitlines()[0]}") from error
     assert found is not None

@@ -111,8 +111,10 @@ def compare(
         raise InputError("Give at least one method and one ratio.")
     configs = {
         (name, ratio): config.with_preset(**{"preset": "default", **METHODS[name]}, ratio=ratio)
-        for name in METHODS if name in methods for ratio in ratios
-    }  # fmt: skip
+        for name in METHODS
+        if name in methods
+        for ratio in ratios
+    }
     checkpoint = open_checkpoint(model)
     lines: list[Compared] = []
 
@@ -138,10 +140,19 @@ def compare(
             if not lines:
                 before = report.parameters["before"]
                 add(Compared("dense", 0.0, dense, 0.0, before, 0.0, report.dense_pass_s, False, bos_token_id))
-            add(Compared(
-                name, ratio, value, math.log(value / dense), report.parameters["after"], report.seconds_alone,
-                report.dense_pass_s, report.dense_pass_shared, bos_token_id,
-            ))  # fmt: skip
+            add(
+                Compared(
+                    name,
+                    ratio,
+                    value,
+                    math.log(value / dense),
+                    report.parameters["after"],
+                    report.seconds_alone,
+                    report.dense_pass_s,
+                    report.dense_pass_shared,
+                    bos_token_id,
+                )
+            )
 
         prune_all(checkpoint, jobs, False, False, progress, notice, None, Ranks(), on_report)
     return lines

@@ -132,8 +132,10 @@ def sweep(
     presets = list(dict.fromkeys(presets))
     configs = {
         (preset, ratio): config.with_preset(preset, ratio=ratio)
-        for preset in presets for ratio in ratios if (preset, ratio) not in there
-    }  # fmt: skip
+        for preset in presets
+        for ratio in ratios
+        if (preset, ratio) not in there
+    }
 
     def add(point: Swept) -> None:
         points.append(point)
@@ -150,19 +152,26 @@ def sweep(
         if (preset, ratio) in there:
             return
         release()
-        speed = measure_latency(
-            [model, out], prompts=[prompt], new_tokens=new_tokens, rounds=rounds, device=config.device
-        )  # fmt: skip
+        speed = measure_latency([model, out], prompts=[prompt], new_tokens=new_tokens, rounds=rounds, device=config.device)
         if "dense" not in {point.preset for point in points}:
             first = speed.lines[0]
             prefill, decode = statistics.median(first.prefill_rates), statistics.median(first.decode_rates)
             add(Swept("dense", 0.0, report.parameters["before"], dense, 0.0, prefill, decode, 1.0, 1.0, 0.0))
         line, value = speed.lines[1], measured(out)
-        add(Swept(
-            preset, ratio, report.parameters["after"], value, math.log(value / dense),
-            statistics.median(line.prefill_rates), statistics.median(line.decode_rates),
-            speed.speedup(line, "prefill_rates"), speed.speedup(line, "decode_rates"), report.seconds_alone,
-        ))  # fmt: skip
+        add(
+            Swept(
+                preset,
+                ratio,
+                report.parameters["after"],
+                value,
+                math.log(value / dense),
+                statistics.median(line.prefill_rates),
+                statistics.median(line.decode_rates),
+                speed.speedup(line, "prefill_rates"),
+                speed.speedup(line, "decode_rates"),
+                report.seconds_alone,
+            )
+        )
         if keep is None:
             shutil.rmtree(out)  # the next one may be as large
 
@@ -182,9 +191,10 @@ def on_front(points: Sequence[Swept]) -> set[tuple[str, float]]:
 
     def beaten(point: Swept) -> bool:
         return any(
-            other.parameters <= point.parameters and other.perplexity <= point.perplexity
+            other.parameters <= point.parameters
+            and other.perplexity <= point.perplexity
             and (other.parameters, other.perplexity) != (point.parameters, point.perplexity)
             for other in points
-        )  # fmt: skip
+        )
 
     return {(point.preset, point.ratio) for point in points if not beaten(point)}

@@ -28,8 +28,10 @@ _PRE_TOKENIZERS = {
 
 _BPE = {
     "model": {"vocab": {EVERY: int}, "merges": [(str, list)]},
-    "added_tokens?": [{"id": int, "content": str}], "normalizer?": dict, "pre_tokenizer?": dict,
-}  # fmt: skip
+    "added_tokens?": [{"id": int, "content": str}],
+    "normalizer?": dict,
+    "pre_tokenizer?": dict,
+}
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:

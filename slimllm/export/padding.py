@@ -17,11 +17,13 @@ def padded_sizes(sizes: list[LayerSizes]) -> LayerSizes:
     """
     kv_heads, group = max(size.num_kv_heads for size in sizes), max(size.group_size for size in sizes)
     return dataclasses.replace(
-        sizes[0], num_heads=kv_heads * group, num_kv_heads=kv_heads,
+        sizes[0],
+        num_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
         intermediate_size=max(size.intermediate_size for size in sizes),
         attention_out_bias=any(size.attention_out_bias for size in sizes),
         ffn_out_bias=any(size.ffn_out_bias for size in sizes),
-    )  # fmt: skip
+    )
 
 
 def pad_layer(tensors: Tensors, spec: LayerSpec, size: LayerSizes, wanted: LayerSizes, head_dim: int) -> Tensors:
@@ -41,8 +43,11 @@ def pad_layer(tensors: Tensors, spec: LayerSpec, size: LayerSizes, wanted: Layer
     channels = (1, 1, size.intermediate_size), (1, 1, wanted.intermediate_size)
     result = dict(tensors)
     for name, (old, new) in {
-        spec.q_proj: queries, spec.k_proj: keys, spec.v_proj: keys, **dict.fromkeys(spec.into_ffn, channels),
-    }.items():  # fmt: skip
+        spec.q_proj: queries,
+        spec.k_proj: keys,
+        spec.v_proj: keys,
+        **dict.fromkeys(spec.into_ffn, channels),
+    }.items():
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in tensors:
                 result[f"{name}.{kind}"] = _pad_rows(tensors[f"{name}.{kind}"], old, new)

@@ -58,9 +58,16 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("rank", 1), ("alpha", 1), ("epochs", 1), ("batch_size", 1), ("micro_batch", 1), ("seq_len", 2),
-            ("held_out", 0), ("save_every", 1), ("seed", 0),
-        ):  # fmt: skip
+            ("rank", 1),
+            ("alpha", 1),
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("micro_batch", 1),
+            ("seq_len", 2),
+            ("held_out", 0),
+            ("save_every", 1),
+            ("seed", 0),
+        ):
             check_number(name, getattr(self, name), int, least)
         if self.max_steps is not None:
             check_number("max_steps", self.max_steps, int, 1)

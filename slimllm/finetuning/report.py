@@ -17,12 +17,25 @@ FINETUNE_NAME = "finetune.json"
 
 
 _SHAPE = {
-    "model": str, "data": str, "out": str,
+    "model": str,
+    "data": str,
+    "out": str,
     "config": {"rank": int, "learning_rate": float, "batch_size": int},
-    "examples": int, "held_out_examples": int, "trainable": int, "parameters": int, "loss": [float],
-    "held_out": [[float]], "tokens": int, "elapsed_s": float, "peak_host_gib": float, "peak_gpu_gib": float,
-    "device": str, "compute_dtype": str, "versions": {EVERY: str}, "identity": dict,
-}  # fmt: skip
+    "examples": int,
+    "held_out_examples": int,
+    "trainable": int,
+    "parameters": int,
+    "loss": [float],
+    "held_out": [[float]],
+    "tokens": int,
+    "elapsed_s": float,
+    "peak_host_gib": float,
+    "peak_gpu_gib": float,
+    "device": str,
+    "compute_dtype": str,
+    "versions": {EVERY: str},
+    "identity": dict,
+}
 
 
 @dataclass

@@ -18,12 +18,7 @@ from slimllm.checkpoints.destination import check_destination, check_space, dest
 from slimllm.checkpoints.journal import Journal, fingerprint
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
-from slimllm.checkpoints.writer import (
-    CheckpointWriter,
-    can_resume,
-    check_interrupted,
-    remove_leftover,
-)
+from slimllm.checkpoints.writer import CheckpointWriter, can_resume, check_interrupted, remove_leftover
 from slimllm.config import parse_device
 from slimllm.errors import HopelessError, InputError
 from slimllm.evaluation.perplexity import load
@@ -175,9 +170,14 @@ def _identity(
 
 
 def _train(
-    training: Any, held_out: list[Example], config: FinetuneConfig, journal: Journal, started: float,
-    progress: ProgressCallback | None, notice: Notice,
-) -> dict[str, Any]:  # fmt: skip
+    training: Any,
+    held_out: list[Example],
+    config: FinetuneConfig,
+    journal: Journal,
+    started: float,
+    progress: ProgressCallback | None,
+    notice: Notice,
+) -> dict[str, Any]:
     """All steps that are left: the curve, as the report has it."""
     curve: dict[str, Any] = {"loss": [], "held_out": [], "tokens": 0, "elapsed_s": 0.0}
     if steps := journal.done("train"):

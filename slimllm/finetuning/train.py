@@ -47,9 +47,13 @@ class Training:
         modules = model.get_submodule(layers).named_modules()
         targets = [f"{layers}.{name}" for name, module in modules if isinstance(module, nn.Linear)]
         lora = LoraConfig(
-            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets, bias="none",
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=targets,
+            bias="none",
             task_type="CAUSAL_LM",
-        )  # fmt: skip
+        )
         with torch.random.fork_rng([]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of peft to transformers
             torch.manual_seed(config.seed)  # of the factors, which are made on the CPU

@@ -31,9 +31,11 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             raise
         raise InputError(f"The model's configuration cannot be used: {type(error).__name__}, {reason(error)}.") from error
     if spec.family == "opt" and (
-        not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size
-        or config._remove_final_layer_norm or not config.layer_norm_elementwise_affine
-    ):  # fmt: skip
+        not config.do_layer_norm_before
+        or config.word_embed_proj_dim != config.hidden_size
+        or config._remove_final_layer_norm
+        or not config.layer_norm_elementwise_affine
+    ):
         raise InputError(
             "This OPT model has norms behind the sub-layers, none at the end, or embeddings of another width, as opt-350m "
             "alone has; it is not supported."

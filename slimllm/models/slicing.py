@@ -158,11 +158,7 @@ def slice_output(tensors: Tensors, projection: str, columns: torch.Tensor, chang
 
 
 def slice_attention(
-    tensors: Tensors,
-    spec: LayerSpec,
-    query_rows: torch.Tensor,
-    kv_rows: torch.Tensor,
-    change: OutputChange | None = None,
+    tensors: Tensors, spec: LayerSpec, query_rows: torch.Tensor, kv_rows: torch.Tensor, change: OutputChange | None = None
 ) -> Tensors:
     """A layer's tensors with only some heads.
 
@@ -182,12 +178,7 @@ def slice_attention(
     }
 
 
-def slice_ffn(
-    tensors: Tensors,
-    spec: LayerSpec,
-    channels: torch.Tensor,
-    change: OutputChange | None = None,
-) -> Tensors:
+def slice_ffn(tensors: Tensors, spec: LayerSpec, channels: torch.Tensor, change: OutputChange | None = None) -> Tensors:
     """A layer's tensors with only some FFN channels; arguments as in `slice_attention`."""
     return {
         **tensors,

@@ -14,7 +14,18 @@ from slimllm.ops.regression import affine_fit
 from slimllm.ops.tokens import token_cosine
 
 __all__ = [
-    "affine_fit", "backend", "column_products_", "column_sums_", "feature_space_importance", "gram_", "head_covariance",
-    "head_covariance_of_tokens", "head_importance", "lstsq", "lstsq_ex", "pearson_greedy", "pearson_similarity",
+    "affine_fit",
+    "backend",
+    "column_products_",
+    "column_sums_",
+    "feature_space_importance",
+    "gram_",
+    "head_covariance",
+    "head_covariance_of_tokens",
+    "head_importance",
+    "lstsq",
+    "lstsq_ex",
+    "pearson_greedy",
+    "pearson_similarity",
     "token_cosine",
-]  # fmt: skip
+]

@@ -12,9 +12,13 @@ from slimllm.ops.registry import Random, operator
 
 
 def column_sums_(
-    total: torch.Tensor, squares: torch.Tensor, x: torch.Tensor, *, pivot: torch.Tensor | None = None,
+    total: torch.Tensor,
+    squares: torch.Tensor,
+    x: torch.Tensor,
+    *,
+    pivot: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """total += Σ_t w_t u_t and squares += Σ_t w_t u_t² with u_t = x_t - pivot, in place, from one read of x.
 
     With neither pivot nor weight, the root of `squares` is ‖X[:, j]‖₂, what Wanda's metric needs.
@@ -38,9 +42,15 @@ def column_sums_(
 
 
 def column_products_(
-    squares: torch.Tensor, products: torch.Tensor, y: torch.Tensor, y_hat: torch.Tensor, *,
-    pivot_y: torch.Tensor, pivot_y_hat: torch.Tensor, weight: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    squares: torch.Tensor,
+    products: torch.Tensor,
+    y: torch.Tensor,
+    y_hat: torch.Tensor,
+    *,
+    pivot_y: torch.Tensor,
+    pivot_y_hat: torch.Tensor,
+    weight: torch.Tensor | None = None,
+) -> None:
     """squares += Σ_t w_t v_t² and products += Σ_t w_t u_t v_t, u = y - pivot_y, v = ŷ - pivot_ŷ, in place, from one read.
 
     About the means they are N·var(ŷ) and N·cov(y, ŷ), what `affine_fit` takes.
@@ -62,9 +72,14 @@ def column_products_(
     check_dtype("y_hat", y_hat, ACTIVATIONS)
     _check_vectors(y, pivot_y=pivot_y, pivot_y_hat=pivot_y_hat, weight=weight)
     _column_products_(
-        squares.detach(), products.detach(), y.detach(), y_hat.detach(), pivot_y.detach(), pivot_y_hat.detach(),
+        squares.detach(),
+        products.detach(),
+        y.detach(),
+        y_hat.detach(),
+        pivot_y.detach(),
+        pivot_y_hat.detach(),
         None if weight is None else weight.detach(),
-    )  # fmt: skip
+    )
 
 
 def _check_sums(sums: dict[str, torch.Tensor], x: torch.Tensor) -> None:
@@ -159,9 +174,14 @@ def _tokens_at_once(x: torch.Tensor) -> int:
     kernel=True,
 )
 def _column_products_(
-    squares: torch.Tensor, products: torch.Tensor, y: torch.Tensor, y_hat: torch.Tensor,
-    pivot_y: torch.Tensor, pivot_y_hat: torch.Tensor, weight: torch.Tensor | None,
-) -> None:  # fmt: skip
+    squares: torch.Tensor,
+    products: torch.Tensor,
+    y: torch.Tensor,
+    y_hat: torch.Tensor,
+    pivot_y: torch.Tensor,
+    pivot_y_hat: torch.Tensor,
+    weight: torch.Tensor | None,
+) -> None:
     if y.numel() == 0:
         return
     if choose("column_products_", y.device).backend == "triton":

@@ -86,11 +86,7 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     kernel=True,
 )
 def _gram_(
-    gram: torch.Tensor,
-    total: torch.Tensor,
-    x: torch.Tensor,
-    pivot: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    gram: torch.Tensor, total: torch.Tensor, x: torch.Tensor, pivot: torch.Tensor | None, weight: torch.Tensor | None
 ) -> None:
     if x.numel() == 0:
         return

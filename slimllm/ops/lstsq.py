@@ -26,11 +26,7 @@ _log = logging.getLogger("slimllm")
 
 
 def lstsq(
-    gram: torch.Tensor,
-    cross: torch.Tensor,
-    ridge: float | torch.Tensor = 0.0,
-    *,
-    absolute: bool = False,
+    gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor = 0.0, *, absolute: bool = False
 ) -> torch.Tensor:
     """X_b = argmin tr(Xᵀ G_b X - 2 Xᵀ R_b) + λ_b ‖X‖²: a batch of least-squares problems from their normal equations.
 
@@ -63,11 +59,7 @@ def lstsq(
 
 
 def lstsq_ex(
-    gram: torch.Tensor,
-    cross: torch.Tensor,
-    ridge: float | torch.Tensor = 0.0,
-    *,
-    absolute: bool = False,
+    gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor = 0.0, *, absolute: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`lstsq`, and the ridge that each system was solved with: (batch,) fp64, absolute."""
     check_tensors(gram=gram, cross=cross)
@@ -122,7 +114,7 @@ def _check_values(gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, 
 
 def _solve_again(
     rows: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, solution: torch.Tensor, used: torch.Tensor
-) -> None:  # fmt: skip
+) -> None:
     """Solve the systems `rows` in fp64, with the least ridge that does, into `solution` and `used`."""
     raised, most = 0, 0.0
     for least in RIDGES:
@@ -144,8 +136,11 @@ def _solve_again(
     if raised:
         _log.warning(
             "lstsq: %d of %d systems are singular to working precision; they were solved with ridges up to %.0e of their "
-            "mean diagonal.", raised, len(gram), most,
-        )  # fmt: skip
+            "mean diagonal.",
+            raised,
+            len(gram),
+            most,
+        )
 
 
 def _attempt(
@@ -188,14 +183,17 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
 
 operator(
     "lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute) -> (Tensor, Tensor, Tensor)",
-    shape=lambda gram, cross, ridge, absolute: (torch.empty_like(cross, memory_format=torch.contiguous_format),
-                                                       torch.empty_like(ridge), torch.empty_like(ridge, dtype=torch.int32)),
+    shape=lambda gram, cross, ridge, absolute: (
+        torch.empty_like(cross, memory_format=torch.contiguous_format),
+        torch.empty_like(ridge),
+        torch.empty_like(ridge, dtype=torch.int32),
+    ),
     cases=_cases,
     extension={
         "cpu": "up to 128 unknowns (32 where there are under 6 systems), 16 right-hand sides; else torch",
         "cuda": "up to 64 unknowns and 16 right-hand sides; else torch",
     },
-)(_attempt)  # fmt: skip
+)(_attempt)
 
 
 def _factor_and_solve(gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -101,9 +101,7 @@ def prune_ratios(
     check_config(config)
     if not ratios or len(set(ratios)) < len(ratios):
         raise InputError(f"ratios must be different from each other, and one at least, got {list(ratios)}.")
-    jobs = [
-        (destination(Path(out) / str(ratio)), dataclasses.replace(config, ratio=ratio)) for ratio in ratios
-    ]  # fmt: skip
+    jobs = [(destination(Path(out) / str(ratio)), dataclasses.replace(config, ratio=ratio)) for ratio in ratios]
     return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))
 
 
@@ -160,9 +158,13 @@ def prune_model(
 
 
 def _prepare(
-    model: PreTrainedModel, given: PreTrainedTokenizerBase | torch.Tensor, config: PruneConfig, notice: Notice,
-    started: float, ranks: Ranks,
-) -> Run:  # fmt: skip
+    model: PreTrainedModel,
+    given: PreTrainedTokenizerBase | torch.Tensor,
+    config: PruneConfig,
+    notice: Notice,
+    started: float,
+    ranks: Ranks,
+) -> Run:
     """All of `prune_model` that can refuse its arguments."""
     check_config(config)
     if not isinstance(model, PreTrainedModel):

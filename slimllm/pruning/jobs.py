@@ -20,13 +20,7 @@ from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.tokenizer import tokenizer_code
-from slimllm.checkpoints.writer import (
-    CheckpointWriter,
-    can_resume,
-    check_interrupted,
-    partial_folder,
-    remove_leftover,
-)
+from slimllm.checkpoints.writer import CheckpointWriter, can_resume, check_interrupted, partial_folder, remove_leftover
 from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
 from slimllm.pruning.dense_pass import DensePass
 from slimllm.pruning.identity import WEIGHTS, checksum_of, compare_identities, environment_of, identity_of
@@ -41,10 +35,16 @@ from slimllm.runtime.progress import ProgressCallback
 
 
 def prune_all(
-    model: str | Path | Checkpoint, jobs: list[tuple[Path, PruneConfig]], overwrite: bool, resume: bool,
-    progress: ProgressCallback | None, notice: Notice | None, command: str | None, ranks: Ranks,
+    model: str | Path | Checkpoint,
+    jobs: list[tuple[Path, PruneConfig]],
+    overwrite: bool,
+    resume: bool,
+    progress: ProgressCallback | None,
+    notice: Notice | None,
+    command: str | None,
+    ranks: Ranks,
     on_report: Callable[[PruneReport, Path], None] | None = None,
-) -> list[PruneReport]:  # fmt: skip
+) -> list[PruneReport]:
     """One result for each job, a folder and settings with the same calibration and devices; see `slimllm.prune_ratios`.
 
     `on_report` is told about each result as soon as it is there.
@@ -124,9 +124,15 @@ def _complete(run: Run, out: Path, inputs: list[Path], overwrite: bool) -> Prune
 
 
 def _prune_one(
-    run: Run, name: str, out: Path, overwrite: bool, resume: bool, progress: ProgressCallback | None, command: str | None,
+    run: Run,
+    name: str,
+    out: Path,
+    overwrite: bool,
+    resume: bool,
+    progress: ProgressCallback | None,
+    command: str | None,
     dense: DensePass | None,
-) -> tuple[PruneReport | None, DensePass | None]:  # fmt: skip
+) -> tuple[PruneReport | None, DensePass | None]:
     """Prune and write one result; the dense pass, which the next one may use."""
     config, source, ranks = run.config, run.source, run.ranks
     assert isinstance(source, CheckpointModel)

@@ -62,10 +62,15 @@ class Sizes:
 
 
 def sizes_of(
-    config: PretrainedConfig, layers: list[LayerSizes], head_dim: int, params: int,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype], windows: tuple[int, int, int], device: torch.device,
+    config: PretrainedConfig,
+    layers: list[LayerSizes],
+    head_dim: int,
+    params: int,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    windows: tuple[int, int, int],
+    device: torch.device,
     ranks: int = 1,
-) -> Sizes:  # fmt: skip
+) -> Sizes:
     """The sizes of a model, of its numbers (read, computed, written), and of its windows (samples, seq_len, held out)."""
     return Sizes(
         hidden_size=config.hidden_size,

@@ -68,9 +68,13 @@ class Plan:
 
 
 def make_plan(
-    sizes: Sizes, config: PruneConfig, runtime: float, gpu_runtime: float = 0.0, folder: Path | None = None,
+    sizes: Sizes,
+    config: PruneConfig,
+    runtime: float,
+    gpu_runtime: float = 0.0,
+    folder: Path | None = None,
     begun: Mapping[str, Any] | None = None,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """How to prune within the budgets of the settings, with as little lost time as possible.
 
     Args:

@@ -91,7 +91,7 @@ class Run:
         """What the passes of this run need."""
         return RunContext(
             self.source, self.calibration, self.plan.config, self.plan.placement, self.watch, self.ranks, record, progress
-        )  # fmt: skip
+        )
 
     def dense_pass(self, context: RunContext, made: DensePass | None) -> DensePass:
         """The dense pass; one that another run has made, and that `serves` the settings, is taken as it is."""
@@ -134,13 +134,7 @@ class Run:
             )
 
     def report(
-        self,
-        pruning: Pruning,
-        allocated: Allocated,
-        output: OutputFormat,
-        model: str,
-        out: str | None,
-        parameters: int,
+        self, pruning: Pruning, allocated: Allocated, output: OutputFormat, model: str, out: str | None, parameters: int
     ) -> PruneReport:
         """The report of a run whose layers are all pruned."""
         source, config, layers = self.source, self.config, pruning.reports
@@ -203,16 +197,19 @@ class Run:
 
 
 def plan_of(
-    source: ModelSource, windows: tuple[int, int, int], config: PruneConfig, runtime: float, folder: Path | None,
-    begun: dict[str, Any] | None, num_ranks: int,
-) -> Plan:  # fmt: skip
+    source: ModelSource,
+    windows: tuple[int, int, int],
+    config: PruneConfig,
+    runtime: float,
+    folder: Path | None,
+    begun: dict[str, Any] | None,
+    num_ranks: int,
+) -> Plan:
     """How to prune a model with calibration windows (samples, seq_len, held out), within the budgets of the settings."""
     stored = source.checkpoint.dtype_in_memory() if isinstance(source, CheckpointModel) else source.dtype
     params = sum(torch.Size(shape).numel() for shape in source.shapes().values())
     dtypes = stored, source.dtype, DTYPES[config.dtype] if config.dtype else _config_dtype(source)
-    sizes = sizes_of(
-        source.config, source.sizes(), source.head_dim, params, dtypes, windows, source.device, num_ranks
-    )  # fmt: skip
+    sizes = sizes_of(source.config, source.sizes(), source.head_dim, params, dtypes, windows, source.device, num_ranks)
     return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, begun)
 
 

@@ -191,9 +191,7 @@ class _ByOutput(_Way):
         with self.watch("statistics"):
             self.stream.ranks.add_up(inputs, self.columns, self.outputs)
         covariance = self.outputs.covariance if isinstance(self.outputs, GramStatistics) else None
-        self.statistics = SublayerStatistics(
-            self.sublayer, self.columns, inputs, covariance, None, self.stream.ranks
-        )  # fmt: skip
+        self.statistics = SublayerStatistics(self.sublayer, self.columns, inputs, covariance, None, self.stream.ranks)
         return self.statistics
 
     def prepare(self, kept: torch.Tensor) -> None:
@@ -218,7 +216,7 @@ class _ByOutput(_Way):
             variance = self.statistics.output_covariance().diagonal() if by_gram else self.outputs.variance()
             self.statistics.streamed_moments = OutputMoments(
                 paired.mean_y, paired.mean_y_hat, variance, paired.variance(), paired.covariance()
-            )  # fmt: skip
+            )
 
     def apply(self, kept: torch.Tensor, fit: Fit) -> None:
         if fit.change is None:

@@ -23,9 +23,10 @@ def tensor_parallel_sizes(layers: Iterable[Layer]) -> list[int]:
     common = math.gcd(*(size for heads, _, channels in found for size in (heads, channels)))
     kv_heads = {kv for _, kv, _ in found}
     return [
-        size for size in range(2, common + 1)
+        size
+        for size in range(2, common + 1)
         if common % size == 0 and all(kv % size == 0 or size % kv == 0 for kv in kv_heads)
-    ]  # fmt: skip
+    ]
 
 
 def tensor_parallel_line(sizes: list[int]) -> str:
@@ -48,7 +49,7 @@ def _lost_size(report: PruneReport) -> int | None:
     before = [
         (layer["num_heads_before"], layer["num_kv_heads_before"], layer["intermediate_size_before"])
         for layer in report.layers
-    ]  # fmt: skip
+    ]
     whole_groups = config.get("head_unit") == "kv-group"
     for size in tensor_parallel_sizes(before):
         refused = whole_groups and any(kv_heads % size for _, kv_heads, _ in before)

@@ -51,9 +51,15 @@ def _paint(axes: Axes, palette: Palette) -> None:
 def _legend(axes: Axes, palette: Palette, columns: int = 3) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
-            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, labelcolor=palette.ink,
-            fontsize=10, handlelength=1.2, columnspacing=1.0,
-        )  # fmt: skip
+            loc="lower center",
+            bbox_to_anchor=(0.5, 1.0),
+            ncols=columns,
+            frameon=False,
+            labelcolor=palette.ink,
+            fontsize=10,
+            handlelength=1.2,
+            columnspacing=1.0,
+        )
 
 
 def _by_layer(axes: Axes, palette: Palette) -> None:
@@ -210,18 +216,32 @@ def _training(_: PruneReport, trained: FinetuneReport | None, palette: Palette) 
 
 
 PICTURES = (
-    Picture("shares", "What every layer gave", "Attention heads and FFN channels that are gone, and what that is of the "
-            "layer's parameters.", _shares),
+    Picture(
+        "shares",
+        "What every layer gave",
+        "Attention heads and FFN channels that are gone, and what that is of the layer's parameters.",
+        _shares,
+    ),
     Picture("heads", "Which heads are left", "Each square is an attention head of a layer.", _heads),
-    Picture("importance", "How important channels were", "The spread of the importance of every layer's FFN channels, over "
-            "its median, each looked at alone. 95 of 100 channels that went lie below the cut; where the cut is in the "
-            "middle of the band, much had to go.", _importance),
-    Picture("errors", "What the outputs lost", "Error of each sub-layer's output on the calibration text, in % of its "
-            "variance: as pruned, and with the recovery (full dots).", _errors),
+    Picture(
+        "importance",
+        "How important channels were",
+        "The spread of the importance of every layer's FFN channels, over "
+        "its median, each looked at alone. 95 of 100 channels that went lie below the cut; where the cut is in the "
+        "middle of the band, much had to go.",
+        _importance,
+    ),
+    Picture(
+        "errors",
+        "What the outputs lost",
+        "Error of each sub-layer's output on the calibration text, in % of its "
+        "variance: as pruned, and with the recovery (full dots).",
+        _errors,
+    ),
     Picture("seconds", "Where the time went", "Seconds of the run by stage.", _seconds),
     Picture("memory", "What the memory was for", "The account of the peak, made before the run.", _memory),
     Picture("training", "Training afterwards", "Loss by step; lower is better.", _training),
-)  # fmt: skip
+)
 
 
 def drawn(report: PruneReport, trained: FinetuneReport | None, palette: Palette) -> list[tuple[Picture, Figure]]:

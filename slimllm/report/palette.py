@@ -28,9 +28,14 @@ DARK = Palette(ink="#e6e9ed", grid="#3a4048", first="#6fa8e8", second="#f0a35e",
 _NAMES = {"ink": "#000001", "grid": "#000002", "first": "#000003", "second": "#000004", "gone": "#000005"}
 VARIABLE = Palette(**_NAMES)
 STYLE = {
-    "font.size": 10.5, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
-    "svg.hashsalt": "slimllm", "font.family": "sans-serif",
-}  # fmt: skip
+    "font.size": 10.5,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "slimllm",
+    "font.family": "sans-serif",
+}
 
 
 def css(palette: Palette) -> str:

@@ -69,9 +69,13 @@ def _written(
     generate: Any = loaded.generate
     # Greedy, so that it is the same every time; small models, dense ones too, repeat themselves without the penalty.
     written = generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
-        repetition_penalty=REPETITION_PENALTY, pad_token_id=0,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        repetition_penalty=REPETITION_PENALTY,
+        pad_token_id=0,
+    )
     text = tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
     del loaded
     release()

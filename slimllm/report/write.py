@@ -51,14 +51,20 @@ def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
     pictures = [
         (picture, svg(figure, picture.name, f"{picture.title}. {picture.caption}"))
         for picture, figure in drawn(report, trained, VARIABLE)
-    ]  # fmt: skip
+    ]
     loader = jinja2.PackageLoader("slimllm.report", ".")
     templates = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = templates.get_template("page.html").render(
-        report=report, trained=trained, pictures=pictures, sample=sample, light=css(LIGHT), dark=css(DARK),
-        penalty=REPETITION_PENALTY, memory=report.gpu_memory_gib or report.memory_gib,
+        report=report,
+        trained=trained,
+        pictures=pictures,
+        sample=sample,
+        light=css(LIGHT),
+        dark=css(DARK),
+        penalty=REPETITION_PENALTY,
+        memory=report.gpu_memory_gib or report.memory_gib,
         name=Path(report.model).name.removesuffix(".gguf"),
-    )  # fmt: skip
+    )
     try:
         with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as beside:
             with matplotlib.rc_context(STYLE):

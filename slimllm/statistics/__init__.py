@@ -4,6 +4,4 @@ from slimllm.statistics.columns import ColumnStatistics, PairedMoments
 from slimllm.statistics.gram import TILE, GramStatistics
 from slimllm.statistics.tokens import layer_similarity, token_weights
 
-__all__ = [
-    "TILE", "ColumnStatistics", "GramStatistics", "PairedMoments", "layer_similarity", "token_weights",
-]  # fmt: skip
+__all__ = ["TILE", "ColumnStatistics", "GramStatistics", "PairedMoments", "layer_similarity", "token_weights"]

@@ -112,9 +112,14 @@ def _timed(model: PreTrainedModel, shape: Shape) -> dict[str, float]:
 def _generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, streamer: BaseStreamer | None = None) -> None:
     generate: Any = model.generate
     generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True,
-        pad_token_id=0, streamer=streamer,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+        streamer=streamer,
+    )
 
 
 def _counted(model: PreTrainedModel, shape: Shape) -> dict[str, float]:

@@ -71,8 +71,9 @@ def run_bench(
             "Medians (and the range of × dense): seconds; their ratio to one dense pass of the layers, and to the floor of "
             "the counted work; calibration tokens, layers and millions of their parameters a second; peak memory. "
             f"All rows: {out}",
-            style="dim", highlight=False,
-        )  # fmt: skip
+            style="dim",
+            highlight=False,
+        )
     if plot is not None:
         draw(read_rows(out), plot)
         console.print(f"The picture is {plot}.", highlight=False)
@@ -95,8 +96,12 @@ def results_table(rows: list[list[dict[str, Any]]]) -> Table:
         table.add_row(
             f"{first['model']}, {first['num_layers']} layer{'s' * (first['num_layers'] > 1)}, "
             f"{first['samples']}×{first['seq_len']}, {first['ratio']:.0%}, {first['recovery']}",
-            f"{median('elapsed_s'):.1f}", f"{median('ratio_to_dense_pass'):.2f}{spread}", f"{median('times_floor'):.2f}",
-            f"{median('tokens_per_s'):.0f}", f"{median('layers_per_s'):.2f}", f"{median('parameters_per_s') / 1e6:.1f}",
+            f"{median('elapsed_s'):.1f}",
+            f"{median('ratio_to_dense_pass'):.2f}{spread}",
+            f"{median('times_floor'):.2f}",
+            f"{median('tokens_per_s'):.0f}",
+            f"{median('layers_per_s'):.2f}",
+            f"{median('parameters_per_s') / 1e6:.1f}",
             gib,
-        )  # fmt: skip
+        )
     return table

@@ -12,10 +12,19 @@ from slimllm.errors import InputError
 
 # In the order of the run; colours by name, so that a stage looks alike in every picture.
 STAGES = {
-    "read": "#9aa0a6", "dense pass": "#1f5fa8", "allocation": "#17807e", "sensitivity": "#6fb98f", "forward": "#5b9bd5",
-    "statistics": "#e07b39", "heads": "#c44e52", "channels": "#8e5ea2", "recovery": "#3a9a5b", "write": "#5f6368",
-    "perplexity": "#d9c36b", "other": "#dddddd",
-}  # fmt: skip
+    "read": "#9aa0a6",
+    "dense pass": "#1f5fa8",
+    "allocation": "#17807e",
+    "sensitivity": "#6fb98f",
+    "forward": "#5b9bd5",
+    "statistics": "#e07b39",
+    "heads": "#c44e52",
+    "channels": "#8e5ea2",
+    "recovery": "#3a9a5b",
+    "write": "#5f6368",
+    "perplexity": "#d9c36b",
+    "other": "#dddddd",
+}
 _FIXED = (
     "model",
     "layers",

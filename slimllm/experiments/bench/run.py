@@ -30,9 +30,22 @@ from slimllm.experiments.bench.work import measure_rates, stage_work
 from slimllm.pruning.api import prune
 from slimllm.runtime.interrupts import leave_interrupts_to_parent
 
-_COPIED = ("elapsed_s", "dense_pass_s", "stages_s", "peak_host_gib", "peak_gpu_gib", "memory_gib", "gpu_memory_gib",
-           "plan", "parameters",
-           "achieved_ratio", "backend", "device", "compute_dtype", "versions")  # fmt: skip
+_COPIED = (
+    "elapsed_s",
+    "dense_pass_s",
+    "stages_s",
+    "peak_host_gib",
+    "peak_gpu_gib",
+    "memory_gib",
+    "gpu_memory_gib",
+    "plan",
+    "parameters",
+    "achieved_ratio",
+    "backend",
+    "device",
+    "compute_dtype",
+    "versions",
+)
 
 
 @dataclass(frozen=True)
@@ -118,10 +131,18 @@ def check_setting(setting: Setting) -> None:
 
 def _config(setting: Setting, calibration: torch.Tensor | None) -> PruneConfig:
     return PruneConfig(
-        ratio=setting.ratio, preset=setting.preset, recovery=setting.recovery, calibration=calibration,
-        samples=setting.samples, seq_len=setting.seq_len, seed=setting.seed, device=setting.device,
-        compute_dtype=setting.compute_dtype, host_memory=setting.host_memory, gpu_memory=setting.gpu_memory,
-    )  # fmt: skip
+        ratio=setting.ratio,
+        preset=setting.preset,
+        recovery=setting.recovery,
+        calibration=calibration,
+        samples=setting.samples,
+        seq_len=setting.seq_len,
+        seed=setting.seed,
+        device=setting.device,
+        compute_dtype=setting.compute_dtype,
+        host_memory=setting.host_memory,
+        gpu_memory=setting.gpu_memory,
+    )
 
 
 def _run(setting: Setting, folder: Path) -> dict[str, Any]:
@@ -152,16 +173,19 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
         "recovery": report["config"]["recovery"],
         "weights": ("safetensors" if setting.on_disk else "generated") if setting.model in SHAPES else _kind(checkpoint),
         "num_layers": len(report["layers"]),
-        "load": load, "threads": torch.get_num_threads(),
+        "load": load,
+        "threads": torch.get_num_threads(),
         **{name: report[name] for name in _COPIED},
         "layer_s": [layer["elapsed_s"] for layer in report["layers"]],
         "ratio_to_dense_pass": seconds / report["dense_pass_s"],
         "tokens_per_s": report["calibration"]["tokens"] / seconds,
         "layers_per_s": len(report["layers"]) / seconds,
         "parameters_per_s": report["parameters"]["layers_before"] / seconds,
-        "floors_s": floors, "floor_s": floor, "times_floor": seconds / floor,
+        "floors_s": floors,
+        "floor_s": floor,
+        "times_floor": seconds / floor,
         "rates": dataclasses.asdict(rates),
-    }  # fmt: skip
+    }
 
 
 def _kind(checkpoint: Checkpoint) -> str:

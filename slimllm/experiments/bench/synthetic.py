@@ -107,9 +107,10 @@ class FirstLayers(Checkpoint):
         self.config = _shortened(whole.config, num_layers)
         prefix = f"{layer_spec(self.config.model_type).layers}."
         self._names = {
-            name for name in whole.shapes()
+            name
+            for name in whole.shapes()
             if not name.startswith(prefix) or int(name.removeprefix(prefix).split(".")[0]) < num_layers
-        }  # fmt: skip
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: shape for name, shape in self._whole.shapes().items() if name in self._names}

@@ -82,9 +82,15 @@ def stage_work(
 
 
 def _layer_work(
-    size: LayerSizes, layer: dict[str, Any], tokens: int, seq_len: int, hidden_size: int, head_dim: int,
-    config: dict[str, Any], on_gpu: bool,
-) -> dict[str, Work]:  # fmt: skip
+    size: LayerSizes,
+    layer: dict[str, Any],
+    tokens: int,
+    seq_len: int,
+    hidden_size: int,
+    head_dim: int,
+    config: dict[str, Any],
+    on_gpu: bool,
+) -> dict[str, Work]:
     width, kv_width, channels = size.num_heads * head_dim, size.num_kv_heads * head_dim, size.intermediate_size
     kept_width, kept_channels = layer["num_heads"] * head_dim, layer["intermediate_size"]
     attention_pruned, ffn_pruned = kept_width < width, kept_channels < channels

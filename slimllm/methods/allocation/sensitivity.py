@@ -101,7 +101,7 @@ class Probes:
         found = [
             float(((one - whole).square().mean(-1) / squares).mean()) / damage if damage > 0 else 0.0
             for one, damage in zip(copies, self.damage)
-        ]  # fmt: skip
+        ]
         by_part = []
         for part in range(2):
             # A sub-layer whose half does nothing tells nothing.

@@ -110,6 +110,4 @@ def allocate(
             f"{removed / total:.4%} of the layers' parameters are removed instead of {target.params / total:.4%}: whole "
             f"heads and widths in steps of {target.round_to} come no nearer"
         )
-    return Allocated(
-        found.layers, target.params, found.pruned_layers, target.wanted.alpha, target.round_to, notes, coarse
-    )  # fmt: skip
+    return Allocated(found.layers, target.params, found.pruned_layers, target.wanted.alpha, target.round_to, notes, coarse)

@@ -1,0 +1,63 @@
+"""`slimllm bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimllm.cli.options import OUT, RATIO, Preset, app, fraction
+from slimllm.cli.terminal import console
+
+
+@app.command("bench")
+def bench_command(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folders, GGUF files, hub ids, or names of shapes (random weights): llama-7b, llama-33b, …",
+        ),
+    ] = None,
+    layers: Annotated[list[int] | None, typer.Option(help="Only so many layers. Default: all.")] = None,
+    ratio: Annotated[
+        list[float] | None, typer.Option(*RATIO, parser=fraction, help="Fraction of the layers' parameters. Default: 0.2.")
+    ] = None,
+    recovery: Annotated[list[str] | None, typer.Option(help="affine, lstsq, bias or none. Default: the preset's.")] = None,
+    samples: Annotated[list[int] | None, typer.Option(help="Calibration windows. Default: 32.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    preset: Preset = "default",
+    rounds: Annotated[int, typer.Option(help="Runs of each setting; the table shows medians.")] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
+    compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
+    on_disk: Annotated[bool, typer.Option("--on-disk", help="Write random weights to disk first, and read them.")] = False,
+    workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
+    out: Annotated[Path, typer.Option(*OUT, help="File of results; rows are appended.")] = Path("slimllm-bench.jsonl"),
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw all of --out into this .png or .svg; models may be left out.")
+    ] = None,
+) -> None:
+    """Measure pruning throughput: seconds by stage, memory, and the distance to the floor of the counted work.
+
+    Options that may be given more than once (--samples 8 --samples 32) are measured in all combinations.
+    """
+    from slimllm.experiments.bench.display import run_bench
+
+    run_bench(
+        console,
+        models or [],
+        layers=layers or [None],
+        ratio=ratio or [0.2],
+        recovery=recovery or [None],
+        samples=samples or [32],
+        seq_len=seq_len,
+        preset=preset,
+        rounds=rounds,
+        device=device,
+        compute_dtype=compute_dtype,
+        on_disk=on_disk,
+        workdir=workdir,
+        out=out,
+        plot=plot,
+    )

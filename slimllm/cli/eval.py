@@ -1,0 +1,92 @@
+"""`slimllm eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimllm.cli.options import OUT, Bos, TrustRemoteCode, app
+from slimllm.cli.terminal import console, errors
+
+
+@app.command("eval")
+def eval_command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
+        ),
+    ],
+    text: Annotated[
+        str | None, typer.Option(help="A file (text, JSON lines, CSV, .gz), a dataset, wikitext2 or ptb. Default: bundled.")
+    ] = None,
+    seq_len: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens per window: 128 as in the paper (default), 2048 as is common now; may be given again."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or answers of a task, in a forward pass.")] = 8,
+    max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the beginning.")] = None,
+    bos: Bos = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU, the checkpoint's on GPU.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-eval, boolq,piqa,…, or paper: the paper's seven. Default: none.")
+    ] = None,
+    few_shot: Annotated[int, typer.Option(help="So many solved examples before each question.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more descriptions of tasks for lm-eval.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the figures, as JSON.")] = None,
+) -> None:
+    """Perplexity of models, pruned or not, over windows of a text, and accuracy on tasks; several side by side."""
+    from slimllm.calibration import about_bos
+    from slimllm.checkpoints.destination import check_new_file
+    from slimllm.evaluation.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json
+    from slimllm.evaluation.tasks import PAPER_TASKS
+
+    check_new_file(out)
+    if text is None:
+        console.print("Evaluating on the bundled text (the last fifth of War and Peace, Book One).", style="dim")
+
+    def on_model(line: Evaluated) -> None:
+        name = f"{line.model}: " if len(models) > 1 else ""
+        for length, value in line.perplexity.items():
+            about = f"{line.windows[length]} windows of {length} tokens, {about_bos(line.bos_token_id)}"
+            console.print(f"{name}perplexity {value:.4f}   ({about})", highlight=False)
+
+    names = PAPER_TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else ()
+    lines = evaluate(
+        models,
+        text,
+        seq_lens=seq_len or [128],
+        batch_size=batch_size,
+        max_windows=max_windows,
+        bos=bos,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        tasks=names,
+        few_shot=few_shot,
+        limit=limit,
+        include_path=include_path,
+        on_model=on_model,
+        notice=lambda sentence: errors.print(sentence, highlight=False, soft_wrap=True),
+    )
+    if len(lines) > 1:
+        console.print(evaluation_table(lines))
+    if others := [line.model for line in lines if not line.log_increase]:
+        console.print(
+            f"The tokenizer of {', '.join(others)} gives other token ids than that of {lines[0].model}: these perplexities "
+            "cannot be compared.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if names:
+        console.print(accuracy_table(lines, limit))
+    if out is not None:
+        settings = {"max_windows": max_windows, "bos": bos, "few_shot": few_shot, "limit": limit}
+        write_json(lines, text, out, settings)

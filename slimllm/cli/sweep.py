@@ -1,0 +1,97 @@
+"""`slimllm sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from signal import signal
+from typing import Annotated
+
+import typer
+
+from slimllm.cli.busy import watch_for_other_work
+from slimllm.cli.options import (
+    OUT,
+    RATIO,
+    Bos,
+    CalibrationText,
+    EvalLen,
+    EvalText,
+    MaxWindows,
+    Model,
+    Quiet,
+    Samples,
+    Seed,
+    app,
+)
+from slimllm.cli.terminal import console, errors
+from slimllm.runtime.interrupts import SIGNALS, leave
+
+
+@app.command("sweep")
+def sweep_command(
+    model: Model,
+    ratio: Annotated[
+        list[str] | None,
+        typer.Option(*RATIO, help="FIRST:LAST:STEP, or a number; may be given again. Default: 0.1:0.6:0.1."),
+    ] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="As for prune; may be given again. Default: default.")] = None,
+    out: Annotated[Path, typer.Option(*OUT, help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
+    text: EvalText = None,
+    eval_len: EvalLen = 128,
+    max_windows: MaxWindows = 64,
+    bos: Bos = "auto",
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt when the speed is measured.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated then.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds of the speed's measurement.")] = 5,
+    calibration: CalibrationText = None,
+    samples: Samples = 32,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    seed: Seed = 0,
+    head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the models: OUT/PRESET/RATIO.")] = False,
+    workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in that folder.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune at many ratios: perplexity against parameters and against measured speed, as a table and a picture."""
+    from slimllm.cli.sweep_display import run_sweep
+    from slimllm.config import PruneConfig
+    from slimllm.experiments.sweep import parse_ratios
+
+    for number in SIGNALS:  # the points that are there stay
+        signal(number, leave)
+    ratios = parse_ratios(ratio or ["0.1:0.6:0.1"])
+    config = PruneConfig(
+        ratio=ratios[0],
+        calibration=calibration,
+        bos=bos,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        head_unit=head_unit,
+        device=device,
+    )
+    try:
+        with watch_for_other_work(quiet, device):
+            run_sweep(
+                console,
+                model,
+                ratios,
+                preset or ["default"],
+                config,
+                text,
+                eval_len,
+                max_windows or None,
+                prompt,
+                new_tokens,
+                rounds,
+                out,
+                keep,
+                workdir,
+                resume,
+                quiet,
+            )
+    except SystemExit:
+        errors.print(f"Interrupted; with --resume the sweep in {out} goes on.", style="bold red", highlight=False)
+        raise
