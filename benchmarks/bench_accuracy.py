@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize, windows_of
-from slimllm.cli.demo import find_demo_model
+from slimllm.cli.demo_display import find_demo_model
 from slimllm.experiments.bench.synthetic import as_mha
 from slimllm.experiments.compare import METHODS
 

@@ -18,7 +18,7 @@ from common import append_results
 from rich.console import Console
 
 import slimllm
-from slimllm.cli.demo import find_demo_model
+from slimllm.cli.demo_display import find_demo_model
 from slimllm.evaluation.latency import measure_latency
 from slimllm.evaluation.latency.display import latency_progress, model_table, speed_table
 

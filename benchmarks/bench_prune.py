@@ -20,7 +20,7 @@ from common import RESULTS, append_results
 from rich.console import Console
 
 import slimllm
-from slimllm.cli.demo import find_demo_model
+from slimllm.cli.demo_display import find_demo_model
 from slimllm.experiments.bench import Setting, measure
 from slimllm.experiments.bench.display import results_table
 from slimllm.experiments.bench.plot import draw

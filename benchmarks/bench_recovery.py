@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.model
     if path is None:
-        from slimllm.cli.demo import find_demo_model
+        from slimllm.cli.demo_display import find_demo_model
 
         path = find_demo_model() or parser.error("give a model; the demo's is not installed (make demo does it)")
     dense, tokenizer = slimllm.load(str(path), dtype="float32")
