@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.experiments.bench.forecast import forecast
-from slimllm.models.families import FAMILIES, layer_spec
+from slimllm.models.families import FAMILIES, family_of
 from slimllm.models.modeling.slim_layers import rope_of_transformers_4
 
 COMMON: dict[str, Any] = {
@@ -111,7 +111,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def test_every_family_is_here() -> None:
-    assert {spec.family for spec in FAMILIES.values()} == set(PECULIAR)
+    assert {spec.name for spec in FAMILIES.values()} == set(PECULIAR)
 
 
 def test_the_engine_computes_what_the_model_does(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_recovery_has_the_error_that_it_reports(family: str, ids: torch.Tensor, 
     model = tiny(family)
     pruned = copy.deepcopy(model)
     settings = PruneConfig(ratio=0.45, recovery=recovery, allocation="uniform", token_weights=token_weights, round_to=1)
-    report, spec = slimllm.prune_model(pruned, ids, settings), layer_spec(family)
+    report, spec = slimllm.prune_model(pruned, ids, settings), family_of(family)
     between = copy.deepcopy(pruned)  # the FFN as it was, behind the pruned attention
     projections = {"attention": spec.o_proj, "ffn": spec.down_proj}
     for name in (*spec.into_ffn, spec.down_proj):
@@ -222,7 +222,7 @@ def test_lora_trains_is_saved_and_merges(family: str, ids: torch.Tensor, tmp_pat
 
     settings = PruneConfig(ratio=0.4, calibration=ids, round_to=1)
     slimllm.prune(saved(tiny(family), tmp_path / "dense"), tmp_path / "out", settings)
-    model, spec = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), layer_spec(family)
+    model, spec = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), family_of(family)
     targets = [name.rpartition(".")[2] for name in (spec.q_proj, spec.v_proj, spec.o_proj, spec.up_proj, spec.down_proj)]
     tuned = get_peft_model(model, LoraConfig(r=4, target_modules=targets))
     optimizer = torch.optim.AdamW((one for one in tuned.parameters() if one.requires_grad), lr=0.01)
@@ -323,4 +323,4 @@ def test_plan_from_the_configuration_alone(kind: str, tmp_path: Path) -> None:
 def test_what_is_not_supported_says_why() -> None:
     for kind, reason in (("mixtral", "mixtures of experts"), ("gpt_neox", "beside each other"), ("gpt2", "'gpt2' are not")):
         with pytest.raises(InputError, match=f"{reason}.*supported types are bloom"):
-            layer_spec(kind)
+            family_of(kind)

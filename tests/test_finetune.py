@@ -28,7 +28,7 @@ from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.finetuning import FinetuneConfig, FinetuneReport, finetune
 from slimllm.finetuning.data import Example, read_examples
 from slimllm.finetuning.train import Training
-from slimllm.models.families import layer_spec
+from slimllm.models.families import family_of
 
 QUICK: dict[str, Any] = {"seq_len": 32, "max_steps": 6, "save_every": 2, "learning_rate": 1e-3, "held_out": 8}
 
@@ -178,7 +178,7 @@ def test_every_family_trains(family: str) -> None:
     """A model's own dropout stays off, and what is merged computes what was trained."""
     own = {"dropout": 0.3, "attention_dropout": 0.3} if family == "opt" else {}
     model = tiny(family, **own)
-    dense, spec = copy.deepcopy(model), layer_spec(model.config.model_type)
+    dense, spec = copy.deepcopy(model), family_of(model.config.model_type)
     ids = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(0))
     examples = [Example(tuple(row.tolist()), given=number) for number, row in enumerate(ids)]
     settings = FinetuneConfig(batch_size=8, epochs=6, dropout=0.0, learning_rate=1e-2, micro_batch=3)

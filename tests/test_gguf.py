@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.checkpoints.native import head_dim_of
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.export.api import export
+from slimllm.models.families import head_dim_of
 from slimllm.models.meta import meta_model
 from slimllm.models.modeling.slim_layers import knows_rope_parameters
 

@@ -15,7 +15,7 @@ from test_families import PECULIAR, tiny
 from slimllm import PruneConfig
 from slimllm.calibration import Calibration
 from slimllm.methods.allocation.sensitivity import MOST_LAYERS, TOKENS, probed_layers
-from slimllm.models.families import layer_spec
+from slimllm.models.families import family_of
 from slimllm.pruning.dense_pass import DensePass
 
 
@@ -103,7 +103,7 @@ def test_every_family(family: str, head_unit: str) -> None:
     """What becomes of the damage, factor times J, against the whole model with the same taken out of one projection."""
     model = tiny(family)
     ids = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
-    dense, spec = dense_pass(model, ids, head_unit=head_unit), layer_spec(model.config.model_type)
+    dense, spec = dense_pass(model, ids, head_unit=head_unit), family_of(model.config.model_type)
     for index, part in ((0, 0), (2, 1), (3, 0)):
         layer = model.get_submodule(f"{spec.layers}.{index}")
         projection = layer.get_submodule(spec.down_proj if part else spec.o_proj)

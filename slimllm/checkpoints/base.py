@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from slimllm.checkpoints.folder import name_some
 from slimllm.errors import HopelessError, InputError
-from slimllm.models.families import LayerSpec, layer_spec
+from slimllm.models.families import Family, family_of
 
 
 class Checkpoint(ABC):
@@ -31,7 +31,7 @@ class Checkpoint(ABC):
 
     def dtype_in_memory(self) -> torch.dtype:
         """What the weights are once they are read, by the embeddings."""
-        return self.storage_dtype(f"{layer_spec(self.config.model_type).embedding}.weight")
+        return self.storage_dtype(f"{family_of(self.config.model_type).embedding}.weight")
 
     @abstractmethod
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]: ...
@@ -63,7 +63,7 @@ class Checkpoint(ABC):
                 )
         return tensors
 
-    def check(self, expected: dict[str, tuple[int, ...]], spec: LayerSpec) -> None:
+    def check(self, expected: dict[str, tuple[int, ...]], spec: Family) -> None:
         """Compare the headers with what the configuration says, before any weight is read.
 
         What a checkpoint holds besides must be without meaning: tables of the rotary embedding, biases that are zero, a
@@ -98,7 +98,7 @@ class Checkpoint(ABC):
                 "describes; left out, the result would be wrong."
             )
 
-    def _is_meaningless(self, name: str, spec: LayerSpec) -> bool:
+    def _is_meaningless(self, name: str, spec: Family) -> bool:
         if name.endswith("rotary_emb.inv_freq"):  # it follows from the configuration
             return True
         if name == f"{spec.head}.weight":  # one that differs from the embeddings is not tied, see `CheckpointModel`

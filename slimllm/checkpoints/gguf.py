@@ -15,10 +15,10 @@ from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.gguf_file import GGUFFile, number_of
 from slimllm.checkpoints.gguf_header import check_sizes
 from slimllm.checkpoints.gguf_rope import ROPE_FREQS, rope_rule
-from slimllm.checkpoints.native import head_dim_of
 from slimllm.checkpoints.safetensors import settle_tokenizer_class
 from slimllm.errors import InputError, first_line
-from slimllm.models.families import EXPERTS, GGUF_ARCHITECTURES, GGUF_LAYER_NAMES, GGUF_MODEL_NAMES, layer_spec
+from slimllm.models.families import EXPERTS, head_dim_of
+from slimllm.models.families.llama import LLAMA
 from slimllm.models.modeling.slim_layers import knows_rope_parameters
 
 _FLOAT_TYPES = {
@@ -27,8 +27,9 @@ _FLOAT_TYPES = {
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
 
-_LAYERS = layer_spec("llama").layers
-_Q_PROJ, _K_PROJ = GGUF_LAYER_NAMES["attn_q"], GGUF_LAYER_NAMES["attn_k"]
+assert LLAMA.gguf is not None
+_NAMES = LLAMA.gguf
+_ARCHITECTURES = (_NAMES.architecture,)
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -45,10 +46,9 @@ class GGUFCheckpoint(Checkpoint):
         self._file = GGUFFile(path)
         self.path, self.name = self._file.path, self._file.name
         architecture = self._file.settings.get("general.architecture")
-        if architecture not in GGUF_ARCHITECTURES:
+        if architecture not in _ARCHITECTURES:
             raise InputError(
-                f"GGUF files of architecture {architecture!r} are not supported; "
-                f"supported are {', '.join(GGUF_ARCHITECTURES)}."
+                f"GGUF files of architecture {architecture!r} are not supported; supported are {', '.join(_ARCHITECTURES)}."
             )
         experts = any("_exps." in name or ".ffn_gate_inp." in name for name in self._file.entries)
         if experts or number_of(self._file.settings, f"{architecture}.expert_count", 0, path) > 0:
@@ -99,9 +99,9 @@ class GGUFCheckpoint(Checkpoint):
 
     def _read_tensor(self, name: str) -> torch.Tensor:
         tensor = self._file.read(self._names[name])
-        if name.endswith(f"{_Q_PROJ}.weight"):
+        if name.endswith(f"{LLAMA.q_proj}.weight"):
             return _undo_rope_order(tensor, self.config.num_attention_heads)
-        if name.endswith(f"{_K_PROJ}.weight"):
+        if name.endswith(f"{LLAMA.k_proj}.weight"):
             return _undo_rope_order(tensor, self.config.num_key_value_heads)
         return tensor
 
@@ -128,9 +128,9 @@ def _hugging_face_name(name: str) -> str:
     """Ours for a tensor's name in GGUF; one that LLaMA does not have keeps its own, and is refused later on."""
     parts = name.split(".")
     if parts[0] == "blk" and len(parts) == 4:
-        return f"{_LAYERS}.{parts[1]}.{GGUF_LAYER_NAMES.get(parts[2], parts[2])}.{parts[3]}"
-    if parts[0] in GGUF_MODEL_NAMES and len(parts) == 2:
-        return f"{GGUF_MODEL_NAMES[parts[0]]}.{parts[1]}"
+        return f"{LLAMA.layers}.{parts[1]}.{_NAMES.layer.get(parts[2], parts[2])}.{parts[3]}"
+    if parts[0] in _NAMES.model and len(parts) == 2:
+        return f"{_NAMES.model[parts[0]]}.{parts[1]}"
     return name
 
 

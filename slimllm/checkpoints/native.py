@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from slimllm.models.families import LayerSpec, layer_spec
+from slimllm.models.families import Biases, Family, family_of, head_dim_of
 from slimllm.models.modeling import slim_layers
 from slimllm.models.modeling.slim_layers import rope_of_transformers_4
 from slimllm.models.registration import modeling_file, native_classes
@@ -55,7 +55,7 @@ class OutputFormat:
     def name(self) -> str:
         return str(self.config.model_type)
 
-    def complete(self, tensors: Tensors, spec: LayerSpec) -> Tensors:
+    def complete(self, tensors: Tensors, spec: Family) -> Tensors:
         """A layer's tensors with the zero biases that the format asks for."""
         wanted = []
         if self.zero_attention_out_bias:
@@ -70,18 +70,13 @@ class OutputFormat:
         return {**tensors, **zeros}
 
 
-def head_dim_of(config: PretrainedConfig) -> int:
-    """Size of an attention head; older configurations leave it to be computed."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
     """Choose how to write a model of these layer sizes.
 
     Alike layers: the family's own architecture if it has a home for every bias, else, for LLaMA's mathematics, `seed_oss`,
     which is that with separate switches for the biases. Otherwise the native format, with sizes by layer.
     """
-    spec = layer_spec(source.model_type)
+    spec = family_of(source.model_type)
     common = {name: value for name, value in source.to_dict().items() if name not in _DECIDED}
     common |= {"head_dim": head_dim_of(source), "dtype": dtype}
     largest: dict[str, Any] = {
@@ -95,12 +90,13 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
         name: value for name, value in (("attention_bias", qkv_bias), ("mlp_bias", gate_bias)) if hasattr(source, name)
     }
     alike = all((size.num_heads, size.num_kv_heads, size.intermediate_size) == tuple(largest.values()) for size in sizes)
-    if alike and _own_home(source, spec, largest, (qkv_bias, out_bias, gate_bias, ffn_bias)):
+    biases = Biases(qkv_bias, out_bias, gate_bias, ffn_bias)
+    if alike and spec.has_home(biases) and spec.takes_heads(source, largest["num_attention_heads"]):
         config = AutoConfig.for_model(
-            spec.family, **common, **largest, **switches, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.family]]
+            spec.name, **common, **largest, **switches, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.name]]
         )
         return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias)
-    if alike and is_llama(source, spec):
+    if alike and spec.is_llama(source):
         for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
             common.pop(name, None)
         config = AutoConfig.for_model(
@@ -127,42 +123,11 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
         different = {name: value for name, value in own.items() if value != most[name]}
         if different:
             overrides[str(index)] = different
-    native, _, causal = native_classes(spec.family)
+    native, _, causal = native_classes(spec.name)
     return OutputFormat(native(**common, **most, **switches, per_layer_config=overrides, architectures=[causal.__name__]))
 
 
-def is_llama(config: PretrainedConfig, spec: LayerSpec) -> bool:
-    """Whether a model computes as LLaMA does, so that LLaMA's relatives are a home for it."""
-    windows = getattr(config, "sliding_window", None) is not None
-    if isinstance(types := getattr(config, "layer_types", None), list):
-        windows = any(kind != "full_attention" for kind in types)
-    return spec.family == "llama" or (spec.family in ("mistral", "qwen2") and not windows)
-
-
-def heads_fit(config: PretrainedConfig, spec: LayerSpec, num_heads: int) -> bool:
-    """Whether a family's own architecture takes so many heads: some insist on what hidden_size is a multiple of."""
-    if spec.family == "opt":  # whose size of a head follows from the number
-        return num_heads * head_dim_of(config) == int(config.hidden_size)
-    return spec.family not in ("llama", "gemma2", "gemma3_text") or config.hidden_size % num_heads == 0
-
-
-def _own_home(
-    config: PretrainedConfig, spec: LayerSpec, largest: dict[str, Any], biases: tuple[bool, bool, bool, bool]
-) -> bool:
-    """Whether a family's own architecture has a place for biases, of q, k and v, of o, of gate and up, and of down."""
-    qkv, out, gate, down = biases
-    homes = {
-        "llama": qkv == out and gate == down,
-        "mistral": not (qkv or out or gate or down),
-        "qwen2": qkv and not (out or gate or down),
-        "opt": qkv == out == gate == down,
-    }
-    return heads_fit(config, spec, largest["num_attention_heads"]) and homes.get(
-        spec.family, qkv == out and not (gate or down)
-    )
-
-
-def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: LayerSpec) -> None:
+def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: Family) -> None:
     """Give a pruned model in memory the class and configuration of what it has become."""
     device, dtype = model.device, model.dtype
     for layer in model.get_submodule(spec.layers):
@@ -190,6 +155,6 @@ def write_config(config: PretrainedConfig, folder: Path) -> None:
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if native:
-        for module in (modeling_file(layer_spec(config.model_type).family), slim_layers):
+        for module in (modeling_file(family_of(config.model_type).name), slim_layers):
             source = Path(str(module.__file__))
             shutil.copyfile(source, folder / source.name)

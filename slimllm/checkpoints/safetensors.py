@@ -16,7 +16,7 @@ from slimllm.checkpoints.foreign_json import find_object
 from slimllm.checkpoints.headers import SAFETENSORS_DTYPES, Headers
 from slimllm.checkpoints.tokenizer import load_tokenizer
 from slimllm.errors import InputError, reason
-from slimllm.models.families import layer_spec
+from slimllm.models.families import family_of
 
 _MAPPED_BYTES = 64 * 2**20  # of a file that is open
 
@@ -33,7 +33,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self._headers = Headers(weight_files(path))
         self._headers.check(path)
         self._headers.check_layers(self.config.to_dict(), path)
-        spec = layer_spec(self.config.model_type)
+        spec = family_of(self.config.model_type)
         prefix = f"{spec.layers.partition('.')[0]}."
         stored = self._headers.shape_of
         bare = any(name.startswith(f"{spec.layers.removeprefix(prefix)}.") for name in stored) and not any(

@@ -12,9 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimllm.checkpoints.base import Checkpoint
-from slimllm.checkpoints.native import head_dim_of
 from slimllm.errors import InputError
-from slimllm.models.families import READ_AS, layer_spec
+from slimllm.models.families import READ_AS, family_of, head_dim_of
 from slimllm.models.layer import Layer
 from slimllm.models.meta import embedding_scale, empty_module, expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, Tensors, sizes_by_layer
@@ -32,7 +31,7 @@ class ModelSource(ABC):
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
         self.model, self.device, self.dtype = model, device, dtype
         self.config = model.config
-        self.spec = layer_spec(self.config.model_type)
+        self.spec = family_of(self.config.model_type)
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
 
@@ -186,7 +185,7 @@ class CheckpointModel(ModelSource):
 
 def untie_if_different(checkpoint: Checkpoint) -> None:
     """Believe the weights: a stored head that differs from the embeddings is not tied, whatever the configuration says."""
-    spec = layer_spec(checkpoint.config.model_type)
+    spec = family_of(checkpoint.config.model_type)
     head, embedding = f"{spec.head}.weight", f"{spec.embedding}.weight"
     if checkpoint.config.tie_word_embeddings and {head, embedding} <= set(checkpoint.shapes()):
         tensors = checkpoint.read([head, embedding])

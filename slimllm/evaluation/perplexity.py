@@ -17,7 +17,7 @@ from slimllm.checkpoints.opening import download, open_checkpoint
 from slimllm.checkpoints.tokenizer import load_tokenizer
 from slimllm.config import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError, first_line
-from slimllm.models.families import layer_spec
+from slimllm.models.families import family_of
 from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.runtime.memory import exhausted, free_bytes, release
 
@@ -120,7 +120,7 @@ def locate(model: str | Path, *, code: bool = False, only: tuple[str, ...] = ())
 def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
     """A model with the checkpoint's tensors, for files that are not in a format of transformers."""
     model = meta_model(checkpoint.config)
-    spec = layer_spec(checkpoint.config.model_type)
+    spec = family_of(checkpoint.config.model_type)
     names = expected_tensors(model, spec)
     checkpoint.check(names, spec)
     for name in names:

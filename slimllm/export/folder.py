@@ -10,7 +10,7 @@ import torch
 
 from slimllm.checkpoints.destination import check_destination, check_space
 from slimllm.checkpoints.journal import begun_with
-from slimllm.checkpoints.native import OutputFormat, heads_fit, output_format, write_config
+from slimllm.checkpoints.native import OutputFormat, output_format, write_config
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.writer import CheckpointWriter, partial_folder
 from slimllm.errors import InputError
@@ -65,7 +65,7 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
     Raises:
         ValueError: (as InputError) there is none, or it has no place for a bias, or for so many heads.
     """
-    first, family = sizes[0], source.spec.family
+    first, family = sizes[0], source.spec.name
     if source.spec.slopes:
         raise InputError(
             f"transformers' {family} computes the slopes of its position bias from the number of heads, and would give "
@@ -80,7 +80,7 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
             "The layers have sizes of their own, which no architecture of transformers holds; give --to padded, or prune "
             "with --uniform."
         )
-    if not heads_fit(source.config, source.spec, first.num_heads):
+    if not source.spec.takes_heads(source.config, first.num_heads):
         raise InputError(
             f"transformers' {family} does not take {first.num_heads} heads beside a hidden size of "
             f"{source.config.hidden_size}; give --to padded."

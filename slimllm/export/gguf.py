@@ -19,12 +19,11 @@ import torch
 from slimllm.checkpoints.destination import check_space
 from slimllm.checkpoints.gguf import rope_order
 from slimllm.checkpoints.journal import sync
-from slimllm.checkpoints.native import is_llama
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.errors import InputError, OutputError
 from slimllm.export.base import Exporter, ExportJob, register_exporter
 from slimllm.export.gguf_vocabulary import add_vocabulary
-from slimllm.models.families import GGUF_LAYER_NAMES, GGUF_MODEL_NAMES
+from slimllm.models.families.llama import LLAMA
 from slimllm.models.slicing import LayerSizes
 from slimllm.runtime.progress import ProgressCallback
 
@@ -110,9 +109,9 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
         with out.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{out} is no GGUF file, so it will not be overwritten.")
-    if not is_llama(source.config, source.spec):
+    if not source.spec.is_llama(source.config):
         raise InputError(
-            f"GGUF can be written for LLaMA's mathematics, which {source.spec.family} with its norms or windows is not; "
+            f"GGUF can be written for LLaMA's mathematics, which {source.spec.name} with its norms or windows is not; "
             "the native format keeps all, and of a stock model llama.cpp's own convert_hf_to_gguf.py makes the file."
         )
     if source.config.hidden_act not in ("silu", "swish"):
@@ -164,8 +163,9 @@ def _write(
 
 def _names(source: CheckpointModel) -> Iterator[tuple[str, str]]:
     """Our tensors' names and GGUF's."""
-    layer_names = {ours: theirs for theirs, ours in GGUF_LAYER_NAMES.items()}
-    model_names = {ours: theirs for theirs, ours in GGUF_MODEL_NAMES.items()}
+    assert LLAMA.gguf is not None
+    layer_names = {ours: theirs for theirs, ours in LLAMA.gguf.layer.items()}
+    model_names = {ours: theirs for theirs, ours in LLAMA.gguf.model.items()}
     for name in source.shapes():
         module, kind = name.rsplit(".", 1)
         if module in model_names:

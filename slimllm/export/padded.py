@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from slimllm.checkpoints.native import heads_fit, is_llama
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.export.base import register_exporter
 from slimllm.export.folder import FolderExporter
@@ -19,10 +18,10 @@ class Padded(FolderExporter):
     def padded_sizes(self, source: CheckpointModel) -> LayerSizes | None:
         """Sizes that hold every layer, with as many heads as the architecture asks for."""
         wanted = padded_sizes(source.sizes())
-        if is_llama(source.config, source.spec):  # seed_oss takes any number
+        if source.spec.is_llama(source.config):  # seed_oss takes any number
             return wanted
         for more in range(source.config.hidden_size):
             kv_heads = wanted.num_kv_heads + more
-            if heads_fit(source.config, source.spec, kv_heads * wanted.group_size):
+            if source.spec.takes_heads(source.config, kv_heads * wanted.group_size):
                 return dataclasses.replace(wanted, num_kv_heads=kv_heads, num_heads=kv_heads * wanted.group_size)
         return wanted

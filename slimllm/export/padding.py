@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from slimllm.models.families import LayerSpec
+from slimllm.models.families import Family
 from slimllm.models.slicing import LayerSizes, Tensors
 
 
@@ -26,7 +26,7 @@ def padded_sizes(sizes: list[LayerSizes]) -> LayerSizes:
     )
 
 
-def pad_layer(tensors: Tensors, spec: LayerSpec, size: LayerSizes, wanted: LayerSizes, head_dim: int) -> Tensors:
+def pad_layer(tensors: Tensors, spec: Family, size: LayerSizes, wanted: LayerSizes, head_dim: int) -> Tensors:
     """A layer with more heads and channels, all of whose weights and biases are 0.
 
     A new head's values are 0 and so is what it puts out; a new channel's product of gate and up is 0. New query heads go to

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from slimllm.models.families import LayerSpec
+from slimllm.models.families import Family
 from slimllm.models.slicing import LayerSizes, Tensors, install, layer_sizes
 
 
@@ -18,7 +18,7 @@ class Layer:
 
     module: nn.Module
     tensors: Tensors
-    spec: LayerSpec
+    spec: Family
     head_dim: int
     device: torch.device
     dtype: torch.dtype

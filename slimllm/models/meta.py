@@ -13,13 +13,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from slimllm.errors import InputError, reason
-from slimllm.models.families import LayerSpec, layer_spec
+from slimllm.models.families import Family, family_of
 from slimllm.runtime.memory import exhausted
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The model on the meta device (no memory), but for the rotary embedding, whose tables are computed."""
-    spec = layer_spec(config.model_type)
+    spec = family_of(config.model_type)
     config = copy.deepcopy(config)
     try:
         with torch.device("meta"):
@@ -30,22 +30,14 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
         if exhausted(error):
             raise
         raise InputError(f"The model's configuration cannot be used: {type(error).__name__}, {reason(error)}.") from error
-    if spec.family == "opt" and (
-        not config.do_layer_norm_before
-        or config.word_embed_proj_dim != config.hidden_size
-        or config._remove_final_layer_norm
-        or not config.layer_norm_elementwise_affine
-    ):
-        raise InputError(
-            "This OPT model has norms behind the sub-layers, none at the end, or embeddings of another width, as opt-350m "
-            "alone has; it is not supported."
-        )
+    if sentence := spec.why_not(config):
+        raise InputError(sentence)
     if config.num_hidden_layers < 1:
         raise InputError("The model's configuration says that it has no decoder layers.")
     return model.eval().requires_grad_(False)
 
 
-def _make_rotary(model: PreTrainedModel, spec: LayerSpec) -> None:
+def _make_rotary(model: PreTrainedModel, spec: Family) -> None:
     """Compute the tables of the rotary embedding, of which Gemma 3 has a second one under transformers 4."""
     parent, name = spec.rotary.rsplit(".", 1)
     decoder: Any = model.get_submodule(parent)
@@ -57,13 +49,13 @@ def _make_rotary(model: PreTrainedModel, spec: LayerSpec) -> None:
         setattr(decoder, f"{name}_local", type(rotary)(config=config))
 
 
-def embedding_scale(model: PreTrainedModel, spec: LayerSpec) -> float:
+def embedding_scale(model: PreTrainedModel, spec: Family) -> float:
     """What the embedding module multiplies its weights by: √D in Gemma, 1 elsewhere."""
     plain = type(model.get_submodule(spec.embedding)) is nn.Embedding
     return 1.0 if plain else float(model.config.hidden_size**0.5)
 
 
-def expected_tensors(model: PreTrainedModel, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
+def expected_tensors(model: PreTrainedModel, spec: Family) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a checkpoint of this model holds; a tied head is not stored."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
@@ -86,7 +78,7 @@ class _Recorder(nn.Module):
 
 
 @contextmanager
-def _recorders(model: PreTrainedModel, spec: LayerSpec) -> Iterator[list[_Recorder]]:
+def _recorders(model: PreTrainedModel, spec: Family) -> Iterator[list[_Recorder]]:
     parent, _, layers_name = spec.layers.rpartition(".")
     decoder, norm_name = model.get_submodule(parent), spec.final_norm.rpartition(".")[2]
     layers, norm = model.get_submodule(spec.layers), getattr(decoder, norm_name)
@@ -102,7 +94,7 @@ def _recorders(model: PreTrainedModel, spec: LayerSpec) -> Iterator[list[_Record
 
 
 def record_layer_inputs(
-    model: PreTrainedModel, spec: LayerSpec, embeddings: torch.Tensor
+    model: PreTrainedModel, spec: Family, embeddings: torch.Tensor
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
     """Run the model's own forward pass with its decoder layers taken out, to learn how it calls them.
 

@@ -24,7 +24,7 @@ def native_classes(family: str) -> tuple[Any, Any, Any]:
 
 def register() -> None:
     """Register all families that this version of transformers has."""
-    for family in {spec.family: None for spec in FAMILIES.values()}:
+    for family in {spec.name: None for spec in FAMILIES.values()}:
         try:
             config, model, causal = native_classes(family)
         except ImportError:  # a version of transformers from before the family

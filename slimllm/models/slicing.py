@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slimllm.errors import InputError
-from slimllm.models.families import LayerSpec
+from slimllm.models.families import Family
 
 Tensors = dict[str, torch.Tensor]
 _ROWS = 256  # of a weight in fp64 at a time
@@ -90,7 +90,7 @@ class LayerSizes:
         )
 
 
-def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: int) -> LayerSizes:
+def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: Family, head_dim: int) -> LayerSizes:
     """The sizes of a layer from the shapes of its tensors (names relative to the layer)."""
     return LayerSizes(
         num_heads=shapes[f"{spec.q_proj}.weight"][0] // head_dim,
@@ -105,7 +105,7 @@ def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: i
     )
 
 
-def sizes_by_layer(shapes: dict[str, tuple[int, ...]], spec: LayerSpec, head_dim: int, num_layers: int) -> list[LayerSizes]:
+def sizes_by_layer(shapes: dict[str, tuple[int, ...]], spec: Family, head_dim: int, num_layers: int) -> list[LayerSizes]:
     """The sizes of every layer from the shapes of all tensors of a model, by full name."""
     result = []
     for index in range(num_layers):
@@ -121,7 +121,7 @@ def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tenso
     return {name: tensors[name][rows.to(tensors[name].device)] for name in names}
 
 
-def _select_slopes(tensors: Tensors, spec: LayerSpec, query_rows: torch.Tensor) -> Tensors:
+def _select_slopes(tensors: Tensors, spec: Family, query_rows: torch.Tensor) -> Tensors:
     """Of a tensor with one number for each head, those of the heads that are kept."""
     if not spec.slopes:
         return {}
@@ -158,7 +158,7 @@ def slice_output(tensors: Tensors, projection: str, columns: torch.Tensor, chang
 
 
 def slice_attention(
-    tensors: Tensors, spec: LayerSpec, query_rows: torch.Tensor, kv_rows: torch.Tensor, change: OutputChange | None = None
+    tensors: Tensors, spec: Family, query_rows: torch.Tensor, kv_rows: torch.Tensor, change: OutputChange | None = None
 ) -> Tensors:
     """A layer's tensors with only some heads.
 
@@ -178,7 +178,7 @@ def slice_attention(
     }
 
 
-def slice_ffn(tensors: Tensors, spec: LayerSpec, channels: torch.Tensor, change: OutputChange | None = None) -> Tensors:
+def slice_ffn(tensors: Tensors, spec: Family, channels: torch.Tensor, change: OutputChange | None = None) -> Tensors:
     """A layer's tensors with only some FFN channels; arguments as in `slice_attention`."""
     return {
         **tensors,
@@ -188,7 +188,7 @@ def slice_ffn(tensors: Tensors, spec: LayerSpec, channels: torch.Tensor, change:
 
 
 def install(
-    layer: nn.Module, spec: LayerSpec, tensors: Tensors, changed: set[str], device: torch.device, dtype: torch.dtype
+    layer: nn.Module, spec: Family, tensors: Tensors, changed: set[str], device: torch.device, dtype: torch.dtype
 ) -> None:
     """Put tensors into a layer's modules, replacing the linear layers whose shape or bias has changed.
 

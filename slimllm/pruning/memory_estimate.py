@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from slimllm.config import PruneConfig
 from slimllm.methods.allocation.sensitivity import MOST_STATES, TOKENS
 from slimllm.methods.statistics import Needs
-from slimllm.models.families import layer_spec
+from slimllm.models.families import family_of
 from slimllm.models.slicing import LayerSizes
 from slimllm.runtime.hidden_states import Placement
 from slimllm.statistics import TILE
@@ -89,7 +89,7 @@ def sizes_of(
         held_out=windows[2],
         on_gpu=device.type == "cuda",
         ranks=ranks,
-        biased_heads=max(size.num_heads for size in layers) if layer_spec(config.model_type).slopes else 0,
+        biased_heads=max(size.num_heads for size in layers) if family_of(config.model_type).slopes else 0,
     )
 
 

@@ -22,7 +22,7 @@ from slimllm.errors import InputError
 from slimllm.methods.allocation.spending import Curves
 from slimllm.methods.allocation.target import Allocated, allocate
 from slimllm.methods.statistics import Needs
-from slimllm.models.families import layer_spec
+from slimllm.models.families import family_of
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass, run_dense_pass, steps_of
 from slimllm.pruning.identity import say_changes
@@ -224,7 +224,7 @@ def _exp(loss: float) -> float:
 
 def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype a checkpoint is stored in, by its embeddings."""
-    return checkpoint.storage_dtype(f"{layer_spec(checkpoint.config.model_type).embedding}.weight")
+    return checkpoint.storage_dtype(f"{family_of(checkpoint.config.model_type).embedding}.weight")
 
 
 def _config_dtype(source: ModelSource) -> torch.dtype:

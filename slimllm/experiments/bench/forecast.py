@@ -13,13 +13,12 @@ from transformers import PretrainedConfig
 from slimllm.calibration import num_held_out
 from slimllm.checkpoints.folder import read_config
 from slimllm.checkpoints.fused import read_as
-from slimllm.checkpoints.native import head_dim_of
 from slimllm.checkpoints.opening import download, open_checkpoint
 from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
 from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.work import measure_rates, stage_work
-from slimllm.models.families import layer_spec
+from slimllm.models.families import family_of, head_dim_of
 from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, sizes_by_layer
 from slimllm.pruning.memory_estimate import Parts, sizes_of, traffic
@@ -67,7 +66,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     model_config, stored, in_memory = _description(model)
     default = torch.float32 if device.type == "cpu" else stored
     computed = DTYPES[config.compute_dtype] if config.compute_dtype else default
-    spec, head_dim = layer_spec(model_config.model_type), head_dim_of(model_config)
+    spec, head_dim = family_of(model_config.model_type), head_dim_of(model_config)
     shapes = expected_tensors(meta_model(model_config), spec)
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     for layer in layers:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from slimllm.checkpoints.base import Checkpoint
-from slimllm.checkpoints.native import head_dim_of
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.config import DTYPES, PruneConfig, parse_bytes, parse_device
@@ -27,6 +26,7 @@ from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint
 from slimllm.experiments.bench.work import measure_rates, stage_work
+from slimllm.models.families import head_dim_of
 from slimllm.pruning.api import prune
 from slimllm.runtime.interrupts import leave_interrupts_to_parent
 

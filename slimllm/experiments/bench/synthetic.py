@@ -15,7 +15,7 @@ from slimllm.checkpoints.destination import check_space
 from slimllm.checkpoints.writer import CheckpointWriter
 from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import Shape
-from slimllm.models.families import layer_spec
+from slimllm.models.families import family_of
 from slimllm.models.meta import expected_tensors, meta_model
 
 # A prime, so that no two rows of a matrix begin at the same place of the numbers that are repeated.
@@ -37,7 +37,7 @@ class RandomCheckpoint(Checkpoint):
     def __init__(self, shape: Shape, num_layers: int | None = None, seed: int = 0) -> None:
         self.name, self.path = shape.name, Path(shape.name)
         self.config = shape.config(num_layers)
-        spec = layer_spec(self.config.model_type)
+        spec = family_of(self.config.model_type)
         self._shapes = expected_tensors(meta_model(self.config), spec)
         self._added = (spec.o_proj, spec.down_proj)
         generator = torch.Generator().manual_seed(seed)
@@ -78,7 +78,7 @@ class RandomCheckpoint(Checkpoint):
 
     def write(self, folder: Path) -> None:
         """Write it as a Hugging Face folder, one shard a layer and one for the rest."""
-        prefix = f"{layer_spec(self.config.model_type).layers}."
+        prefix = f"{family_of(self.config.model_type).layers}."
         by_shard: dict[int, list[str]] = {}
         for name in self._shapes:
             layer = int(name.removeprefix(prefix).split(".")[0]) + 1 if name.startswith(prefix) else 0
@@ -105,7 +105,7 @@ class FirstLayers(Checkpoint):
             raise InputError(f"layers must be from 1 to {whole.config.num_hidden_layers}, got {num_layers}.")
         self._whole, self.name, self.path = whole, whole.name, whole.path
         self.config = _shortened(whole.config, num_layers)
-        prefix = f"{layer_spec(self.config.model_type).layers}."
+        prefix = f"{family_of(self.config.model_type).layers}."
         self._names = {
             name
             for name in whole.shapes()

@@ -1,0 +1,34 @@
+"""The only place that knows the names inside a model family, one file for each; a new file is found by being here."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from slimllm.errors import InputError
+from slimllm.models.families.base import FAMILIES, READ_AS, Biases, Family, GGUFNames, ReadAs, Rows, head_dim_of
+
+__all__ = ["EXPERTS", "FAMILIES", "READ_AS", "Biases", "Family", "GGUFNames", "ReadAs", "Rows", "family_of", "head_dim_of"]
+
+EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
+_REASONS = {
+    "gpt_neox": "its attention and its FFN run beside each other rather than one after the other",
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), EXPERTS),
+    **dict.fromkeys(("gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "mistral3"), "it is more than a language model"),
+}
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a model.
+
+    Raises:
+        ValueError: (as InputError) the family is not supported; lists those that are.
+    """
+    if model_type not in FAMILIES and model_type not in READ_AS:
+        known = ", ".join(sorted({*FAMILIES, *READ_AS}))
+        reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
+        raise InputError(f"Models of type {model_type!r} are not supported{reason}; supported types are {known}.")
+    return FAMILIES[READ_AS[model_type].family if model_type in READ_AS else model_type]

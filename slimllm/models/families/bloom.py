@@ -1,0 +1,54 @@
+"""BLOOM: no gate, biases everywhere; ALiBi, whose slopes stay with the heads; q, k and v interleaved by head."""
+
+import torch
+from transformers import PretrainedConfig
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+from slimllm.errors import InputError
+from slimllm.models.families.base import Family, ReadAs, Rows, register_family, register_reading
+from slimllm.models.modeling.modeling_slim_bloom import SlimBloomConfig
+
+BLOOM = register_family(
+    Family(
+        name="bloom",
+        layers="transformer.h",
+        embedding="transformer.word_embeddings",
+        before_layers="transformer.word_embeddings_layernorm",
+        final_norm="transformer.ln_f",
+        rotary="",
+        attention="self_attention",
+        q_proj="self_attention.q_proj",
+        k_proj="self_attention.k_proj",
+        v_proj="self_attention.v_proj",
+        o_proj="self_attention.dense",
+        slopes="self_attention.slopes",
+        gate_proj="",
+        up_proj="mlp.dense_h_to_4h",
+        down_proj="mlp.dense_4h_to_h",
+    )
+)
+
+
+def _config(config: PretrainedConfig) -> PretrainedConfig:
+    if config.apply_residual_connection_post_layernorm:
+        raise InputError("This BLOOM model adds to the residual stream behind a norm, which is not supported.")
+    kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    biases = {"attention_out_bias": True, "mlp_out_bias": True}
+    return SlimBloomConfig(**kept, **biases, architectures=["SlimBloomForCausalLM"])
+
+
+def _rows(config: PretrainedConfig) -> dict[str, dict[str, Rows]]:
+    heads = config.num_attention_heads
+    rows = torch.arange(3 * heads * config.head_dim).view(heads, 3, config.head_dim)
+    parts = (BLOOM.q_proj, BLOOM.k_proj, BLOOM.v_proj)
+    return {"self_attention.query_key_value": {part: rows[:, i].flatten() for i, part in enumerate(parts)}}
+
+
+def _slopes(config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """Of the position bias, one for each head."""
+    heads = config.num_attention_heads
+    biases = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)  # slope times position
+    return {BLOOM.slopes: biases.view(heads, 2)[:, 1].clone()}
+
+
+register_reading(ReadAs("bloom", "slim_bloom", _config, _rows, _slopes))

@@ -1,0 +1,40 @@
+"""OPT: no gate, biases everywhere, learned positions."""
+
+from transformers import PretrainedConfig
+
+from slimllm.models.families.base import Family, head_dim_of, register_family
+
+
+def _why_not(config: PretrainedConfig) -> str | None:
+    plain = config.do_layer_norm_before and config.word_embed_proj_dim == config.hidden_size
+    if plain and not config._remove_final_layer_norm and config.layer_norm_elementwise_affine:
+        return None
+    return (
+        "This OPT model has norms behind the sub-layers, none at the end, or embeddings of another width, as opt-350m "
+        "alone has; it is not supported."
+    )
+
+
+OPT = register_family(
+    Family(
+        name="opt",
+        layers="model.decoder.layers",
+        embedding="model.decoder.embed_tokens",
+        before_layers="model.decoder.embed_positions",
+        final_norm="model.decoder.final_layer_norm",
+        rotary="",
+        attention_norm="self_attn_layer_norm",
+        o_proj="self_attn.out_proj",
+        ffn="",
+        ffn_norm="final_layer_norm",
+        gate_proj="",
+        up_proj="fc1",
+        down_proj="fc2",
+        activation="activation_fn",
+        width="ffn_dim",
+        why_not=_why_not,
+        # The size of a head follows from the number of heads.
+        takes_heads=lambda config, num_heads: num_heads * head_dim_of(config) == config.hidden_size,
+        has_home=lambda biases: biases.qkv == biases.out == biases.gate == biases.down,
+    )
+)

@@ -1,0 +1,64 @@
+"""Phi-3 and Phi-3.5-mini: fused projections, read as Mistral, which they compute."""
+
+from typing import Any
+
+import torch
+from transformers import MistralConfig, PretrainedConfig
+
+from slimllm.errors import InputError
+from slimllm.models.families.base import ReadAs, Rows, head_dim_of, register_reading
+from slimllm.models.families.mistral import MISTRAL
+
+# What Mistral's configuration has from Phi-3's.
+_KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "rope_parameters",
+    "rope_theta",
+    "rope_scaling",
+    "original_max_position_embeddings",
+    "sliding_window",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+)
+
+
+def _config(config: PretrainedConfig) -> PretrainedConfig:
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1.0):
+        raise InputError(
+            "This Phi model turns only a part of each head by its rotary embedding, for which the pruned model has no form;"
+            " models that turn all of it, such as Phi-3-mini and Phi-3.5-mini, can be pruned."
+        )
+    settings = {name: getattr(config, name) for name in _KEPT if hasattr(config, name)}
+    return MistralConfig(**settings, head_dim=head_dim_of(config), architectures=["MistralForCausalLM"])
+
+
+def _rows(config: PretrainedConfig) -> dict[str, dict[str, Rows]]:
+    width, kv_width = (n * head_dim_of(config) for n in (config.num_attention_heads, config.num_key_value_heads))
+    qkv = (MISTRAL.q_proj, MISTRAL.k_proj, MISTRAL.v_proj)
+    return {
+        "self_attn.qkv_proj": _one_after_the_other(qkv, (width, kv_width, kv_width)),
+        "mlp.gate_up_proj": _one_after_the_other(MISTRAL.into_ffn, (config.intermediate_size,) * 2),
+    }
+
+
+def _one_after_the_other(parts: tuple[str, ...], numbers: tuple[int, ...]) -> dict[str, Rows]:
+    ends = torch.tensor(numbers).cumsum(0).tolist()
+    return {part: slice(end - number, end) for part, number, end in zip(parts, numbers, ends)}
+
+
+register_reading(ReadAs("phi3", "mistral", _config, _rows))

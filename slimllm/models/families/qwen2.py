@@ -1,0 +1,11 @@
+"""Qwen 2 and 2.5: LLaMA with biases of q, k and v, and sliding windows by layer."""
+
+from slimllm.models.families.base import Family, has_windows, register_family
+
+QWEN2 = register_family(
+    Family(
+        name="qwen2",
+        has_home=lambda biases: biases.qkv and not (biases.out or biases.gate or biases.down),
+        is_llama=lambda config: not has_windows(config),
+    )
+)
