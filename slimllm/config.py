@@ -14,8 +14,8 @@ import torch
 from slimllm.errors import InputError
 from slimllm.plugins import ALLOCATIONS, CRITERIA, RECOVERIES
 
-# What a preset makes of the settings that are not given; `settings` are the options of methods, by their names. The preset
-# `paper` also puts no BOS before the windows, unless it is asked for, and draws them from all of a file.
+# What a preset makes of the settings that are not given; `settings` are the options of methods, by kind and name. The
+# preset `paper` also puts no BOS before the windows, unless it is asked for, and draws them from all of a file.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "criterion": "slimllm",
@@ -31,7 +31,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "recovery": "affine",
         "token_weights": "none",
         "round_to": 1,
-        "settings": {"slimllm": {"keep_lowest": 0.01}, "layer-importance": {"published": True}},
+        "settings": {
+            ("criterion", "slimllm"): {"keep_lowest": 0.01},
+            ("allocation", "layer-importance"): {"published": True},
+        },
     },
     "best": {
         "criterion": "obs",
@@ -145,7 +148,7 @@ class PruneConfig:
                 object.__setattr__(self, name, row[name])
         for kind, registry in METHODS.items():
             given = getattr(self, kind)
-            settings = row["settings"].get(given) if isinstance(given, str) else None
+            settings = row["settings"].get((kind, given)) if isinstance(given, str) else None
             object.__setattr__(self, kind, registry.make(given, settings))
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
@@ -160,8 +163,15 @@ class PruneConfig:
         for name in ("batch_size", "round_to"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), int, 1)
-        if self.preset == "paper":
-            self._check_published()
+        self.allocation.check(self.heads_multiple_of)
+        if self.preset == "paper" and (
+            self.allocation.name != "layer-importance" or not self.allocation.settings.published
+        ):
+            raise InputError(
+                f"allocation {self.allocation!r} is not the paper's; leave it out, or take another preset (of "
+                "layer-importance, give published=True; settings that were made for another preset are changed by "
+                "with_preset)."
+            )
         if self.criterion.needs_recovery and not self.recovery.adds_bias:
             raise InputError(
                 f"criterion {self.criterion.name} chooses what the rest can stand in for; give a recovery: lstsq, affine "
@@ -176,18 +186,6 @@ class PruneConfig:
             parse_device(self.device)
         for name in ("host_memory", "gpu_memory"):
             parse_bytes(name, getattr(self, name))
-
-    def _check_published(self) -> None:
-        """Raise InputError if a setting is given that the paper has not."""
-        if not getattr(self.allocation.settings, "published", False):
-            raise InputError(
-                f"allocation {self.allocation!r} is not the paper's; leave it out, or take another preset (or, of "
-                "layer-importance, give published=True)."
-            )
-        if self.heads_multiple_of > 1:
-            raise InputError(
-                f"heads_multiple_of {self.heads_multiple_of} is not the paper's; leave it out, or take another preset."
-            )
 
     @property
     def needs(self) -> Any:

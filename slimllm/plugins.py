@@ -11,26 +11,40 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
+import logging
+import math
+import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, get_args, get_type_hints
 
-from slimllm.errors import InputError
+from slimllm.errors import HopelessError, InputError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,49}")
+_KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "a string", type(None): "None"}
+_log = logging.getLogger("slimllm")
+
+
+class MethodError(HopelessError):
+    """A method from outside the package has failed or given something that cannot be."""
 
 
 class Method:
     """A method with a name and options of its own.
 
-    `MyScore(power=3.0)` makes one; its options are the fields of its `Settings`, a frozen dataclass whose fields all have
-    defaults. Two methods are equal if their names and settings are.
+    `MyScore(power=3.0)` makes one; its options are the fields of its `Settings`, a frozen dataclass whose fields are
+    booleans, integers, numbers, strings or None, with defaults. Two methods are equal if their classes and settings are.
 
     Raises:
         TypeError: an option is unknown or of another type than its field.
+        ValueError: (as InputError) a number is not finite.
     """
 
     name: ClassVar[str] = ""
@@ -50,12 +64,32 @@ class Method:
             if isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
                 settings[name] = value = float(value)
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-                raise TypeError(f"{self.name}.{name} must be {_in_words(kinds)}, got {value!r}.")
+                wanted = " or ".join(_KINDS[kind] for kind in kinds)
+                raise TypeError(f"{self.name}.{name} must be {wanted}, got {value!r}.")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"{self.name}.{name} must be a finite number, got {value}.")
         self.settings: Any = self.Settings(**settings)
 
     def describe(self) -> dict[str, Any]:
         """The options as plain JSON types, by name."""
         return dataclasses.asdict(self.settings)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is from outside the package."""
+        return type(self).__module__.partition(".")[0] != "slimllm"
+
+    def code(self) -> str:
+        """Which code this is: the class, and for one from outside a checksum of the files that it and its bases are in."""
+        crc = 0
+        for kind in type(self).__mro__:
+            if kind.__module__.partition(".")[0] not in ("slimllm", "builtins", "abc"):
+                try:
+                    crc = zlib.crc32(Path(inspect.getfile(kind)).read_bytes(), crc)
+                except (OSError, TypeError):  # made in a session, of which there is no file
+                    pass
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        return f"{name} {self.version}{f' {crc:08x}' if crc else ''}"
 
     def __repr__(self) -> str:
         changed = {
@@ -63,8 +97,6 @@ class Method:
             for field in dataclasses.fields(self.settings)
             if (value := getattr(self.settings, field.name)) != field.default
         }
-        if not changed:
-            return repr(self.name)
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
 
     def __eq__(self, other: object) -> bool:
@@ -72,6 +104,28 @@ class Method:
 
     def __hash__(self) -> int:
         return hash((type(self), self.settings))
+
+
+@contextmanager
+def calling(method: Method, where: str) -> Iterator[None]:
+    """Turn what a method from outside raises into a sentence that names it; its traceback is logged.
+
+    Args:
+        method: What is called.
+        where: What it is called for, after "in".
+
+    Raises:
+        ValueError: (as MethodError) the method has raised something else than an InputError.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not method.is_foreign:
+            raise
+        _log.exception("%s failed in %s.", method.name, where)
+        raise MethodError(f"The method {method.name} failed in {where} ({type(error).__name__}: {error}).") from error
 
 
 _Method = TypeVar("_Method", bound=Method)
@@ -82,101 +136,140 @@ class Registry(Generic[_Method]):
 
     Args:
         kind: What one of them is called, as in the settings: `criterion`.
-        folder: The package whose files register the built-in ones.
+        folder: The package whose files register the built-in ones; its module `base` has their base class.
         group: The group of entry points that others use.
     """
 
     def __init__(self, kind: str, folder: str, group: str) -> None:
         self.kind, self.group, self._folder = kind, group, folder
         self._found: dict[str, type[_Method]] = {}
-        self._loaded = False
+        self._broken: dict[str, str] = {}  # entry points that cannot be imported, and why
+        self._lock = threading.RLock()
+        self._builtins_loaded = self._loaded = False
 
     def register(self, name: str) -> Callable[[type[_Method]], type[_Method]]:
         """Decorator: make a class known by a name.
 
         Raises:
             ValueError: the name has other characters than a-z, 0-9 and -, or another class has it.
+            TypeError: it is no class of this kind, or its `Settings` are none.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"the name of a {self.kind} has the characters a-z, 0-9 and -, got {name!r}.")
 
         def add(method: type[_Method]) -> type[_Method]:
-            other = self._found.get(name)
-            if other is not None and (other.__module__, other.__qualname__) != (method.__module__, method.__qualname__):
-                raise ValueError(f"there is a {self.kind} {name} already, {other.__module__}.{other.__qualname__}.")
-            method.name = name
-            self._found[name] = method
+            self._check(method)
+            with self._lock:
+                if not method.__module__.startswith(f"{self._folder}."):
+                    self._load_builtins()
+                other = self._found.get(name)
+                if other is not None and _address(other) != _address(method):
+                    raise ValueError(f"there is a {self.kind} {name} already, {'.'.join(_address(other))}.")
+                method.name = name
+                self._found[name] = method
             return method
 
         return add
 
-    def all(self) -> dict[str, type[_Method]]:
-        """Every method that is known, by name.
+    def _check(self, method: object) -> None:
+        base = getattr(sys.modules.get(f"{self._folder}.base"), self.kind.capitalize(), Method)
+        if not (isinstance(method, type) and issubclass(method, base)):
+            raise TypeError(f"a {self.kind} is a subclass of {base.__module__}.{base.__name__}, got {method!r}.")
+        settings: Any = method.Settings
+        if not dataclasses.is_dataclass(settings) or not getattr(settings, "__dataclass_params__").frozen:  # noqa: B009
+            raise TypeError(f"Settings of {method.__name__} must be a dataclass with frozen=True.")
+        for field in dataclasses.fields(settings):
+            hint = get_type_hints(settings)[field.name]
+            if field.default is dataclasses.MISSING or not set(get_args(hint) or (hint,)) <= set(_KINDS):
+                raise TypeError(
+                    f"the option {field.name} of {method.__name__} must be a bool, int, float or str, or None, and have a "
+                    "default."
+                )
 
-        Raises:
-            ValueError: (as InputError) one of an entry point cannot be imported.
-        """
-        if not self._loaded:
-            self._loaded = True
+    def _load_builtins(self) -> None:
+        if not self._builtins_loaded:
+            self._builtins_loaded = True
             package = importlib.import_module(self._folder)
             for module in pkgutil.iter_modules(package.__path__):
                 importlib.import_module(f"{self._folder}.{module.name}")
-            for entry in importlib.metadata.entry_points(group=self.group):
-                try:
-                    method = entry.load()
-                    if method.name != entry.name:
-                        self.register(entry.name)(method)
-                except Exception as error:
-                    raise InputError(
-                        f"The {self.kind} {entry.name} of the entry point {entry.value} cannot be imported "
-                        f"({type(error).__name__}: {error}); mend or uninstall the package it is from."
-                    ) from error
-        return dict(sorted(self._found.items()))
+
+    def all(self) -> dict[str, type[_Method]]:
+        """Every method that is known and can be imported, by name."""
+        with self._lock:
+            self._load_builtins()
+            if not self._loaded:
+                self._loaded = True
+                for entry in importlib.metadata.entry_points(group=self.group):
+                    try:
+                        method = entry.load()
+                        if "name" not in vars(method) or method.name != entry.name:
+                            self.register(entry.name)(method)
+                    except Exception as error:
+                        self._broken[entry.name] = f"{entry.value}: {type(error).__name__}: {error}"
+                        _log.warning("The %s %s cannot be used (%s).", self.kind, entry.name, self._broken[entry.name])
+            return dict(sorted(self._found.items()))
 
     def make(self, given: object, settings: Mapping[str, Any] | None = None) -> _Method:
         """A method from its name and options; one that is made already stays as it is.
 
         Raises:
-            ValueError: (as InputError) no method has the name.
+            ValueError: (as InputError) no method has the name, or that of the name cannot be imported.
             TypeError: it is neither a name nor a method of this kind, or an option is unknown or of another type.
         """
         known = self.all()
-        if isinstance(given, Method) and type(given) in known.values():
-            return given  # type: ignore[return-value]
-        if isinstance(given, (Method, type)):
+        if isinstance(given, Method):
+            registered = known.get(given.name)
+            if registered is not None and _address(registered) == _address(type(given)):
+                return given  # type: ignore[return-value]
+        if not isinstance(given, str):
             raise TypeError(
                 f"{self.kind} must be a name or a registered {self.kind} such as {next(iter(known.values())).__name__}(), "
                 f"got {given!r}."
             )
         if given not in known:
+            if given in self._broken:
+                raise InputError(
+                    f"The {self.kind} {given} cannot be imported ({self._broken[given]}); mend or uninstall its package."
+                )
             raise InputError(f"{self.kind} must be one of {', '.join(known)}, got {given!r}.")
-        return known[str(given)](**(settings or {}))
+        return known[given](**(settings or {}))
+
+
+def _address(method: type) -> tuple[str, str]:
+    return method.__module__, method.__qualname__
 
 
 def import_plugin(module: str) -> None:
-    """Import a module that registers methods, by its name or as a path that ends in .py.
+    """Import a module that registers methods, by its name (in the working directory, too) or as a path that ends in .py.
 
     Raises:
         ValueError: (as InputError) it cannot be imported.
     """
     try:
         if module.endswith(".py"):
-            path = Path(module).expanduser().resolve()
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            if spec is None or spec.loader is None or not path.is_file():
-                raise ImportError(f"there is no file {path}")
-            loaded = importlib.util.module_from_spec(spec)
-            sys.modules[path.stem] = loaded
-            spec.loader.exec_module(loaded)
+            _import_file(Path(module).expanduser().resolve())
         else:
-            importlib.import_module(module)
-    except Exception as error:
+            sys.path.append(os.getcwd())
+            try:
+                importlib.import_module(module)
+            finally:
+                sys.path.pop()
+    except (Exception, SystemExit) as error:
         raise InputError(f"The plug-in {module} cannot be imported ({type(error).__name__}: {error}).") from error
 
 
-def _in_words(kinds: tuple[type, ...]) -> str:
-    names = {bool: "True or False", int: "an integer", float: "a number", str: "a string", type(None): "None"}
-    return " or ".join(names.get(kind, kind.__name__) for kind in kinds)
+def _import_file(path: Path) -> None:
+    name = f"slimllm_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # of no other module's name
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ImportError(f"there is no file {path}")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded
+    try:
+        spec.loader.exec_module(loaded)
+    except BaseException:
+        del sys.modules[name]
+        raise
 
 
 CRITERIA: Registry[Any] = Registry("criterion", "slimllm.methods.criteria", "slimllm.criteria")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,14 +20,22 @@ from test_cli import call
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.methods.allocation import Allocation, Budgets, DenseSublayer, Request, register_allocation, spend_at_least_cost
+from slimllm.methods.allocation import (
+    Allocation,
+    Budgets,
+    DenseSublayer,
+    LayerBudget,
+    Request,
+    register_allocation,
+    spend_at_least_cost,
+)
 from slimllm.methods.criteria import Criterion, register_criterion
 from slimllm.methods.recovery import Fit, Recovery, register_recovery
 from slimllm.methods.selection import Selection
 from slimllm.methods.statistics import Needs, SublayerStatistics
 from slimllm.models.slicing import OutputChange
 from slimllm.models.sublayer import Sublayer
-from slimllm.plugins import ALLOCATIONS, CRITERIA, EXPORTERS, RECOVERIES, import_plugin
+from slimllm.plugins import ALLOCATIONS, CRITERIA, EXPORTERS, RECOVERIES, Registry, import_plugin
 
 PYPROJECT = """
 [build-system]
@@ -192,16 +201,17 @@ def test_an_allocation(forgotten: None, token_ids: torch.Tensor, tmp_path: Path)
 
         def costs(self, dense: DenseSublayer) -> torch.Tensor:
             weight = dense.sublayer.output_projection.weight.double()
-            by_unit = weight.square().sum(0).view(dense.sublayer.units, -1).sum(1)
-            return by_unit.sort().values
+            by_unit = weight.square().sum(0).view(dense.sublayer.groups, dense.sublayer.units // dense.sublayer.groups, -1)
+            return by_unit.sum(2).sort(1).values.sum(0)
 
         def allocate(self, request: Request) -> Budgets:
             return spend_at_least_cost(request)
 
     report = slimllm.prune(STORIES, tmp_path / "out", config(token_ids, allocation="smallest-weights"))
+    slimllm.prune(STORIES, tmp_path / "query", config(token_ids, allocation="smallest-weights", head_unit="query"))
     assert report.achieved_ratio == pytest.approx(0.3, rel=0.005)
     assert len({layer["intermediate_size"] for layer in report.layers}) > 1
-    with pytest.raises(NotImplementedError, match=r"has to define costs\(\)"):
+    with pytest.raises(InputError, match=r"The method incomplete failed in measuring .*has to define costs\(\)"):
         incomplete = dataclasses.replace(config(token_ids), allocation=_incomplete())
         slimllm.prune(STORIES, tmp_path / "other", incomplete)
 
@@ -228,8 +238,28 @@ def test_scores_that_are_no_numbers(forgotten: None, bad: float, token_ids: torc
         def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
             return torch.full((sublayer.units,), bad)
 
-    with pytest.raises(ValueError, match="scores of the criterion bad must be finite"):
+    with pytest.raises(InputError, match=r"method bad failed in the attention of layer \d .*scores of .* must be finite"):
         slimllm.prune(STORIES, tmp_path / "out", config(token_ids, criterion="bad"))
+
+
+def test_the_documentation(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """Every class in docs/extending.md and the README is pruned with, or registered at least."""
+    root = Path(__file__).parent.parent
+    for document in (root / "docs" / "extending.md", root / "README.md"):
+        for code in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
+            if "@register_" in code and "Exporter" not in code:
+                exec(compile(code, document.name, "exec"), {"__name__": "documented", **_IMPORTED})
+    for kind, names in {
+        "criterion": ("my-score", "the-first", "largest-activations"),
+        "recovery": ("half-bias",),
+        "allocation": ("smallest-weights",),
+    }.items():
+        for name in names:
+            report = slimllm.prune(STORIES, tmp_path / name, config(token_ids, head_unit="query", **{kind: name}))
+            assert report.config[kind] == name and report.achieved_ratio == pytest.approx(0.3, rel=0.02)
+
+
+_IMPORTED = {"torch": torch, "Criterion": Criterion, "register_criterion": register_criterion}
 
 
 def test_an_exporter(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +280,8 @@ def test_names(forgotten: None) -> None:
         register_criterion("My Score")
     with pytest.raises(ValueError, match="there is a criterion obs already, slimllm"):
         register_criterion("obs")(type("Other", (Criterion,), {}))
+    with pytest.raises(TypeError, match=r"a criterion is a subclass of slimllm\.methods\.criteria\.base\.Criterion"):
+        register_criterion("other")(Recovery)  # type: ignore[type-var]
     with pytest.raises(InputError, match=r"The plug-in no_such_module cannot be imported \(ModuleNotFoundError"):
         import_plugin("no_such_module")
     with pytest.raises(InputError, match=r"cannot be imported \(ImportError: there is no file"):
@@ -266,9 +298,9 @@ def test_names(forgotten: None) -> None:
         (["--slimllm.keep-lowest", "x"], "--slimllm.keep-lowest must be a number, got 'x'"),
         (["--layer-importance.pruned-layers", "2.5"], "--layer-importance.pruned-layers must be an integer, got '2.5'"),
         (["--slimllm.keep-lowest"], "--slimllm.keep-lowest needs a value"),
-        (["--layer-importance.published", "maybe"], "is a switch and takes true or false, got 'maybe'"),
+        (["--layer-importance.published", "maybe"], "unexpected extra arg"),
         (["--alpha", "5"], "There is no option --alpha. Did you mean --layer-importance.alpha?"),
-        (["more"], "There is an argument too many, 'more'"),
+        (["more"], "unexpected extra arg"),
         (["--unknown", "5"], "no option --unknown. Options of a method are written --METHOD.OPTION VALUE."),
         (["--sampels", "5"], "There is no option --sampels. Did you mean --samples?"),
         (["--plugin", "no_such_module"], "The plug-in no_such_module cannot be imported"),
@@ -279,7 +311,7 @@ def test_options_that_cannot_be(
     words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, _, err = call(capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.2", *words)
-    assert code == 2 and sentence in " ".join(err.split()), err
+    assert code == 2 and sentence in " ".join(err.replace("│", " ").split()), err
     assert not (tmp_path / "out").exists()
 
 
@@ -303,3 +335,173 @@ def test_options_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "allocation": {"pruned_layers": None, "alpha": 0.0, "published": True},
     }
     assert report["allocation"]["alpha"] == 0
+
+
+WRONG = {
+    "too many": lambda kept, importance: (kept[1:], importance),
+    "twice": lambda kept, importance: (torch.cat([kept[:1], kept[:-1]]), importance),
+    "of another group": lambda kept, importance: (torch.arange(len(kept)), importance),
+    "a mask": lambda kept, importance: (kept > 0, importance),
+    "beyond": lambda kept, importance: (kept + len(importance), importance),
+    "importance of another length": lambda kept, importance: (kept, importance[1:]),
+    "no numbers": lambda kept, importance: (kept, importance * torch.nan),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_choices_that_cannot_be(forgotten: None, wrong: str, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """Each of them would make another model than the one that is reported."""
+
+    @register_criterion("wrong")
+    class Wrong(Criterion):
+        """A choice that is none."""
+
+        def select(self, sublayer: Sublayer, statistics: SublayerStatistics, num_removed: int) -> Selection:
+            numbers = torch.arange(sublayer.units).view(sublayer.groups, -1)
+            kept = numbers[:, num_removed:].flatten()
+            return Selection(*WRONG[wrong](kept, torch.ones(sublayer.units)))
+
+    with pytest.raises(InputError, match=r"The method wrong failed in the attention of layer \d"):
+        slimllm.prune(STORIES, tmp_path / "out", config(token_ids, ratio=0.5, criterion="wrong", head_unit="query"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "adds_bias", "sentence"),
+    [
+        ({"intercept": torch.ones(64)}, False, "declare adds_bias = True"),
+        ({"intercept": torch.ones(63)}, True, r"intercept must be finite and of shape \(64,\), got shape \(63,\)"),
+        ({"slope": torch.full((64,), torch.nan)}, True, "slope must be finite"),
+    ],
+)
+def test_changes_that_cannot_be(
+    forgotten: None,
+    change: dict[str, torch.Tensor],
+    adds_bias: bool,
+    sentence: str,
+    token_ids: torch.Tensor,
+    tmp_path: Path,
+) -> None:
+    recovery = _constant(OutputChange(**change), adds_bias)
+    with pytest.raises(InputError, match=sentence):
+        slimllm.prune(STORIES, tmp_path / "out", config(token_ids, recovery=recovery))
+
+
+def _constant(change: OutputChange | None, bias: bool) -> Recovery:
+    @register_recovery("constant")
+    class Constant(Recovery):
+        """The same change everywhere."""
+
+        adds_bias = bias
+
+        def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
+            error = statistics.moments(kept).error_of_removal()
+            return Fit(change, error, error)
+
+    return Constant()
+
+
+@pytest.mark.parametrize(("change", "bias"), [(OutputChange(slope=torch.full((64,), 0.5)), False), (None, True)])
+def test_what_is_written_is_what_was_fitted(
+    forgotten: None, change: OutputChange | None, bias: bool, token_ids: torch.Tensor, tmp_path: Path
+) -> None:
+    """A slope makes no bias, and a bias that was promised is there, of zeros."""
+    settings = config(token_ids, recovery=_constant(change, bias), allocation="uniform")
+    slimllm.prune(STORIES, tmp_path / "out", settings)
+    slimllm.prune(STORIES, tmp_path / "plain", config(token_ids, recovery="none", allocation="uniform"))
+    model, plain = (slimllm.load(tmp_path / name)[0].model.layers[0] for name in ("out", "plain"))
+    factor = 1.0 if change is None else 0.5
+    torch.testing.assert_close(model.self_attn.o_proj.weight, factor * plain.self_attn.o_proj.weight)
+    biases = [module.bias for module in (model.self_attn.o_proj, model.mlp.down_proj)]
+    assert all((one is not None) == bias and (one is None or not one.any()) for one in biases)
+
+
+@pytest.mark.parametrize("what", ["layers", "units", "channels"])
+def test_budgets_that_cannot_be(forgotten: None, what: str, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    @register_allocation("generous")
+    class Generous(Allocation):
+        """More than there is."""
+
+        def allocate(self, request: Request) -> Budgets:
+            number = len(request.shapes) - (what == "layers")
+            units = request.shapes[0].units if what == "units" else 0
+            channels = 1 if what == "channels" else 0
+            return Budgets([LayerBudget(0.2, units, channels)] * number, number)
+
+    with pytest.raises(InputError, match="llocation generous"):
+        slimllm.prune(STORIES, tmp_path / "out", config(token_ids, allocation=Generous(), round_to=4))
+
+
+def test_only_what_was_declared(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """Also where another method of the run needs more."""
+
+    @register_criterion("silent")
+    class Silent(Criterion):
+        """Uses the Gram without having asked for it."""
+
+        def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
+            return statistics.gram.variance().view(sublayer.units, -1).sum(1)
+
+    for recovery in ("affine", "lstsq"):
+        with pytest.raises(InputError, match=r"method that declares Needs\.COLUMN_GRAM"):
+            slimllm.prune(STORIES, tmp_path / "out", config(token_ids, criterion="silent", recovery=recovery))
+
+
+def test_code_is_part_of_a_run(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """What a mistake has ended leaves nothing, and what was interrupted is not resumed by other code."""
+    file = tmp_path / "mine.py"
+    text = """
+from slimllm.methods.criteria import Criterion, register_criterion
+@register_criterion("mine")
+class Mine(Criterion):
+    def scores(self, sublayer, statistics):
+        if sublayer.index == 3:
+            raise RuntimeError("a mistake")
+        return statistics.columns.norms().view(sublayer.units, -1).sum(1)
+"""
+
+    def stop(stage: str, index: int, num_layers: int, layer: object) -> None:
+        if (stage, index) == ("prune", 1):
+            raise SystemExit
+
+    for version, number in enumerate((3, 9, 8)):
+        file.write_text(text.replace("index == 3", f"index == {number}"))
+        import_plugin(str(file))
+        settings = config(token_ids, criterion="mine")
+        if version == 0:
+            with pytest.raises(InputError, match=r"failed in the attention of layer 3 \(RuntimeError: a mistake\)"):
+                slimllm.prune(STORIES, tmp_path / "out", settings)
+            assert not (tmp_path / ".out.partial").exists()
+        elif version == 1:
+            with pytest.raises(SystemExit):
+                slimllm.prune(STORIES, tmp_path / "out", settings, progress=stop)
+            assert (tmp_path / ".out.partial").exists()
+        else:
+            with pytest.raises(InputError, match="had another code of the methods"):
+                slimllm.prune(STORIES, tmp_path / "out", settings, resume=True)
+
+
+def test_a_broken_entry_point_is_said_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    entries = [EntryPoint("broken", "no_such_module:X", "g"), EntryPoint("good", "test_plugins:Good", "g")]
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries)
+    registry: Registry[Any] = Registry("criterion", "slimllm.methods.criteria", "g")
+    monkeypatch.setattr(registry, "_found", dict(CRITERIA.all()))
+    assert registry.make("good").name == "good" and registry.make("flap").name == "flap"
+    with pytest.raises(InputError, match="The criterion broken cannot be imported"):
+        registry.make("broken")
+
+
+class Good(Criterion):
+    """Of an entry point."""
+
+
+@pytest.mark.parametrize(
+    "words", [["--slimllm.keep-lowest", "0.25"], ["--slimllm.keep-lowest=0.25", "--layer-importance.published"]]
+)
+def test_options_stand_anywhere(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = ("--ratio", "0.2", "--out", tmp_path / "out", "--samples", "4", "--quiet")
+    code, _, err = call(capsys, "prune", *words, STORIES, *others)
+    assert code == 0, err
+    assert slimllm.PruneReport.read(tmp_path / "out").config["method_settings"]["criterion"] == {"keep_lowest": 0.25}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from slimllm.cli.methods import MethodCommand, chosen_methods
 from slimllm.cli.options import OUT, Model, Plugin, Quiet, app
 from slimllm.cli.terminal import console
-from slimllm.plugins import import_plugin
 
 
-@app.command("export")
+@app.command("export", cls=MethodCommand)
 def export_command(
+    context: typer.Context,
     model: Model,
     to: Annotated[
         str,
@@ -28,9 +29,8 @@ def export_command(
     from slimllm.cli.display import PruneDisplay
     from slimllm.export.api import export
 
-    for module in plugin or []:
-        import_plugin(module)
+    exporter: Any = chosen_methods(context, exporter=to)["exporter"]
     with PruneDisplay(console, quiet) as display:
-        name = export(model, out, to, overwrite=overwrite, progress=display.progress, notice=display.notice)
+        name = export(model, out, exporter, overwrite=overwrite, progress=display.progress, notice=display.notice)
     if not quiet:
         console.print(f"{out} is written, of the architecture {name}.", highlight=False)

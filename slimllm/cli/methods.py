@@ -7,83 +7,111 @@ import re
 from typing import Any, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 from slimllm.config import METHODS, PRESETS
 from slimllm.errors import InputError
-from slimllm.plugins import Method, import_plugin
+from slimllm.plugins import EXPORTERS, Method, Registry, import_plugin
 
-# Of a command that takes them; they arrive in `typer.Context.args`.
-WITH_METHOD_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 _OPTION = re.compile(r"--([a-z0-9-]+)\.([a-z0-9-]+)(?:=(.*))?", re.DOTALL)
+_KEY = "slimllm.options"
+_REGISTRIES: dict[str, Registry[Any]] = {**METHODS, "exporter": EXPORTERS}
 
 
-def chosen_methods(
-    context: typer.Context, plugins: list[str] | None, preset: str, **chosen: str | None
-) -> dict[str, Method | str | None]:
+class MethodCommand(TyperCommand):
+    """A command that takes the options of methods, wherever they stand, and says what was meant by an unknown option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for number, word in enumerate(args):  # first, as they say which of their options are switches
+            if word == "--plugin" and number + 1 < len(args):
+                import_plugin(args[number + 1])
+            elif word.startswith("--plugin="):
+                import_plugin(word.partition("=")[2])
+        ctx.meta[_KEY], rest = _take_out(args)
+        try:
+            return super().parse_args(ctx, rest)
+        except Exception as error:  # of click, or of typer's own copy of it
+            if type(error).__name__ != "NoSuchOption":
+                raise
+            name: str = error.option_name  # type: ignore[attr-defined]
+            raise InputError(f"There is no option {name}.{_meant(name, ctx)}") from None
+
+
+def chosen_methods(context: typer.Context, preset: str = "default", **chosen: str | None) -> dict[str, Method | str | None]:
     """The methods that were asked for, with their options.
 
     Args:
-        context: Of the command; its unknown arguments are options of methods.
-        plugins: Modules to import first.
+        context: Of a `MethodCommand`.
         preset: Says which methods are meant where none are named.
-        chosen: By kind (`criterion`, `allocation`, `recovery`), the name given; None: the preset's.
+        chosen: By kind (`criterion`, `allocation`, `recovery`, `exporter`), the name given; None: the preset's.
 
     Returns:
-        By kind, what `PruneConfig` takes.
+        By kind, a name or a method.
 
     Raises:
         ValueError: (as InputError) an option is of no method that was chosen, or its value has the wrong type.
     """
-    for module in plugins or []:
-        import_plugin(module)
-    given = _options(context)
+    given: dict[tuple[str, str], str | None] = context.meta[_KEY]
     row = PRESETS.get(preset) or PRESETS["default"]  # an unknown one is refused with the other settings
     result: dict[str, Method | str | None] = dict(chosen)
     used: set[tuple[str, str]] = set()
+    known: list[str] = []
     for kind, name in chosen.items():
-        method = METHODS[kind].all().get(name or row[kind])
+        method = _REGISTRIES[kind].all().get(name or row[kind])
         if method is None:
             continue
         hints = get_type_hints(method.Settings)
+        known += [_flag(method.name, option) for option in hints]
         own = {(of, option): value for (of, option), value in given.items() if of == method.name and option in hints}
         if own:
             settings = {option: _value(_flag(of, option), value, hints[option]) for (of, option), value in own.items()}
-            result[kind] = METHODS[kind].make(method.name, {**row["settings"].get(method.name, {}), **settings})
+            of_preset = row["settings"].get((kind, method.name), {})
+            result[kind] = _REGISTRIES[kind].make(method.name, {**of_preset, **settings})
         used |= set(own)
     for of, option in sorted(set(given) - used):
-        raise InputError(f"{_flag(of, option)} is no option of the methods of this run; {_known(result, row)}.")
+        there = f"there are {', '.join(known)}" if known else "they have no options"
+        raise InputError(f"{_flag(of, option)} is no option of the methods of this run; {there}.")
     return result
 
 
-def _options(context: typer.Context) -> dict[tuple[str, str], str | None]:
-    """Values by method and option; None: a flag."""
+def _take_out(arguments: list[str]) -> tuple[dict[tuple[str, str], str | None], list[str]]:
+    """The options of methods, by method and option (None: no value was given), and all other arguments."""
     found: dict[tuple[str, str], str | None] = {}
-    waiting = list(context.args)
+    rest: list[str] = []
+    waiting = list(arguments)
     while waiting:
         word = waiting.pop(0)
         match = _OPTION.fullmatch(word)
         if match is None:
-            if word.startswith("-"):
-                raise InputError(f"There is no option {word}.{_meant(word, context)}")
-            raise InputError(f"There is an argument too many, {word!r}; a value with spaces has to be in quotes.")
+            rest.append(word)
+            continue
         name, option, value = match[1], match[2].replace("-", "_"), match[3]
-        if value is None and waiting and not waiting[0].startswith("--"):
+        if value is None and waiting and _is_value(waiting[0], name, option):
             value = waiting.pop(0)
         found[name, option] = value
-    return found
+    return found, rest
+
+
+def _is_value(word: str, name: str, option: str) -> bool:
+    """Whether a word after an option is its value: a switch needs none."""
+    hints = [get_type_hints(method.Settings) for method in _methods() if method.name == name]
+    switch = any(bool in (get_args(own[option]) or (own[option],)) for own in hints if option in own)
+    return not word.startswith("--") and (not switch or word.lower() in ("true", "false"))
+
+
+def _methods() -> list[type[Method]]:
+    return [method for registry in _REGISTRIES.values() for method in registry.all().values()]
 
 
 def _flag(method: str, option: str) -> str:
     return f"--{method}.{option.replace('_', '-')}"
 
 
-def _meant(word: str, context: typer.Context) -> str:
+def _meant(name: str, context: Any) -> str:
     """What may have been meant by an unknown option, as a sentence."""
     known = [option for parameter in context.command.params for option in parameter.opts]
-    methods = [method for registry in METHODS.values() for method in registry.all().values()]
-    of_methods = [_flag(method.name, option) for method in methods for option in get_type_hints(method.Settings)]
-    name = word.partition("=")[0]
-    close = [option for option in of_methods if option.endswith(f".{name[2:]}")]
+    of_methods = [_flag(method.name, option) for method in _methods() for option in get_type_hints(method.Settings)]
+    close = [option for option in of_methods if option.endswith(f".{name.lstrip('-')}")]
     close += difflib.get_close_matches(name, [*known, *of_methods], 1, cutoff=0.75)
     return f" Did you mean {close[0]}?" if close else " Options of a method are written --METHOD.OPTION VALUE."
 
@@ -106,13 +134,3 @@ def _value(name: str, text: str | None, hint: Any) -> Any:
     words = {int: "an integer", float: "a number"}
     wanted = " or ".join(words[kind] for kind in kinds if kind in words)
     raise InputError(f"{name} must be {wanted}, got {text!r}.")
-
-
-def _known(chosen: dict[str, Method | str | None], row: dict[str, Any]) -> str:
-    """Which options there are, in words."""
-    words = []
-    for kind, one in chosen.items():
-        name = one.name if isinstance(one, Method) else one or row[kind]
-        if (method := METHODS[kind].all().get(name)) is not None:
-            words += [_flag(name, option) for option in get_type_hints(method.Settings)]
-    return f"there are {', '.join(words)}" if words else "they have no options"

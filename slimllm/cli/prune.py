@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
-from slimllm.cli.methods import WITH_METHOD_OPTIONS, chosen_methods
+from slimllm.cli.methods import MethodCommand, chosen_methods
 from slimllm.cli.options import (
     OUT,
     RATIO,
@@ -37,7 +37,7 @@ from slimllm.runtime.distributed import Ranks, launched
 from slimllm.runtime.interrupts import SafeStop
 
 
-@app.command("prune", context_settings=WITH_METHOD_OPTIONS)
+@app.command("prune", cls=MethodCommand)
 def prune_command(
     context: typer.Context,
     model: Model,
@@ -105,9 +105,7 @@ def prune_command(
     with launched(device) as group:
         ranks = Ranks(group)
         with ranks.together():
-            methods: Any = chosen_methods(
-                context, plugin, preset, criterion=criterion, allocation=allocation, recovery=recovery
-            )
+            methods: Any = chosen_methods(context, preset, criterion=criterion, allocation=allocation, recovery=recovery)
             config = PruneConfig(
                 ratio=ratio[0],
                 preset=preset,
@@ -158,7 +156,7 @@ def prune_command(
         write_page_unasked(Path(str(report.out)), quiet)
 
 
-@app.command("plan", context_settings=WITH_METHOD_OPTIONS)
+@app.command("plan", cls=MethodCommand)
 def plan_command(
     context: typer.Context,
     model: Annotated[
@@ -189,7 +187,7 @@ def plan_command(
     from slimllm.config import PruneConfig
     from slimllm.experiments.bench.forecast import forecast
 
-    methods: Any = chosen_methods(context, plugin, preset, criterion=criterion, allocation=allocation, recovery=recovery)
+    methods: Any = chosen_methods(context, preset, criterion=criterion, allocation=allocation, recovery=recovery)
     config = PruneConfig(
         ratio=ratio,
         preset=preset,

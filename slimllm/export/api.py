@@ -11,7 +11,7 @@ from slimllm.config import check_choice
 from slimllm.errors import InputError
 from slimllm.export.base import Exporter, ExportJob
 from slimllm.export.source import ExportSource
-from slimllm.plugins import EXPORTERS
+from slimllm.plugins import EXPORTERS, calling
 from slimllm.runtime.progress import ProgressCallback
 
 
@@ -57,4 +57,7 @@ def export(
     checkpoint = open_checkpoint(model)
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file already; give the folder that slimllm prune wrote.")
-    return exporter.write(ExportJob(ExportSource(checkpoint), out, overwrite, progress, notice))
+    if not exporter.checks_destination and out.exists() and not overwrite:
+        raise InputError(f"{out} exists; give another place, or --overwrite.")
+    with calling(exporter, "writing the model"):
+        return exporter.write(ExportJob(ExportSource(checkpoint), out, overwrite, progress, notice))

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from slimllm.export.source import ExportSource
 from slimllm.plugins import EXPORTERS, Method
@@ -34,7 +35,14 @@ class ExportJob:
 
 
 class Exporter(Method, ABC):
-    """Writes a model in one form, without any loss, or not at all."""
+    """Writes a model in one form, without any loss, or not at all.
+
+    Attributes:
+        checks_destination: Whether `write` itself sees to it that nothing is overwritten unasked. Otherwise it is not
+            called where something is in its place, unless `overwrite` is given.
+    """
+
+    checks_destination: ClassVar[bool] = False
 
     @abstractmethod
     def write(self, job: ExportJob) -> str:

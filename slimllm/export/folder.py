@@ -24,6 +24,8 @@ from slimllm.pruning.tensor_parallel import tensor_parallel_line, tensor_paralle
 class FolderExporter(Exporter):
     """Writes a folder of an architecture of transformers itself."""
 
+    checks_destination = True
+
     @abstractmethod
     def padded_sizes(self, source: CheckpointModel) -> LayerSizes | None:
         """The sizes that every layer is padded to; None: layers stay as they are."""

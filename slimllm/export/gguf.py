@@ -43,6 +43,8 @@ _TYPES = {
 class Gguf(Exporter):
     """A file for llama.cpp, with sizes by layer, tokenizer and chat template, in the dtype of the model."""
 
+    checks_destination = True
+
     def write(self, job: ExportJob) -> str:
         return _write_file(job)
 

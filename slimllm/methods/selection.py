@@ -19,6 +19,25 @@ class Selection:
     kept: torch.Tensor
     importance: torch.Tensor
 
+    def check(self, units: int, groups: int, num_removed: int) -> None:
+        """Raise ValueError unless it is a choice of `units`, of each of the groups of which `num_removed` are removed."""
+        kept, importance = self.kept, self.importance
+        if kept.dtype != torch.int64 or kept.ndim != 1 or kept.device.type != "cpu":
+            raise ValueError(
+                f"kept must be a tensor of int64 indices on the CPU, got {kept.dtype} {tuple(kept.shape)} on {kept.device}."
+            )
+        if len(kept) and (int(kept.min()) < 0 or int(kept.max()) >= units or not bool((kept.diff() > 0).all())):
+            raise ValueError(f"kept must be ascending indices below {units}, each once, got {kept.tolist()[:20]}.")
+        per_group, left = units // groups, units // groups - num_removed
+        found = torch.bincount(kept // per_group, minlength=groups)
+        if not bool((found == left).all()):
+            raise ValueError(
+                f"kept must have {left} of the {per_group} units of every group, got {found.tolist()[:20]} of the groups."
+            )
+        if importance.shape != (units,) or not bool(importance.isfinite().all()):
+            what = "numbers that are not finite" if importance.shape == (units,) else f"shape {tuple(importance.shape)}"
+            raise ValueError(f"importance must be {units} finite numbers, one for each unit, got {what}.")
+
 
 def select_channels(importance: torch.Tensor, num_pruned: int, keep_lowest: int = 0) -> torch.Tensor:
     """Channels to keep: the least important go.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from enum import Flag, auto
 
@@ -29,13 +30,15 @@ class Needs(Flag):
 class SublayerStatistics:
     """Statistics of a sub-layer over all calibration tokens, those of all processes.
 
+    Tensors are on the layer's device, but for those of an FFN's Gram, which a budget of GPU memory may put on the CPU.
+
     Args:
         sublayer: The dense sub-layer.
         columns: Of z, the inputs of the output projection, F features.
         inputs: Of what enters an FFN, D features; None for attention.
         output_covariance: Makes the covariance of y, (D, D) fp64; None: it was not streamed.
         moments: Makes the moments of y and of what the kept units put out; None: they are streamed, and given later.
-        ranks: The processes of the run; all of them call a method's functions.
+        ranks: The processes of the run. A criterion is called in the first one alone; a recovery in all of them.
     """
 
     def __init__(
@@ -49,9 +52,20 @@ class SublayerStatistics:
     ) -> None:
         self.sublayer, self.columns, self.ranks = sublayer, columns, ranks
         self._inputs, self._output_covariance, self._moments = inputs, output_covariance, moments
-        self.streamed_moments: OutputMoments | None = None
-        self._covariance: torch.Tensor | None = None
-        self._by_unit: dict[bool, torch.Tensor] = {}
+        self._allowed = ~Needs(0)
+        self._made: dict[str, torch.Tensor] = {}  # shared by what `seen_with` returns
+        self._streamed: list[tuple[torch.Tensor, OutputMoments]] = []
+
+    def seen_with(self, needs: Needs) -> SublayerStatistics:
+        """The same, of which only what a method has declared to need can be used, whatever others need."""
+        seen = copy.copy(self)
+        seen._allowed = needs
+        return seen
+
+    def _check(self, needed: Needs, what: str) -> None:
+        if not self.sublayer.is_attention and not needed & self._allowed:
+            names = " or ".join(f"Needs.{flag.name}" for flag in Needs if flag in needed)
+            raise ValueError(f"{what} of an FFN is there for a method that declares {names} in its needs.")
 
     @property
     def inputs(self) -> ColumnStatistics:
@@ -62,45 +76,57 @@ class SublayerStatistics:
 
     @property
     def gram(self) -> GramStatistics:
-        """The Gram of the columns, F features; of an FFN only where a method of the run needs `Needs.COLUMN_GRAM`."""
-        if not isinstance(self.columns, GramStatistics):
-            raise ValueError("the Gram of the channels was not streamed; add Needs.COLUMN_GRAM to the method's needs.")
+        """The Gram of the columns, F features; of an FFN with `Needs.COLUMN_GRAM`."""
+        self._check(Needs.COLUMN_GRAM, "the Gram of the columns")
+        assert isinstance(self.columns, GramStatistics)
         return self.columns
 
     def output_covariance(self) -> torch.Tensor:
-        """Cov(y) of the output projection's output, (D, D) fp64; where a method of the run needs one of the Grams."""
-        if self._covariance is None:
-            if self._output_covariance is None:
-                raise ValueError("the Gram of the output was not streamed; add Needs.OUTPUT_GRAM to the method's needs.")
-            self._covariance = self._output_covariance()
-        return self._covariance
+        """Cov(y) of the output projection's output, (D, D) fp64; of an FFN with one of the Grams."""
+        self._check(Needs.OUTPUT_GRAM | Needs.COLUMN_GRAM, "the covariance of the output")
+        if "output" not in self._made:
+            assert self._output_covariance is not None
+            self._made["output"] = self._output_covariance()
+        return self._made["output"]
 
     def output_variance(self) -> torch.Tensor:
-        """var(y_k), (D,) fp64; where a method of the run needs one of the Grams."""
+        """var(y_k), (D,) fp64; of an FFN with one of the Grams."""
         if self.sublayer.is_attention:
             return self.unit_covariance(effective=False).sum((0, 1))
         return self.output_covariance().diagonal()
 
     def unit_covariance(self, effective: bool = True) -> torch.Tensor:
-        """Covariances of the units' contributions to the output, (units, units, D) fp64; see `slimllm.ops.head_covariance`.
+        """Covariances of the heads' (or KV groups') contributions to the output of attention, (units, units, D) fp64.
+
+        See `slimllm.ops.head_covariance`.
 
         Args:
             effective: Of the output as the residual stream sees it, scaled by the post-norm's gain.
         """
+        if not self.sublayer.is_attention:
+            raise ValueError("the covariances of an FFN's channels are as large as I²·D; use `gram`.")
         effective = effective and self.sublayer.post_norm is not None
-        if effective not in self._by_unit:
+        name = "units, effective" if effective else "units"
+        if name not in self._made:
             weight = self.sublayer.effective_weight() if effective else self.sublayer.output_projection.weight
-            self._by_unit[effective] = ops.head_covariance(weight, self.gram.covariance(), self.sublayer.units)
-        return self._by_unit[effective]
+            self._made[name] = ops.head_covariance(weight, self.gram.covariance(), self.sublayer.units)
+        return self._made[name]
+
+    def give_moments(self, kept: torch.Tensor, moments: OutputMoments) -> None:
+        """The moments that were streamed for the units that were kept."""
+        self._streamed.append((kept, moments))
 
     def moments(self, kept: torch.Tensor) -> OutputMoments:
-        """Moments of the dense output and of what the kept units put out.
+        """Moments of the dense output and of what the kept units put out, for a recovery.
 
         Args:
-            kept: The units that were selected, sorted int64 indices.
+            kept: The units that were selected, sorted int64 indices; others where the Gram of the columns is there.
         """
-        if self.streamed_moments is not None:
-            return self.streamed_moments
-        if self._moments is None:
-            raise ValueError("the moments of what is kept are known to a recovery, and not to a criterion.")
-        return self._moments(self, kept)
+        if self._moments is not None:
+            return self._moments(self.seen_with(~Needs(0)), kept)
+        for streamed, moments in self._streamed:
+            if torch.equal(streamed, kept):
+                return moments
+        raise ValueError(
+            "without Needs.COLUMN_GRAM the moments of an FFN's output are known to a recovery, and for what was kept."
+        )

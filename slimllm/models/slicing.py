@@ -21,12 +21,12 @@ class OutputChange:
     """What becomes of an output projection whose kept columns are S: W' = a ∘ W[:, S] + Δ, bias' = bias + b.
 
     Attributes:
-        intercept: b, (D,) fp64.
+        intercept: b, (D,) fp64; None: 0, and no bias where there was none.
         slope: a, (D,) fp64; None: 1.
         delta: Δ, (D, |S|) fp64; None: 0.
     """
 
-    intercept: torch.Tensor
+    intercept: torch.Tensor | None = None
     slope: torch.Tensor | None = None
     delta: torch.Tensor | None = None
 
@@ -149,8 +149,9 @@ def slice_output(tensors: Tensors, projection: str, columns: torch.Tensor, chang
                 rows += change.delta[start : start + _ROWS].to(weight.device)
             changed[start : start + _ROWS] = rows
         sliced = changed
-        total = change.intercept.to(weight.device) + (bias.double() if bias is not None else 0.0)
-        bias = total.to(precise)
+        if change.intercept is not None:
+            total = change.intercept.to(weight.device) + (bias.double() if bias is not None else 0.0)
+            bias = total.to(precise)
     result = {f"{projection}.weight": sliced.contiguous()}
     if bias is not None:
         result[f"{projection}.bias"] = bias

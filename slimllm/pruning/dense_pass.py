@@ -22,6 +22,7 @@ from slimllm.methods.statistics import Needs
 from slimllm.models.layer import Layer, run_layer
 from slimllm.models.meta import record_layer_inputs
 from slimllm.models.sublayer import Sublayer
+from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, residual_stream
 from slimllm.pruning.shapes import layer_shapes
@@ -90,7 +91,7 @@ class DensePass:
 def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ...] | None:
     if config.allocation.needs is None:
         return None
-    settings = f"{config.allocation.name} {config.allocation.describe()} {config.allocation.version}"
+    settings = f"{config.allocation.code()} {config.allocation.describe()} {config.seed}"
     return settings, config.token_weights, config.head_unit, placement.gram
 
 
@@ -201,7 +202,10 @@ def _measure_layer(
     The curves are empty where the stream is not finite any more.
     """
     config, watch, ranks = run.config, run.watch, stream.ranks
-    sublayers = (Sublayer.attention_of(layer, index, config.head_unit), Sublayer.ffn_of(layer, index))
+    sublayers = (
+        Sublayer.attention_of(layer, index, config.head_unit, config.seed),
+        Sublayer.ffn_of(layer, index, config.seed),
+    )
     weighted = config.token_weights == "norm"
     statistics: list[ColumnStatistics | GramStatistics] = []
     for one in sublayers:
@@ -240,7 +244,14 @@ def _measure_layer(
             curves = []
             for one, columns, square in zip(sublayers, statistics, squares.tolist()):
                 dense = DenseSublayer(one, columns, square, weighted, shape)
-                curves.append(sampled(config.allocation.costs(dense)))
+                with calling(config.allocation, f"measuring the {one.kind} of layer {index}"):
+                    costs = config.allocation.costs(dense)
+                    if costs.shape != (one.units // one.groups,) or not bool(costs.isfinite().all()):
+                        raise ValueError(
+                            f"costs must be {one.units // one.groups} finite numbers, one for each round, got shape "
+                            f"{tuple(costs.shape)}."
+                        )
+                curves.append(sampled(costs))
                 trim()
             return curves
 

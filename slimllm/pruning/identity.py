@@ -12,7 +12,7 @@ import torch
 from slimllm.calibration import Calibration
 from slimllm.checkpoints.journal import Journal, fingerprint
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
-from slimllm.config import PruneConfig
+from slimllm.config import METHODS, PruneConfig
 from slimllm.errors import InputError
 from slimllm.pruning.memory_estimate import batch_windows
 from slimllm.pruning.plan import ROUNDINGS, Plan
@@ -45,6 +45,7 @@ def identity_in_memory(source: ModelSource, calibration: Calibration, config: Pr
     return {
         "slimllm": versions()["slimllm"],
         **settings,
+        "code of the methods": [getattr(config, kind).code() for kind in METHODS],
         "compute_dtype": str(source.dtype).removeprefix("torch."),
         "calibration text, by checksum": fingerprint({"": token_ids}),
         "held-out text, by checksum": fingerprint({"": calibration.held_out}),

@@ -177,7 +177,9 @@ class PruneReport:
     @property
     def _measured(self) -> bool:
         """Whether the allocation measured the dense model."""
-        return bool(self.config.get("method_needs", {}).get("allocation"))
+        if "method_needs" in self.config:
+            return bool(self.config["method_needs"]["allocation"])
+        return self.config["allocation"] in ("auto", "flap")  # of version 0.1
 
     @property
     def judged_by(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
 from slimllm.config import DTYPES, GIB, PruneConfig
 from slimllm.errors import InputError
+from slimllm.methods.allocation.budget import LayerBudget
 from slimllm.methods.allocation.spending import Curves
 from slimllm.methods.allocation.target import Allocated, allocate
 from slimllm.methods.statistics import Needs
@@ -105,7 +107,11 @@ class Run:
 
     def allocate(self, dense: DensePass) -> tuple[Allocated, OutputFormat]:
         """What every layer gives, and the format that follows from it."""
-        allocated = allocate(dense.similarity, layer_shapes(self.source, self.config), self.config, self._curves(dense))
+        shapes, curves = layer_shapes(self.source, self.config), self._curves(dense)
+        found = self.ranks.made_by_first(
+            lambda: dataclasses.asdict(allocate(dense.similarity, shapes, self.config, curves))
+        )
+        allocated = Allocated(**{**found, "budgets": [LayerBudget(**budget) for budget in found["budgets"]]})
         for note in allocated.notes:
             self.notice(f"{note}.")
         new_bias = self.config.recovery.adds_bias

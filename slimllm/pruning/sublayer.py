@@ -7,6 +7,8 @@ Gram of its output y or not even that, N·D² at most, and, once the kept channe
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +17,13 @@ import torch
 from torch.nn.functional import linear
 
 from slimllm.methods.moments import OutputMoments, channel_moments, mean_output, unit_moments
-from slimllm.methods.recovery import Fit
+from slimllm.methods.recovery import Fit, Recovery
 from slimllm.methods.statistics import Needs, SublayerStatistics
-from slimllm.models.slicing import slice_output
+from slimllm.models.slicing import OutputChange, slice_output
 from slimllm.models.sublayer import InnerActivations, Sublayer
+from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
+from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Stored, Stream
 from slimllm.runtime.memory import trim
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
@@ -50,23 +54,71 @@ def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: Ru
         num_removed: Units to remove, of every group.
         run: Of the run.
     """
-    config = run.config
+    criterion, recovery, ranks = run.config.criterion, run.config.recovery, stream.ranks
+    where = f"the {sublayer.kind} of layer {sublayer.index}"
     way = (_ByGram if needs_column_gram(sublayer, run) else _ByOutput)(sublayer, stream, run)
     statistics = way.collect()
     with run.watch("heads" if sublayer.is_attention else "channels"):
 
         def select() -> dict[str, Any]:
-            chosen = config.criterion.select(sublayer, statistics, num_removed)
+            with calling(criterion, where):
+                chosen = criterion.select(sublayer, statistics.seen_with(criterion.needs), num_removed)
+                chosen.check(sublayer.units, sublayer.groups, num_removed)
             return {"kept": chosen.kept.tolist(), "importance": chosen.importance.tolist()}
 
-        found = stream.ranks.made_by_first(select)
+        found = ranks.made_by_first(select)
         kept = torch.tensor(found["kept"], dtype=torch.int64)
     way.prepare(kept)
     with run.watch("recovery"):
-        fit = config.recovery.fit(sublayer, statistics, kept)
+        if recovery.shares_work:
+            fit = recovery.fit(sublayer, statistics.seen_with(recovery.needs), kept)
+        else:
+            with ranks.together(), calling(recovery, where):
+                fit = recovery.fit(sublayer, statistics.seen_with(recovery.needs), kept)
+                fit = _checked(fit, sublayer, len(kept) * sublayer.width, recovery)
+            fit = _of_first(fit, ranks)
         way.apply(kept, fit)
     way.replay(kept, fit)
     return PrunedSublayer(kept, found["importance"], fit.error_before, fit.error_after)
+
+
+def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery) -> Fit:
+    """A fit on the layer's device, as the format that is written has room for it.
+
+    Raises:
+        ValueError: something of it has another shape, is not finite, or was not declared.
+    """
+    (outputs, _), device = sublayer.output_projection.weight.shape, sublayer.layer.device
+    change = fit.change or OutputChange()
+    if change.delta is not None and Needs.COLUMN_GRAM not in recovery.needs:
+        raise ValueError("it changes single weights, for which it has to declare Needs.COLUMN_GRAM.")
+    if change.intercept is not None and not recovery.adds_bias:
+        raise ValueError("it gives an intercept, for which it has to declare adds_bias = True.")
+    shapes = {"intercept": (outputs,), "slope": (outputs,), "delta": (outputs, num_columns)}
+    parts: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        value = getattr(change, name)
+        if value is not None:
+            if value.shape != shape or not bool(value.isfinite().all()):
+                raise ValueError(f"{name} must be finite and of shape {shape}, got shape {tuple(value.shape)}.")
+            parts[name] = value.to(device, torch.float64)
+    if not all(map(math.isfinite, (fit.error_before, fit.error_after))):
+        raise ValueError(f"its errors must be finite, got {fit.error_before} and {fit.error_after}.")
+    if recovery.adds_bias and "intercept" not in parts:  # the layer has been promised a bias
+        parts["intercept"] = torch.zeros(outputs, dtype=torch.float64, device=device)
+    return dataclasses.replace(fit, change=OutputChange(**parts) if parts else None)
+
+
+def _of_first(fit: Fit, ranks: Ranks) -> Fit:
+    """The first process's change, which all go on with."""
+    if ranks.size == 1 or fit.change is None:
+        return fit
+    parts = {
+        name: ranks.of_first(value)
+        for name in ("intercept", "slope", "delta")
+        if (value := getattr(fit.change, name)) is not None
+    }
+    return dataclasses.replace(fit, change=OutputChange(**parts))
 
 
 def needs_column_gram(sublayer: Sublayer, run: RunContext) -> bool:
@@ -214,18 +266,12 @@ class _ByOutput(_Way):
             self.stream.ranks.add_up(paired)
             by_gram = isinstance(self.outputs, GramStatistics)
             variance = self.statistics.output_covariance().diagonal() if by_gram else self.outputs.variance()
-            self.statistics.streamed_moments = OutputMoments(
-                paired.mean_y, paired.mean_y_hat, variance, paired.variance(), paired.covariance()
-            )
+            moments = OutputMoments(paired.mean_y, paired.mean_y_hat, variance, paired.variance(), paired.covariance())
+            self.statistics.give_moments(kept, moments)
 
     def apply(self, kept: torch.Tensor, fit: Fit) -> None:
         if fit.change is None:
             return
-        if fit.change.delta is not None:
-            raise ValueError(
-                f"the recovery {self.run.config.recovery.name} changes single weights, for which it has to declare "
-                "Needs.COLUMN_GRAM."
-            )
         layer = self.sublayer.layer
         changed = slice_output(self.dense_output, self.sublayer.projection, kept, fit.change)
         layer.replace({**layer.tensors, **changed})

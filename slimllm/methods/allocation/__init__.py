@@ -5,8 +5,20 @@ from slimllm.methods.allocation.base import (
     Budgets,
     DenseSublayer,
     Request,
+    Wanted,
     register_allocation,
     spend_at_least_cost,
 )
+from slimllm.methods.allocation.budget import LayerBudget, LayerShape
 
-__all__ = ["Allocation", "Budgets", "DenseSublayer", "Request", "register_allocation", "spend_at_least_cost"]
+__all__ = [
+    "Allocation",
+    "Budgets",
+    "DenseSublayer",
+    "LayerBudget",
+    "LayerShape",
+    "Request",
+    "Wanted",
+    "register_allocation",
+    "spend_at_least_cost",
+]

@@ -89,8 +89,8 @@ class Allocation(Method, ABC):
     """Spreads the parameters to remove over the layers.
 
     Attributes:
-        needs: What is streamed of every sub-layer of the dense model for `costs`; None: `costs` is not called, and only the
-            layers' similarities are measured.
+        needs: What is streamed of every sub-layer of the dense model for `costs`, `Needs.COLUMNS` or `Needs.COLUMN_GRAM`;
+            None: `costs` is not called, and only the layers' similarities are measured.
         by_sensitivity: Whether costs are multiplied by how much the model's output cares about a sub-layer's error.
         alike: Whether all layers give the same where they are alike.
     """
@@ -99,17 +99,27 @@ class Allocation(Method, ABC):
     by_sensitivity: ClassVar[bool] = False
     alike: ClassVar[bool] = False
 
+    def check(self, heads_multiple_of: int) -> None:
+        """Refuse settings of a run that the allocation cannot meet, by an InputError; by default none."""
+
     def wanted(self, ratio: float, num_layers: int) -> Wanted:
         """What a ratio means: by default the fraction of the parameters of all layers."""
         return Wanted(ratio, num_layers)
 
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
-        """What each further unit (of every group) that is removed costs, in the order in which they go, (rounds,) fp64."""
+        """What is lost by each further unit that is removed of every group, in the order in which they are, (rounds,) fp64.
+
+        There are `dense.sublayer.units // dense.sublayer.groups` rounds. The first process alone calls it.
+        """
         raise NotImplementedError(f"{type(self).__name__} needs statistics, so it has to define costs().")
 
     @abstractmethod
     def allocate(self, request: Request) -> Budgets:
-        """Decide how many units and channels every layer gives."""
+        """Decide how many units and channels every layer gives; the first process alone calls it.
+
+        Units are multiples of a shape's `unit_step`, and so many channels are removed that the kept width is a multiple of
+        `round_to`; a layer keeps one of each at least.
+        """
 
 
 def spend_at_least_cost(request: Request) -> Budgets:

@@ -41,6 +41,12 @@ class LayerImportance(Allocation):
             if self.alpha is not None:
                 check_number("layer-importance.alpha", self.alpha, (int, float), 0)
 
+    def check(self, heads_multiple_of: int) -> None:
+        if self.settings.published and heads_multiple_of > 1:
+            raise InputError(
+                f"heads_multiple_of {heads_multiple_of} is not the paper's; leave it out, or take another preset."
+            )
+
     def wanted(self, ratio: float, num_layers: int) -> Wanted:
         r, n_fraction, paper_alpha = paper_settings(ratio)
         settings = self.settings
@@ -52,7 +58,7 @@ class LayerImportance(Allocation):
             return Wanted(ratio, n, alpha)
         target = r * n / num_layers
         notes = [
-            f"paper preset: r={r:.4g} on n={n} of {num_layers} layers, alpha={alpha:.4g}: "
+            f"as published: r={r:.4g} on n={n} of {num_layers} layers, alpha={alpha:.4g}: "
             f"{target:.2%} of the layers' parameters"
         ]
         if not any(math.isclose(ratio, known) for known in PAPER_SETTINGS):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.methods.allocation.base import Request, Wanted
+from slimllm.methods.allocation.base import Budgets, Request, Wanted
 from slimllm.methods.allocation.budget import LayerBudget, LayerShape, most_removable, removed_params
 from slimllm.methods.allocation.rounding import default_rounding
 from slimllm.methods.allocation.spending import Curves
+from slimllm.plugins import calling
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,41 @@ def allocate(
         ValueError: (as InputError) the ratio is more than the model can give.
     """
     target = find_target(shapes, config)
-    found = config.allocation.allocate(Request(target.params, target.round_to, shapes, similarity, target.wanted, curves))
+    request = Request(target.params, target.round_to, shapes, similarity, target.wanted, curves)
+    with calling(config.allocation, "allocating the ratio"):
+        found = config.allocation.allocate(request)
+        _check(found, request, config.allocation.name)
     notes = [*target.wanted.notes, *found.notes]
     total, removed = sum(shape.params for shape in shapes), sum(map(removed_params, found.layers, shapes))
     coarse = abs(removed - target.params) > 0.005 * target.params
     if coarse:
         notes.append(
-            f"{removed / total:.4%} of the layers' parameters are removed instead of {target.params / total:.4%}: whole "
-            f"heads and widths in steps of {target.round_to} come no nearer"
+            f"{removed / total:.4%} of the layers' parameters are removed instead of {target.params / total:.4%}: "
+            + (
+                f"the allocation {config.allocation.name} asks for that"
+                if config.allocation.is_foreign
+                else f"whole heads and widths in steps of {target.round_to} come no nearer"
+            )
         )
     return Allocated(found.layers, target.params, found.pruned_layers, target.wanted.alpha, target.round_to, notes, coarse)
+
+
+def _check(found: Budgets, request: Request, name: str) -> None:
+    """Raise ValueError (as InputError) unless every layer can give what it is to give."""
+    if len(found.layers) != len(request.shapes):
+        raise InputError(
+            f"The allocation {name} gives budgets of {len(found.layers)} layers, but the model has {len(request.shapes)}."
+        )
+    for index, (budget, shape) in enumerate(zip(found.layers, request.shapes)):
+        if not 0 <= budget.units < shape.units or budget.units % shape.unit_step:
+            step = f" in steps of {shape.unit_step}" if shape.unit_step > 1 else ""
+            raise InputError(
+                f"By the allocation {name} layer {index} is to give {budget.units} head units, but it can give from 0 to "
+                f"{shape.units - 1}{step}."
+            )
+        left = shape.channels - budget.channels
+        if not 0 < left <= shape.channels or (budget.channels and left % request.round_to):
+            raise InputError(
+                f"By the allocation {name} layer {index} is to keep {left} of its {shape.channels} channels, which is "
+                f"none, more than there are, or no multiple of round_to, {request.round_to}."
+            )

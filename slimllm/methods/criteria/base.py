@@ -46,9 +46,11 @@ class Criterion(Method, ABC):
             num_removed: How many units are removed, of every group of the sub-layer.
         """
         scores = self.scores(sublayer, statistics)
-        if scores.shape != (sublayer.units,) or not bool(scores.isfinite().all()):
+        if scores.shape != (sublayer.units,):
             raise ValueError(
-                f"scores of the criterion {self.name} must be finite and of shape ({sublayer.units},), one for each unit "
-                f"of the {sublayer.kind}, got shape {tuple(scores.shape)}."
+                f"scores of the criterion {self.name} must have shape ({sublayer.units},), one for each unit of the "
+                f"{sublayer.kind}, got {tuple(scores.shape)}."
             )
+        if not bool(scores.isfinite().all()):
+            raise ValueError(f"scores of the criterion {self.name} must be finite, got NaN or infinity.")
         return Selection(select_units(scores, num_removed, sublayer.groups), scores)

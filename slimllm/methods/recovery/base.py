@@ -38,15 +38,19 @@ class Recovery(Method, ABC):
 
     Attributes:
         needs: What it needs of the calibration activations. Only with `COLUMN_GRAM` may a change have a `delta`.
-        adds_bias: Whether it gives an output projection a bias where it had none.
+        adds_bias: Whether it gives an output projection a bias where it had none. Where it does not, the `intercept` of its
+            changes has to be None.
+        shares_work: Whether the processes of a run share the work of `fit`, and all return the same. Otherwise each fits
+            alone, and the first one's change holds.
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
     adds_bias: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = False
 
     @abstractmethod
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
-        """Fit the change.
+        """Fit the change; all processes of a run call it.
 
         Args:
             sublayer: The dense sub-layer.

@@ -25,6 +25,7 @@ class LeastSquares(Recovery):
     """All kept weights of the output projections by ridge regression, closer to the dense model."""
 
     needs = Needs.COLUMN_GRAM
+    shares_work = True
 
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
         weight = sublayer.output_projection.weight
@@ -65,7 +66,7 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
     mean_lost = removed_weight @ mean[removed]
     ridge = RIDGE_OF_FEW if has_few_tokens(statistics) else RIDGE
     change, missing = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost, ridge)
-    assert change.delta is not None
+    assert change.delta is not None and change.intercept is not None
     whole = OutputChange(ranks.join(change.intercept, outputs), delta=ranks.join(change.delta, outputs))
     errors = torch.stack([lost.sum() + mean_lost.square().sum(), missing])
     ranks.sum_(errors)
