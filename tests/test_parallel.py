@@ -28,6 +28,10 @@ from torch import distributed
 import slimllm.pruning.plan
 from slimllm import InputError, PruneConfig, prune, prune_model, prune_ratios
 from slimllm.errors import OutputError
+from slimllm.methods.criteria import Criterion, register_criterion
+from slimllm.methods.recovery import Fit, Recovery, register_recovery
+from slimllm.methods.statistics import SublayerStatistics
+from slimllm.models.sublayer import Sublayer
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
@@ -306,6 +310,36 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
     world.processes[1].kill()
 
 
+@register_criterion("failing")
+class _Failing(Criterion):
+    """A mistake in a plug-in, in the first process, which alone calls it."""
+
+    def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
+        raise RuntimeError("a mistake")
+
+
+@register_recovery("noise")
+class _Noise(Recovery):
+    """Another bias in every process."""
+
+    def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
+        moments = statistics.moments(kept)
+        noise = torch.full_like(moments.mean_y, 0.1 * statistics.ranks.rank)
+        return Fit.of_moments(moments, torch.ones_like(noise), noise)
+
+
+def _prune_with_noise(group: Any, out: str) -> Any:
+    return prune(STORIES, out, PruneConfig(**SETTINGS, recovery=_Noise()), group=group).calibration["perplexity_pruned"]
+
+
+def test_the_first_ones_recovery_holds_for_all(tmp_path: Path) -> None:
+    """Otherwise the model that is written would not be the one that was measured."""
+    found = World(_prune_with_noise, 2, tmp_path / "world", str(tmp_path / "out")).results()
+    alone = prune(STORIES, tmp_path / "alone", PruneConfig(**SETTINGS, recovery=_Noise()))
+    wanted = pytest.approx(alone.calibration["perplexity_pruned"], rel=1e-4)
+    assert [one["result"] for one in found] == [wanted] * 2
+
+
 def _prune_differently(group: Any, out: str, what: str) -> Any:
     rank = Ranks(group).rank
     settings, gone = dict(SETTINGS), None
@@ -326,6 +360,8 @@ def _prune_differently(group: Any, out: str, what: str) -> Any:
         return prune(other, out, PruneConfig(**settings), group=group, progress=gone).out
     elif what == "samples":
         settings["samples"] = 1
+    elif what == "criterion":
+        settings["criterion"] = _Failing()
     elif what == "shard":
         settings["samples"] = 6  # so that a state is smaller than a shard
     if what == "shard" and rank == 0:
@@ -343,6 +379,7 @@ def _prune_differently(group: Any, out: str, what: str) -> Any:
         ("samples", "InputError: 1 calibration windows cannot be shared by 2 processes", "OtherRankError: Rank 0: 1 calib"),
         ("shard", "OutputError: Writing", "OtherRankError: Rank 0: Writing"),
         ("out", "InputError: The output folder", "OtherRankError: Rank 0: The output folder"),
+        ("criterion", "MethodError: The method failing failed in the", "OtherRankError: Rank 0: The method failing"),
     ],
 )
 def test_an_error_of_one_is_one_of_all(tmp_path: Path, what: str, first: str, second: str) -> None:

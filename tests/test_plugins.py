@@ -248,7 +248,7 @@ def test_the_documentation(forgotten: None, token_ids: torch.Tensor, tmp_path: P
     for document in (root / "docs" / "extending.md", root / "README.md"):
         for code in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
             if "@register_" in code and "Exporter" not in code:
-                exec(compile(code, document.name, "exec"), {"__name__": "documented", **_IMPORTED})
+                exec(compile(code, document.name, "exec"), {"__name__": __name__, **_IMPORTED})
     for kind, names in {
         "criterion": ("my-score", "the-first", "largest-activations"),
         "recovery": ("half-bias",),
