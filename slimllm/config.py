@@ -61,52 +61,50 @@ class PruneConfig:
 
     Attributes:
         ratio: Fraction of the decoder layers' parameters to remove, in (0, 1).
-        preset: `default`: the SlimLLM method with an exact target, clamped ratios and rounded widths. `paper`: the
-            published r, n and alpha (the target is then r * n / num_layers, which the report states), round(r_l * H)
-            heads and round(r_l * I) channels of a layer, and the published implementation's rule that always keeps
-            the lowest 1 % of channels. With grouped queries, which the paper has not, channels make up for whole groups.
-            `best`: the most accurate known at high ratios, `obs` with `auto`, `lstsq` and `norm`. A preset is what is
-            taken for the next four settings, and for `round_to`, where they are None.
-        criterion: Which units are removed, a name or a `slimllm.methods.criteria.Criterion`. `slimllm`: the paper's. `obs`:
-            structured optimal brain surgeon, lowest output error after refit. `wanda-sp`, `flap`: those papers' scores.
-            `magnitude`: the smallest weights. `random`: by `seed`. Afterwards always a `Criterion`.
-        allocation: What every layer gives, a name or a `slimllm.methods.allocation.Allocation`. `layer-importance`: the
-            paper's softmax. `uniform`: the same share. `auto`: the whole budget where `obs` measures the least error for a
-            parameter, times how much the model's output cares. `flap`: one threshold for that paper's scores, standardised
-            in every sub-layer. Afterwards always an `Allocation`.
-        recovery: How the rest makes up for what is removed, a name or a `slimllm.methods.recovery.Recovery`. `affine`: the
-            paper's regression of every output dimension on its pruned self. `lstsq`: all kept weights of the output
-            projections by ridge regression, closer to the dense model. `bias`: the mean of what is removed, as in FLAP.
-            `none`: no recovery. Afterwards always a `Recovery`.
-        token_weights: `norm`: in all statistics a token counts with 1 / mean square of the residual stream after the
-            sub-layer, which the next norm divides it by: errors are then those that the rest of the model sees, and the
-            few enormous tokens of large models do not dominate the statistics. `none`: all count alike, as published.
-        head_unit: What is removed from attention. `kv-group`: a KV head with all its query heads. `query`: the same
-            number of query heads out of every group of a layer. Both are the single head when the group size is 1.
-        calibration: A file (plain text, or JSON lines, a JSON list or a table with the field "text", also compressed with
-            gzip), of which a part is drawn by `seed` if it is long, see `slimllm.calibration.read_texts` (the preset
-            `paper` draws its windows from all of it); the name of a hub dataset as `name` to
-            `name:config:split:column` (a folder of data files is one, too); or token ids
-            (samples, seq_len) int64, which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
-            None: the bundled public-domain text.
-        bos: Whether every calibration window begins with the tokenizer's BOS. `auto`: where the tokenizer adds one to a
-            text by itself (the preset `paper` never does, as published). `always`, `never`.
-        samples: Number of calibration windows.
+        preset: What is taken for settings that are not given: `default`, `paper` (the published ones) or `best` (most
+            accurate at high ratios). `default`: the SlimLLM method with an exact target, clamped ratios and rounded widths.
+            `paper`: the published r, n and alpha (the target is then r * n / num_layers, which the report states),
+            round(r_l * H) heads and round(r_l * I) channels, and the published implementation's rule that always keeps the
+            lowest 1 % of channels. With grouped queries, which the paper has not, channels make up for whole groups.
+            `best`: `obs` with `auto`, `lstsq` and `norm`. It decides the next four settings, and `round_to`, where they are
+            None.
+        criterion: Which units are removed: `slimllm` (the paper's), `obs` (lowest output error after refit), `wanda-sp`,
+            `flap`, `magnitude` or `random`. Or a `slimllm.methods.criteria.Criterion`, which it always is afterwards.
+        allocation: What every layer gives: `layer-importance` (the paper's softmax), `uniform`, `auto` (by measured error)
+            or `flap`. `auto` spends the whole budget where `obs` measures the least error for a parameter, weighted by
+            output sensitivity; `flap` at one threshold for that paper's scores, standardised in every sub-layer. Or a
+            `slimllm.methods.allocation.Allocation`, which it always is afterwards.
+        recovery: How the rest makes up for what is removed: `affine` (the paper's), `lstsq` (all kept weights by least
+            squares), `bias` or `none`. `affine` is a regression of every output dimension on its pruned self; `lstsq` of
+            the removed output on all kept columns, with a ridge; `bias` the mean of what is removed, as in FLAP. Or a
+            `slimllm.methods.recovery.Recovery`, which it always is afterwards.
+        token_weights: How tokens count in all statistics: `none` (all alike, as published) or `norm` (by what the next norm
+            divides them by). With `norm` the weight is 1 / mean square of the residual stream after the sub-layer: errors
+            are those that the rest of the model sees, and the few enormous tokens of large models do not dominate the
+            statistics.
+        head_unit: What is removed from attention: `kv-group` (a KV head with all its query heads) or `query` (as many query
+            heads from every group). Both are the single head when the group size is 1.
+        calibration: A file (text, JSON lines, CSV, .gz) or a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]]; the default is bundled
+            text. A part of a long file is drawn by `seed`, see `slimllm.calibration.read_texts` (the preset `paper` draws
+            its windows from all of it); a folder of data files is a dataset, too. Or token ids (samples, seq_len) int64,
+            which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
+        bos: BOS before every calibration window: `auto` (where the tokenizer adds one to a text), `always` or `never`. The
+            preset `paper` takes `auto` as `never`, as published.
+        samples: Calibration windows.
         seq_len: Tokens per window, the BOS included.
-        seed: Seed of the draw of the windows, and of the criterion `random`; nothing else in a run is random.
-        batch_size: Windows that go through a layer together; None chooses about 1024 tokens.
-        heads_multiple_of: In every layer the number of kept KV heads (head_unit `query`: of kept query heads) is a
-            multiple of this, so that tensor parallelism over so many devices can split them. The model's own number must
-            be a multiple. The default of `round_to` becomes a multiple of it, too. Not with the preset `paper`, whose
-            numbers of heads are the published ones.
-        round_to: FFN widths are multiples of this; None: the largest power of two up to 64 that still meets the
-            target within 0.5 % (paper: 1).
-        dtype: dtype of the written weights, `float32`, `float16` or `bfloat16`; None keeps the checkpoint's own
-            (bfloat16 for a quantised GGUF file).
-        compute_dtype: dtype of the forward passes; None: float32 on a CPU, the checkpoint's own on a GPU.
-        device: `cpu`, `cuda`, `cuda:1`, …; None: a GPU if there is one.
-        host_memory, gpu_memory: Budgets, such as `16GiB`: the most that the run may take of them, by its own account. What
-            is kept and where the hidden states live is chosen to fit.
+        seed: Seed of the draw of the windows, and of the criterion random. Nothing else in a run is random.
+        batch_size: Windows in a forward pass; the default is about 1024 tokens.
+        heads_multiple_of: Keep a multiple of this many KV heads in every layer, to split them over as many GPUs. With
+            `head_unit` `query` it is of kept query heads. The model's own number must be a multiple. The default of
+            `round_to` becomes a multiple of it, too. Not with the preset `paper`, whose numbers of heads are the published
+            ones.
+        round_to: FFN widths are multiples of this; the default is the largest power of two up to 64 that the target allows.
+            It is met within 0.5 % (paper: 1).
+        dtype: dtype of the written weights, float32, float16 or bfloat16; the default is the checkpoint's own. It is
+            bfloat16 for a quantised GGUF file.
+        compute_dtype: dtype of the forward passes; the default is float32 on a CPU and the checkpoint's own on a GPU.
+        device: cpu, cuda, cuda:1, …; the default is a GPU if there is one.
+        host_memory, gpu_memory: Memory budget, such as 16GiB: slimllm chooses the cheapest offloading that fits it.
 
     Raises:
         ValueError: (as InputError) a value is out of range; the sentence says which and what to give.

@@ -21,6 +21,14 @@ _REGISTRIES: dict[str, Registry[Any]] = {**METHODS, "exporter": EXPORTERS}
 class MethodCommand(TyperCommand):
     """A command that takes the options of methods, wherever they stand, and says what was meant by an unknown option."""
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        taken = METHODS if any(parameter.name == "criterion" for parameter in self.params) else ["exporter"]
+        methods = [method for kind in taken for method in _REGISTRIES[kind].all().values()]
+        options = [_flag(method.name, option) for method in methods for option in get_type_hints(method.Settings)]
+        if options:
+            self.epilog = f"Options of methods: {', '.join(options)}."
+        super().format_help(ctx, formatter)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for number, word in enumerate(args):  # first, as they say which of their options are switches
             if word == "--plugin" and number + 1 < len(args):
@@ -72,6 +80,12 @@ def chosen_methods(context: typer.Context, preset: str = "default", **chosen: st
         there = f"there are {', '.join(known)}" if known else "they have no options"
         raise InputError(f"{_flag(of, option)} is no option of the methods of this run; {there}.")
     return result
+
+
+def with_methods(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run, with the options of its methods."""
+    chosen = chosen_methods(context, settings["preset"], **{kind: settings[kind] for kind in METHODS})
+    return {**settings, **chosen}
 
 
 def _take_out(arguments: list[str]) -> tuple[dict[tuple[str, str], str | None], list[str]]:

@@ -32,26 +32,8 @@ REMOVED = "what was begun is removed"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file or a hub id.")]
 Preset = Annotated[str, typer.Option(help="default; paper: the published settings; best: most accurate at high ratios.")]
-Criterion = Annotated[
-    str | None, typer.Option(help="slimllm (default), obs (what is missed least), wanda-sp, flap, magnitude or random.")
-]
-AllocationName = Annotated[
-    str | None,
-    typer.Option(
-        "--allocation", help="layer-importance (default, the paper's), uniform, auto (by measured error), or flap."
-    ),
-]
-Recovery = Annotated[
-    str | None, typer.Option(help="affine (default, the paper's), lstsq (all kept weights), bias, or none.")
-]
-TokenWeights = Annotated[
-    str | None, typer.Option(help="norm: a token counts by what the next norm divides it by. none (default): all alike.")
-]
 Plugin = Annotated[
     list[str] | None, typer.Option(help="A module, or a file that ends in .py, with methods of your own; it is imported.")
-]
-HeadsMultipleOf = Annotated[
-    int, typer.Option(help="Keep a multiple of this many KV heads in every layer, to split them over as many GPUs.")
 ]
 EvalText = Annotated[
     str | None,

@@ -10,34 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
-from slimllm.cli.methods import MethodCommand, chosen_methods
-from slimllm.cli.options import (
-    OUT,
-    RATIO,
-    REMOVED,
-    AllocationName,
-    Bos,
-    Criterion,
-    HeadsMultipleOf,
-    Model,
-    Plugin,
-    Preset,
-    Quiet,
-    Recovery,
-    Samples,
-    Seed,
-    TokenWeights,
-    app,
-    fraction,
-    write_page_unasked,
-)
+from slimllm.cli.methods import MethodCommand, with_methods
+from slimllm.cli.options import OUT, RATIO, REMOVED, Model, Plugin, Quiet, app, fraction, write_page_unasked
+from slimllm.cli.settings import with_settings
 from slimllm.cli.terminal import console, errors
+from slimllm.config import PruneConfig
 from slimllm.errors import InputError, LostRankError, OutputError
 from slimllm.runtime.distributed import Ranks, launched
 from slimllm.runtime.interrupts import SafeStop
 
 
 @app.command("prune", cls=MethodCommand)
+@with_settings(PruneConfig)
 def prune_command(
     context: typer.Context,
     model: Model,
@@ -50,42 +34,15 @@ def prune_command(
             help="Fraction of the decoder layers' parameters to remove. Several: OUT/0.2, OUT/0.35, … in one go.",
         ),
     ],
-    preset: Preset = "default",
-    criterion: Criterion = None,
-    allocation: AllocationName = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="Short for --allocation uniform: all layers alike.")] = False,
-    recovery: Recovery = None,
-    token_weights: TokenWeights = None,
     plugin: Plugin = None,
-    head_unit: Annotated[str, typer.Option(help="kv-group, or query: as many query heads from every group.")] = "kv-group",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="A file (text, JSON lines, CSV, .gz) or a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]]. Default: bundled text."
-        ),
-    ] = None,
-    bos: Bos = "auto",
-    samples: Samples = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    seed: Seed = 0,
-    batch_size: Annotated[int | None, typer.Option(help="Windows in a forward pass. Default: about 1024 tokens.")] = None,
-    heads_multiple_of: HeadsMultipleOf = 1,
-    round_to: Annotated[
-        int | None, typer.Option(help="Widths are multiples of this. Default: up to 64, as the target allows.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the checkpoint's.")] = None,
-    compute_dtype: Annotated[
-        str | None, typer.Option(help="dtype of the forward passes. Default: float32 on CPU, the checkpoint's on GPU.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
-    host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB: the run is done so that it fits.")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="The same, of the GPU.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run for this folder that was interrupted, if one was.")
     ] = False,
     page: Annotated[bool, typer.Option(help="Write a page about the result, report.html, into its folder.")] = True,
     quiet: Quiet = False,
+    **settings: Any,
 ) -> None:
     """Prune a model and write the result as a Hugging Face folder.
 
@@ -93,39 +50,18 @@ def prune_command(
     """
     from slimllm.checkpoints.writer import can_resume
     from slimllm.cli.display import PruneDisplay
-    from slimllm.config import PruneConfig
     from slimllm.pruning.api import prune, prune_ratios
 
     if uniform:
-        if allocation not in (None, "uniform"):
-            raise InputError(f"--uniform is --allocation uniform, but --allocation {allocation} was given; leave one out.")
-        allocation = "uniform"
+        if (given := settings["allocation"]) not in (None, "uniform"):
+            raise InputError(f"--uniform is --allocation uniform, but --allocation {given} was given; leave one out.")
+        settings["allocation"] = "uniform"
     results = [out] if len(ratio) == 1 else [out / str(one) for one in ratio]
     command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
-    with launched(device) as group:
+    with launched(settings["device"]) as group:
         ranks = Ranks(group)
         with ranks.together():
-            methods: Any = chosen_methods(context, preset, criterion=criterion, allocation=allocation, recovery=recovery)
-            config = PruneConfig(
-                ratio=ratio[0],
-                preset=preset,
-                **methods,
-                token_weights=token_weights,
-                head_unit=head_unit,
-                calibration=calibration,
-                bos=bos,
-                samples=samples,
-                seq_len=seq_len,
-                seed=seed,
-                batch_size=batch_size,
-                heads_multiple_of=heads_multiple_of,
-                round_to=round_to,
-                dtype=dtype,
-                compute_dtype=compute_dtype,
-                device=device,
-                host_memory=host_memory,
-                gpu_memory=gpu_memory,
-            )
+            config = PruneConfig(ratio=ratio[0], **with_methods(context, settings))
         tell = errors.print if ranks.first else _say_nothing
         stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
 
@@ -135,13 +71,16 @@ def prune_command(
 
         try:
             several = group is not None  # to each of them the others are other work
-            with watch_for_other_work(quiet or several, device), PruneDisplay(console, quiet or not ranks.first) as display:
-                settings: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
-                settings |= {"command": command, "group": group}
+            with (
+                watch_for_other_work(quiet or several, settings["device"]),
+                PruneDisplay(console, quiet or not ranks.first) as display,
+            ):
+                options: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
+                options |= {"command": command, "group": group}
                 if len(ratio) == 1:
-                    reports = [prune(model, out, config, **settings)]
+                    reports = [prune(model, out, config, **options)]
                 else:
-                    reports = prune_ratios(model, out, config, ratio, **settings)
+                    reports = prune_ratios(model, out, config, ratio, **options)
         except SystemExit:
             left = "the same command with --resume goes on from here"
             tell(f"Interrupted; {left if any(map(can_resume, results)) else REMOVED}.", style="bold red", highlight=False)
@@ -157,6 +96,7 @@ def prune_command(
 
 
 @app.command("plan", cls=MethodCommand)
+@with_settings(PruneConfig)
 def plan_command(
     context: typer.Context,
     model: Annotated[
@@ -165,42 +105,17 @@ def plan_command(
     ratio: Annotated[
         float, typer.Option(*RATIO, parser=fraction, help="Fraction of the decoder layers' parameters to remove.")
     ] = 0.2,
-    preset: Preset = "default",
-    criterion: Criterion = None,
-    allocation: AllocationName = None,
-    recovery: Recovery = None,
     plugin: Plugin = None,
-    heads_multiple_of: HeadsMultipleOf = 1,
-    samples: Samples = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    dtype: Annotated[str | None, typer.Option(help="dtype of the written weights.")] = None,
-    compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, or cuda: here or on another machine. Default: a GPU if there is one.")
-    ] = None,
-    host_memory: Annotated[str | None, typer.Option(help="Budget, such as 16GiB.")] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="The same, of the GPU.")] = None,
     ranks: Annotated[int, typer.Option(help="Processes that share the windows, each on a machine like this one.")] = 1,
+    **settings: Any,
 ) -> None:
     """What a run would take, from config.json alone: memory by its parts, disk, time, and how it would fit a budget."""
     from slimllm.cli.display import print_forecast
-    from slimllm.config import PruneConfig
     from slimllm.experiments.bench.forecast import forecast
 
-    methods: Any = chosen_methods(context, preset, criterion=criterion, allocation=allocation, recovery=recovery)
-    config = PruneConfig(
-        ratio=ratio,
-        preset=preset,
-        **methods,
-        heads_multiple_of=heads_multiple_of,
-        samples=samples,
-        seq_len=seq_len,
-        dtype=dtype,
-        compute_dtype=compute_dtype,
-        device=None if device == "cuda" else device,
-        host_memory=host_memory,
-        gpu_memory=gpu_memory,
-    )
+    device = settings["device"]
+    settings["device"] = None if device == "cuda" else device  # of another machine, perhaps
+    config = PruneConfig(ratio=ratio, **with_methods(context, settings))
     print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))
 
 

@@ -1,0 +1,66 @@
+"""Options of a command made from the fields of its settings: names, types, defaults, first sentences of the docstring."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+_ENTRY = re.compile(r"^ {8}(\w+(?:, \w+)*): ((?:.|\n(?= {9,}))*)", re.MULTILINE)
+
+
+def with_settings(kind: type, **names: str) -> Callable[[_Command], _Command]:
+    """Decorator: give a command that takes `**settings` an option for every field that it has no parameter for.
+
+    Args:
+        kind: A dataclass with its fields under "Attributes:" in its docstring.
+        names: Names of options, by field, where they are not the field's own.
+    """
+
+    def decorate(command: _Command) -> _Command:
+        own = list(inspect.signature(command, eval_str=True).parameters.values())
+        taken, hints, helps = {parameter.name for parameter in own}, get_type_hints(kind), help_of(kind)
+        made = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=Annotated[
+                    _simple(hints[field.name]),
+                    typer.Option(*[names[field.name]] if field.name in names else [], help=helps.get(field.name, "")),
+                ],
+            )
+            for field in dataclasses.fields(kind)
+            if field.name not in taken
+        ]
+        parameters = []
+        for parameter in own:
+            rest = parameter.kind is inspect.Parameter.VAR_KEYWORD
+            parameters += made if rest else [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return command
+
+    return decorate
+
+
+def help_of(kind: type) -> dict[str, str]:
+    """The first sentence on every field, without the marks of code."""
+    text = (kind.__doc__ or "").partition("Attributes:")[2].partition("\n\n")[0]
+    found = {}
+    for names, about in _ENTRY.findall(text):
+        sentence = re.split(r"(?<=\.)\s", " ".join(about.split()), maxsplit=1)[0]
+        found.update(dict.fromkeys(names.split(", "), sentence.replace("`", "")))
+    return found
+
+
+def _simple(hint: Any) -> Any:
+    """The type of an option: what is more than a number, a text or a switch is given as a text."""
+    kinds = get_args(hint) or (hint,)
+    simple = next((one for one in (bool, int, float, str) if one in kinds), str)
+    return simple | None if type(None) in kinds or hint is Any else simple
