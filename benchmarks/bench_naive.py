@@ -71,7 +71,7 @@ def engine(
     pruned_channels: int,
     watch: Stopwatch,
 ) -> tuple[list[int], list[int]]:
-    """What `slimllm.pruning.attention` and `slimllm.pruning.ffn` do with a layer's activations, batch by batch."""
+    """What `slimllm.pruning.sublayer` does with a layer's activations, batch by batch."""
     (inner, _), (x, z, y) = activations
     device, hidden_size = inner.device, weights["o"].shape[0]
     with watch("statistics"):

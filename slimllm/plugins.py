@@ -19,6 +19,7 @@ import pkgutil
 import re
 import sys
 import threading
+import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -202,8 +203,10 @@ class Registry(Generic[_Method]):
                 for entry in importlib.metadata.entry_points(group=self.group):
                     try:
                         method = entry.load()
-                        if "name" not in vars(method) or method.name != entry.name:
+                        if "name" not in vars(method):
                             self.register(entry.name)(method)
+                        elif method.name != entry.name:
+                            raise ValueError(f"it is registered as {method.name}; name the entry point so")
                     except Exception as error:
                         self._broken[entry.name] = f"{entry.value}: {type(error).__name__}: {error}"
                         _log.warning("The %s %s cannot be used (%s).", self.kind, entry.name, self._broken[entry.name])
@@ -231,7 +234,9 @@ class Registry(Generic[_Method]):
                 raise InputError(
                     f"The {self.kind} {given} cannot be imported ({self._broken[given]}); mend or uninstall its package."
                 )
-            raise InputError(f"{self.kind} must be one of {', '.join(known)}, got {given!r}.")
+            raise InputError(
+                f"{self.kind} must be one of {', '.join(known)}, got {given!r}; one of your own is imported by --plugin."
+            )
         return known[given](**(settings or {}))
 
 
@@ -255,7 +260,9 @@ def import_plugin(module: str) -> None:
             finally:
                 sys.path.pop()
     except (Exception, SystemExit) as error:
-        raise InputError(f"The plug-in {module} cannot be imported ({type(error).__name__}: {error}).") from error
+        *_, last = traceback.extract_tb(error.__traceback__)
+        where = "" if last.filename == __file__ or "importlib" in last.filename else f", {last.filename}:{last.lineno}"
+        raise InputError(f"The plug-in {module} cannot be imported ({type(error).__name__}: {error}{where}).") from error
 
 
 def _import_file(path: Path) -> None:

@@ -158,7 +158,7 @@ def test_nothing_is_overwritten_unasked(stories_path: Path, tmp_path: Path) -> N
     refused = [
         ("there.gguf", "gguf", "exists already"),
         ("model", "gguf", "ends with .gguf"),
-        ("x", "onnx", "to must be one of gguf, padded, stock"),
+        ("x", "onnx", "exporter must be one of gguf, padded, stock"),
     ]
     for place, to, words in refused:
         with pytest.raises(InputError, match=words):

@@ -116,7 +116,7 @@ def test_a_package_of_others(installed: dict[str, str], tmp_path: Path) -> None:
     assert report.config["method_settings"]["criterion"] == {"power": 2.0}
     assert report.config["method_versions"]["criterion"] == "3"
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "those that the criterion their-score chose" in page and "their-score: power 2.0" in page
+    assert "those that the criterion their-score chose" in page and "criterion their-score (power 2.0)" in page
     assert "--their-score.power 2" in (tmp_path / "out" / "README.md").read_text()
     exported = run("export", "out", "--to", "gguf", "--out", "m.gguf")
     assert exported.returncode == 0 and (tmp_path / "m.gguf").is_file(), exported.stderr
@@ -272,7 +272,7 @@ def test_an_exporter(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixt
     assert done == 0 and "of the architecture llama" in out, err
     assert (tmp_path / "sizes.txt").read_text() == "8 heads, 172 channels\n" * 5
     done, _, err = call(capsys, *words[:3], "text", *words[4:])
-    assert done == 2 and "to must be one of gguf, padded, sizes, stock, got 'text'" in err
+    assert done == 2 and "exporter must be one of gguf, padded, sizes, stock, got 'text'" in err
 
 
 def test_names(forgotten: None) -> None:
@@ -485,12 +485,15 @@ def test_a_broken_entry_point_is_said_when_it_is_asked_for(monkeypatch: pytest.M
     from importlib.metadata import EntryPoint
 
     entries = [EntryPoint("broken", "no_such_module:X", "g"), EntryPoint("good", "test_plugins:Good", "g")]
+    entries.append(EntryPoint("renamed", "slimllm.methods.criteria.obs:Obs", "g"))
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: entries)
     registry: Registry[Any] = Registry("criterion", "slimllm.methods.criteria", "g")
     monkeypatch.setattr(registry, "_found", dict(CRITERIA.all()))
     assert registry.make("good").name == "good" and registry.make("flap").name == "flap"
     with pytest.raises(InputError, match="The criterion broken cannot be imported"):
         registry.make("broken")
+    with pytest.raises(InputError, match="it is registered as obs; name the entry point so"):
+        registry.make("renamed")
 
 
 class Good(Criterion):

@@ -89,6 +89,7 @@ def print_summary(console: Console, report: PruneReport) -> None:
     console.print(table)
     parts = ", ".join(f"{name.replace('_', ' ')} {size * 1024:,.0f}" for name, size in memory.items())
     lines = [
+        f"method  {report.methods}",
         f"time    {report.elapsed_s:.1f} s = {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass "
         f"({report.dense_pass_s:.1f} s)",
         f"        and {report.setup_s:.1f} s before, to open the model and draw the text",

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from slimllm.cli.methods import MethodCommand, chosen_methods
-from slimllm.cli.options import OUT, Model, Plugin, Quiet, app
+from slimllm.cli.options import OUT, Plugin, Quiet, app
 from slimllm.cli.terminal import console
 
 
 @app.command("export", cls=MethodCommand)
 def export_command(
     context: typer.Context,
-    model: Model,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, pruned or not, or a hub id.")],
     to: Annotated[
         str,
         typer.Option(help="stock: transformers' own, of alike layers. padded: of any layers, no faster. gguf: llama.cpp."),

@@ -67,6 +67,7 @@ def chosen_methods(context: typer.Context, preset: str = "default", **chosen: st
     for kind, name in chosen.items():
         method = _REGISTRIES[kind].all().get(name or row[kind])
         if method is None:
+            _REGISTRIES[kind].make(name)  # says which there are
             continue
         hints = get_type_hints(method.Settings)
         known += [_flag(method.name, option) for option in hints]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from slimllm.checkpoints.destination import destination
 from slimllm.checkpoints.opening import open_checkpoint
-from slimllm.config import check_choice
 from slimllm.errors import InputError
 from slimllm.export.base import Exporter, ExportJob
 from slimllm.export.source import ExportSource
@@ -50,8 +49,6 @@ def export(
         ValueError: (as InputError) the model cannot be written so without a loss; says which form keeps all. Or the
             model or the place to write to is not fit.
     """
-    if isinstance(to, str):
-        check_choice("to", to, tuple(EXPORTERS.all()))
     exporter: Exporter = EXPORTERS.make(to)
     out = destination(out)
     checkpoint = open_checkpoint(model)

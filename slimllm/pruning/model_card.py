@@ -47,7 +47,7 @@ tags:
 # {title}, pruned by {report.achieved_ratio:.1%}
 
 Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
-FFN channels are gone, {"without recovery" if report.config["recovery"] == "none" else "outputs are recovered by linear regression"}.
+FFN channels are removed, by {report.methods}.
 
 | | before | after | removed |
 |---|---|---|---|

@@ -175,6 +175,17 @@ class PruneReport:
         return self.elapsed_s + (self.dense_stage_s if self._measured else self.dense_pass_s)
 
     @property
+    def methods(self) -> str:
+        """The methods of the run, with those options that are set, in words."""
+        words = []
+        for kind in ("criterion", "allocation", "recovery"):
+            settings = (self.config.get("method_settings") or {}).get(kind) or {}
+            shown = [f"{name} {str(value).lower()}" for name, value in settings.items() if value not in (None, False)]
+            options = f" ({', '.join(shown)})" if shown else ""
+            words.append(f"{kind} {self.config[kind]}{options}")
+        return ", ".join(words)
+
+    @property
     def _measured(self) -> bool:
         """Whether the allocation measured the dense model."""
         if "method_needs" in self.config:
