@@ -24,6 +24,7 @@ from slimllm import InputError, PruneConfig
 from slimllm.checkpoints.folder import read_settings
 from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, check_shape, read_json
 from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checkpoints.tokenizer import encode, load_tokenizer
 from slimllm.errors import HopelessError
 from slimllm.pruning.model_card import in_block, in_line
 
@@ -222,6 +223,27 @@ def test_tokenizer_settings_of_another_kind(
         assert "tokenizer_config.json" in err and next(iter(values)) in err and "should be" in err
 
 
+def test_a_tokenizer_with_code_and_odd_tokens(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without its code it is read from tokenizer.json, which may fail as well."""
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "x.Y"]}, unk_token={"x": 1})
+    for err in refused(capsys, folder, "prune", "eval"):
+        assert "The tokenizer in" in err and "cannot be loaded" in err
+
+
+@pytest.mark.parametrize("kind", ["PanicException", "ValueError"])
+def test_a_tokenizer_that_fails_on_a_text(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """One that is written in Rust panics, which is no Exception."""
+    tokenizer = load_tokenizer(folder)
+    error = type(kind, (BaseException if kind == "PanicException" else ValueError,), {})
+
+    def fails(*words: object, **settings: object) -> None:
+        raise error("no entry found for key")
+
+    monkeypatch.setattr(type(tokenizer), "_encode_plus", fails)
+    with pytest.raises(InputError, match=r"fails on the text \(no entry found for key"):
+        encode(tokenizer, "Once upon a time")
+
+
 REAL = {
     "SmolLM2": {"model_type": "llama", "is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1},
     "Gemma 3n": {"model_type": "gemma3n", "text_config": {"intermediate_size": [8192] * 30, "num_kv_shared_layers": 10}},
@@ -283,6 +305,8 @@ def _holder(report: Any, path: tuple[Any, ...]) -> Any:
         (_set([10**6], "layers", 0, "kept_channels"), "layer 0 has kept a channel that it does not have"),
         (_set([1.0], "layers", 1, "channel_importance"), "layer 1 has not as many importances as channels"),
         (_set(7, "layers", 2, "index"), "layer 2 has the index 7"),
+        (_set(10**30, "layers", 1, "num_kv_heads"), "layers[1].num_kv_heads is '1000000"),
+        (_set("x", "config", "round_to"), "config.round_to is 'x'"),
         (_set(0, "dense_pass_s"), "dense_pass_s is '0'"),
         (_set("fast", "stages_s", "read"), "stages_s.read is 'fast'"),
         (_set(1.0, "stages_s", "$x^"), "is no name of a part"),

@@ -44,17 +44,23 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     except BaseException as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
         if not _is_of_the_library(error):
             raise
-        if not trust_remote_code and (code := tokenizer_code(path)):
-            if (path / "tokenizer.json").is_file():
-                return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+        met = error
+    if not trust_remote_code and (code := tokenizer_code(path)):
+        if not (path / "tokenizer.json").is_file():
             raise InputError(
                 f"The tokenizer in {path} is Python code ({code}), which is not run; save a fast tokenizer there "
                 "(tokenizer.json), or allow the code with --trust-remote-code where the command has it."
-            ) from None
-        raise InputError(
-            f"The tokenizer in {path} cannot be loaded; save it in the folder with tokenizer.save_pretrained. "
-            f"It said: {first_line(error)}"
-        ) from error
+            )
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(path, trust_remote_code=False)
+        except BaseException as error:
+            if not _is_of_the_library(error):
+                raise
+            met = error
+    raise InputError(
+        f"The tokenizer in {path} cannot be loaded; save it in the folder with tokenizer.save_pretrained. "
+        f"It said: {first_line(met)}"
+    ) from met
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = True) -> list[int]:
