@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,17 @@ def test_interrupted_again_and_again(token_ids: torch.Tensor, tmp_path: Path, ex
             prune(STORIES, tmp_path / "out", config(token_ids), resume=True, progress=stop_at(stage, layer))
     prune(STORIES, tmp_path / "out", config(token_ids), resume=True, command="the command")
     assert contents(tmp_path / "out") == expected
+
+
+def test_a_journal_of_another_version_is_refused(token_ids: torch.Tensor, tmp_path: Path) -> None:
+    journal = interrupted(tmp_path / "out", config(token_ids)) / "journal.jsonl"
+    first, rest = journal.read_bytes().split(b"\n", 1)
+    entries = json.loads(first.partition(b" ")[2])
+    assert entries[0].pop("schema_version") == 2
+    text = json.dumps(entries).encode()
+    journal.write_bytes(b"%08x %b\n%b" % (zlib.crc32(text), text, rest))
+    with pytest.raises(InputError, match="was begun by another version of slimllm; resume it with that one, or delete"):
+        prune(STORIES, tmp_path / "out", config(token_ids), resume=True)
 
 
 @pytest.mark.parametrize("stage", ["dense", "prune"])

@@ -24,6 +24,7 @@ from slimllm.runtime.hidden_states import State
 
 Step = dict[str, Any]
 _NAME, _LOCK = "journal.jsonl", "lock"
+_SCHEMA = 2  # of the steps that a journal holds
 
 
 class Journal:
@@ -196,7 +197,7 @@ def last_stage(folder: Path) -> str | None:
 
 def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[Step]]:
     """The journal that is there, if it is of this run, or a new one: the environment it was begun in, and its steps."""
-    first = json.loads(json.dumps({"identity": identity, "environment": environment}))
+    first = json.loads(json.dumps({"schema_version": _SCHEMA, "identity": identity, "environment": environment}))
     lines, length = _read(folder)
     if not lines and any(path.name not in (_NAME, _LOCK) for path in folder.iterdir()):
         raise damaged(folder / _NAME)
@@ -204,6 +205,11 @@ def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[S
         (folder / _NAME).unlink(missing_ok=True)
         _append(folder, [first])
         return environment, []
+    if lines[0].get("schema_version") != _SCHEMA:
+        raise InputError(
+            f"The run in {folder} was begun by another version of slimllm; resume it with that one, or delete {folder} to "
+            "start over."
+        )
     found, wanted = lines[0]["identity"], first["identity"]
     for key in {**found, **wanted}:
         if found.get(key) != wanted.get(key):

@@ -17,6 +17,7 @@ from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, Shape, check_shape
 from slimllm.errors import InputError
 
 REPORT_NAME = "report.json"
+SCHEMA_VERSION = 2  # of report.json; 1, of slimllm 0.1, had none
 _Report = TypeVar("_Report")
 
 
@@ -95,6 +96,7 @@ _SHAPE = {
     "identity?": dict,
     "dense_pass_shared?": bool,
     "dense_stage_s?": float,
+    "schema_version": int,
     "gpu_memory_gib?": {EVERY: float},
     "plan?": dict,
 }
@@ -134,6 +136,7 @@ class PruneReport:
             ffn_error_before/_after (output error relative to the output's variance, without and with recovery).
         tensor_parallel: Numbers of devices, from 2 on, over which tensor parallelism can split every layer; see
             `slimllm.pruning.tensor_parallel`.
+        schema_version: Of the keys and their meaning; it grows when one of them changes.
         resumed_steps: Layers (of both passes) that were done before the run was interrupted and gone on with. Seconds are
             those of all parts together.
     """
@@ -161,6 +164,7 @@ class PruneReport:
     layers: list[dict[str, Any]] = field(default_factory=list)
     tensor_parallel: list[int] = field(default_factory=list)
     resumed_steps: int = 0
+    schema_version: int = SCHEMA_VERSION
     identity: dict[str, Any] = field(default_factory=dict)
     dense_pass_shared: bool = False
     dense_stage_s: float = 0.0
@@ -253,6 +257,10 @@ def read_report(kind: type[_Report], path: Path, of_what: str, shape: Shape) -> 
     if not path.is_file():
         raise InputError(f"There is no {path}; give the folder that {of_what} has written.")
     content = read_object(path)
+    if "schema_version" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
+        version = content.setdefault("schema_version", 1)
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise InputError(f"{path} is of a later version of slimllm; read it with that one, or update this one.")
     try:
         check_shape(content, shape, "")
         return kind(**content)
