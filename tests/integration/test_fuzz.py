@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-FUZZ = Path(__file__).parent / "fuzz.py"
+FUZZ = Path(__file__).parents[1] / "fuzz.py"
 
 
 def test_damaged_files_are_refused_or_read_as_they_are() -> None:

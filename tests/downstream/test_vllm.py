@@ -17,7 +17,7 @@ from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.cli.demo_display import find_demo_model
 from slimllm.export.api import export
 
-PYTHON = Path(__file__).parent.parent / ".venv-vllm" / "bin" / "python"
+PYTHON = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON.exists(), reason="vLLM has no environment here; make test-vllm makes it"),

@@ -19,7 +19,7 @@ from slimllm.evaluation.tasks import PAPER_TASKS, zero_shot
 from slimllm.experiments.bench.synthetic import as_mha
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="lm-eval is not installed; make install does that")
-ROWS = Path(__file__).parent / "data" / "zeroshot"
+ROWS = Path(__file__).parents[1] / "data" / "zeroshot"
 OWN = Path(lm_eval.__file__).parent / "tasks"
 FILES = {
     "boolq": "super_glue/boolq/default.yaml",

@@ -244,7 +244,7 @@ def test_scores_that_are_no_numbers(forgotten: None, bad: float, token_ids: torc
 
 def test_the_documentation(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
     """Every class in docs/extending.md and the README is pruned with, or registered at least."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     for document in (root / "docs" / "extending.md", root / "README.md"):
         for code in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
             if "@register_" in code and "Exporter" not in code:
@@ -264,7 +264,7 @@ _IMPORTED = {"torch": torch, "Criterion": Criterion, "register_criterion": regis
 
 def test_an_exporter(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The one in docs/extending.md."""
-    text = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
     code = text[text.index("from slimllm.export import") :].partition("```")[0]
     (tmp_path / "sizes.py").write_text(code)
     words = ("export", STORIES, "--to", "sizes", "--out", tmp_path / "sizes.txt", "--plugin", tmp_path / "sizes.py")

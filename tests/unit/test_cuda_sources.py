@@ -14,7 +14,7 @@ import torch
 from test_lstsq import normal_equations, reference
 from tolerances import FLOOR, assert_close
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CUDA_HOME = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=CUDA_HOME / "bin")
 

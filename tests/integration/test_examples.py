@@ -15,7 +15,7 @@ from test_cli import call
 import slimllm
 from slimllm.plugins import CRITERIA, import_plugin
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = {"wanda_sp": "my-wanda-sp", "flap": "my-flap", "own_score": "own-score"}
 
 
