@@ -32,6 +32,7 @@ from slimllm.methods.criteria import Criterion, register_criterion
 from slimllm.methods.recovery import Fit, Recovery, register_recovery
 from slimllm.methods.statistics import SublayerStatistics
 from slimllm.models.sublayer import Sublayer
+from slimllm.plugins import RECOVERIES
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
@@ -310,7 +311,6 @@ def test_a_rank_that_hangs(tmp_path: Path) -> None:
     world.processes[1].kill()
 
 
-@register_criterion("failing")
 class _Failing(Criterion):
     """A mistake in a plug-in, in the first process, which alone calls it."""
 
@@ -318,7 +318,6 @@ class _Failing(Criterion):
         raise RuntimeError("a mistake")
 
 
-@register_recovery("noise")
 class _Noise(Recovery):
     """Another bias in every process."""
 
@@ -329,13 +328,17 @@ class _Noise(Recovery):
 
 
 def _prune_with_noise(group: Any, out: str) -> Any:
-    return prune(STORIES, out, PruneConfig(**SETTINGS, recovery=_Noise()), group=group).calibration["perplexity_pruned"]
+    recovery = register_recovery("noise")(_Noise)()
+    report = prune(STORIES, out, PruneConfig(**SETTINGS, recovery=recovery), group=group)
+    return report.calibration["perplexity_pruned"]
 
 
-def test_the_first_ones_recovery_holds_for_all(tmp_path: Path) -> None:
+def test_the_first_ones_recovery_holds_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the model that is written would not be the one that was measured."""
     found = World(_prune_with_noise, 2, tmp_path / "world", str(tmp_path / "out")).results()
-    alone = prune(STORIES, tmp_path / "alone", PruneConfig(**SETTINGS, recovery=_Noise()))
+    monkeypatch.setattr(RECOVERIES, "_found", dict(RECOVERIES.all()))
+    recovery = register_recovery("noise")(_Noise)()
+    alone = prune(STORIES, tmp_path / "alone", PruneConfig(**SETTINGS, recovery=recovery))
     wanted = pytest.approx(alone.calibration["perplexity_pruned"], rel=1e-4)
     assert [one["result"] for one in found] == [wanted] * 2
 
@@ -361,7 +364,7 @@ def _prune_differently(group: Any, out: str, what: str) -> Any:
     elif what == "samples":
         settings["samples"] = 1
     elif what == "criterion":
-        settings["criterion"] = _Failing()
+        settings["criterion"] = register_criterion("failing")(_Failing)()
     elif what == "shard":
         settings["samples"] = 6  # so that a state is smaller than a shard
     if what == "shard" and rank == 0:
