@@ -260,7 +260,9 @@ def read_report(kind: type[_Report], path: Path, of_what: str, shape: Shape) -> 
     if "schema_version" in kind.__dataclass_fields__:  # type: ignore[attr-defined]
         version = content.setdefault("schema_version", 1)
         if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise InputError(f"{path} is of a later version of slimllm; read it with that one, or update this one.")
+            raise InputError(
+                f"{path} is not the report of {of_what}, or is of a later version of slimllm; update this one."
+            )
     try:
         check_shape(content, shape, "")
         return kind(**content)
