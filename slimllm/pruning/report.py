@@ -220,6 +220,9 @@ class PruneReport:
         report = read_report(cls, path, "a pruning run", _SHAPE)
         if fault := report._fault():
             raise InputError(f"{path} is not the report of a pruning run: {fault}.")
+        report.calibration.setdefault("bos", "BOS not recorded")  # what reports of earlier versions may lack
+        for name in ("host_memory", "gpu_memory", "device"):
+            report.config.setdefault(name, None)
         return report
 
     def _fault(self) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import STORIES
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_cli import call
 from test_gguf import write_gguf
@@ -25,8 +27,10 @@ from slimllm.checkpoints.folder import read_settings
 from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, check_shape, read_json
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.tokenizer import encode, load_tokenizer
+from slimllm.cli.display import print_summary
 from slimllm.errors import HopelessError
 from slimllm.pruning.model_card import in_block, in_line
+from slimllm.pruning.report import PruneReport
 
 QUICK = ("--samples", "4", "--seq-len", "32")
 
@@ -275,6 +279,29 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "out"
     slimllm.prune(STORIES, out, PruneConfig(ratio=0.3, samples=2, seq_len=32))
     return out
+
+
+def test_a_report_without_what_earlier_versions_lack(pruned: Path, tmp_path: Path) -> None:
+    report = json.loads((pruned / "report.json").read_text())
+    for path in (("schema_version",), ("calibration", "bos"), ("calibration", "held_out"), ("config", "round_to")):
+        _delete(*path)(report)
+    for name in (
+        "host_memory",
+        "gpu_memory",
+        "device",
+        "head_unit",
+        "heads_multiple_of",
+        "method_settings",
+        "method_needs",
+    ):
+        _delete("config", name)(report)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    read = PruneReport.read(tmp_path)
+    out = io.StringIO()
+    print_summary(Console(file=out, width=200), read)
+    assert (
+        "BOS not recorded" in out.getvalue() and read.schema_version == 1 and read.methods.startswith("criterion slimllm,")
+    )
 
 
 def _delete(*path: Any) -> Callable[[dict[str, Any]], None]:
