@@ -27,7 +27,7 @@ import slimllm
 from slimllm.calibration import bundled_text, draw_windows, tokenize, windows_of
 from slimllm.cli.demo_display import find_demo_model
 from slimllm.experiments.bench.synthetic import as_mha
-from slimllm.experiments.compare import METHODS
+from slimllm.experiments.methods import METHODS
 
 PLACES, LENGTHS = 8, (128, 512)
 # What single parts of the best method do.

@@ -29,7 +29,7 @@ from slimllm.methods.criteria.slimllm import input_importance
 from slimllm.methods.moments import OutputMoments, mean_output, unit_moments
 from slimllm.methods.selection import select_channels
 from slimllm.runtime import memory
-from slimllm.runtime.progress import Stopwatch
+from slimllm.runtime.stopwatch import Stopwatch
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
 
 # hidden size: heads, intermediate size

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+
+from slimllm.runtime.progress import LayerMeasured, LayerPruned, PartWritten, Progress, ProgressCallback, StepTrained
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SLIMLLM_BACKEND"] = "auto"
@@ -25,12 +29,13 @@ from slimllm.calibration import Calibration, bundled_text, draw_windows, tokeniz
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import InMemoryModel
 from slimllm.methods.allocation.target import allocate
+from slimllm.plugins import ALLOCATIONS, CRITERIA, EXPORTERS, RECOVERIES
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import run_dense_pass
 from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.shapes import layer_shapes
 from slimllm.runtime.hidden_states import Placement
-from slimllm.runtime.progress import Stopwatch
+from slimllm.runtime.stopwatch import Stopwatch
 
 # The models are tiny: more threads only make the tests slow where other work runs beside them.
 torch.set_num_threads(1)
@@ -133,3 +138,49 @@ def pruned(model: Any, calibration: Calibration, config: PruneConfig, placement:
     for _ in pruning:
         pass
     return pruning
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What the package logs meanwhile."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger, level = logging.getLogger("slimllm"), logging.getLogger("slimllm").level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield told
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What the package logs in a test."""
+    with logged() as sentences:
+        yield sentences
+
+
+def part_of(event: Progress) -> tuple[str, int]:
+    """The stage of an event, and the index of the part that is complete."""
+    stages = {LayerMeasured: "dense", LayerPruned: "prune", StepTrained: "train", PartWritten: "export"}
+    return stages[type(event)], event.done - 1
+
+
+def stop_at(stage: str, index: int) -> ProgressCallback:
+    """Interrupt a run after a part of it."""
+
+    def progress(event: Progress) -> None:
+        if part_of(event) == (stage, index):
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    for registry in (CRITERIA, RECOVERIES, ALLOCATIONS, EXPORTERS):
+        monkeypatch.setattr(registry, "_found", dict(registry.all()))

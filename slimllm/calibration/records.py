@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from slimllm.calibration.bos import window_bos
 from slimllm.calibration.files import shown
 from slimllm.errors import InputError
+
+_log = logging.getLogger("slimllm")
 
 # So many records are read before one that has neither field is refused: some writers leave out what is null.
 _READ_FIRST = 100
@@ -50,16 +52,16 @@ class Records:
             text = None
         return text
 
-    def finish(self, notice: Callable[[str], None] | None) -> None:
-        """Say how many records were skipped.
+    def finish(self) -> None:
+        """Log how many records were skipped.
 
         Raises:
             ValueError: (as InputError) a record had neither field, and has others than those with a text.
         """
         self._check_odd()
         for count, what in ((self._empty, "have no text"), (self._not_unicode, "are not valid Unicode")):
-            if count and notice:
-                notice(f"{count} of {self.read} documents {what} and are skipped ({self.source}).")
+            if count:
+                _log.warning("%d of %d documents %s and are skipped (%s).", count, self.read, what, self.source)
 
     def _text(self, place: str, record: Any) -> str | None:
         if not isinstance(record, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,12 +39,7 @@ def bundled_text(name: str) -> str:
 
 
 def read_texts(
-    source: str | Path,
-    tokens_wanted: float,
-    *,
-    seed: int | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    notice: Callable[[str], None] | None = None,
+    source: str | Path, tokens_wanted: float, *, seed: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[str]:
     """Read the documents of a file or a dataset, as many as are needed.
 
@@ -64,14 +59,14 @@ def read_texts(
     - Everything else is read from its beginning, until there are C characters of text: files without a `seed`, compressed
       files, JSON lists, tables. So are datasets, until there are 20 * tokens_wanted characters.
 
-    If the tokenizer is given and makes fewer tokens of this than are wanted, C is doubled.
+    If the tokenizer is given and makes fewer tokens of this than are wanted, C is doubled. Documents without a text, and
+    those that are not valid Unicode, are skipped; how many are is logged.
 
     Args:
         source: The file, or the dataset.
         tokens_wanted: How many tokens the documents should give, if there are so many; infinity: all.
         seed: Of the places in a long file; None: from its beginning.
         tokenizer: The model's; "messages" need it.
-        notice: Called with a sentence if documents are skipped: those without a text, and those that are not valid Unicode.
 
     Raises:
         ValueError: (as InputError) the file or dataset does not exist, cannot be read, or holds no text.
@@ -96,7 +91,7 @@ def read_texts(
         if not more or tokenizer is None or _has_tokens(documents, tokenizer, tokens_wanted):
             break
         characters *= 2
-    records.finish(notice)
+    records.finish()
     if not any(document.strip() for document in documents):
         raise InputError(f"{name} holds no text.")
     return documents

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from slimllm.calibration.texts import bundled_text, read_texts
 from slimllm.checkpoints.tokenizer import encode
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
+
+_log = logging.getLogger("slimllm")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], bos: str = "auto") -> torch.Tensor:
@@ -123,10 +125,7 @@ def check_seq_len(seq_len: int, model_config: PretrainedConfig) -> None:
 
 
 def calibration_windows(
-    config: PruneConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model_config: PretrainedConfig,
-    notice: Callable[[str], None],
+    config: PruneConfig, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig
 ) -> Calibration:
     """Make the windows that the settings ask for, and those that are held out of the statistics.
 
@@ -142,17 +141,17 @@ def calibration_windows(
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"expected a tokenizer or a tensor of token ids, got {type(tokenizer).__name__}.")
     if config.calibration is None:
-        notice("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
+        _log.info("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
         documents = [bundled_text("calibration")]
     else:
         wanted: float = config.samples * config.seq_len
         if config.preset == "paper" and Path(config.calibration).expanduser().is_file():
             wanted = math.inf  # its windows are drawn from the whole text
-        documents = read_texts(config.calibration, wanted, seed=config.seed, tokenizer=tokenizer, notice=notice)
+        documents = read_texts(config.calibration, wanted, seed=config.seed, tokenizer=tokenizer)
     as_published = config.preset == "paper" and config.bos == "auto"
     bos = window_bos(tokenizer, "never" if as_published else config.bos)
     if as_published and window_bos(tokenizer, "auto") is not None:
-        notice(
+        _log.info(
             "The preset paper puts no BOS before the calibration windows, as published, though this model's tokenizer adds "
             "one to every text; --bos always puts it there."
         )
@@ -161,7 +160,7 @@ def calibration_windows(
     held_out = min(wanted, max(0, len(windows_of(tokens, config.seq_len, bos)) - config.samples))
     if held_out < wanted:
         none = "" if held_out else ", so that its perplexity is of windows it is fitted to"
-        notice(
+        _log.info(
             f"The text has {held_out or 'no'} windows beside those for the statistics, where {wanted} would be held out to "
             f"judge the result by{none}; give more text."
         )

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.options import OUT, RATIO, Preset, app, fraction
+from slimllm.cli.options import OUT, RATIO, Plugin, Preset, app, fraction
 from slimllm.cli.terminal import console
 
 
@@ -25,6 +25,9 @@ def bench_command(
         list[float] | None, typer.Option(*RATIO, parser=fraction, help="Fraction of the layers' parameters. Default: 0.2.")
     ] = None,
     recovery: Annotated[list[str] | None, typer.Option(help="affine, lstsq, bias or none. Default: the preset's.")] = None,
+    criterion: Annotated[str | None, typer.Option(help="As for prune. Default: the preset's.")] = None,
+    allocation: Annotated[str | None, typer.Option(help="As for prune. Default: the preset's.")] = None,
+    plugin: Plugin = None,
     samples: Annotated[list[int] | None, typer.Option(help="Calibration windows. Default: 32.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
     preset: Preset = "default",
@@ -50,6 +53,9 @@ def bench_command(
         layers=layers or [None],
         ratio=ratio or [0.2],
         recovery=recovery or [None],
+        criterion=criterion,
+        allocation=allocation,
+        plugins=tuple(plugin or ()),
         samples=samples or [32],
         seq_len=seq_len,
         preset=preset,

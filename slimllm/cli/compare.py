@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
+from slimllm.cli.methods import MethodCommand, rows_with_options
 from slimllm.cli.options import (
     OUT,
     RATIO,
@@ -17,6 +18,7 @@ from slimllm.cli.options import (
     EvalText,
     MaxWindows,
     Model,
+    Plugin,
     Quiet,
     Samples,
     Seed,
@@ -26,16 +28,19 @@ from slimllm.cli.options import (
 from slimllm.cli.terminal import console
 
 
-@app.command("compare")
+@app.command("compare", cls=MethodCommand)
 def compare_command(
+    context: typer.Context,
     model: Model,
     ratio: Annotated[
         list[float] | None,
         typer.Option(*RATIO, parser=fraction, help="Several give a table of each. Default: 0.2 and 0.5."),
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option(help="best, slimllm, flap, wanda-sp, …; may be given again. Default: all.")
+        list[str] | None,
+        typer.Option(help="best, slimllm, flap, …, or one of yours, as mine+lstsq; may be given again. Default: all."),
     ] = None,
+    plugin: Plugin = None,
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
@@ -54,6 +59,7 @@ def compare_command(
     """Prune a model by several methods at the same ratios, and print the perplexity of each; no model is kept."""
     from slimllm.cli.compare_display import run_compare
     from slimllm.config import PruneConfig
+    from slimllm.experiments.methods import METHODS, rows_of
 
     config = PruneConfig(
         ratio=0.5,
@@ -66,7 +72,8 @@ def compare_command(
         compute_dtype=compute_dtype,
         device=device,
     )
+    rows = rows_with_options(context, rows_of(method or tuple(METHODS)))
     with watch_for_other_work(quiet, device):
         run_compare(
-            console, model, ratio or [0.2, 0.5], config, method, text, eval_len, max_windows or None, workdir, out, quiet
+            console, model, ratio or [0.2, 0.5], config, rows, text, eval_len, max_windows or None, workdir, out, quiet
         )

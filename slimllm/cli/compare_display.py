@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +16,7 @@ from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.cli.display import PruneDisplay
 from slimllm.config import PruneConfig
 from slimllm.evaluation.perplexity import evaluation_tokens
-from slimllm.experiments.compare import METHODS, Compared, compare
+from slimllm.experiments.compare import Compared, compare
 
 
 def run_compare(
@@ -23,7 +24,7 @@ def run_compare(
     model: str,
     ratios: list[float],
     config: PruneConfig,
-    methods: list[str] | None,
+    methods: dict[str, dict[str, Any]],
     text: str | None,
     eval_len: int,
     max_windows: int | None,
@@ -40,11 +41,11 @@ def run_compare(
     tokenizer = open_checkpoint(model).tokenizer()
     bos_token_id = window_bos(tokenizer, config.bos)
     with PruneDisplay(console, quiet) as display:
-        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, display.notice, config.bos)
+        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, config.bos)
 
         def on_line(line: Compared) -> None:
             where = f" at {line.ratio:g}" if line.ratio else ""
-            display.notice(f"{line.method}{where}: perplexity {line.perplexity:.2f}")
+            display.say(f"{line.method}{where}: perplexity {line.perplexity:.2f}")
             if out is not None:
                 with out.open("a", encoding="utf-8") as file:
                     about = {"model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows}
@@ -55,7 +56,7 @@ def run_compare(
             ratios,
             config,
             tokens,
-            methods=methods or tuple(METHODS),
+            methods=methods,
             seq_len=eval_len,
             max_windows=max_windows,
             bos_token_id=bos_token_id,

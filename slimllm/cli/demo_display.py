@@ -64,13 +64,7 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
     console.print(f"Pruning {model.stem} by {ratio:.0%} …", style="bold")
     with PruneDisplay(console, quiet=False) as display:
         report = prune(
-            model,
-            out,
-            config,
-            overwrite=overwrite,
-            progress=display.progress,
-            notice=display.notice,
-            command=f"slimllm demo --ratio {ratio}",
+            model, out, config, overwrite=overwrite, progress=display.progress, command=f"slimllm demo --ratio {ratio}"
         )
     console.print("Measuring the model before and after, in turn …", style="bold")
     before, after = _Candidate(*load(model)), _Candidate(*load(out))

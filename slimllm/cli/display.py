@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from slimllm.cli.terminal import Notices
 from slimllm.config import GIB
 from slimllm.experiments.bench.forecast import Forecast
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.tensor_parallel import tensor_parallel_of
 from slimllm.runtime.doctor import Diagnosis
+from slimllm.runtime.progress import LayerMeasured, LayerPruned, PartWritten, Progress, StepTrained
+
+_TITLES = {LayerMeasured: "dense pass", LayerPruned: "pruning", StepTrained: "training", PartWritten: "writing"}
 
 
 class PruneDisplay:
@@ -21,41 +25,44 @@ class PruneDisplay:
 
     def __init__(self, console: Console, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
-        self._bar = Progress(
+        self._bar = rich_progress.Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("{task.fields[layer]}", markup=False),
+            TextColumn("{task.fields[about]}", markup=False),
             console=console,
             disable=quiet,
         )
-        self._tasks: dict[str, Any] = {}
+        self._notices = Notices(console, quiet)
+        self._tasks: dict[type[Progress], TaskID] = {}
 
     def __enter__(self) -> PruneDisplay:
+        self._notices.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._notices.__exit__()
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def notice(self, sentence: str) -> None:
+    def say(self, sentence: str) -> None:
         """Print a sentence above the bar."""
         if not self._quiet:
             self._console.print(sentence, style="dim", highlight=False)
 
-    def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
-        """One more layer is done; a `ProgressCallback`."""
+    def progress(self, event: Progress) -> None:
+        """Move the bar; a `ProgressCallback`."""
         self._bar.start()  # not before there is something to show: an error of the input comes without a bar
-        if stage not in self._tasks or self._bar.tasks[self._tasks[stage]].finished:  # the next ratio
-            title = {"dense": "dense pass", "prune": "pruning", "train": "training", "export": "writing"}[stage]
-            self._tasks[stage] = self._bar.add_task(title, total=num_layers, layer="")
-        layer = ""
-        if stage == "train" and report is not None:
-            layer = f"loss {report['loss']:.3f}"
-        elif report is not None and index + 1 < num_layers:
-            layer = f"ratio {report['ratio']:.3f}, {report['num_heads']} heads, width {report['intermediate_size']}"
-        self._bar.update(self._tasks[stage], completed=index + 1, layer=layer)
+        kind, about = type(event), ""
+        if kind not in self._tasks or self._bar.tasks[self._tasks[kind]].finished:  # the next ratio
+            self._tasks[kind] = self._bar.add_task(_TITLES[kind], total=event.total, about="")
+        if isinstance(event, StepTrained):
+            about = f"loss {event.loss:.3f}"
+        elif isinstance(event, LayerPruned) and event.done < event.total:
+            layer = event.layer
+            about = f"ratio {layer['ratio']:.3f}, {layer['num_heads']} heads, width {layer['intermediate_size']}"
+        self._bar.update(self._tasks[kind], completed=event.done, about=about)
 
     def summary(self, report: PruneReport) -> None:
         """Print what was done."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from slimllm.cli.options import OUT, Bos, TrustRemoteCode, app
-from slimllm.cli.terminal import console, errors
+from slimllm.cli.terminal import Notices, console, errors
 
 
 @app.command("eval")
@@ -59,23 +59,23 @@ def eval_command(
             console.print(f"{name}perplexity {value:.4f}   ({about})", highlight=False)
 
     names = PAPER_TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else ()
-    lines = evaluate(
-        models,
-        text,
-        seq_lens=seq_len or [128],
-        batch_size=batch_size,
-        max_windows=max_windows,
-        bos=bos,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        tasks=names,
-        few_shot=few_shot,
-        limit=limit,
-        include_path=include_path,
-        on_model=on_model,
-        notice=lambda sentence: errors.print(sentence, highlight=False, soft_wrap=True),
-    )
+    with Notices(errors, quiet=False):
+        lines = evaluate(
+            models,
+            text,
+            seq_lens=seq_len or [128],
+            batch_size=batch_size,
+            max_windows=max_windows,
+            bos=bos,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            tasks=names,
+            few_shot=few_shot,
+            limit=limit,
+            include_path=include_path,
+            on_model=on_model,
+        )
     if len(lines) > 1:
         console.print(evaluation_table(lines))
     if others := [line.model for line in lines if not line.log_increase]:

@@ -31,6 +31,6 @@ def export_command(
 
     exporter: Any = chosen_methods(context, exporter=to)["exporter"]
     with PruneDisplay(console, quiet) as display:
-        name = export(model, out, exporter, overwrite=overwrite, progress=display.progress, notice=display.notice)
+        name = export(model, out, exporter, overwrite=overwrite, progress=display.progress)
     if not quiet:
         console.print(f"{out} is written, of the architecture {name}.", highlight=False)

@@ -14,6 +14,7 @@ from slimllm.cli.terminal import console, errors
 from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.report import FinetuneReport
 from slimllm.pruning.report import REPORT_NAME
+from slimllm.runtime.progress import Progress, StepTrained
 
 
 @app.command("finetune")
@@ -46,10 +47,10 @@ def finetune_command(
     with watch_for_other_work(quiet, settings["device"]), PruneDisplay(console, quiet) as display:
         stop = SafeStop(lambda sentence: errors.print(sentence.replace("layer", "step")), Ranks())
 
-        def progress(stage: str, index: int, number: int, about: dict[str, float] | None) -> None:
-            display.progress(stage, index, number, about)
-            if stage == "train":
-                stop.progress(stage, index, number, about)
+        def progress(event: Progress) -> None:
+            display.progress(event)
+            if isinstance(event, StepTrained):
+                stop.progress(event)
 
         try:
             report = finetune(
@@ -61,7 +62,6 @@ def finetune_command(
                 resume=resume,
                 trust_remote_code=trust_remote_code,
                 progress=progress,
-                notice=display.notice,
             )
         except SystemExit:
             left = "the same command with --resume goes on from here"

@@ -22,7 +22,7 @@ class MethodCommand(TyperCommand):
     """A command that takes the options of methods, wherever they stand, and says what was meant by an unknown option."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        taken = METHODS if any(parameter.name == "criterion" for parameter in self.params) else ["exporter"]
+        taken = ["exporter"] if self.name == "export" else METHODS
         methods = [method for kind in taken for method in _REGISTRIES[kind].all().values()]
         options = [_flag(method.name, option) for method in methods for option in get_type_hints(method.Settings)]
         if options:
@@ -59,28 +59,58 @@ def chosen_methods(context: typer.Context, preset: str = "default", **chosen: st
     Raises:
         ValueError: (as InputError) an option is of no method that was chosen, or its value has the wrong type.
     """
-    given: dict[tuple[str, str], str | None] = context.meta[_KEY]
-    row = PRESETS.get(preset) or PRESETS["default"]  # an unknown one is refused with the other settings
-    result: dict[str, Method | str | None] = dict(chosen)
-    used: set[tuple[str, str]] = set()
-    known: list[str] = []
-    for kind, name in chosen.items():
-        method = _REGISTRIES[kind].all().get(name or row[kind])
-        if method is None:
-            _REGISTRIES[kind].make(name)  # says which there are
-            continue
-        hints = get_type_hints(method.Settings)
-        known += [_flag(method.name, option) for option in hints]
-        own = {(of, option): value for (of, option), value in given.items() if of == method.name and option in hints}
-        if own:
-            settings = {option: _value(_flag(of, option), value, hints[option]) for (of, option), value in own.items()}
-            of_preset = row["settings"].get((kind, method.name), {})
-            result[kind] = _REGISTRIES[kind].make(method.name, {**of_preset, **settings})
-        used |= set(own)
-    for of, option in sorted(set(given) - used):
-        there = f"there are {', '.join(known)}" if known else "they have no options"
-        raise InputError(f"{_flag(of, option)} is no option of the methods of this run; {there}.")
+    options = _Options(context)
+    result = options.of(preset, chosen)
+    options.check_used()
     return result
+
+
+def rows_with_options(context: typer.Context, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rows of settings, by name, whose methods have their options; an option is of every row that has its method.
+
+    Raises:
+        ValueError: (as InputError) as `chosen_methods`.
+    """
+    options = _Options(context)
+    result = {}
+    for name, row in rows.items():
+        preset = row.get("preset", "default")
+        result[name] = {**row, **options.of(preset, {kind: row.get(kind) for kind in METHODS})}
+    options.check_used()
+    return result
+
+
+class _Options:
+    """The options of methods on a command line, and which of them have been used."""
+
+    def __init__(self, context: typer.Context) -> None:
+        self._given: dict[tuple[str, str], str | None] = context.meta[_KEY]
+        self._used: set[tuple[str, str]] = set()
+        self._known: list[str] = []
+
+    def of(self, preset: str, chosen: dict[str, str | None]) -> dict[str, Method | str | None]:
+        row = PRESETS.get(preset) or PRESETS["default"]  # an unknown one is refused with the other settings
+        result: dict[str, Method | str | None] = dict(chosen)
+        for kind, name in chosen.items():
+            method = _REGISTRIES[kind].all().get(name or row[kind])
+            if method is None:
+                _REGISTRIES[kind].make(name)  # says which there are
+                continue
+            hints = get_type_hints(method.Settings)
+            self._known += [_flag(method.name, option) for option in hints]
+            own = {key: value for key, value in self._given.items() if key[0] == method.name and key[1] in hints}
+            if own:
+                settings = {option: _value(_flag(of, option), value, hints[option]) for (of, option), value in own.items()}
+                of_preset = row["settings"].get((kind, method.name), {})
+                result[kind] = _REGISTRIES[kind].make(method.name, {**of_preset, **settings})
+            self._used |= set(own)
+        return result
+
+    def check_used(self) -> None:
+        known = list(dict.fromkeys(self._known))
+        for of, option in sorted(set(self._given) - self._used):
+            there = f"there are {', '.join(known)}" if known else "they have no options"
+            raise InputError(f"{_flag(of, option)} is no option of the methods of this run; {there}.")
 
 
 def with_methods(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:

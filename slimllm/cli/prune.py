@@ -18,6 +18,7 @@ from slimllm.config import PruneConfig
 from slimllm.errors import InputError, LostRankError, OutputError
 from slimllm.runtime.distributed import Ranks, launched
 from slimllm.runtime.interrupts import SafeStop
+from slimllm.runtime.progress import Progress
 
 
 @app.command("prune", cls=MethodCommand)
@@ -65,9 +66,9 @@ def prune_command(
         tell = errors.print if ranks.first else _say_nothing
         stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
 
-        def progress(stage: str, index: int, num_layers: int, layer: dict[str, Any] | None) -> None:
-            display.progress(stage, index, num_layers, layer)
-            stop.progress(stage, index, num_layers, layer)
+        def progress(event: Progress) -> None:
+            display.progress(event)
+            stop.progress(event)
 
         try:
             several = group is not None  # to each of them the others are other work
@@ -75,7 +76,7 @@ def prune_command(
                 watch_for_other_work(quiet or several, settings["device"]),
                 PruneDisplay(console, quiet or not ranks.first) as display,
             ):
-                options: Any = {"overwrite": overwrite, "resume": resume, "progress": progress, "notice": display.notice}
+                options: Any = {"overwrite": overwrite, "resume": resume, "progress": progress}
                 options |= {"command": command, "group": group}
                 if len(ratio) == 1:
                     reports = [prune(model, out, config, **options)]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
+from slimllm.cli.methods import MethodCommand, rows_with_options
 from slimllm.cli.options import (
     OUT,
     RATIO,
@@ -18,6 +19,7 @@ from slimllm.cli.options import (
     EvalText,
     MaxWindows,
     Model,
+    Plugin,
     Quiet,
     Samples,
     Seed,
@@ -27,15 +29,19 @@ from slimllm.cli.terminal import console, errors
 from slimllm.runtime.interrupts import SIGNALS, leave
 
 
-@app.command("sweep")
+@app.command("sweep", cls=MethodCommand)
 def sweep_command(
+    context: typer.Context,
     model: Model,
     ratio: Annotated[
         list[str] | None,
         typer.Option(*RATIO, help="FIRST:LAST:STEP, or a number; may be given again. Default: 0.1:0.6:0.1."),
     ] = None,
-    preset: Annotated[list[str] | None, typer.Option(help="As for prune; may be given again. Default: default.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Or a method as for compare; may be given again. Default: default.")
+    ] = None,
     out: Annotated[Path, typer.Option(*OUT, help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
+    plugin: Plugin = None,
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
@@ -57,6 +63,7 @@ def sweep_command(
     """Prune at many ratios: perplexity against parameters and against measured speed, as a table and a picture."""
     from slimllm.cli.sweep_display import run_sweep
     from slimllm.config import PruneConfig
+    from slimllm.experiments.methods import rows_of
     from slimllm.experiments.sweep import parse_ratios
 
     for number in SIGNALS:  # the points that are there stay
@@ -72,13 +79,14 @@ def sweep_command(
         head_unit=head_unit,
         device=device,
     )
+    rows = rows_with_options(context, rows_of(preset or ["default"]))
     try:
         with watch_for_other_work(quiet, device):
             run_sweep(
                 console,
                 model,
                 ratios,
-                preset or ["default"],
+                rows,
                 config,
                 text,
                 eval_len,

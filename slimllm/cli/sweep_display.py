@@ -21,6 +21,7 @@ from slimllm.config import PruneConfig, parse_device
 from slimllm.errors import InputError, OutputError
 from slimllm.evaluation.perplexity import evaluation_tokens
 from slimllm.experiments.bench.run import machine
+from slimllm.experiments.methods import config_of
 from slimllm.experiments.sweep import Swept, on_front, sweep
 from slimllm.pruning.report import versions
 
@@ -31,7 +32,7 @@ def run_sweep(
     console: Console,
     model: str,
     ratios: list[float],
-    presets: list[str],
+    presets: dict[str, dict[str, Any]],
     config: PruneConfig,
     text: str | None,
     eval_len: int,
@@ -73,22 +74,24 @@ def run_sweep(
         "threads": torch.get_num_threads(),
         "slimllm": versions()["slimllm"],
     }
+    methods = {name: config_of(config, row, config.ratio).to_dict()["method_settings"] for name, row in presets.items()}
     file = out / POINTS
     others = [path.name for path in out.iterdir() if path.name not in presets] if out.is_dir() else []
     if others and not file.exists():  # of the presets there may be kept models of a sweep without a point yet
         raise InputError(f"The folder {out} is not empty ({others[0]}) and holds no sweep; give another one.")
-    done = _read(file, settings, resume)
+    done = _read(file, settings, methods, resume)
     with PruneDisplay(console, quiet) as display, _folder(out):
-        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, display.notice, config.bos)
+        tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, config.bos)
 
         def on_point(point: Swept) -> None:
             try:
                 with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps({**dataclasses.asdict(point), **settings}) + "\n")
+                    of_point = {**settings, "methods": methods.get(point.preset)}
+                    lines.write(json.dumps({**dataclasses.asdict(point), **of_point}) + "\n")
             except OSError as error:
                 raise OutputError(f"A point could not be written to {file}: {error.strerror}.") from error
             about = "dense" if point.preset == "dense" else f"{point.preset} at {point.ratio:g}"
-            display.notice(f"{about}: perplexity {point.perplexity:.2f}, decoding x {point.decode_speedup:.2f}")
+            display.say(f"{about}: perplexity {point.perplexity:.2f}, decoding x {point.decode_speedup:.2f}")
 
         points = sweep(
             model,
@@ -137,7 +140,7 @@ def _folder(out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def _read(file: Path, settings: dict[str, Any], resume: bool) -> list[Swept]:
+def _read(file: Path, settings: dict[str, Any], methods: dict[str, Any], resume: bool) -> list[Swept]:
     if not file.exists():
         return []
     if not resume:
@@ -154,7 +157,7 @@ def _read(file: Path, settings: dict[str, Any], resume: bool) -> list[Swept]:
             point = Swept(**{field.name: row.pop(field.name) for field in dataclasses.fields(Swept)})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"Line {number} of {file} is no point of a sweep; give another folder.") from None
-        for name, value in settings.items():
+        for name, value in {**settings, "methods": methods.get(point.preset, row.get("methods"))}.items():
             if row.get(name) != value:
                 raise InputError(
                     f"The sweep in {file.parent} had another {name} ({row.get(name)}) than this one ({value}); "

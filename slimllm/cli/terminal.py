@@ -6,6 +6,7 @@ disk or a terminal that is gone takes nothing more; the work goes on, and `lost`
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from typing import Any, TextIO
@@ -59,9 +60,42 @@ class _Stream:
         return getattr(self._file, name)
 
 
+_log = logging.getLogger("slimllm")
 _output, _errors = _Stream("stdout"), _Stream("stderr")
 console = Console(file=_output, markup=False, emoji=False)  # type: ignore[arg-type]
 errors = Console(file=_errors, markup=False, emoji=False)  # type: ignore[arg-type]
+
+
+class Notices(logging.Handler):
+    """Prints what the package logs while a command runs, each sentence once; warnings and errors with `quiet`, too.
+
+    Args:
+        console: Where sentences go; errors go to the standard error.
+        quiet: Print nothing below a warning, and warnings on the standard error.
+    """
+
+    def __init__(self, console: Console, quiet: bool) -> None:
+        super().__init__(logging.WARNING if quiet else logging.INFO)
+        self._console = errors if quiet else console
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sentence = self.format(record)
+        if sentence in self._said:
+            return
+        self._said.add(sentence)
+        if record.levelno >= logging.ERROR:
+            errors.print(sentence, highlight=False, soft_wrap=True)
+        else:
+            self._console.print(sentence, style="dim", highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Notices:
+        _log.addHandler(self)
+        _log.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        _log.removeHandler(self)
 
 
 def open_closed_streams() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -131,12 +130,7 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def evaluation_tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str | None,
-    seq_len: int,
-    max_windows: int | None = None,
-    notice: Callable[[str], None] | None = None,
-    bos: str = "auto",
+    tokenizer: PreTrainedTokenizerBase, text: str | None, seq_len: int, max_windows: int | None = None, bos: str = "auto"
 ) -> torch.Tensor:
     """Read a text to measure on, as a stream of token ids.
 
@@ -145,7 +139,6 @@ def evaluation_tokens(
         text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled one.
         seq_len, max_windows: Windows that are wanted of it; None: all of a file, and 2048 of a dataset, which may have no
             end.
-        notice: Called with a sentence if documents are skipped.
         bos: As for `PruneConfig`.
 
     Returns:
@@ -159,7 +152,7 @@ def evaluation_tokens(
     wanted: float = (max_windows or _DATASET_WINDOWS) * seq_len
     if max_windows is None and Path(text).expanduser().is_file():
         wanted = math.inf
-    return tokenize(tokenizer, read_texts(text, wanted, tokenizer=tokenizer, notice=notice), bos)
+    return tokenize(tokenizer, read_texts(text, wanted, tokenizer=tokenizer), bos)
 
 
 def perplexity_of(

@@ -71,7 +71,6 @@ def evaluate(
     limit: int | None = None,
     include_path: Path | None = None,
     on_model: Callable[[Evaluated], None] | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> list[Evaluated]:
     """Perplexity of models on the same text and accuracy on the same tasks, one model in memory at a time.
 
@@ -86,7 +85,6 @@ def evaluate(
         dtype, device, trust_remote_code: As for `load`.
         tasks, few_shot, limit, include_path: As for `zero_shot`; no tasks: only perplexity.
         on_model: Told about every model as soon as it is done.
-        notice: Called with a sentence if documents of the text are skipped.
 
     Raises:
         ValueError: (as InputError) a model is not there, before any is loaded, or what `load`, `perplexity`
@@ -102,7 +100,7 @@ def evaluate(
     for model in models:
         started = time.perf_counter()
         loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        tokens = evaluation_tokens(tokenizer, text, max(seq_lens), max_windows, None if done else notice, bos)
+        tokens = evaluation_tokens(tokenizer, text, max(seq_lens), max_windows, bos)
         bos_token_id, found, windows = window_bos(tokenizer, bos), {}, {}
         for seq_len in seq_lens:
             found[seq_len] = perplexity(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +20,11 @@ from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.evaluation.perplexity import perplexity_of
+from slimllm.experiments.methods import METHODS, config_of, rows_of
 from slimllm.pruning.jobs import prune_all
 from slimllm.pruning.report import PruneReport
-from slimllm.pruning.run import Notice
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
-
-# The settings of each method, by the name in the table. Those that measure most come first, so that others can use it.
-METHODS: dict[str, dict[str, Any]] = {
-    "best": {"preset": "best"},
-    "flap": {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
-    "flap, uniform": {"criterion": "flap", "allocation": "uniform", "recovery": "bias"},
-    "slimllm": {"preset": "default"},
-    "slimllm + lstsq": {"recovery": "lstsq"},
-    "obs + lstsq": {"criterion": "obs", "recovery": "lstsq"},
-    "wanda-sp": {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "none"},
-    "wanda-sp + lstsq": {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "lstsq"},
-    "magnitude": {"criterion": "magnitude", "allocation": "uniform", "recovery": "none"},
-    "random": {"criterion": "random", "allocation": "uniform", "recovery": "none"},
-}
 
 
 @dataclass(frozen=True)
@@ -73,13 +59,12 @@ def compare(
     config: PruneConfig,
     token_ids: torch.Tensor,
     *,
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] | Mapping[str, Mapping[str, Any]] = tuple(METHODS),
     seq_len: int = 128,
     max_windows: int | None = None,
     bos_token_id: int | None = None,
     workdir: Path | None = None,
     progress: ProgressCallback | None = None,
-    notice: Notice | None = None,
     on_line: Callable[[Compared], None] | None = None,
 ) -> list[Compared]:
     """Prune a model by every method at every ratio, and measure each on the same text.
@@ -90,12 +75,12 @@ def compare(
         config: The settings that all have in common: calibration, memory, device. A method sets the criterion, the
             allocation, the recovery and the token weights.
         token_ids: The text to measure on, (num_tokens,) int64; not the calibration's.
-        methods: Names in `METHODS`.
+        methods: Names, see `slimllm.experiments.methods.row_of`; or settings of `PruneConfig` by a name for the table.
         seq_len: Tokens per window of the text.
         max_windows: So many windows from its beginning; None: all.
         bos_token_id: As for `perplexity`.
         workdir: Where the model at work is written, and deleted again; None: the system's temporary folder.
-        progress, notice: As for `prune`.
+        progress: As for `prune`.
         on_line: Told every line as soon as it is there.
 
     Returns:
@@ -104,17 +89,9 @@ def compare(
     Raises:
         ValueError: (as InputError) a method is not known, or what `prune` and `perplexity` raise.
     """
-    for name in methods:
-        if name not in METHODS:
-            raise InputError(f"{name!r} is no method; there are {', '.join(METHODS)}.")
     if not methods or not ratios:
         raise InputError("Give at least one method and one ratio.")
-    configs = {
-        (name, ratio): config.with_preset(**{"preset": "default", **METHODS[name]}, ratio=ratio)
-        for name in METHODS
-        if name in methods
-        for ratio in ratios
-    }
+    configs = {(name, ratio): config_of(config, row, ratio) for name, row in rows_of(methods).items() for ratio in ratios}
     checkpoint = open_checkpoint(model)
     lines: list[Compared] = []
 
@@ -130,7 +107,7 @@ def compare(
 
     dense = measure(model)
     with tempfile.TemporaryDirectory(prefix="slimllm-compare-", dir=workdir) as folder:
-        jobs = [(Path(folder) / f"{name} {ratio}", one) for (name, ratio), one in configs.items()]
+        jobs = [(Path(folder) / str(number), one) for number, one in enumerate(configs.values())]
         names = dict(zip((out for out, _ in jobs), configs))
 
         def on_report(report: PruneReport, out: Path) -> None:
@@ -154,5 +131,5 @@ def compare(
                 )
             )
 
-        prune_all(checkpoint, jobs, False, False, progress, notice, None, Ranks(), on_report)
+        prune_all(checkpoint, jobs, False, False, progress, None, Ranks(), on_report)
     return lines

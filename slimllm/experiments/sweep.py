@@ -7,10 +7,11 @@ import re
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +23,9 @@ from slimllm.evaluation.latency import Shape, measure_latency
 from slimllm.evaluation.latency.measure import check_shapes
 from slimllm.evaluation.latency.worker import check_length
 from slimllm.evaluation.perplexity import perplexity_of
+from slimllm.experiments.methods import config_of, rows_of
 from slimllm.pruning.jobs import prune_all
 from slimllm.pruning.report import PruneReport
-from slimllm.pruning.run import Notice
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.memory import release
 from slimllm.runtime.progress import ProgressCallback
@@ -35,7 +36,7 @@ class Swept:
     """One point of the sweep.
 
     Attributes:
-        preset: That it was pruned by; `dense` for the model as it is.
+        preset: The preset, or another method, that it was pruned by; `dense` for the model as it is.
         ratio: What was asked for; 0 for the dense model.
         parameters: Of the whole model.
         perplexity: On the text.
@@ -86,7 +87,7 @@ def sweep(
     config: PruneConfig,
     token_ids: torch.Tensor,
     *,
-    presets: Sequence[str] = ("default",),
+    presets: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("default",),
     seq_len: int = 128,
     max_windows: int | None = None,
     bos_token_id: int | None = None,
@@ -97,7 +98,6 @@ def sweep(
     workdir: str | Path | None = None,
     done: Sequence[Swept] = (),
     progress: ProgressCallback | None = None,
-    notice: Notice | None = None,
     on_point: Callable[[Swept], None] | None = None,
 ) -> list[Swept]:
     """Prune a model at every ratio, and measure each: its perplexity on a text, and its speed beside the dense model's.
@@ -107,13 +107,13 @@ def sweep(
         ratios: Fractions of the layers' parameters to remove.
         config: Calibration, memory, device; the preset sets criterion, allocation, recovery and token weights.
         token_ids: The text to measure on, (num_tokens,) int64; not the calibration's.
-        presets: Each is pruned by at all ratios, with one dense pass.
+        presets: Names of presets or other methods, as for `compare`. Each prunes at all ratios, with one dense pass.
         seq_len, max_windows, bos_token_id: Of that text, as for `perplexity`.
         prompt, new_tokens, rounds: As for `measure_latency`.
         keep: A folder for the pruned models, PRESET/RATIO; None: each is deleted when it has been measured.
         workdir: Where the one at work is otherwise written; None: the system's temporary folder.
         done: Points of an earlier sweep with the same settings, which are not measured again.
-        progress, notice: As for `prune`.
+        progress: As for `prune`.
         on_point: Told about every point as soon as it is there.
 
     Returns:
@@ -129,10 +129,10 @@ def sweep(
     checkpoint = open_checkpoint(model)
     check_length(checkpoint.config, str(model), Shape(1, prompt, new_tokens))
     there = {(point.preset, point.ratio) for point in points}
-    presets = list(dict.fromkeys(presets))
+    rows = rows_of(presets)
     configs = {
-        (preset, ratio): config.with_preset(preset, ratio=ratio)
-        for preset in presets
+        (preset, ratio): config_of(config, row, ratio)
+        for preset, row in rows.items()
         for ratio in ratios
         if (preset, ratio) not in there
     }
@@ -148,7 +148,7 @@ def sweep(
         )
 
     def on_report(report: PruneReport, out: Path) -> None:
-        preset, ratio = report.config["preset"], report.config["ratio"]
+        preset, ratio = names[out]
         if (preset, ratio) in there:
             return
         release()
@@ -175,14 +175,16 @@ def sweep(
         if keep is None:
             shutil.rmtree(out)  # the next one may be as large
 
+    names: dict[Path, tuple[str, float]] = {}
     dense = next((point.perplexity for point in points if point.preset == "dense"), None) or measured(model)
     with tempfile.TemporaryDirectory(prefix="slimllm-sweep-", dir=workdir) as folder:
-        for preset in presets:
+        for preset in rows:
             where = destination(Path(keep or folder) / preset)
             jobs = [(where / str(ratio), one) for (name, ratio), one in configs.items() if name == preset]
+            names |= {out: (preset, one.ratio) for out, one in jobs}
             if jobs:
-                prune_all(checkpoint, jobs, False, keep is not None, progress, notice, None, Ranks(), on_report)
-    order = {preset: number for number, preset in enumerate(["dense", *presets])}
+                prune_all(checkpoint, jobs, False, keep is not None, progress, None, Ranks(), on_report)
+    order = {preset: number for number, preset in enumerate(["dense", *rows])}
     return sorted(points, key=lambda point: (order.get(point.preset, len(order)), point.ratio))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from slimllm.checkpoints.destination import destination
@@ -21,7 +20,6 @@ def export(
     *,
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
-    notice: Callable[[str], None] | None = None,
 ) -> str:
     """Write a model in another form, a layer in memory at a time.
 
@@ -33,14 +31,15 @@ def export(
     Tensors that change nothing are left out where the form has no place for them: a copy of the embeddings as the head of a
     tied model, biases that are 0 in every layer.
 
+    What is worth knowing is logged: for `stock` and `padded` over how many devices tensor parallelism can split the model,
+    for `gguf` which matrices llama.cpp cannot quantise as it is told to.
+
     Args:
         model: A Hugging Face folder, pruned or not, or a hub id.
         out: The folder, or for `gguf` the file, to make. It appears when it is complete.
         to: `stock`, `padded`, `gguf`, or another `slimllm.export.Exporter` or its name.
         overwrite: Replace what is in its place already, if that is a model.
-        progress: Called after everything that is written.
-        notice: Called with a sentence: for `stock` and `padded` over how many devices tensor parallelism can split the
-            model, for `gguf` which matrices llama.cpp cannot quantise as it is told to.
+        progress: Called with a `PartWritten` after every part that is written.
 
     Returns:
         The architecture that was written.
@@ -57,4 +56,4 @@ def export(
     if not exporter.checks_destination and out.exists() and not overwrite:
         raise InputError(f"{out} exists; give another place, or --overwrite.")
     with calling(exporter, "writing the model"):
-        return exporter.write(ExportJob(ExportSource(checkpoint), out, overwrite, progress, notice))
+        return exporter.write(ExportJob(ExportSource(checkpoint), out, overwrite, progress))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -23,15 +22,13 @@ class ExportJob:
         source: The model; `weights(index)` reads one layer, `sizes()` has the sizes of all.
         out: The folder or file to make; it must appear when it is complete, and not before.
         overwrite: Whether to replace a model that is there.
-        progress: Called after every part that is written; None: nobody.
-        notice: Called with a sentence that is worth knowing; None: nobody.
+        progress: Called with a `PartWritten` after every part; None: nobody.
     """
 
     source: ExportSource
     out: Path
     overwrite: bool = False
     progress: ProgressCallback | None = None
-    notice: Callable[[str], None] | None = None
 
 
 class Exporter(Method, ABC):

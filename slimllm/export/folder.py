@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 from abc import abstractmethod
@@ -19,6 +20,9 @@ from slimllm.export.padding import pad_layer
 from slimllm.export.source import ExportSource
 from slimllm.models.slicing import LayerSizes
 from slimllm.pruning.tensor_parallel import tensor_parallel_line, tensor_parallel_sizes
+from slimllm.runtime.progress import PartWritten
+
+_log = logging.getLogger("slimllm")
 
 
 class FolderExporter(Exporter):
@@ -36,10 +40,9 @@ class FolderExporter(Exporter):
         form, wanted = self._form(source)
         sizes = source.sizes()
         check_space(job.out, _bytes(source, sizes, wanted))
-        if job.notice:
-            for sentence in checkpoint.left_out():
-                job.notice(sentence)
-            job.notice(f"{tensor_parallel_line(tensor_parallel_sizes(map(_alike, [wanted] if wanted else sizes)))}.")
+        for sentence in checkpoint.left_out():
+            _log.info(sentence)
+        _log.info("%s.", tensor_parallel_line(tensor_parallel_sizes(map(_alike, [wanted] if wanted else sizes))))
         _write(job, sizes, wanted, form)
         return form.name
 
@@ -129,7 +132,7 @@ def _write(job: ExportJob, sizes: list[LayerSizes], wanted: LayerSizes | None, f
             complete = form.complete(tensors, source.spec)
             writer.write_shard(index + 1, {prefix + name: tensor for name, tensor in complete.items()})
             if job.progress:
-                job.progress("export", index, source.num_layers, None)
+                job.progress(PartWritten(index + 1, source.num_layers))
         writer.write_shard(source.num_layers + 1, checkpoint.read(source.other_tensors()))
         write_config(form.config, writer.folder)
         checkpoint.write_companions(writer.folder)

@@ -5,6 +5,7 @@ Layers alike and without biases are written as `llama`, others as `deci`, LLaMA'
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
@@ -25,7 +26,9 @@ from slimllm.export.base import Exporter, ExportJob, register_exporter
 from slimllm.export.gguf_vocabulary import add_vocabulary
 from slimllm.models.families.llama import LLAMA
 from slimllm.models.slicing import LayerSizes
-from slimllm.runtime.progress import ProgressCallback
+from slimllm.runtime.progress import PartWritten, ProgressCallback
+
+_log = logging.getLogger("slimllm")
 
 _FILE_TYPES = {
     torch.float32: gguf.LlamaFileType.ALL_F32,
@@ -51,15 +54,15 @@ class Gguf(Exporter):
 
 def _write_file(job: ExportJob) -> str:
     """Write the file, and give the architecture."""
-    source, out, overwrite, progress, notice = job.source, job.out, job.overwrite, job.progress, job.notice
+    source, out, overwrite, progress = job.source, job.out, job.overwrite, job.progress
     source.leave_out(set().union(*source.zero_biases()))
     sizes = source.sizes()
     _check(source, sizes, out, overwrite)
     alike = all(size == sizes[0] for size in sizes)
     biases = any(size.qkv_bias or size.attention_out_bias or size.gate_bias or size.ffn_out_bias for size in sizes)
     architecture = "llama" if alike and not biases else "deci"
-    if notice and (sentence := _about_row_lengths(source)):
-        notice(sentence)
+    if sentence := _about_row_lengths(source):
+        _log.warning(sentence)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         check_space(out, sum(math.prod(shape) * _dtype(source, name).itemsize for name, shape in source.shapes().items()))
@@ -159,7 +162,7 @@ def _write(
         content: Any = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
         writer.write_tensor_data(content.numpy())
         if progress:
-            progress("export", number, len(names), None)
+            progress(PartWritten(number + 1, len(names)))
     writer.close()
 
 

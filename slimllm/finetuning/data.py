@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ from slimllm.calibration import (
 )
 from slimllm.checkpoints.tokenizer import encode
 from slimllm.errors import InputError
-from slimllm.pruning.run import Notice, say_nothing
 
+_log = logging.getLogger("slimllm")
 # Stanford Alpaca's, on which LLM-Pruner and SlimLLM train.
 _ALONE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -48,9 +49,7 @@ class Example:
     given: int = 0
 
 
-def read_examples(
-    data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int, notice: Notice = say_nothing
-) -> list[Example]:
+def read_examples(data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> list[Example]:
     """Read the examples of a file.
 
     Args:
@@ -61,8 +60,7 @@ def read_examples(
             whose tokens are learnt.
         tokenizer: The model's.
         seq_len: Tokens of an example at most. Longer answers are cut off; what leaves no room for its answer, or has none,
-            is left out, as is what is not valid Unicode.
-        notice: Told how many are.
+            is left out, as is what is not valid Unicode; how many are is logged.
 
     Raises:
         ValueError: (as InputError) there is no such file, it cannot be read, or gives no example.
@@ -79,7 +77,7 @@ def read_examples(
     records = _checked(numbered, name)
     clean = [(number, record) for number, record in records if is_unicode(_everything(record))]
     if broken := len(records) - len(clean):
-        notice(f"{broken} of {len(records)} examples are not valid Unicode and are left out.")
+        _log.warning("%d of %d examples are not valid Unicode and are left out.", broken, len(records))
     kinds = {_kind(record) for _, record in records}
     if len(kinds) > 1:
         kind = "text" if "text" in kinds else "messages"
@@ -87,7 +85,7 @@ def read_examples(
     if kinds == {"text"}:
         texts = [record["text"] for _, record in clean if record["text"]]
         if empty := len(clean) - len(texts):
-            notice(f"{empty} of {len(records)} examples have no text and are left out.")
+            _log.warning("%d of %d examples have no text and are left out.", empty, len(records))
         stream = tokenize(tokenizer, texts)
         windows = windows_of(stream, seq_len, window_bos(tokenizer, "auto"))
         examples = [Example(tuple(window.tolist())) for window in windows]
@@ -97,7 +95,9 @@ def read_examples(
             one for number, record in clean if (one := make(record, f"Entry {number} of {name}", tokenizer, seq_len))
         ]
         if left_out := len(clean) - len(examples):
-            notice(f"{left_out} of {len(records)} examples have no answer, or no room for it in {seq_len} tokens.")
+            _log.warning(
+                "%d of %d examples have no answer, or no room for it in %d tokens.", left_out, len(records), seq_len
+            )
     if not examples:
         raise InputError(f"{name} gives no example of {seq_len} tokens; give more text, or another seq_len.")
     return examples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shutil
 import time
 import zlib
@@ -27,9 +28,10 @@ from slimllm.finetuning.data import Example, read_examples
 from slimllm.finetuning.report import FINETUNE_NAME, FinetuneReport, add_to_model_card
 from slimllm.pruning.identity import checksum_of, environment_of, say_changes
 from slimllm.pruning.report import REPORT_NAME, versions
-from slimllm.pruning.run import Notice, say_nothing
 from slimllm.runtime import memory
-from slimllm.runtime.progress import ProgressCallback
+from slimllm.runtime.progress import PartWritten, ProgressCallback, StepTrained
+
+_log = logging.getLogger("slimllm")
 
 
 def finetune(
@@ -42,7 +44,6 @@ def finetune(
     resume: bool = False,
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
-    notice: Notice = say_nothing,
 ) -> FinetuneReport:
     """Train a model, pruned or not, by LoRA on all projections of its layers, and write it, merged, in its own format.
 
@@ -54,9 +55,8 @@ def finetune(
         overwrite: Replace a model that is in `out` already.
         resume: Go on with the training that was interrupted, if one was: the result becomes what it would have been.
         trust_remote_code: Run Python code that comes with the model, such as that of its tokenizer.
-        progress: Told about every step ("train", with its loss) and, in the end, every layer that is written ("export"). An
-            exception of its stops the training there, with its state on the disk.
-        notice: Told, in sentences, what is worth knowing.
+        progress: Called after every step (`StepTrained`) and, in the end, every layer that is written (`PartWritten`). An
+            exception that it raises stops the training there, with its state on the disk.
 
     Returns:
         The report, which is also written to `out`/finetune.json.
@@ -84,20 +84,20 @@ def finetune(
         raise InputError(f"{model} is a GGUF file; give the folder of a Hugging Face model, such as slimllm prune writes.")
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
     for sentence in checkpoint.left_out():
-        notice(sentence)
+        _log.info(sentence)
     if config.rank > source.config.hidden_size:
         raise InputError(
             f"rank is {config.rank}, but the model's matrices have only {source.config.hidden_size} rows or columns; "
             "give less."
         )
-    examples, held_out = _examples(data, checkpoint.tokenizer(trust_remote_code), config, source, notice)
+    examples, held_out = _examples(data, checkpoint.tokenizer(trust_remote_code), config, source)
     compute_dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     identity = _identity(source, examples + held_out, config, compute_dtype)
     if resume and not can_resume(out) and (out / FINETUNE_NAME).is_file():
         report = FinetuneReport.read(out)
         if report.identity == json.loads(json.dumps(identity)):
             remove_leftover(out)
-            notice(f"{out} is complete already.")
+            _log.info("%s is complete already.", out)
             return report
     check_destination(out, [checkpoint.path, Path(data).expanduser()], overwrite or in_place)
     check_space(out, sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors")))
@@ -112,7 +112,7 @@ def finetune(
         if missing:
             raise InputError(f"{missing[0]} of {model} is stored in a form of its own; prune the model first.")
         memory.reset_peak(device)
-        curve = _train(training, held_out, config, writer.journal, started, progress, notice)
+        curve = _train(training, held_out, config, writer.journal, started, progress)
         _write(training, source, writer, progress)
         report = FinetuneReport(
             model=str(model),
@@ -139,11 +139,11 @@ def finetune(
 
 
 def _examples(
-    data: str | Path, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: CheckpointModel, notice: Notice
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: CheckpointModel
 ) -> tuple[list[Example], list[Example]]:
     """Those to train on, and those held out."""
     check_seq_len(config.seq_len, source.config)
-    every = read_examples(data, tokenizer, config.seq_len, notice)
+    every = read_examples(data, tokenizer, config.seq_len)
     if max(max(example.ids) for example in every) >= source.config.vocab_size:
         raise InputError("The tokenizer has more tokens than the model's vocabulary; is it the tokenizer of this model?")
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -176,7 +176,6 @@ def _train(
     journal: Journal,
     started: float,
     progress: ProgressCallback | None,
-    notice: Notice,
 ) -> dict[str, Any]:
     """All steps that are left: the curve, as the report has it."""
     curve: dict[str, Any] = {"loss": [], "held_out": [], "tokens": 0, "elapsed_s": 0.0}
@@ -184,8 +183,8 @@ def _train(
         training.restore(journal.state(), len(steps[-1]["loss"]))
         curve = {name: steps[-1][name] for name in curve}
         started -= curve["elapsed_s"]
-        notice(f"Going on behind step {training.done} of {training.num_steps}.")
-        say_changes(journal, training.device, 1, notice)
+        _log.info("Resuming after step %d of %d.", training.done, training.num_steps)
+        say_changes(journal, training.device, 1)
     elif held_out:
         curve["held_out"].append([0, training.mean_loss(held_out)])
 
@@ -204,7 +203,7 @@ def _train(
             record()
         try:
             if progress:
-                progress("train", training.done - 1, training.num_steps, {"loss": loss})
+                progress(StepTrained(training.done, training.num_steps, loss))
         except BaseException:
             if not save:
                 record()
@@ -226,7 +225,7 @@ def _write(training: Any, source: CheckpointModel, writer: CheckpointWriter, pro
             tensors[prefix + name] = tensor
         writer.write_shard(index + 1, tensors)
         if progress:
-            progress("export", index, source.num_layers, None)
+            progress(PartWritten(index + 1, source.num_layers))
     writer.write_shard(source.num_layers + 1, checkpoint.read(source.other_tensors()))
     checkpoint.write_companions(writer.folder)
     for file in (

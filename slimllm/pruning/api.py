@@ -22,7 +22,7 @@ from slimllm.pruning.identity import compare_identities, identity_in_memory
 from slimllm.pruning.jobs import prune_all
 from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.report import PruneReport
-from slimllm.pruning.run import Notice, Run, say_nothing
+from slimllm.pruning.run import Run
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
@@ -36,7 +36,6 @@ def prune(
     overwrite: bool = False,
     resume: bool = False,
     progress: ProgressCallback | None = None,
-    notice: Notice | None = None,
     command: str | None = None,
     group: ProcessGroup | None = None,
 ) -> PruneReport:
@@ -48,9 +47,8 @@ def prune(
         config: The settings.
         overwrite: Replace a model that is in `out` already.
         resume: Go on with the run that was interrupted, if one was: the files become what they would have been.
-        progress: Told about every layer that is done, see `ProgressCallback`; an exception of its stops the run there (in
-            a group it is called, and has to raise, in every process).
-        notice: Told, in sentences, what is worth knowing about the run.
+        progress: Called after every layer with a `LayerMeasured` or `LayerPruned`; an exception that it raises stops the
+            run there (in a group it is called, and has to raise, in every process).
         command: The command line, for the model card; None: the equivalent Python call.
         group: Processes of torch.distributed that prune together, all of which make this call; the first one writes. None:
             this process alone.
@@ -64,8 +62,9 @@ def prune(
             disk is full or failed, or another process of the group is gone; the run can be resumed.
     """
     check_config(config)
-    jobs = [(destination(out), config)]
-    return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))[0]
+    jobs, ranks = [(destination(out), config)], Ranks(group)
+    with ranks.one_log():
+        return prune_all(model, jobs, overwrite, resume, progress, command, ranks)[0]
 
 
 def prune_ratios(
@@ -77,7 +76,6 @@ def prune_ratios(
     overwrite: bool = False,
     resume: bool = False,
     progress: ProgressCallback | None = None,
-    notice: Notice | None = None,
     command: str | None = None,
     group: ProcessGroup | None = None,
 ) -> list[PruneReport]:
@@ -87,7 +85,7 @@ def prune_ratios(
     layers and depends on no ratio. From the first pruned layer on their activations differ, and nothing can be shared.
 
     Args:
-        model, overwrite, resume, progress, notice, command, group: As for `prune`; with `resume`, what is complete is left.
+        model, overwrite, resume, progress, command, group: As for `prune`; with `resume`, what is complete is left.
         out: The folder to make the results in; it may exist.
         config: The settings; `ratio` does not apply.
         ratios: The ratios, all different.
@@ -102,7 +100,9 @@ def prune_ratios(
     if not ratios or len(set(ratios)) < len(ratios):
         raise InputError(f"ratios must be different from each other, and one at least, got {list(ratios)}.")
     jobs = [(destination(Path(out) / str(ratio)), dataclasses.replace(config, ratio=ratio)) for ratio in ratios]
-    return prune_all(model, jobs, overwrite, resume, progress, notice, command, Ranks(group))
+    ranks = Ranks(group)
+    with ranks.one_log():
+        return prune_all(model, jobs, overwrite, resume, progress, command, ranks)
 
 
 def prune_model(
@@ -111,7 +111,6 @@ def prune_model(
     config: PruneConfig,
     *,
     progress: ProgressCallback | None = None,
-    notice: Notice | None = None,
     group: ProcessGroup | None = None,
 ) -> PruneReport:
     """Prune a model in memory, in place: its layers shrink and its class becomes that of the native format.
@@ -123,7 +122,7 @@ def prune_model(
         tokenizer_or_token_ids: What turns the calibration text into token ids, or the windows themselves, (samples,
             seq_len) int64.
         config: The settings; `dtype`, `compute_dtype`, `device` and budgets of memory do not apply: the model has its own.
-        progress, notice, group: As for `prune`; every process of a group has a copy of the model, which all prune alike.
+        progress, group: As for `prune`; every process of a group has a copy of the model, which all prune alike.
 
     Raises:
         ValueError: (as InputError) something about the input is wrong; the model is then untouched, unless its hidden
@@ -132,38 +131,32 @@ def prune_model(
     """
     started = time.perf_counter()
     ranks = Ranks(group)
-    if notice is None or not ranks.first:
-        notice = say_nothing
-    with ranks.together():
-        run = _prepare(model, tokenizer_or_token_ids, config, notice, started, ranks)
+    with ranks.one_log(), ranks.together():
+        run = _prepare(model, tokenizer_or_token_ids, config, started, ranks)
     source = run.source
     compare_identities(identity_in_memory(source, run.calibration, run.plan.config), ranks)
     training = model.training
     model.eval()
 
-    try:
-        context = run.context(progress)
-        dense = run.dense_pass(context, None)
-        allocated, output = run.allocate(dense)
-        pruning = Pruning(context, dense, allocated.budgets)
-        for pruned in pruning:
-            tensors = output.complete(pruned.layer.tensors, source.spec)
-            pruned.parameters = sum(tensor.numel() for tensor in tensors.values())
-    finally:
-        model.train(training)
-    convert_in_place(model, output, source.spec)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    name = model.config.name_or_path or type(model).__name__
-    return run.report(pruning, allocated, output, name, None, parameters)
+    with ranks.one_log():
+        try:
+            context = run.context(progress)
+            dense = run.dense_pass(context, None)
+            allocated, output = run.allocate(dense)
+            pruning = Pruning(context, dense, allocated.budgets)
+            for pruned in pruning:
+                tensors = output.complete(pruned.layer.tensors, source.spec)
+                pruned.parameters = sum(tensor.numel() for tensor in tensors.values())
+        finally:
+            model.train(training)
+        convert_in_place(model, output, source.spec)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        name = model.config.name_or_path or type(model).__name__
+        return run.report(pruning, allocated, output, name, None, parameters)
 
 
 def _prepare(
-    model: PreTrainedModel,
-    given: PreTrainedTokenizerBase | torch.Tensor,
-    config: PruneConfig,
-    notice: Notice,
-    started: float,
-    ranks: Ranks,
+    model: PreTrainedModel, given: PreTrainedTokenizerBase | torch.Tensor, config: PruneConfig, started: float, ranks: Ranks
 ) -> Run:
     """All of `prune_model` that can refuse its arguments."""
     check_config(config)
@@ -182,6 +175,6 @@ def _prepare(
     if isinstance(given, torch.Tensor):
         config = dataclasses.replace(config, calibration=given)
     tokenizer = None if isinstance(given, torch.Tensor) else given
-    calibration = calibration_windows(config, tokenizer, source.config, notice)
+    calibration = calibration_windows(config, tokenizer, source.config)
     memory.warm_up(source.device)
-    return Run(source, calibration, config, notice, started, memory.resident_gib() * GIB, ranks=ranks)
+    return Run(source, calibration, config, started, memory.resident_gib() * GIB, ranks=ranks)

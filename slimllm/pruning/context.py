@@ -10,7 +10,8 @@ from slimllm.checkpoints.source import ModelSource
 from slimllm.config import PruneConfig
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement
-from slimllm.runtime.progress import ProgressCallback, Stopwatch
+from slimllm.runtime.progress import ProgressCallback
+from slimllm.runtime.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from slimllm.pruning.shapes import layer_shapes
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement, Stream
 from slimllm.runtime.memory import trim
+from slimllm.runtime.progress import LayerMeasured
 from slimllm.statistics import ColumnStatistics, GramStatistics
 from slimllm.statistics.tokens import layer_similarity
 
@@ -148,7 +149,7 @@ def run_dense_pass(run: RunContext) -> DensePass:
                     states = probes.states.cpu() if probes else None
                     record.add("dense", stream, states, **dataclasses.asdict(layers[-1]), **last, **watch.so_far())
             if run.progress:
-                run.progress("dense", index, source.num_layers, None)
+                run.progress(LayerMeasured(index + 1, source.num_layers))
     del stream
     trim()
     seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared

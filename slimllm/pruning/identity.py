@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from slimllm.pruning.memory_estimate import batch_windows
 from slimllm.pruning.plan import ROUNDINGS, Plan
 from slimllm.pruning.report import versions
 from slimllm.runtime.distributed import Ranks
+
+_log = logging.getLogger("slimllm")
 
 WEIGHTS = "weights, by checksum"
 
@@ -85,8 +87,8 @@ def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
     }
 
 
-def say_changes(journal: Journal, device: torch.device, num_ranks: int, notice: Callable[[str], None]) -> None:
-    """Say in what other environment a run was begun that is gone on with."""
+def say_changes(journal: Journal, device: torch.device, num_ranks: int) -> None:
+    """Log in what other environment a resumed run was begun."""
     now = environment_of(device, num_ranks)
     if changed := [f"{key} {journal.environment.get(key)}" for key in now if journal.environment.get(key) != now[key]]:
-        notice(f"The run was begun with {', '.join(changed)}; the last digits of the result may depend on that.")
+        _log.warning("The run was begun with %s; the last digits of the result may depend on that.", ", ".join(changed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -27,11 +28,13 @@ from slimllm.pruning.identity import WEIGHTS, checksum_of, compare_identities, e
 from slimllm.pruning.model_card import write_model_card
 from slimllm.pruning.pipeline import PrunedLayer, Pruning
 from slimllm.pruning.report import REPORT_NAME, PruneReport
-from slimllm.pruning.run import OPERATIONS, Notice, Run, say_nothing, weight_dtype
+from slimllm.pruning.run import OPERATIONS, Run, weight_dtype
 from slimllm.pruning.shapes import check_settings
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
+
+_log = logging.getLogger("slimllm")
 
 
 def prune_all(
@@ -40,7 +43,6 @@ def prune_all(
     overwrite: bool,
     resume: bool,
     progress: ProgressCallback | None,
-    notice: Notice | None,
     command: str | None,
     ranks: Ranks,
     on_report: Callable[[PruneReport, Path], None] | None = None,
@@ -50,8 +52,6 @@ def prune_all(
     `on_report` is told about each result as soon as it is there.
     """
     started = time.perf_counter()
-    if notice is None or not ranks.first:
-        notice = say_nothing
     config = jobs[0][1]
     inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
     if isinstance(config.calibration, (str, Path)):
@@ -72,11 +72,11 @@ def prune_all(
         for _, wanted in jobs:
             check_settings(source, wanted)
         for sentence in checkpoint.left_out():
-            notice(sentence)
+            _log.info(sentence)
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
         if tokenizer and (code := tokenizer_code(checkpoint.path)):
-            notice(f"The tokenizer's own Python code ({code}) is not run; its tokenizer.json is used without it.")
-        calibration = calibration_windows(config, tokenizer, source.config, notice)
+            _log.warning("The tokenizer's own Python code (%s) is not run; its tokenizer.json is used without it.", code)
+        calibration = calibration_windows(config, tokenizer, source.config)
     memory.warm_up(device)
     runtime = max(ranks.everyone(memory.resident_gib() * GIB))
     reports: list[PruneReport] = []
@@ -84,15 +84,15 @@ def prune_all(
     for out, wanted in jobs:
         begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
         with ranks.together():
-            run = Run(source, calibration, wanted, notice, started, runtime, partial_folder(out), begun, ranks)
+            run = Run(source, calibration, wanted, started, runtime, partial_folder(out), begun, ranks)
         if dense and not dense.serves(run.plan.config, run.plan.placement):
             dense = None
         if len(jobs) > 1:
-            notice(f"Ratio {wanted.ratio}{', with the same dense pass' if dense else ''}:")
+            _log.info("Ratio %s%s:", wanted.ratio, ", with the same dense pass" if dense else "")
         if ranks.tell(out in maybe_complete) and (report := _complete(run, out, inputs, overwrite)):
             if ranks.first:
                 remove_leftover(out)
-            notice(f"{out} is complete already.")
+            _log.info("%s is complete already.", out)
             reports.append(report)
             if on_report:
                 on_report(report, out)
@@ -172,7 +172,7 @@ def _prune_one(
                 for index in range(len(record.done("prune"))):
                     writer.adopt_shard(index + 1)
             elif resume:
-                run.notice("There is no interrupted run to go on with; this one starts at the beginning.")
+                _log.info("Nothing to resume; starting from scratch.")
             if writer:
                 check_space(out, round(sum(run.plan.disk.values())) - writer.bytes_there)
         context, shared = run.context(progress, record), dense is not None

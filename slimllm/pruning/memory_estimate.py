@@ -171,7 +171,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     if obs:
         heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # the squares where the covariance was
     yield at("heads", 1, heads)
-    ffn_gram = {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if by_output else 0}
+    ffn_gram = {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
     away = by_channels and placement.gram == "host"
     here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
     yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)

@@ -18,6 +18,7 @@ from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, 
 from slimllm.pruning.sublayer import PrunedSublayer, prune_sublayer
 from slimllm.runtime.hidden_states import Stream
 from slimllm.runtime.memory import peak_host_gib, trim
+from slimllm.runtime.progress import LayerPruned
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Pruning:
                     with watch("journal"):
                         record.add("prune", stream, report=report, **watch.so_far())
                 if run.progress:
-                    run.progress("prune", index, source.num_layers, report)
+                    run.progress(LayerPruned(index + 1, source.num_layers, report))
         with watch("perplexity"):
             self.loss = mean_loss(source, stream, run.calibration)
             del stream

@@ -12,7 +12,7 @@ from slimllm.models.meta import record_layer_inputs
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.memory_estimate import batch_windows
 from slimllm.runtime.hidden_states import Batch, Stream
-from slimllm.runtime.progress import Stopwatch
+from slimllm.runtime.stopwatch import Stopwatch
 
 # Where no windows are held out, so many calibration tokens give the perplexity before and after.
 PERPLEXITY_TOKENS = 256

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,11 @@ from slimllm.pruning.shapes import check_settings, layer_shapes
 from slimllm.pruning.tensor_parallel import tensor_parallel_sizes
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
-from slimllm.runtime.progress import ProgressCallback, Stopwatch
+from slimllm.runtime.progress import ProgressCallback
+from slimllm.runtime.stopwatch import Stopwatch
 
-Notice = Callable[[str], None]
+_log = logging.getLogger("slimllm")
+
 OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # those with kernels that a run uses
 
 
@@ -51,7 +53,6 @@ class Run:
         source: ModelSource,
         calibration: Calibration,
         config: PruneConfig,
-        notice: Notice,
         started: float,
         runtime: float,
         folder: Path | None = None,
@@ -66,7 +67,7 @@ class Run:
                 "or start fewer processes."
             )
         check_settings(source, config)
-        self.source, self.config, self.notice = source, config, notice
+        self.source, self.config = source, config
         self.calibration, self.token_ids = calibration, token_ids
         self.backend = ops.backend(source.device, OPERATIONS)
         self.sizes = source.sizes()
@@ -74,7 +75,7 @@ class Run:
         memory.reset_peak(source.device)
         self.plan = plan_of(source, (*token_ids.shape, held_out), config, runtime, folder, begun, self.ranks.size)
         for choice in self.plan.choices:
-            self.notice(f"To fit the budget, {choice}.")
+            _log.info("To fit the budget, %s.", choice)
         self._say_if_few(token_ids)
         self.watch = Stopwatch(source.device)
         self.setup_s = time.perf_counter() - started
@@ -86,8 +87,8 @@ class Run:
         self.resumed_steps = len(journal.steps)
         self.watch.go_on(last["seconds"], last["elapsed_s"])
         done = len(journal.done("prune")) or len(journal.done("dense"))
-        self.notice(f"Going on behind layer {done - 1} of the {'pruning' if journal.done('prune') else 'dense pass'}.")
-        say_changes(journal, self.source.device, self.ranks.size, self.notice)
+        _log.info("Resuming after layer %d of the %s.", done - 1, "pruning" if journal.done("prune") else "dense pass")
+        say_changes(journal, self.source.device, self.ranks.size)
 
     def context(self, progress: ProgressCallback | None, record: Record | None = None) -> RunContext:
         """What the passes of this run need."""
@@ -113,7 +114,7 @@ class Run:
         )
         allocated = Allocated(**{**found, "budgets": [LayerBudget(**budget) for budget in found["budgets"]]})
         for note in allocated.notes:
-            self.notice(f"{note}.")
+            _log.info("%s.", note)
         new_bias = self.config.recovery.adds_bias
         sizes = [
             size.without(budget.units, budget.channels, self.config.head_unit, new_bias)
@@ -133,7 +134,7 @@ class Run:
             names = [method.name for method in methods if Needs.COLUMN_GRAM in method.needs]
             which = f"{' and '.join(names)} {'fit' if len(names) > 1 else 'fits'}"
             tokens, least = token_ids.numel(), -(-unknowns // token_ids.shape[1])
-            self.notice(
+            _log.warning(
                 f"{tokens:,} calibration tokens are fewer than the {unknowns:,} channels of an FFN that {which}, so the "
                 f"result will be good on this text alone; give at least {least} samples of {token_ids.shape[1]} tokens, "
                 "better several times as many."
@@ -147,7 +148,7 @@ class Run:
         layers_before = sum(size.params for size in self.sizes)
         layers_after = sum(layer["parameters_after"] for layer in layers)
         for note in (added := allocated.note_of_biases(layers_before, layers_after, output.name)):
-            self.notice(f"{note}.")
+            _log.info("%s.", note)
         before, judged_by = self.parameters_before, perplexity_windows(self.calibration)
         return PruneReport(
             model=model,
@@ -217,10 +218,6 @@ def plan_of(
     dtypes = stored, source.dtype, DTYPES[config.dtype] if config.dtype else _config_dtype(source)
     sizes = sizes_of(source.config, source.sizes(), source.head_dim, params, dtypes, windows, source.device, num_ranks)
     return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, begun)
-
-
-def say_nothing(sentence: str) -> None:
-    """In place of a notice that nobody asked for."""
 
 
 def _exp(loss: float) -> float:

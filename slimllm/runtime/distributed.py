@@ -7,6 +7,7 @@ ranks, the first one's choices hold for all, and rows of large solves are shared
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -58,6 +59,18 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that chooses, writes and talks."""
         return self.rank == 0
+
+    @contextmanager
+    def one_log(self) -> Iterator[None]:
+        """Let this process log nothing of the package meanwhile, unless it is the first one."""
+        logger = logging.getLogger("slimllm")
+        drop = logging.Filter()
+        drop.filter = lambda record: self.first  # type: ignore[method-assign]
+        logger.addFilter(drop)
+        try:
+            yield
+        finally:
+            logger.removeFilter(drop)
 
     def share(self, total: int, rank: int | None = None) -> range:
         """The part of `total` things that a rank (this one) has: contiguous, in order, and as even as can be."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.progress import LayerMeasured, Progress
 
 # Those that end a run: SIGHUP when its terminal goes, unless nohup has it ignored.
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -33,11 +34,11 @@ def leave_interrupts_to_parent() -> None:
 
 
 class SafeStop:
-    """While layers are at work, the first signal stops the run behind the present one; the second, at once.
+    """While layers are at work, the first signal stops the run after the present one; the second, at once.
 
     Args:
         say: Told what will happen.
-        ranks: Of the run, which stop behind the same layer, whichever of them was signalled.
+        ranks: Of the run, which stop after the same layer, whichever of them was signalled.
     """
 
     def __init__(self, say: Callable[[str], None], ranks: Ranks) -> None:
@@ -52,10 +53,10 @@ class SafeStop:
             leave(number)
         heard_once(number)
         self._requested = number
-        self._say("Stopping behind this layer; interrupt once more to stop at once.")
+        self._say("Stopping after this layer. Press Ctrl-C again to quit now.")
 
-    def progress(self, stage: str, index: int, num_layers: int, report: dict[str, Any] | None) -> None:
+    def progress(self, event: Progress) -> None:
         """A layer is done and recorded; a `ProgressCallback`."""
         if requested := max(self._ranks.everyone(self._requested)):
             leave(requested)
-        self._at_work = stage == "dense" or index + 1 < num_layers
+        self._at_work = isinstance(event, LayerMeasured) or event.done < event.total

@@ -1,52 +1,56 @@
-"""Where the time goes and who is told about it: a stopwatch by stage, and the events a caller may listen to."""
+"""Progress of long work: events for a callback. Sentences worth knowing go to the logger `slimllm` instead."""
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 
-# Called with ("dense" or "prune", layer index, number of layers, the layer's report or None), or, of an export, with
-# ("export", index, number, None): a layer, or for GGUF a tensor, is written; of a training, with ("train", step, number of
-# steps, {"loss": …}).
-ProgressCallback = Callable[[str, int, int, dict[str, Any] | None], None]
+@dataclass(frozen=True)
+class Progress:
+    """One more part of long work is complete.
+
+    Attributes:
+        done: Number of complete parts, this one included.
+        total: Number of parts.
+    """
+
+    done: int
+    total: int
 
 
-class Stopwatch:
-    """Seconds by stage; on a GPU it waits for the work in flight, so that a stage is charged what it launched."""
+@dataclass(frozen=True)
+class LayerMeasured(Progress):
+    """The dense pass has measured a layer."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._device = device
-        self._started = time.perf_counter()
 
-    def elapsed_s(self) -> float:
-        """Seconds of the run so far, those before an interruption included."""
-        return time.perf_counter() - self._started
+@dataclass(frozen=True)
+class LayerPruned(Progress):
+    """A layer is pruned.
 
-    def so_far(self) -> dict[str, Any]:
-        """What `go_on` takes, for the journal."""
-        return {"seconds": dict(self.seconds), "elapsed_s": self.elapsed_s()}
+    Attributes:
+        layer: The layer's entry in report.json.
+    """
 
-    def go_on(self, seconds: dict[str, float], elapsed_s: float) -> None:
-        """Count on from where an interrupted run stopped."""
-        self.seconds.update(seconds)
-        self._started = time.perf_counter() - elapsed_s
+    layer: dict[str, Any]
 
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        self._wait()
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._wait()
-            self.seconds[stage] += time.perf_counter() - start
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+@dataclass(frozen=True)
+class StepTrained(Progress):
+    """A training step is done.
+
+    Attributes:
+        loss: Mean loss of its examples.
+    """
+
+    loss: float
+
+
+@dataclass(frozen=True)
+class PartWritten(Progress):
+    """A layer, or a tensor of a GGUF file, is written."""
+
+
+# Called after every part. An exception that it raises stops the work there.
+ProgressCallback = Callable[[Progress], None]

@@ -31,7 +31,7 @@ from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint
 from slimllm.experiments.bench.work import Rates, Work, stage_work
 from slimllm.methods.allocation.layer_importance import LayerImportance
-from slimllm.runtime.progress import Stopwatch
+from slimllm.runtime.stopwatch import Stopwatch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

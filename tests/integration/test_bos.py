@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES
+from conftest import STORIES, logged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import call
@@ -72,8 +72,8 @@ def test_windows_with_a_bos(length: int, seq_len: int, begins: bool) -> None:
 
 def made(tokenizer: Any, **settings: Any) -> tuple[torch.Tensor, list[str]]:
     config = PruneConfig(ratio=0.2, samples=8, seq_len=32, **settings)
-    told: list[str] = []
-    return calibration_windows(config, tokenizer, open_checkpoint(STORIES).config, told.append).token_ids, told
+    with logged() as told:
+        return calibration_windows(config, tokenizer, open_checkpoint(STORIES).config).token_ids, told
 
 
 def test_calibration_windows(tokenizer: Any) -> None:

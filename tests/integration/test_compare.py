@@ -12,7 +12,8 @@ from slimllm import InputError, PruneConfig, perplexity, prune
 from slimllm.calibration import bundled_text, tokenize
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.evaluation.perplexity import load
-from slimllm.experiments.compare import METHODS, Compared, compare
+from slimllm.experiments.compare import Compared, compare
+from slimllm.experiments.methods import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_settings_of_the_caller_do_not_leak_into_the_methods(
 
 def test_what_cannot_be_compared(stories_path: Path, token_ids: torch.Tensor, held_out: torch.Tensor) -> None:
     config = PruneConfig(ratio=0.5, calibration=token_ids)
-    with pytest.raises(InputError, match="no method; there are best, "):
+    with pytest.raises(InputError, match="not a method; there are best, "):
         compare(stories_path, [0.2], config, held_out, methods=["gptq"])
     with pytest.raises(InputError, match="at least one method and one ratio"):
         compare(stories_path, [], config, held_out)
@@ -72,4 +73,4 @@ def test_the_command(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureF
     code, _, errors = call(capsys, *arguments, "--out", out)
     assert code == 2 and "is there already" in errors
     code, _, errors = call(capsys, "compare", stories_path, "--method", "gptq")
-    assert code == 2 and "is no method" in errors
+    assert code == 2 and "is not a method" in errors

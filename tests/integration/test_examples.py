@@ -13,16 +13,11 @@ from conftest import STORIES, config
 from test_cli import call
 
 import slimllm
+from slimllm.experiments.bench import Setting, measure
 from slimllm.plugins import CRITERIA, import_plugin
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = {"wanda_sp": "my-wanda-sp", "flap": "my-flap", "own_score": "own-score"}
-
-
-@pytest.fixture
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(CRITERIA, "_found", dict(CRITERIA.all()))
 
 
 @pytest.mark.parametrize(("file", "name"), NAMES.items())
@@ -66,3 +61,41 @@ def test_its_own_option(forgotten: None, token_ids: torch.Tensor, tmp_path: Path
     assert json.loads((tmp_path / "1" / "report.json").read_text())["identity"]["method_settings"]["criterion"] == {
         "power": 1.0
     }
+
+
+SMALL = ["--ratio", "0.4", "--samples", "4", "--seq-len", "32", "--max-windows", "2", "--plugin", EXAMPLES / "own_score.py"]
+
+
+def test_compared_with_others(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its options reach every row that has it, and no other."""
+    found = {}
+    for power in ("0", "1"):
+        out = tmp_path / f"{power}.jsonl"
+        methods = ["--method", "own-score+bias", "--method", "slimllm", "--own-score.power", power]
+        code, _, err = call(capsys, "compare", STORIES, *SMALL, *methods, "--out", out, "--quiet")
+        assert code == 0, err
+        found[power] = {line["method"]: line["perplexity"] for line in map(json.loads, out.read_text().splitlines())}
+    assert found["0"].keys() == {"dense", "slimllm", "own-score+bias"}
+    differ = [name for name in found["0"] if found["0"][name] != found["1"][name]]
+    assert differ == ["own-score+bias"]
+    code, _, err = call(capsys, "compare", STORIES, *SMALL, "--method", "slimllm", "--own-score.power", "2")
+    assert code == 2 and "--own-score.power is no option of the methods of this run" in err
+
+
+def test_swept(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = ["--prompt", "8", "--new-tokens", "2", "--rounds", "1"]
+    options = ["--preset", "own-score", "--out", tmp_path / "sweep", *speeds, "--quiet"]
+    code, _, err = call(capsys, "sweep", STORIES, *SMALL, *options)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "sweep" / "sweep.jsonl").read_text().splitlines()]
+    assert [line["preset"] for line in lines] == ["dense", "own-score"]
+    assert lines[1]["methods"]["criterion"] == {"power": 1.0}
+    code, _, err = call(capsys, "sweep", STORIES, *SMALL, *options, "--resume", "--own-score.power", "2")
+    assert code == 2 and "had another methods" in err
+
+
+def test_measured(forgotten: None) -> None:
+    """In a process of its own, which imports it, too."""
+    plugin = str(EXAMPLES / "own_score.py")
+    row = measure(Setting(str(STORIES), samples=4, seq_len=32, criterion="own-score", plugins=(plugin,)))
+    assert row["criterion"] == "own-score" and row["allocation"] == "layer-importance" and row["times_floor"] > 0

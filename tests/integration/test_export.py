@@ -17,6 +17,7 @@ from slimllm import InputError, PruneConfig
 from slimllm.checkpoints.gguf import _undo_rope_order
 from slimllm.export.api import export
 from slimllm.methods.allocation.layer_importance import LayerImportance
+from slimllm.runtime.progress import PartWritten, Progress
 
 IDS = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
 
@@ -90,9 +91,9 @@ def test_biases_are_kept_or_the_export_is_refused(tmp_path: Path) -> None:
 
 def test_stock_of_a_model_that_is_uniform(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     slimllm.prune(stories_path, tmp_path / "out", config(token_ids, allocation="uniform"))
-    told: list[tuple[Any, ...]] = []
-    assert export(tmp_path / "out", tmp_path / "stock", "stock", progress=lambda *event: told.append(event)) == "seed_oss"
-    assert told == [("export", index, 5, None) for index in range(5)]
+    told: list[Progress] = []
+    assert export(tmp_path / "out", tmp_path / "stock", "stock", progress=told.append) == "seed_oss"
+    assert told == [PartWritten(done, 5) for done in range(1, 6)]
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "stock")]
     assert torch.equal(logits(models[0], token_ids), logits(models[1], token_ids))
     AutoTokenizer.from_pretrained(tmp_path / "stock")

@@ -8,13 +8,12 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, config
+from conftest import STORIES, config, stop_at
 from safetensors.torch import load_file
 from test_cli import call
 from test_families import PECULIAR, tiny
@@ -57,14 +56,6 @@ def whole(pruned: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def files(folder: Path) -> dict[str, bytes]:
     """All but the report of the training, which has times in it."""
     return {name: content for name, content in contents(folder).items() if name != "finetune.json"}
-
-
-def stop_at(step: int) -> Callable[..., None]:
-    def progress(stage: str, index: int, number: int, about: object) -> None:
-        if (stage, index) == ("train", step):
-            raise KeyboardInterrupt
-
-    return progress
 
 
 def test_the_loss_falls(pruned: Path, tmp_path: Path) -> None:
@@ -124,18 +115,19 @@ def test_the_report(whole: Path, pruned: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5])
-def test_interrupted_and_gone_on_with(pruned: Path, text: Path, whole: Path, tmp_path: Path, step: int) -> None:
+def test_interrupted_and_gone_on_with(
+    pruned: Path, text: Path, whole: Path, tmp_path: Path, step: int, told: list[str]
+) -> None:
     settings = FinetuneConfig(**QUICK)
     with pytest.raises(KeyboardInterrupt):
-        finetune(pruned, text, tmp_path / "out", settings, progress=stop_at(step))
+        finetune(pruned, text, tmp_path / "out", settings, progress=stop_at("train", step))
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="add --resume"):
         finetune(pruned, text, tmp_path / "out", settings)
     with pytest.raises(InputError, match="had another learning_rate"):
         finetune(pruned, text, tmp_path / "out", FinetuneConfig(**{**QUICK, "learning_rate": 1e-4}), resume=True)
-    told: list[str] = []
-    report = finetune(pruned, text, tmp_path / "out", settings, resume=True, notice=told.append)
-    assert told == [f"Going on behind step {step + 1} of 6."]
+    report = finetune(pruned, text, tmp_path / "out", settings, resume=True)
+    assert told == [f"Resuming after step {step + 1} of 6."]
     assert files(tmp_path / "out") == files(whole)
     expected = FinetuneReport.read(whole)
     assert (report.loss, [list(one) for one in report.held_out]) == (expected.loss, expected.held_out)
@@ -209,9 +201,9 @@ def test_a_loss_that_is_not_finite(pruned: Path, text: Path, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_complete_already(pruned: Path, text: Path, whole: Path) -> None:
-    before, told = contents(whole), []
-    report = finetune(pruned, text, whole, FinetuneConfig(**QUICK), resume=True, notice=told.append)
+def test_complete_already(pruned: Path, text: Path, whole: Path, told: list[str]) -> None:
+    before = contents(whole)
+    report = finetune(pruned, text, whole, FinetuneConfig(**QUICK), resume=True)
     assert told == [f"{whole} is complete already."] and contents(whole) == before and len(report.loss) == 6
     with pytest.raises(InputError, match="is not empty"):
         finetune(pruned, text, whole, FinetuneConfig(**{**QUICK, "seed": 1}), resume=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, pruned
+from conftest import STORIES, logged, pruned
 from test_cli import call
 from test_text import plain_perplexity
 from transformers import AutoModelForCausalLM
@@ -28,9 +28,9 @@ def tokenizer() -> Any:
 
 
 def drawn(tokenizer: Any, text: Path, samples: int, **settings: Any) -> tuple[Calibration, list[str]]:
-    told: list[str] = []
     config = PruneConfig(ratio=0.2, calibration=text, samples=samples, seq_len=32, bos="never", **settings)
-    return calibration_windows(config, tokenizer, open_checkpoint(STORIES).config, told.append), told
+    with logged() as told:
+        return calibration_windows(config, tokenizer, open_checkpoint(STORIES).config), told
 
 
 @pytest.mark.parametrize(("samples", "wanted"), [(1, 2), (8, 2), (20, 2), (21, 3), (32, 4), (128, 13)])
@@ -62,9 +62,7 @@ def test_held_out_windows_change_nothing_but_the_perplexity(
     """The weights are those of the windows given as token ids; the perplexities those of the two models on what is left."""
     settings: dict[str, Any] = {"preset": preset, "bos": "never"}
     report = slimllm.prune(STORIES, tmp_path / "text", PruneConfig(ratio=0.4, samples=4, seq_len=64, **settings))
-    calibration = calibration_windows(
-        PruneConfig(ratio=0.4, samples=4, seq_len=64, **settings), tokenizer, stories.config, lambda sentence: None
-    )
+    calibration = calibration_windows(PruneConfig(ratio=0.4, samples=4, seq_len=64, **settings), tokenizer, stories.config)
     given = slimllm.prune(
         STORIES, tmp_path / "ids", PruneConfig(ratio=0.4, calibration=calibration.token_ids, preset=preset)
     )

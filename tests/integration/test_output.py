@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.methods.allocation.layer_importance import LayerImportance
+from slimllm.runtime.progress import Progress
 
 
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])
@@ -139,7 +140,7 @@ def test_a_head_that_differs_is_not_tied(stories_path: Path, stories: Any, token
 def test_a_folder_that_appears_meanwhile_is_not_replaced(
     stories_path: Path, token_ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    def meddle(stage: str, index: int, num_layers: int, report: object) -> None:
+    def meddle(event: Progress) -> None:
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "precious").write_text("mine")
 

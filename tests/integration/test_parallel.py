@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, random_llama
+from conftest import STORIES, logged, part_of, random_llama
 from safetensors.torch import load_file, save_file
 from test_resume import contents
 from torch import distributed
@@ -35,6 +35,7 @@ from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import RECOVERIES
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement
+from slimllm.runtime.progress import Progress
 from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
 
 SETTINGS: dict[str, Any] = {"ratio": 0.3, "samples": 11, "seq_len": 64, "batch_size": 3}
@@ -155,21 +156,19 @@ def test_sums_over_ranks(tmp_path: Path, size: int, dtype: str) -> None:
 def _prune(group: Any, out: str, stop: list[Any] | None, **settings: Any) -> Any:
     steps = 0
 
-    def progress(stage: str, index: int, num_layers: int, layer: object) -> None:
+    def progress(event: Progress) -> None:
         nonlocal steps
         steps += 1
-        if [stage, index] == stop:
+        if list(part_of(event)) == stop:
             raise InputError("stopped here")
         if settings.get("slowly"):
             time.sleep(0.3)
 
     if "states" in settings:
         slimllm.pruning.plan.Placement = partial(Placement, states=settings["states"])  # type: ignore[misc, assignment]
-    told: list[str] = []
     config = PruneConfig(**{**SETTINGS, **settings.get("config", {})})
-    report = prune(
-        STORIES, out, config, progress=progress, group=group, resume=True, command="the command", notice=told.append
-    )
+    with logged() as told:
+        report = prune(STORIES, out, config, progress=progress, group=group, resume=True, command="the command")
     return {"steps": steps, "told": told, "kept": _kept(report.layers), "plan": report.plan}
 
 
@@ -269,7 +268,7 @@ def test_resume(tmp_path: Path, stop: list[Any], states: str, choice: dict[str, 
         assert all("stopped here" in one["error"] for one in stopped), stopped
         assert not (tmp_path / out).exists()
     resumed = results(_prune_with, 2, tmp_path / "world", str(tmp_path / "two"), None, settings)
-    assert any("Going on behind layer" in sentence for sentence in resumed[0]["told"]) and resumed[1]["steps"] < 10
+    assert any("Resuming after layer" in sentence for sentence in resumed[0]["told"]) and resumed[1]["steps"] < 10
     assert contents(tmp_path / "two") == contents(tmp_path / "expected")
     assert resumed[1]["plan"]["states"] == states
     resumed = results(_prune_with, 3, tmp_path / "world-3", str(tmp_path / "three"), None, settings)
@@ -434,6 +433,6 @@ def test_torchrun_is_stopped_and_goes_on(tmp_path: Path) -> None:
         assert running.poll() is None
     running.terminate()
     out, err = running.communicate(timeout=60)
-    assert "Stopping behind this layer" in err and "--resume goes on from here" in err, err
+    assert "Stopping after this layer" in err and "--resume goes on from here" in err, err
     out, err = torchrun(tmp_path, *arguments, "--resume").communicate(timeout=120)
-    assert "Going on behind layer" in out and [path.name for path in tmp_path.iterdir()] == ["out"], err
+    assert "Resuming after layer" in out and [path.name for path in tmp_path.iterdir()] == ["out"], err

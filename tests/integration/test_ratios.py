@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STORIES, config
+from conftest import STORIES, config, part_of
 from test_cli import call
 from test_resume import contents, stop_at
 
 from slimllm import InputError, PruneConfig, prune, prune_ratios
+from slimllm.runtime.progress import LayerPruned, Progress
 
 RATIOS = [0.2, 0.35, 0.5]
 
@@ -32,7 +33,7 @@ def test_the_results_of_single_runs(token_ids: torch.Tensor, tmp_path: Path, sin
         config(token_ids),
         RATIOS,
         command="the command",
-        progress=lambda stage, index, layers, report: seen.append(stage),
+        progress=lambda event: seen.append(part_of(event)[0]),
     )
     assert seen == ["dense"] * 5 + ["prune"] * 15
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.2", "0.35", "0.5"]
@@ -46,7 +47,7 @@ def test_the_results_of_single_runs(token_ids: torch.Tensor, tmp_path: Path, sin
 def test_interrupted(token_ids: torch.Tensor, tmp_path: Path, single: list[dict[str, bytes]], calls: int) -> None:
     done = 0
 
-    def progress(stage: str, index: int, num_layers: int, report: object) -> None:
+    def progress(event: Progress) -> None:
         nonlocal done
         done += 1
         if done == calls:
@@ -60,11 +61,10 @@ def test_interrupted(token_ids: torch.Tensor, tmp_path: Path, single: list[dict[
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.2", "0.35", "0.5"]
 
 
-def test_what_is_complete_is_left(token_ids: torch.Tensor, tmp_path: Path) -> None:
-    told: list[str] = []
+def test_what_is_complete_is_left(token_ids: torch.Tensor, tmp_path: Path, told: list[str]) -> None:
     prune(STORIES, tmp_path / "out", config(token_ids))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    prune(STORIES, tmp_path / "out", config(token_ids), resume=True, notice=told.append)
+    prune(STORIES, tmp_path / "out", config(token_ids), resume=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert told[-1].endswith("out is complete already.")
     with pytest.raises(InputError, match="not empty"):
@@ -81,9 +81,9 @@ def test_a_dense_pass_that_was_begun_on_its_own(
         prune(STORIES, tmp_path / "out" / "0.5", config(token_ids, ratio=0.5), progress=stop_at("dense", 2))
     calls = 0
 
-    def progress(stage: str, index: int, num_layers: int, report: object) -> None:
+    def progress(event: Progress) -> None:
         nonlocal calls
-        calls += stage == "prune"
+        calls += isinstance(event, LayerPruned)
         if calls == 8:
             raise KeyboardInterrupt
 

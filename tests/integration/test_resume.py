@@ -14,13 +14,12 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, config
+from conftest import STORIES, config, part_of, stop_at
 from safetensors.torch import load_file, save_file
 
 import slimllm.checkpoints.writer
@@ -37,14 +36,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and path.name != "report.json"
     }
-
-
-def stop_at(stage: str, layer: int) -> Callable[[str, int, int, object], None]:
-    def progress(now: str, index: int, num_layers: int, report: object) -> None:
-        if (now, index) == (stage, layer):
-            raise KeyboardInterrupt
-
-    return progress
 
 
 def interrupted(out: Path, settings: PruneConfig, stage: str = "prune", layer: int = 2, model: Path = STORIES) -> Path:
@@ -83,7 +74,7 @@ def test_goes_on_where_it_was(
         config(token_ids),
         resume=True,
         command="the command",
-        progress=lambda stage, index, layers, layer: seen.append((stage, index)),
+        progress=lambda event: seen.append(part_of(event)),
     )
     assert contents(tmp_path / "out") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -151,11 +142,10 @@ def test_a_slow_disk(
     assert contents(tmp_path / "out") == expected
 
 
-def test_nothing_is_left_of_a_run_that_did_nothing(token_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_nothing_is_left_of_a_run_that_did_nothing(token_ids: torch.Tensor, tmp_path: Path, told: list[str]) -> None:
     """Or of one that failed by its input: going on would fail again."""
-    told: list[str] = []
-    prune(STORIES, tmp_path / "out", config(token_ids), resume=True, notice=told.append)  # nothing to go on with
-    assert any("no interrupted run" in sentence for sentence in told)
+    prune(STORIES, tmp_path / "out", config(token_ids), resume=True)  # nothing to go on with
+    assert any("Nothing to resume" in sentence for sentence in told)
     huge = load_file(STORIES / "model.safetensors")
     huge["model.layers.2.mlp.down_proj.weight"] *= 1e38
     shutil.copytree(STORIES, tmp_path / "model")
@@ -410,10 +400,10 @@ def test_signals(tmp_path: Path, number: signal.Signals) -> None:
     _, err = running.communicate(timeout=60)
     words = " ".join(err.split())
     assert running.returncode == 128 + number and "Traceback" not in err
-    assert "Stopping behind this layer" in words and "the same command with --resume goes on from here" in words
+    assert "Stopping after this layer" in words and "the same command with --resume goes on from here" in words
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "Going on behind layer" in done.stdout, done.stderr
+    assert done.returncode == 0 and "Resuming after layer" in done.stdout, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "--resume" not in (tmp_path / "out" / "README.md").read_text()
 

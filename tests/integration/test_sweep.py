@@ -109,7 +109,7 @@ def test_interrupted_while_it_measures(token_ids: torch.Tensor, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"presets": ["default", "bets"]}, "preset must be one of"),
+        ({"presets": ["default", "bets"]}, "'bets' is not a method"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"prompt": 500}, "500 tokens and 32 new ones are more than"),
         ({"seq_len": 9999}, "seq_len is 9999"),
@@ -128,7 +128,7 @@ def test_folders_that_are_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixt
     """Another's folder is refused as it is, and a sweep that failed leaves none."""
     out = tmp_path / "sweep"
     code, _, words = call(capsys, "sweep", STORIES, "--preset", "bets", "--out", out, "--max-windows", "2")
-    assert code == 2 and "preset must be one of" in words and not out.exists()
+    assert code == 2 and "'bets' is not a method" in words and not out.exists()
     out.mkdir()
     (out / "letter.txt").write_text("mine")
     for more in ([], ["--resume"]):

@@ -39,16 +39,16 @@ def test_instructions(tmp_path: Path) -> None:
     assert read_examples(whole_list, tokenizer, 200) == [short, long]
 
 
-def test_what_is_no_example(tmp_path: Path) -> None:
+def test_what_is_no_example(tmp_path: Path, told: list[str]) -> None:
     """Letters that end a line for Python, but not in JSON, are letters; what is left out is counted."""
-    tokenizer, path, told = open_checkpoint(STORIES).tokenizer(), tmp_path / "alpaca.jsonl", []
+    tokenizer, path = open_checkpoint(STORIES).tokenizer(), tmp_path / "alpaca.jsonl"
     records = [
         {"instruction": "Say\u2028it\u0085now.", "output": "It."},
         {"instruction": "Nothing", "output": ""},
         {"instruction": "word " * 400, "output": "No room."},
     ]
     path.write_text("\n".join(json.dumps(record, ensure_ascii=False) for record in records))
-    assert len(read_examples(path, tokenizer, 200, told.append)) == 1
+    assert len(read_examples(path, tokenizer, 200)) == 1
     assert told == ["2 of 3 examples have no answer, or no room for it in 200 tokens."]
     path.write_text('{"text": "one"}\n\n{"text": 5}\n')
     with pytest.raises(InputError, match="Entry 3 of"):
@@ -88,9 +88,9 @@ def test_data_that_cannot_be(tmp_path: Path, content: str, sentence: str) -> Non
         read_examples(path, open_checkpoint(STORIES).tokenizer(), 256)
 
 
-def test_what_is_null_or_not_unicode(tmp_path: Path) -> None:
+def test_what_is_null_or_not_unicode(tmp_path: Path, told: list[str]) -> None:
     """Nothing for an input is no input; without an answer there is nothing to learn."""
-    tokenizer, path, told = open_checkpoint(STORIES).tokenizer(), tmp_path / "alpaca.txt", []
+    tokenizer, path = open_checkpoint(STORIES).tokenizer(), tmp_path / "alpaca.txt"
     given = {"instruction": "Say hello.", "output": "Hello."}
     records = [
         given,
@@ -100,7 +100,7 @@ def test_what_is_null_or_not_unicode(tmp_path: Path) -> None:
         {**given, "input": "\ud800"},
     ]
     path.write_bytes(gzip.compress(("\ufeff" + "\n".join(map(json.dumps, records))).encode()))
-    first, second = read_examples(path, tokenizer, 200, told.append)
+    first, second = read_examples(path, tokenizer, 200)
     assert first == second and "Input" not in tokenizer.decode(first.ids)
     assert told == [
         "1 of 5 examples are not valid Unicode and are left out.",
@@ -108,16 +108,16 @@ def test_what_is_null_or_not_unicode(tmp_path: Path) -> None:
     ]
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": null}\n' + json.dumps({"text": "Once upon a time there was a dog. " * 9}))
-    assert read_examples(texts, tokenizer, 16, told.append) and "1 of 2 examples have no text" in told[-1]
+    assert read_examples(texts, tokenizer, 16) and "1 of 2 examples have no text" in told[-1]
     table = tmp_path / "alpaca.csv"
     table.write_text("instruction,input,output\nSay hello.,,Hello.\n")
     assert read_examples(table, tokenizer, 200) == [first]
 
 
 @pytest.mark.parametrize("end", ["{{ eos_token }}\n", "<end>\n"])
-def test_conversations(end: str, tmp_path: Path) -> None:
+def test_conversations(end: str, tmp_path: Path, told: list[str]) -> None:
     """The last answer is learnt, with what the template writes after it, and all that is before it is given."""
-    tokenizer, told = open_checkpoint(STORIES).tokenizer(), []
+    tokenizer = open_checkpoint(STORIES).tokenizer()
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}" + end + "{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -137,7 +137,7 @@ def test_conversations(end: str, tmp_path: Path) -> None:
     ]
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(records))
-    two, one = read_examples(path, tokenizer, 200, told.append)
+    two, one = read_examples(path, tokenizer, 200)
     assert told == [
         "1 of 6 examples are not valid Unicode and are left out.",
         "3 of 6 examples have no answer, or no room for it in 200 tokens.",

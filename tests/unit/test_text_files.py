@@ -169,27 +169,25 @@ def test_zstd(library: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read_texts(written(tmp_path, "a.jsonl.zst", b"\x28\xb5\x2f\xfd" + b"x" * 100), 10)
 
 
-def test_what_is_skipped_is_counted(tmp_path: Path) -> None:
+def test_what_is_skipped_is_counted(tmp_path: Path, told: list[str]) -> None:
     """Some writers leave out what is null, also in the first object."""
-    told: list[str] = []
     content = '{"n": 1}\n{"text": null}\n' + LINES + '{"text": ""}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}\n'
-    assert read_texts(written(tmp_path, "a.jsonl", content), 10, notice=told.append) == ["One.", "Two.", "", "\U0001f600"]
+    assert read_texts(written(tmp_path, "a.jsonl", content), 10) == ["One.", "Two.", "", "\U0001f600"]
     assert [sentence.partition(" (")[0] for sentence in told] == [
         "2 of 7 documents have no text and are skipped",
         "1 of 7 documents are not valid Unicode and are skipped",
     ]
     told.clear()
-    assert read_texts(written(tmp_path, "a.csv", "text,n\n,1\nOne.,2\n"), 10, notice=told.append) == ["One."]
+    assert read_texts(written(tmp_path, "a.csv", "text,n\n,1\nOne.,2\n"), 10) == ["One."]
     assert told[0].startswith("1 of 2 documents have no text")
 
 
-def test_conversations(tmp_path: Path, tokenizer: Any) -> None:
+def test_conversations(tmp_path: Path, tokenizer: Any, told: list[str]) -> None:
     """They are written by the model's template, without its beginning of sequence, which windows have anyway."""
     bad = [{"messages": None}, {"messages": []}, {"messages": [{"role": "user", "content": "\ud800"}]}]
     path = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, [{"messages": TALK}, *bad, *TWO])))
-    told: list[str] = []
     wanted = ["[user] Hi.</s>\n[assistant] Hello.</s>\n", "One.", "Two."]
-    assert read_texts(path, 10, tokenizer=tokenizer, notice=told.append) == wanted
+    assert read_texts(path, 10, tokenizer=tokenizer) == wanted
     assert [re.sub(r" \(.*", "", sentence) for sentence in told] == [
         "2 of 6 documents have no text and are skipped",
         "1 of 6 documents are not valid Unicode and are skipped",
@@ -217,7 +215,7 @@ def test_conversations_that_cannot_be(
         read_texts(written(tmp_path, "a.json", json.dumps([{"messages": messages}])), 10, tokenizer=tokenizer)
 
 
-def test_rows_of_datasets(tmp_path: Path, tokenizer: Any) -> None:
+def test_rows_of_datasets(tmp_path: Path, tokenizer: Any, told: list[str]) -> None:
     """They are held to what objects in files are."""
     for name, rows in {
         "nulls": [{"text": None}, {"text": "One."}],
@@ -227,8 +225,7 @@ def test_rows_of_datasets(tmp_path: Path, tokenizer: Any) -> None:
     }.items():
         (tmp_path / name).mkdir()
         written(tmp_path / name, "train.jsonl", "\n".join(map(json.dumps, rows)))
-    told: list[str] = []
-    assert read_texts(tmp_path / "nulls", 10, notice=told.append) == ["One."] and told[0].startswith("1 of 2 documents")
+    assert read_texts(tmp_path / "nulls", 10) == ["One."] and told[0].startswith("1 of 2 documents")
     talk = ["[user] Hi.</s>\n[assistant] Hello.</s>\n"]
     assert read_texts(tmp_path / "talks", 10, tokenizer=tokenizer) == talk
     assert read_texts(f"{tmp_path / 'talks'}:::messages", 10, tokenizer=tokenizer) == talk
@@ -359,11 +356,11 @@ def test_a_json_list_that_is_too_long(tmp_path: Path, monkeypatch: pytest.Monkey
         read_texts(written(tmp_path, "a.jsonl", LINES[:17] + content), 10)
 
 
-def test_messages_without_content_are_skipped(tokenizer: Any, tmp_path: Path) -> None:
+def test_messages_without_content_are_skipped(tokenizer: Any, tmp_path: Path, told: list[str]) -> None:
     """Such as those that call a tool."""
     rows = [{"messages": TALK}, {"messages": [*TALK, {"role": "assistant", "content": None}]}]
-    path, told = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))), []
-    assert len(read_texts(path, 1, tokenizer=tokenizer, notice=told.append)) == 1
+    path = written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert len(read_texts(path, 1, tokenizer=tokenizer)) == 1
     assert told == [f"1 of 2 documents have no text and are skipped ({path})."]
 
 
@@ -385,4 +382,4 @@ def test_the_preset_paper_draws_from_all_of_a_long_file(tokenizer: Any, stories_
     config = PruneConfig(ratio=0.2, preset="paper", calibration=path, samples=4, seq_len=32, seed=3)
     wanted = draw_windows(tokenize(tokenizer, [text]), 4, 32, 3)
     model_config = open_checkpoint(stories_path).config
-    assert torch.equal(calibration_windows(config, tokenizer, model_config, lambda said: None).token_ids, wanted)
+    assert torch.equal(calibration_windows(config, tokenizer, model_config).token_ids, wanted)

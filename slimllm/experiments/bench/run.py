@@ -21,12 +21,13 @@ import torch
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
-from slimllm.config import DTYPES, PruneConfig, parse_bytes, parse_device
+from slimllm.config import DTYPES, METHODS, PruneConfig, parse_bytes, parse_device
 from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint
 from slimllm.experiments.bench.work import measure_rates, stage_work
 from slimllm.models.families import head_dim_of
+from slimllm.plugins import import_plugin
 from slimllm.pruning.api import prune
 from slimllm.runtime.interrupts import leave_interrupts_to_parent
 
@@ -55,7 +56,9 @@ class Setting:
     Attributes:
         model: A Hugging Face folder, a GGUF file, a hub id, or the name of a shape (see `SHAPES`).
         layers: Only the first so many decoder layers; None: all.
-        ratio, preset, recovery, samples, seq_len, device, compute_dtype, host_memory, gpu_memory: As in `PruneConfig`.
+        ratio, preset, recovery, criterion, allocation: As in `PruneConfig`.
+        samples, seq_len, device, compute_dtype, host_memory, gpu_memory: As in `PruneConfig`.
+        plugins: Modules or files with methods, see `slimllm.plugins.import_plugin`.
         on_disk: Write the weights of a named shape to disk before the run, and read them from there; otherwise they are
             made when they are read, which takes about as long as reading.
         seed: Of random weights and of the calibration.
@@ -66,6 +69,9 @@ class Setting:
     ratio: float = 0.2
     preset: str = "default"
     recovery: str | None = None
+    criterion: str | None = None
+    allocation: str | None = None
+    plugins: tuple[str, ...] = ()
     samples: int = 32
     seq_len: int = 128
     device: str | None = None
@@ -119,6 +125,8 @@ def check_setting(setting: Setting) -> None:
     Raises:
         ValueError: (as InputError) a field is out of range.
     """
+    for plugin in setting.plugins:
+        import_plugin(plugin)
     _config(setting, None)
     shape = SHAPES.get(setting.model)
     if setting.layers is not None and setting.layers < 1:
@@ -134,6 +142,8 @@ def _config(setting: Setting, calibration: torch.Tensor | None) -> PruneConfig:
         ratio=setting.ratio,
         preset=setting.preset,
         recovery=setting.recovery,
+        criterion=setting.criterion,
+        allocation=setting.allocation,
         calibration=calibration,
         samples=setting.samples,
         seq_len=setting.seq_len,
@@ -146,6 +156,8 @@ def _config(setting: Setting, calibration: torch.Tensor | None) -> PruneConfig:
 
 
 def _run(setting: Setting, folder: Path) -> dict[str, Any]:
+    for plugin in setting.plugins:  # in this process
+        import_plugin(plugin)
     checkpoint = _checkpoint(setting, folder)
     load = os.getloadavg()[0]
     calibration = None
@@ -170,7 +182,7 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
     return {
         "model": checkpoint.name,
         **{name: value for name, value in dataclasses.asdict(setting).items() if name not in ("model", "device")},
-        "recovery": report["config"]["recovery"],
+        **{name: report["config"][name] for name in METHODS},
         "weights": ("safetensors" if setting.on_disk else "generated") if setting.model in SHAPES else _kind(checkpoint),
         "num_layers": len(report["layers"]),
         "load": load,

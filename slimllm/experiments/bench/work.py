@@ -101,7 +101,7 @@ def _layer_work(
     statistics, heads, selection, recover, allocation = Work(), Work(), Work(), Work(), Work()
     needs = config["method_needs"]
     lstsq, obs = "COLUMN_GRAM" in needs["recovery"], "COLUMN_GRAM" in needs["criterion"]
-    by_output, measured = "OUTPUT_GRAM" in needs["criterion"], "COLUMN_GRAM" in needs["allocation"]
+    by_output, measured = "OUTPUT_GRAM" in needs["criterion"] + needs["recovery"], "COLUMN_GRAM" in needs["allocation"]
     if measured:
         statistics += Work(tokens * (width**2 + channels**2))
         allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)

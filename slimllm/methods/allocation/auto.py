@@ -1,4 +1,4 @@
-"""The whole budget where `obs` measures the least error for a parameter, times how much the model's output cares.
+"""Spend the budget where `obs` measures the least error for a parameter, weighted by output sensitivity.
 
 A curve is J of `slimllm.methods.elimination` over how much is removed, from the dense model's activations, divided by the
 mean square of the residual stream after the sub-layer. With token weights `norm` that division is made token by token, as

@@ -91,7 +91,7 @@ class Allocation(Method, ABC):
     Attributes:
         needs: What is streamed of every sub-layer of the dense model for `costs`, `Needs.COLUMNS` or `Needs.COLUMN_GRAM`;
             None: `costs` is not called, and only the layers' similarities are measured.
-        by_sensitivity: Whether costs are multiplied by how much the model's output cares about a sub-layer's error.
+        by_sensitivity: Whether costs are multiplied by how strongly the model's output reacts to a sub-layer's error.
         alike: Whether all layers give the same where they are alike.
     """
 

@@ -10,7 +10,7 @@ def _why_not(config: PretrainedConfig) -> str | None:
     if plain and not config._remove_final_layer_norm and config.layer_norm_elementwise_affine:
         return None
     return (
-        "This OPT model has norms behind the sub-layers, none at the end, or embeddings of another width, as opt-350m "
+        "This OPT model has norms after the sub-layers, none at the end, or embeddings of another width, as opt-350m "
         "alone has; it is not supported."
     )
 
