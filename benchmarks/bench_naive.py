@@ -26,11 +26,11 @@ from rich.table import Table
 
 from slimllm import ops
 from slimllm.methods.criteria.slimllm import input_importance
-from slimllm.methods.moments import OutputMoments, mean_output, unit_moments
+from slimllm.methods.moments import OutputMoments, unit_moments
 from slimllm.methods.selection import select_channels
 from slimllm.runtime import memory
 from slimllm.runtime.stopwatch import Stopwatch
-from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
+from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments, mean_output
 
 # hidden size: heads, intermediate size
 SIZES = {256: (4, 704), 512: (8, 1408), 1024: (16, 2816), 2048: (32, 5632), 4096: (32, 11008)}

@@ -9,8 +9,6 @@ import torch
 from slimllm import ops
 from slimllm.statistics import GramStatistics
 
-_ROWS = 256  # of a weight in fp64 at a time
-
 
 @dataclass(frozen=True)
 class OutputMoments:
@@ -64,18 +62,6 @@ def unit_moments(covariance: torch.Tensor, unit_means: torch.Tensor, keep: torch
         variance_y_hat=covariance[keep][:, keep].sum((0, 1)),
         covariance=with_full[keep].sum(0),
     )
-
-
-def mean_output(weight: torch.Tensor, mean: torch.Tensor, num_units: int = 1) -> torch.Tensor:
-    """E W_i x_i of every unit's columns: (num_units, D) fp64, without a copy of the weight in fp64.
-
-    Args:
-        weight: W, (D, num_units · d), any floating dtype.
-        mean: E x, (num_units · d,) fp64.
-    """
-    by_unit = mean.view(num_units, -1)
-    rows = [(some.double().view(len(some), num_units, -1) * by_unit).sum(-1) for some in weight.split(_ROWS)]
-    return torch.cat(rows).T
 
 
 def channel_moments(

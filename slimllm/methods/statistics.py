@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from enum import Flag, auto
+from typing import Any
 
 import torch
 
@@ -12,14 +13,15 @@ from slimllm import ops
 from slimllm.methods.moments import OutputMoments
 from slimllm.models.sublayer import Sublayer
 from slimllm.runtime.distributed import Ranks
-from slimllm.statistics import ColumnStatistics, GramStatistics
+from slimllm.statistics import ColumnStatistics, GramStatistics, HeadStatistics
 
 
 class Needs(Flag):
     """What a method needs of the calibration activations z that enter a sub-layer's output projection, y = W z.
 
-    The engine streams what the methods of a run need together, and no more. The Gram of the columns of attention is always
-    there; that of an FFN costs F² multiply-adds for a token and F² numbers in memory, that of the output D².
+    The engine streams what the methods of a run need together, and no more. The Gram of attention's columns is there for a
+    method with `attention_gram = True`, the default; that of an FFN costs F² multiply-adds for a token and F² numbers in
+    memory, that of the output D².
     """
 
     COLUMNS = auto()  # mean, variance and norm of every column of z, and the norms of the sub-layer's inputs
@@ -44,7 +46,7 @@ class SublayerStatistics:
     def __init__(
         self,
         sublayer: Sublayer,
-        columns: ColumnStatistics | GramStatistics,
+        columns: ColumnStatistics | GramStatistics | HeadStatistics,
         inputs: ColumnStatistics | None,
         output_covariance: Callable[[], torch.Tensor] | None,
         moments: Callable[[SublayerStatistics, torch.Tensor], OutputMoments] | None,
@@ -52,17 +54,24 @@ class SublayerStatistics:
     ) -> None:
         self.sublayer, self.columns, self.ranks = sublayer, columns, ranks
         self._inputs, self._output_covariance, self._moments = inputs, output_covariance, moments
-        self._allowed = ~Needs(0)
-        self._made: dict[str, torch.Tensor] = {}  # shared by what `seen_with` returns
+        self._allowed, self._attention_gram = ~Needs(0), True
+        self._made: dict[str, torch.Tensor] = {}  # shared by what `seen_by` returns
         self._streamed: list[tuple[torch.Tensor, OutputMoments]] = []
 
-    def seen_with(self, needs: Needs) -> SublayerStatistics:
-        """The same, of which only what a method has declared to need can be used, whatever others need."""
+    def seen_by(self, method: Any) -> SublayerStatistics:
+        """The same, of which only what a criterion or recovery has declared to need can be used, whatever others need."""
         seen = copy.copy(self)
-        seen._allowed = needs
+        seen._allowed, seen._attention_gram = method.needs, method.attention_gram
+        return seen
+
+    def _seen_by_engine(self) -> SublayerStatistics:
+        seen = copy.copy(self)
+        seen._allowed, seen._attention_gram = ~Needs(0), True
         return seen
 
     def _check(self, needed: Needs, what: str) -> None:
+        if self.sublayer.is_attention and not self._attention_gram:
+            raise ValueError(f"{what} of attention is there for a method with attention_gram = True.")
         if not self.sublayer.is_attention and not needed & self._allowed:
             names = " or ".join(f"Needs.{flag.name}" for flag in Needs if flag in needed)
             raise ValueError(f"{what} of an FFN is there for a method that declares {names} in its needs.")
@@ -108,9 +117,17 @@ class SublayerStatistics:
         effective = effective and self.sublayer.post_norm is not None
         name = "units, effective" if effective else "units"
         if name not in self._made:
-            weight = self.sublayer.effective_weight() if effective else self.sublayer.output_projection.weight
-            self._made[name] = ops.head_covariance(weight, self.gram.covariance(), self.sublayer.units)
+            self._made[name] = self._unit_covariance(effective)
         return self._made[name]
+
+    def _unit_covariance(self, effective: bool) -> torch.Tensor:
+        gain = self.sublayer.post_norm_gain() if effective else None
+        if isinstance(self.columns, HeadStatistics):
+            covariance = self.columns.head_covariance()
+            return covariance if gain is None else covariance * gain.double().square()
+        assert isinstance(self.columns, GramStatistics)
+        weight = self.sublayer.effective_weight() if effective else self.sublayer.output_projection.weight
+        return ops.head_covariance(weight, self.columns.covariance(), self.sublayer.units)
 
     def give_moments(self, kept: torch.Tensor, moments: OutputMoments) -> None:
         """The moments that were streamed for the units that were kept."""
@@ -123,7 +140,7 @@ class SublayerStatistics:
             kept: The units that were selected, sorted int64 indices; others where the Gram of the columns is there.
         """
         if self._moments is not None:
-            return self._moments(self.seen_with(~Needs(0)), kept)
+            return self._moments(self._seen_by_engine(), kept)
         for streamed, moments in self._streamed:
             if torch.equal(streamed, kept):
                 return moments

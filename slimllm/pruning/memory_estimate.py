@@ -31,7 +31,7 @@ class Sizes:
     Attributes:
         hidden_size, vocab_size: D and V.
         attention_width, kv_width: Inputs of o_proj and outputs of k_proj, the most of any layer.
-        units: What heads are pruned in, KV groups or heads, the most of any layer.
+        num_heads, num_kv_heads: The most of any layer.
         intermediate_size: I, the most of any layer.
         layer_params, params: Parameters of the largest layer and of the whole model.
         stored, computed, written: Bytes of a number as it is read, as it computes, and as it is written.
@@ -46,7 +46,8 @@ class Sizes:
     vocab_size: int
     attention_width: int
     kv_width: int
-    units: int
+    num_heads: int
+    num_kv_heads: int
     intermediate_size: int
     layer_params: int
     params: int
@@ -77,7 +78,8 @@ def sizes_of(
         vocab_size=config.vocab_size,
         attention_width=max(size.num_heads for size in layers) * head_dim,
         kv_width=max(size.num_kv_heads for size in layers) * head_dim,
-        units=max(size.num_kv_heads for size in layers),
+        num_heads=max(size.num_heads for size in layers),
+        num_kv_heads=max(size.num_kv_heads for size in layers),
         intermediate_size=max(size.intermediate_size for size in layers),
         layer_params=max(size.params for size in layers),
         params=params,
@@ -123,6 +125,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     by_channels = Needs.COLUMN_GRAM in config.needs
     lstsq, obs = Needs.COLUMN_GRAM in config.recovery.needs, Needs.COLUMN_GRAM in config.criterion.needs
     by_output = Needs.OUTPUT_GRAM in config.criterion.needs
+    units = sizes.num_kv_heads if config.head_unit == "kv-group" else sizes.num_heads
+    needs_gram = config.criterion.attention_gram or config.recovery.attention_gram
     pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
     # Of what is as large as all tokens, in the FFN: the residual stream, and the outputs where they are needed.
     streams = 1 if by_channels else 2
@@ -166,8 +170,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
     of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c + scores
-    yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": a**2 * 4})
-    heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * sizes.units**2 * d * 8}
+    # Of few tokens heads' covariances may take the Gram's place: sums in fp64, and of a batch, in fp32 and half made.
+    by_heads = 0 if needs_gram else units**2 * d * (8 + 4 + 4) + batch * a * 4
+    yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": max(a**2 * 4, by_heads)})
+    heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * units**2 * d * 8}
     if obs:
         heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # the squares where the covariance was
     yield at("heads", 1, heads)

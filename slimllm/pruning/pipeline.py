@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from slimllm.models.layer import Layer
 from slimllm.models.sublayer import Sublayer, add_update
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass
+from slimllm.pruning.layer_report import LayerReport, layer_report
 from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, residual_stream
 from slimllm.pruning.sublayer import PrunedSublayer, prune_sublayer
 from slimllm.runtime.hidden_states import Stream
@@ -53,7 +53,7 @@ class Pruning:
 
     def __init__(self, run: RunContext, dense: DensePass, budgets: list[LayerBudget]) -> None:
         self.run, self.dense, self.budgets = run, dense, budgets
-        self.reports: list[dict[str, Any]] = []
+        self.reports: list[LayerReport] = []
         self.loss = 0.0
 
     def __iter__(self) -> Iterator[PrunedLayer]:
@@ -105,44 +105,14 @@ class Pruning:
             trim()
 
 
-def _prune_layer(layer: Layer, stream: Stream, index: int, budget: LayerBudget, run: RunContext) -> dict[str, Any]:
+def _prune_layer(layer: Layer, stream: Stream, index: int, budget: LayerBudget, run: RunContext) -> LayerReport:
     """Prune the attention, then the FFN; the layer's part of report.json."""
     before, config = layer.sizes(), run.config
     attention = Sublayer.attention_of(layer, index, config.head_unit, config.seed)
     heads = _prune_or_pass(attention, stream, budget.units, run)
     ffn = Sublayer.ffn_of(layer, index, config.seed)
     channels = _prune_or_pass(ffn, stream, budget.channels, run)
-    after = layer.sizes()
-    by_group = before.by_group(config.head_unit)
-    report: dict[str, Any] = {
-        "kept_heads": list(range(after.num_heads)),
-        "kept_kv_heads": list(range(after.num_kv_heads)),
-        "kept_channels": list(range(after.intermediate_size)),
-        "index": index,
-        "ratio": budget.ratio,
-        "num_heads_before": before.num_heads,
-        "num_kv_heads_before": before.num_kv_heads,
-        "intermediate_size_before": before.intermediate_size,
-    }
-    if heads:
-        units, group = heads.kept, torch.arange(before.group_size)
-        of_units = (units[:, None] * before.group_size + group).flatten() if by_group else units
-        report |= {
-            "kept_heads": of_units.tolist(),
-            "kept_kv_heads": units.tolist() if by_group else list(range(before.num_kv_heads)),
-            "head_importance": heads.importance,
-            "attention_error_before": heads.error_before,
-            "attention_error_after": heads.error_after,
-        }
-    if channels:
-        report |= {
-            "kept_channels": channels.kept.tolist(),
-            "channel_importance": channels.importance,
-            "ffn_error_before": channels.error_before,
-            "ffn_error_after": channels.error_after,
-        }
-    sizes = {name: getattr(after, name) for name in ("num_heads", "num_kv_heads", "intermediate_size")}
-    return report | sizes
+    return layer_report(index, budget, before, layer.sizes(), before.by_group(config.head_unit), heads, channels)
 
 
 def _prune_or_pass(sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext) -> PrunedSublayer | None:

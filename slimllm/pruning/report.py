@@ -15,6 +15,7 @@ import torch
 
 from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, Shape, check_shape, read_object
 from slimllm.errors import InputError
+from slimllm.pruning.layer_report import LayerReport
 
 REPORT_NAME = "report.json"
 SCHEMA_VERSION = 2  # of report.json; 1, of slimllm 0.1, had none
@@ -42,6 +43,7 @@ _LAYER = {
     "kept_channels": [int],
     "head_importance?": [float],
     "channel_importance?": [float],
+    "attention_statistics?": str,
     "attention_error_before?": float,
     "attention_error_after?": float,
     "ffn_error_before?": float,
@@ -129,11 +131,7 @@ class PruneReport:
         plan: Where things lived, the settings chosen to fit the budgets, and the account of the disk.
         backend, device, compute_dtype, format: What ran, and the architecture written.
         versions: Of python, torch, triton (where it is installed), transformers, slimllm.
-        layers: One entry per layer: index, similarity (c), ratio, num_heads, num_kv_heads, intermediate_size (and
-            num_heads_before, num_kv_heads_before, intermediate_size_before),
-            kept_heads, kept_kv_heads, kept_channels, parameters_before, parameters_after, elapsed_s, peak_host_gib,
-            and for pruned parts head_importance (by unit), channel_importance, attention_error_before/_after and
-            ffn_error_before/_after (output error relative to the output's variance, without and with recovery).
+        layers: One entry per layer, see `slimllm.pruning.layer_report.LayerReport`.
         tensor_parallel: Numbers of devices, from 2 on, over which tensor parallelism can split every layer; see
             `slimllm.pruning.tensor_parallel`.
         schema_version: Of the keys and their meaning; it grows when one of them changes.
@@ -161,7 +159,7 @@ class PruneReport:
     compute_dtype: str
     format: str
     versions: dict[str, str]
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[LayerReport] = field(default_factory=list)
     tensor_parallel: list[int] = field(default_factory=list)
     resumed_steps: int = 0
     schema_version: int = SCHEMA_VERSION

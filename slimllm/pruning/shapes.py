@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from slimllm.checkpoints.source import ModelSource
 from slimllm.config import PruneConfig
 from slimllm.methods.allocation.budget import LayerShape
 from slimllm.methods.allocation.target import find_target
 from slimllm.models.slicing import LayerSizes
+from slimllm.ops.dispatch import choose
+from slimllm.ops.heads import cheaper_method
 
 
 def layer_shapes(source: ModelSource, config: PruneConfig) -> list[LayerShape]:
@@ -25,6 +29,26 @@ def check_settings(source: ModelSource, config: PruneConfig) -> None:
         ValueError: (as InputError) it cannot.
     """
     find_target(layer_shapes(source, config), config)
+
+
+def streams_heads(config: PruneConfig, num_tokens: int, shape: torch.Size, num_units: int, device: torch.device) -> bool:
+    """Whether the statistics of attention are the covariances of its heads, streamed from the tokens, and not a Gram.
+
+    That is so for so few tokens that it takes fewer operations, and if no method uses the Gram. The preset `paper` always
+    takes the Gram, so that its results stay the same to the last bit.
+
+    Args:
+        config: The settings.
+        num_tokens: Of this process.
+        shape: Of the output projection's weight, (D, H·d).
+        num_units: H, heads or KV groups.
+        device: Where the layer computes.
+    """
+    needs_gram = config.criterion.attention_gram or config.recovery.attention_gram
+    if needs_gram or config.preset == "paper" or config.token_weights != "none":
+        return False
+    fused = choose("head_covariance_of_tokens", device).backend == "triton"
+    return cheaper_method(num_tokens, shape[0], shape[1], num_units, fused) == "stream"
 
 
 def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:

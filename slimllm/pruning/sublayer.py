@@ -1,8 +1,9 @@
 """Pruning of one sub-layer: stream its activations, select, recover, slice, and let the residual stream pass what is left.
 
-The statistics are streamed in one of two ways. Where a method needs the Gram of the columns (and always for attention,
-where it is small), all else follows from it: N·F² multiply-adds, and neither y nor ŷ is made. Otherwise an FFN needs the
-Gram of its output y or not even that, N·D² at most, and, once the kept channels are known, the moments of (y, ŷ).
+The statistics are streamed in one of three ways. Where a method needs the Gram of the columns (and for attention, where it
+is small), all else follows from it: N·F² multiply-adds, and neither y nor ŷ is made. Otherwise an FFN needs the Gram of its
+output y or not even that, N·D² at most, and, once the kept channels are known, the moments of (y, ŷ). Of few tokens the
+covariances of attention's heads are less work from the tokens themselves.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import linear
 
-from slimllm.methods.moments import OutputMoments, channel_moments, mean_output, unit_moments
+from slimllm.methods.moments import OutputMoments, channel_moments, unit_moments
 from slimllm.methods.recovery import Fit, Recovery
 from slimllm.methods.statistics import Needs, SublayerStatistics
 from slimllm.models.slicing import OutputChange, slice_output
 from slimllm.models.sublayer import InnerActivations, Sublayer
 from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
+from slimllm.pruning.shapes import streams_heads
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Stored, Stream
 from slimllm.runtime.memory import trim
-from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
+from slimllm.statistics import ColumnStatistics, GramStatistics, HeadStatistics, PairedMoments, mean_output
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class PrunedSublayer:
         kept: The units that are left, sorted int64 indices.
         importance: Of every unit, as the criterion saw it.
         error_before, error_after: The output's error relative to its variance, without and with the recovery.
+        statistics: How they were streamed: `gram` (of the columns), `heads` or `output`.
     """
 
     kept: torch.Tensor
     importance: list[float]
     error_before: float
     error_after: float
+    statistics: str
 
 
 def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext) -> PrunedSublayer:
@@ -56,13 +60,13 @@ def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: Ru
     """
     criterion, recovery, ranks = run.config.criterion, run.config.recovery, stream.ranks
     where = f"the {sublayer.kind} of layer {sublayer.index}"
-    way = (_ByGram if needs_column_gram(sublayer, run) else _ByOutput)(sublayer, stream, run)
+    way = _way_of(sublayer, run)(sublayer, stream, run)
     statistics = way.collect()
     with run.watch("heads" if sublayer.is_attention else "channels"):
 
         def select() -> dict[str, Any]:
             with calling(criterion, where):
-                chosen = criterion.select(sublayer, statistics.seen_with(criterion.needs), num_removed)
+                chosen = criterion.select(sublayer, statistics.seen_by(criterion), num_removed)
                 chosen.check(sublayer.units, sublayer.groups, num_removed)
             return {"kept": chosen.kept.tolist(), "importance": chosen.importance.tolist()}
 
@@ -71,15 +75,15 @@ def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: Ru
     way.prepare(kept)
     with run.watch("recovery"):
         if recovery.shares_work:
-            fit = recovery.fit(sublayer, statistics.seen_with(recovery.needs), kept)
+            fit = recovery.fit(sublayer, statistics.seen_by(recovery), kept)
         else:
             with ranks.together(), calling(recovery, where):
-                fit = recovery.fit(sublayer, statistics.seen_with(recovery.needs), kept)
+                fit = recovery.fit(sublayer, statistics.seen_by(recovery), kept)
                 fit = _checked(fit, sublayer, len(kept) * sublayer.width, recovery)
             fit = _of_first(fit, ranks)
         way.apply(kept, fit)
     way.replay(kept, fit)
-    return PrunedSublayer(kept, found["importance"], fit.error_before, fit.error_after)
+    return PrunedSublayer(kept, found["importance"], fit.error_before, fit.error_after, way.name)
 
 
 def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery) -> Fit:
@@ -121,9 +125,12 @@ def _of_first(fit: Fit, ranks: Ranks) -> Fit:
     return dataclasses.replace(fit, change=OutputChange(**parts))
 
 
-def needs_column_gram(sublayer: Sublayer, run: RunContext) -> bool:
-    """Whether the Gram of the columns is streamed."""
-    return sublayer.is_attention or Needs.COLUMN_GRAM in run.config.needs
+def _way_of(sublayer: Sublayer, run: RunContext) -> type[_Way]:
+    if not sublayer.is_attention:
+        return _ByGram if Needs.COLUMN_GRAM in run.config.needs else _ByOutput
+    tokens = -(-len(run.calibration.token_ids) // run.ranks.size) * run.calibration.token_ids.shape[1]
+    shape = sublayer.output_projection.weight.shape
+    return _ByHeads if streams_heads(run.config, tokens, shape, sublayer.units, sublayer.layer.device) else _ByGram
 
 
 class _Way(ABC):
@@ -134,6 +141,8 @@ class _Way(ABC):
         stream: The residual stream before it.
         run: Of the run.
     """
+
+    name: ClassVar[str]
 
     def __init__(self, sublayer: Sublayer, stream: Stream, run: RunContext) -> None:
         self.sublayer, self.stream, self.run, self.watch = sublayer, stream, run, run.watch
@@ -168,6 +177,8 @@ class _Way(ABC):
 
 class _ByGram(_Way):
     """By the Gram of the columns."""
+
+    name = "gram"
 
     def collect(self) -> SublayerStatistics:
         sublayer, watch, ranks = self.sublayer, self.watch, self.stream.ranks
@@ -211,13 +222,33 @@ def _moments_of_gram(statistics: SublayerStatistics, kept: torch.Tensor) -> Outp
     sublayer = statistics.sublayer
     weight = sublayer.output_projection.weight
     if sublayer.is_attention:
-        means = mean_output(weight, statistics.gram.mean(), sublayer.units)
+        means = mean_output(weight, statistics.columns.mean(), sublayer.units)
         return unit_moments(statistics.unit_covariance(effective=False), means, kept)
     return channel_moments(weight, statistics.gram, sublayer.columns_of(kept), statistics.output_covariance())
 
 
+class _ByHeads(_ByGram):
+    """By the covariances of the heads' contributions to the output of attention, from the tokens themselves."""
+
+    name = "heads"
+
+    def collect(self) -> SublayerStatistics:
+        heads = HeadStatistics(self.weight, self.sublayer.units)
+        for number in range(len(self.stream)):
+            with self.watch("forward"):
+                _, inner = self.activations.first(number)
+            with self.watch("statistics"):
+                heads.update(inner)
+        del inner
+        with self.watch("statistics"):
+            self.stream.ranks.add_up(heads)
+        return SublayerStatistics(self.sublayer, heads, None, None, _moments_of_gram, self.stream.ranks)
+
+
 class _ByOutput(_Way):
     """By the Gram of an FFN's output, or only its variances, and the moments of the output with what is left of it."""
+
+    name = "output"
 
     def collect(self) -> SublayerStatistics:
         (hidden_size, num_channels), device = self.weight.shape, self.sublayer.layer.device

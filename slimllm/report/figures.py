@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
 from slimllm.finetuning.report import FinetuneReport
+from slimllm.pruning.layer_report import LayerReport
 from slimllm.pruning.report import PruneReport
 from slimllm.report.palette import STYLE, Palette
 
@@ -85,7 +86,7 @@ def _shares(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> 
     return figure
 
 
-def _share_gone(layer: dict[str, Any]) -> tuple[float, float]:
+def _share_gone(layer: LayerReport) -> tuple[float, float]:
     """Of heads, and of channels."""
     heads, channels = layer["num_heads_before"], layer["intermediate_size_before"]
     return 1 - layer["num_heads"] / heads, 1 - layer["intermediate_size"] / channels
@@ -156,12 +157,13 @@ def _errors(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> 
     figure, axes = _figure(palette)
     some = False
     for part, color, label in (("attention", palette.second, "attention"), ("ffn", palette.first, "FFN")):
-        found = [layer for layer in report.layers if f"{part}_error_after" in layer]
+        names = [f"{part}_error_{when}" for when in ("before", "after")]
+        found: list[Mapping[str, Any]] = [layer for layer in report.layers if names[1] in layer]
         if not found:
             continue
         some = True
         at = [layer["index"] for layer in found]
-        before, after = ([100 * layer[f"{part}_error_{when}"] for layer in found] for when in ("before", "after"))
+        before, after = ([100 * layer[name] for layer in found] for name in names)
         axes.vlines(at, after, before, color=color, alpha=0.35, linewidth=1.2)
         axes.plot(at, before, "o", color=color, markersize=4, fillstyle="none", label=f"{label}, without")
         axes.plot(at, after, "o", color=color, markersize=4, label=f"{label}, with")

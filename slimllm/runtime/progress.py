@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,10 @@ class LayerPruned(Progress):
     """A layer is pruned.
 
     Attributes:
-        layer: The layer's entry in report.json.
+        layer: Its entry in report.json, see `slimllm.pruning.layer_report.LayerReport`.
     """
 
-    layer: dict[str, Any]
+    layer: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,16 @@
 
 from slimllm.statistics.columns import ColumnStatistics, PairedMoments
 from slimllm.statistics.gram import TILE, GramStatistics
+from slimllm.statistics.heads import HeadStatistics, mean_output
 from slimllm.statistics.tokens import layer_similarity, token_weights
 
-__all__ = ["TILE", "ColumnStatistics", "GramStatistics", "PairedMoments", "layer_similarity", "token_weights"]
+__all__ = [
+    "TILE",
+    "ColumnStatistics",
+    "GramStatistics",
+    "HeadStatistics",
+    "PairedMoments",
+    "layer_similarity",
+    "mean_output",
+    "token_weights",
+]

@@ -56,7 +56,7 @@ def test_settings_of_the_caller_do_not_leak_into_the_methods(
 
 def test_what_cannot_be_compared(stories_path: Path, token_ids: torch.Tensor, held_out: torch.Tensor) -> None:
     config = PruneConfig(ratio=0.5, calibration=token_ids)
-    with pytest.raises(InputError, match="not a method; there are best, "):
+    with pytest.raises(InputError, match="not a method; give one of best, "):
         compare(stories_path, [0.2], config, held_out, methods=["gptq"])
     with pytest.raises(InputError, match="at least one method and one ratio"):
         compare(stories_path, [], config, held_out)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.methods.moments import OutputMoments, mean_output, unit_moments
+from slimllm.methods.moments import OutputMoments, unit_moments
 from slimllm.methods.recovery.lstsq import RIDGE, RIDGE_OF_FEW, least_squares, refit_kept
 from slimllm.methods.ridge import MEAN_PART
 from slimllm.ops import head_covariance
-from slimllm.statistics import GramStatistics
+from slimllm.statistics import GramStatistics, mean_output
 
 
 def moments_of(y: torch.Tensor, y_hat: torch.Tensor) -> OutputMoments:

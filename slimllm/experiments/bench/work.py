@@ -107,9 +107,12 @@ def _layer_work(
         allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
     if attention_pruned:
         units = size.num_kv_heads
-        statistics += Work(tokens * width**2)
-        contributions = hidden_size * width**2 * (1 + 1 / units)
-        heads += Work(single=contributions) if on_gpu else Work(precise=contributions)
+        if layer.get("attention_statistics") == "heads":
+            statistics += Work(single=tokens * hidden_size * (2 * width + units**2))
+        else:
+            statistics += Work(tokens * width**2)
+            contributions = hidden_size * width**2 * (1 + 1 / units)
+            heads += Work(single=contributions) if on_gpu else Work(precise=contributions)
         if obs:
             heads += _elimination(width, kept_width, hidden_size)
         if lstsq:

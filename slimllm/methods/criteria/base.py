@@ -22,10 +22,13 @@ class Criterion(Method, ABC):
 
     Attributes:
         needs: What it needs of the calibration activations.
+        attention_gram: Whether it uses the Gram of attention's columns (`gram`, `output_covariance()`). If no method of a
+            run does, the covariances of the heads may be streamed without it, which for few tokens is less work.
         needs_recovery: Whether its choice is only good once the rest has been fitted anew.
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
+    attention_gram: ClassVar[bool] = True
     needs_recovery: ClassVar[bool] = False
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:

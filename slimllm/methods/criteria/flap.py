@@ -14,6 +14,8 @@ from slimllm.models.sublayer import Sublayer
 class Flap(Criterion):
     """FLAP: variance of the activations times squared weights, summed over a unit's columns."""
 
+    attention_gram = False
+
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight()
         return fluctuation(weight, statistics.columns.variance().to(weight.device)).view(sublayer.units, -1).sum(1)

@@ -14,6 +14,8 @@ from slimllm.models.sublayer import Sublayer
 class Magnitude(Criterion):
     """The smallest weights, those of all rows and columns of a unit together."""
 
+    attention_gram = False
+
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight()
         rows = [squares(sublayer.weight_of(projection)) for projection in sublayer.unit_rows]

@@ -13,6 +13,8 @@ from slimllm.models.sublayer import Sublayer
 class Random(Criterion):
     """A draw by the run's seed."""
 
+    attention_gram = False
+
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         generator = torch.Generator().manual_seed(sublayer.seed)
         return torch.rand(sublayer.units, generator=generator, dtype=torch.float64)

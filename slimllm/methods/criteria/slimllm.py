@@ -19,6 +19,7 @@ class SlimLLM(Criterion):
     """Heads by the Pearson similarity of the output and a greedy exchange; channels by I_gate + I_up + I_down."""
 
     needs = Needs.OUTPUT_GRAM
+    attention_gram = False
 
     @dataclass(frozen=True)
     class Settings:

@@ -14,6 +14,8 @@ from slimllm.models.sublayer import Sublayer
 class WandaSp(Criterion):
     """Wanda-sp: mean weight times norm of the activations, summed over a unit's columns."""
 
+    attention_gram = False
+
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight()
         return wanda(weight, statistics.columns.norms().to(weight.device)).view(sublayer.units, -1).sum(1)

@@ -13,6 +13,8 @@ from slimllm.models.sublayer import Sublayer
 class Affine(Recovery):
     """The paper's regression of every output dimension on its pruned self, y_k ≈ a_k ŷ_k + b_k."""
 
+    attention_gram = False
+
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
         moments = statistics.moments(kept)
         return Fit.of_moments(moments, *moments.affine_fit())

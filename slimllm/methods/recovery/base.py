@@ -38,6 +38,7 @@ class Recovery(Method, ABC):
 
     Attributes:
         needs: What it needs of the calibration activations. Only with `COLUMN_GRAM` may a change have a `delta`.
+        attention_gram: As of a criterion.
         adds_bias: Whether it gives an output projection a bias where it had none. Where it does not, the `intercept` of its
             changes has to be None.
         shares_work: Whether the processes of a run share the work of `fit`, and all return the same. Otherwise each fits
@@ -45,6 +46,7 @@ class Recovery(Method, ABC):
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
+    attention_gram: ClassVar[bool] = True
     adds_bias: ClassVar[bool] = True
     shares_work: ClassVar[bool] = False
 

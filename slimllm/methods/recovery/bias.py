@@ -13,6 +13,8 @@ from slimllm.models.sublayer import Sublayer
 class Bias(Recovery):
     """The mean of what is removed, added as a bias (FLAP)."""
 
+    attention_gram = False
+
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
         moments = statistics.moments(kept)
         return Fit.of_moments(moments, torch.ones_like(moments.mean_y), moments.mean_y - moments.mean_y_hat)

@@ -13,6 +13,7 @@ from slimllm.models.sublayer import Sublayer
 class NoRecovery(Recovery):
     """The kept weights stay as they are."""
 
+    attention_gram = False
     adds_bias = False
 
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:

@@ -1,0 +1,105 @@
+"""What report.json says about a layer."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+
+from slimllm.methods.allocation.budget import LayerBudget
+from slimllm.models.slicing import LayerSizes
+from slimllm.pruning.sublayer import PrunedSublayer
+
+
+class _Sizes(TypedDict):
+    index: int
+    ratio: float
+    num_heads_before: int
+    num_kv_heads_before: int
+    intermediate_size_before: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
+    kept_heads: list[int]
+    kept_kv_heads: list[int]
+    kept_channels: list[int]
+
+
+class LayerReport(_Sizes, total=False):
+    """One layer's entry in report.json.
+
+    Attributes:
+        index: The layer's number.
+        ratio: What the allocation asked it to give, a fraction of its parameters.
+        num_heads, num_kv_heads, intermediate_size: Its sizes now; with `_before`, those of the dense layer.
+        kept_heads, kept_kv_heads, kept_channels: Sorted indices.
+        head_importance, channel_importance: Of every unit, as the criterion saw it; where such were removed.
+        attention_statistics: How those of attention were streamed: `gram` or `heads`; where heads were removed.
+        attention_error_before, attention_error_after, ffn_error_before, ffn_error_after: The output's error relative to its
+            variance, without and with the recovery; where something was removed.
+        parameters_before, parameters_after: Of the layer.
+        similarity: c, the mean cosine over tokens of the dense layer's input with its output.
+        elapsed_s: Seconds, from reading it to writing it.
+        peak_host_gib: Peak memory of the run so far.
+    """
+
+    head_importance: list[float]
+    channel_importance: list[float]
+    attention_statistics: str
+    attention_error_before: float
+    attention_error_after: float
+    ffn_error_before: float
+    ffn_error_after: float
+    parameters_before: int
+    parameters_after: int
+    similarity: float
+    elapsed_s: float
+    peak_host_gib: float
+
+
+def layer_report(
+    index: int,
+    budget: LayerBudget,
+    before: LayerSizes,
+    after: LayerSizes,
+    by_group: bool,
+    heads: PrunedSublayer | None,
+    channels: PrunedSublayer | None,
+) -> LayerReport:
+    """The entry of a layer that has just been pruned.
+
+    Args:
+        index: The layer's number.
+        budget: What it was to give.
+        before, after: Its sizes.
+        by_group: Whether the units of attention are KV groups.
+        heads, channels: What became of its attention and its FFN; None: they were left as they were.
+    """
+    report: LayerReport = {
+        "index": index,
+        "ratio": budget.ratio,
+        "num_heads_before": before.num_heads,
+        "num_kv_heads_before": before.num_kv_heads,
+        "intermediate_size_before": before.intermediate_size,
+        "num_heads": after.num_heads,
+        "num_kv_heads": after.num_kv_heads,
+        "intermediate_size": after.intermediate_size,
+        "kept_heads": list(range(after.num_heads)),
+        "kept_kv_heads": list(range(after.num_kv_heads)),
+        "kept_channels": list(range(after.intermediate_size)),
+    }
+    if heads:
+        units, group = heads.kept, torch.arange(before.group_size)
+        of_units = (units[:, None] * before.group_size + group).flatten() if by_group else units
+        report["kept_heads"] = of_units.tolist()
+        report["kept_kv_heads"] = units.tolist() if by_group else list(range(before.num_kv_heads))
+        report["head_importance"] = heads.importance
+        report["attention_statistics"] = heads.statistics
+        report["attention_error_before"] = heads.error_before
+        report["attention_error_after"] = heads.error_after
+    if channels:
+        report["kept_channels"] = channels.kept.tolist()
+        report["channel_importance"] = channels.importance
+        report["ffn_error_before"] = channels.error_before
+        report["ffn_error_after"] = channels.error_after
+    return report

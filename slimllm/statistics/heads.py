@@ -1,0 +1,91 @@
+"""Streaming statistics of heads: the covariances of what they contribute to an output, without the Gram of their inputs."""
+
+from __future__ import annotations
+
+import torch
+
+from slimllm import ops
+from slimllm.statistics.checks import check_batch, check_mass, check_other
+from slimllm.statistics.columns import ColumnStatistics
+
+_ROWS = 256  # of a weight in fp64 at a time
+
+
+class HeadStatistics(ColumnStatistics):
+    """Statistics of every column of a stream x, and covariances of the heads' contributions W_i x_i to W x.
+
+    Of a batch b of n_b tokens, `slimllm.ops.head_covariance_of_tokens` gives the covariances C_b about its own mean, from
+    the tokens themselves. With the mean's contribution μ_b,i = W_i (mean_b - p)_i about the pivot p, (D,) each,
+
+        products[i, j] = Σ_b n_b (C_b[i, j] + μ_b,i μ_b,j),    C[i, j] = products[i, j]/N - μ_i μ_j.
+
+    For few tokens this takes fewer operations than the Gram of x, (H·d, H·d), whose blocks give the same.
+
+    Args:
+        weight: W, (D, H·d), any floating dtype.
+        num_heads: H.
+
+    Products are fp64; those of a batch fp32.
+    """
+
+    def __init__(self, weight: torch.Tensor, num_heads: int) -> None:
+        super().__init__(weight.shape[1], weight.device)
+        self.weight, self.num_heads = weight.detach(), num_heads
+        self.products = torch.zeros(num_heads, num_heads, len(weight), dtype=torch.float64, device=weight.device)
+
+    def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
+        """Add a batch x (num_tokens, features), any floating dtype; tokens have no weights here."""
+        if weight is not None:
+            raise ValueError("the statistics of heads take no token weights; use GramStatistics and ops.head_covariance.")
+        x = check_batch(x, self.features)
+        if x.shape[0] == 0:
+            return
+        before = self.total.clone()
+        super().update(x)
+        mean = self._contributions((self.total - before) / len(x))  # about the pivot, where nothing is lost
+        covariance = ops.head_covariance_of_tokens(self.weight, x, self.num_heads, method="stream")
+        self.products += len(x) * (covariance.double() + mean[:, None] * mean)
+
+    def merge(self, other: ColumnStatistics) -> None:
+        """Add the statistics of another part of the stream, of the same weight, in place; the pivots may differ."""
+        check_other(self, other, self.features)
+        assert isinstance(other, HeadStatistics)
+        products = other._products_about(self.pivot if self.count else other.pivot)
+        super().merge(other)
+        self.products += products.to(self.products.device)
+
+    def move(self, pivot: torch.Tensor) -> None:
+        """Let the sums be about another pivot, (features,) fp32, in place, so that others about it can be added."""
+        self.products = self._products_about(pivot)
+        super().move(pivot)
+
+    def sums(self) -> list[torch.Tensor]:
+        """What adds up between statistics about the same pivot."""
+        return [*super().sums(), self.products]
+
+    def _products_about(self, pivot: torch.Tensor) -> torch.Tensor:
+        total = self._contributions(self.total)
+        shift = self._contributions(self.pivot.double() - pivot.to(self.pivot).double())
+        across = total[:, None] * shift
+        return self.products + across + across.transpose(0, 1) + self.mass * shift[:, None] * shift
+
+    def _contributions(self, x: torch.Tensor) -> torch.Tensor:
+        return mean_output(self.weight, x, self.num_heads)
+
+    def head_covariance(self) -> torch.Tensor:
+        """C, as of `slimllm.ops.head_covariance`: population covariances, (H, H, D) fp64."""
+        check_mass(self.mass)
+        mean = self._contributions(self.total / self.mass)
+        return self.products / self.mass - mean[:, None] * mean
+
+
+def mean_output(weight: torch.Tensor, mean: torch.Tensor, num_units: int = 1) -> torch.Tensor:
+    """E W_i x_i of every unit's columns: (num_units, D) fp64, without a copy of the weight in fp64.
+
+    Args:
+        weight: W, (D, num_units · d), any floating dtype.
+        mean: E x, (num_units · d,) fp64.
+    """
+    by_unit = mean.view(num_units, -1)
+    rows = [(some.double().view(len(some), num_units, -1) * by_unit).sum(-1) for some in weight.split(_ROWS)]
+    return torch.cat(rows).T
