@@ -5,8 +5,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from slimllm.runtime.progress import LayerMeasured, LayerPruned, PartWritten, Progress, ProgressCallback, StepTrained
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SLIMLLM_BACKEND"] = "auto"
 os.environ["COLUMNS"] = "200"  # what is printed is not broken into lines
@@ -35,6 +33,7 @@ from slimllm.pruning.dense_pass import run_dense_pass
 from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.shapes import layer_shapes
 from slimllm.runtime.hidden_states import Placement
+from slimllm.runtime.progress import LayerMeasured, LayerPruned, PartWritten, Progress, ProgressCallback, StepTrained
 from slimllm.runtime.stopwatch import Stopwatch
 
 # The models are tiny: more threads only make the tests slow where other work runs beside them.

@@ -10,6 +10,8 @@ from slimllm.ops.gram import gram_
 from slimllm.ops.registry import Random, operator
 
 _OUTPUTS = 256  # at a time, which bounds the memory beside the result
+# Contributions of heads that are made at once: many for a GPU, and on a CPU, as `True`, as many as its caches hold.
+_CONTRIBUTIONS = {False: 2**24, True: 2**21}
 
 
 def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -86,15 +88,16 @@ def head_covariance_of_tokens(
         gram:    the Gram of x, and `head_covariance`:                                (N + D·(1 + 1/H))/2·(H·d)²
 
     The streaming kernel takes 16 heads at a time, and widths in steps of 16: with B = ⌈H/16⌉ blocks of heads it makes
-    N·D·(B²·16·16⌈d/16⌉ + 128·B·(B + 1)). Streaming wins for few tokens: at 32 heads of 128 up to N = 3379 in torch and
-    1251 in the kernel. Memory beside the result: the streaming kernel none, torch as much as the result and an fp32 copy
-    of x; `gram` the (H·d, H·d) Gram and an fp32 copy of x.
+    N·D·(B²·16·16⌈d/16⌉ + 128·B·(B + 1)). Torch streams at two thirds of the rate of a large product (on CPUs, see
+    benchmarks/bench_pearson.py). Streaming wins for few tokens: at 32 heads of 128 up to N = 1778 in torch and 1251 in the
+    kernel. Memory beside the result: the streaming kernel none, torch tiles of 2²¹ contributions, on a GPU 2²⁴, and an fp32
+    copy of x; `gram` the (H·d, H·d) Gram and an fp32 copy of x.
 
     Args:
         weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
         x: Inputs of o_proj (N, H·d), bf16, fp16 or fp32; one token at least.
         num_heads: H, the number of units.
-        method: `stream`, `gram` or None, the one with fewer operations.
+        method: `stream`, `gram` or None, the cheaper one.
 
     Returns:
         C, (H, H, D) fp32, population covariances (1/N).
@@ -139,8 +142,8 @@ def _head_covariance_of_tokens(weight: torch.Tensor, x: torch.Tensor, num_heads:
 
 
 def cheaper_method(num_tokens: int, out_features: int, in_features: int, num_heads: int, fused: bool) -> str:
-    """`stream` or `gram`, whichever takes fewer multiply-adds, see `head_covariance_of_tokens`; `fused`: by the kernel."""
-    per_output = in_features + num_heads**2 / 2
+    """`stream` or `gram`, by the multiply-adds and the rates in `head_covariance_of_tokens`; `fused`: by the kernel."""
+    per_output = 1.5 * (in_features + num_heads**2 / 2)
     if fused:
         blocks, steps = -(-num_heads // 16), -(-in_features // num_heads // 16)
         per_output = blocks**2 * 16 * 16 * steps + 128 * blocks * (blocks + 1)
@@ -155,15 +158,15 @@ def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: in
 
         return kernel(weight if weight.dtype in ACTIVATIONS else weight.float(), x, mean, num_heads)
     num_tokens, out_features = x.shape[0], weight.shape[0]
-    u = (x.float() - mean).view(num_tokens, num_heads, -1).transpose(0, 1)  # (H, N, d)
-    by_head = weight.float().view(out_features, num_heads, -1).permute(1, 2, 0)  # (H, d, D)
+    u = (x.float() - mean).view(num_tokens, num_heads, -1).permute(1, 2, 0).contiguous()  # (H, d, N)
+    u -= u.mean(-1, keepdim=True)  # to the last digit, so that every contribution has mean 0
+    by_head = weight.float().view(out_features, num_heads, -1).transpose(0, 1).contiguous()  # (H, D, d)
     result = x.new_empty(num_heads, num_heads, out_features, dtype=torch.float32)
-    outputs_at_once = max(1, min(2**24, result.numel()) // (num_tokens * num_heads))  # tiles as large as the result
+    at_once = max(1, _CONTRIBUTIONS[x.device.type == "cpu"] // (num_tokens * num_heads))
     with full_precision(weight.device):
-        for start in range(0, out_features, outputs_at_once):
-            here = slice(start, start + outputs_at_once)
-            contributions = (u @ by_head[:, :, here]).permute(2, 0, 1)  # (outputs, H, N)
-            contributions = contributions - contributions.mean(-1, keepdim=True)
+        for start in range(0, out_features, at_once):
+            here = slice(start, start + at_once)
+            contributions = (by_head[:, here] @ u).transpose(0, 1).contiguous()  # (outputs, H, N)
             products = (contributions @ contributions.transpose(1, 2)).div_(num_tokens).tril()
             result[:, :, here] = (products + products.tril(-1).transpose(1, 2)).permute(1, 2, 0)
     return result
