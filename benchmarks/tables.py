@@ -82,7 +82,7 @@ def prune_table() -> str:
             "pruning / dense",
             "× floor",
             "peak",
-            "account",
+            "estimate",
         ],
         [
             [

@@ -154,7 +154,7 @@ def _print_table(console: Console, report: PruneReport, before: _Candidate, afte
     console.print(table)
     console.print(
         f"Pruned in {report.elapsed_s:.1f} s, {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass.\n"
-        f"Memory: {report.peak_host_gib:.2f} GiB at most, of {sum(report.memory_gib.values()):.2f} in the account.\n",
+        f"Memory: {report.peak_host_gib:.2f} GiB at most, of {sum(report.memory_gib.values()):.2f} in the estimate.\n",
         highlight=False,
         soft_wrap=True,
     )

@@ -100,7 +100,7 @@ def print_summary(console: Console, report: PruneReport) -> None:
         f"time    {report.elapsed_s:.1f} s = {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass "
         f"({report.dense_pass_s:.1f} s)",
         f"        and {report.setup_s:.1f} s before, to open the model and draw the text",
-        f"memory  {report.peak_host_gib:.2f} GiB at most; the account allows {sum(memory.values()):.2f} GiB, in MiB:",
+        f"memory  {report.peak_host_gib:.2f} GiB at most; estimated were {sum(memory.values()):.2f} GiB, in MiB:",
         f"        {parts}",
     ]
     if report.peak_gpu_gib:
@@ -128,12 +128,12 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     ):
         if parts:
             when = f"in the phase '{phase}': " if phase else ""
-            account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)
-            table.add_row(title, f"{sum(parts.values()) / GIB:.2f} GiB", f"{when}{account}")
+            estimate = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)
+            table.add_row(title, f"{sum(parts.values()) / GIB:.2f} GiB", f"{when}{estimate}")
     if forecast.traffic:
-        account = ", ".join(f"{name} {size / GIB:.2f}" for name, size in forecast.traffic.items())
+        estimate = ", ".join(f"{name} {size / GIB:.2f}" for name, size in forecast.traffic.items())
         table.add_row(
-            "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer, through the busiest rank: {account}"
+            "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer, through the busiest rank: {estimate}"
         )
     if forecast.seconds is None:
         table.add_row("time", "", "not known: this machine has no GPU; there, plan measures what it can do")

@@ -21,7 +21,7 @@ from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.evaluation.perplexity import perplexity_of
 from slimllm.experiments.methods import METHODS, config_of, rows_of
-from slimllm.pruning.jobs import prune_all
+from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.report import PruneReport
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback

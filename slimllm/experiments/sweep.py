@@ -24,7 +24,7 @@ from slimllm.evaluation.latency.measure import check_shapes
 from slimllm.evaluation.latency.worker import check_length
 from slimllm.evaluation.perplexity import perplexity_of
 from slimllm.experiments.methods import config_of, rows_of
-from slimllm.pruning.jobs import prune_all
+from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.report import PruneReport
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.memory import release

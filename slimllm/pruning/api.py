@@ -19,7 +19,7 @@ from slimllm.checkpoints.source import InMemoryModel
 from slimllm.config import GIB, PruneConfig, check_config
 from slimllm.errors import InputError
 from slimllm.pruning.identity import compare_identities, identity_in_memory
-from slimllm.pruning.jobs import prune_all
+from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.run import Run

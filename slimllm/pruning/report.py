@@ -124,11 +124,11 @@ class PruneReport:
         dense_pass_s: Seconds of computing in one forward pass of the dense decoder layers over the same tokens.
         stages_s: Seconds by stage.
         peak_host_gib, peak_gpu_gib: Peak memory of the run.
-        memory_gib, gpu_memory_gib: The account of the two peaks, part by part, made before the run.
+        memory_gib, gpu_memory_gib: Memory estimates of the two peaks, part by part, made before the run.
         identity: What another run must have in common with this one to be the same.
         dense_pass_shared: Whether another run's dense pass was used, whose seconds are not among `elapsed_s`.
         dense_stage_s: Seconds of all of the dense pass, reading and measuring too (of its last part, if it was resumed).
-        plan: Where things lived, the settings chosen to fit the budgets, and the account of the disk.
+        plan: Where things lived, the settings chosen to fit the budgets, and the estimate of disk space.
         backend, device, compute_dtype, format: What ran, and the architecture written.
         versions: Of python, torch, triton (where it is installed), transformers, slimllm.
         layers: One entry per layer, see `slimllm.pruning.layer_report.LayerReport`.

@@ -81,11 +81,11 @@ class Run:
         self.setup_s = time.perf_counter() - started
         self.resumed_steps = 0
 
-    def go_on(self, journal: Journal) -> None:
+    def resume(self, journal: Journal) -> None:
         """Count on from where the journal ends, and say what may be different now."""
         last = journal.steps[-1]
         self.resumed_steps = len(journal.steps)
-        self.watch.go_on(last["seconds"], last["elapsed_s"])
+        self.watch.resume(last["seconds"], last["elapsed_s"])
         done = len(journal.done("prune")) or len(journal.done("dense"))
         _log.info("Resuming after layer %d of the %s.", done - 1, "pruning" if journal.done("prune") else "dense pass")
         say_changes(journal, self.source.device, self.ranks.size)

@@ -197,7 +197,7 @@ def _seconds(report: PruneReport, _: FinetuneReport | None, palette: Palette) ->
 
 
 def _memory(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> Figure:
-    """The account of the peak, made before the run."""
+    """The memory estimate of the peak, made before the run."""
     parts = {name.replace("_", " "): 1024 * size for name, size in (report.gpu_memory_gib or report.memory_gib).items()}
     return _parts(parts, f"MiB of {'the GPU' if report.gpu_memory_gib else 'memory'}", palette)
 
@@ -241,7 +241,7 @@ PICTURES = (
         _errors,
     ),
     Picture("seconds", "Where the time went", "Seconds of the run by stage.", _seconds),
-    Picture("memory", "What the memory was for", "The account of the peak, made before the run.", _memory),
+    Picture("memory", "What the memory was for", "The memory estimate of the peak, made before the run.", _memory),
     Picture("training", "Training afterwards", "Loss by step; lower is better.", _training),
 )
 

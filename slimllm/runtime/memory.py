@@ -41,7 +41,7 @@ def release() -> None:
 
 
 def warm_up(device: torch.device) -> None:
-    """Let the linear algebra libraries allocate the buffers of their own, which are no part of a run's account."""
+    """Let the linear algebra libraries allocate the buffers of their own, which are not part of the memory estimate."""
     square = torch.ones(1024, 1024, device=device)
     square @ square
     torch.linalg.eigh(torch.eye(512, dtype=torch.float64, device=device))

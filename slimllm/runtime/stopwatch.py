@@ -24,10 +24,10 @@ class Stopwatch:
         return time.perf_counter() - self._started
 
     def so_far(self) -> dict[str, Any]:
-        """What `go_on` takes, for the journal."""
+        """What `resume` takes, for the journal."""
         return {"seconds": dict(self.seconds), "elapsed_s": self.elapsed_s()}
 
-    def go_on(self, seconds: dict[str, float], elapsed_s: float) -> None:
+    def resume(self, seconds: dict[str, float], elapsed_s: float) -> None:
         """Count on from where an interrupted run stopped."""
         self.seconds.update(seconds)
         self._started = time.perf_counter() - elapsed_s

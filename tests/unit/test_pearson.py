@@ -120,7 +120,7 @@ def test_one_token_and_a_dead_head(backend: str) -> None:
         (3, 576, 576, True, 72),
     ],
 )
-def test_the_way_with_fewer_operations(num_heads: int, outputs: int, inputs: int, fused: bool, most: int) -> None:
+def test_the_cheaper_way(num_heads: int, outputs: int, inputs: int, fused: bool, most: int) -> None:
     """Streaming for few tokens only; all operations counted one by one."""
     width, block = inputs // num_heads, 16 if fused else 1
     blocks = -(-num_heads // block)
@@ -133,7 +133,8 @@ def test_the_way_with_fewer_operations(num_heads: int, outputs: int, inputs: int
     by_pairs = sum(width**2 for row in range(num_heads) for col in range(row + 1))
 
     def stream_is_cheaper(tokens: int) -> bool:
-        return tokens * outputs * per_token < tokens * inputs**2 / 2 + outputs * by_pairs
+        rate = 1 if fused else 1.5  # torch streams at two thirds of the rate of a large product
+        return rate * tokens * outputs * per_token < tokens * inputs**2 / 2 + outputs * by_pairs
 
     count = {"out_features": outputs, "in_features": inputs, "num_heads": num_heads, "fused": fused}
     for tokens in (1, most, most + 1, 10 * most):

@@ -168,7 +168,7 @@ def _prune_one(
             return _told(report, ranks), dense
         with ranks.together():
             if writer and record.steps:
-                run.go_on(writer.journal)
+                run.resume(writer.journal)
                 for index in range(len(record.done("prune"))):
                     writer.adopt_shard(index + 1)
             elif resume:
