@@ -36,7 +36,7 @@ test-asan: install
 	CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address" SLIMLLM_BUILD_EXT=1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib .asan --build-temp .asan/build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/unit/test_lstsq.py
+	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/unit/ops/test_lstsq.py
 
 # Damaged and hostile files for ten minutes; make test has half a minute of it.
 test-fuzz: install
@@ -96,13 +96,13 @@ gpu:
 	failed=; \
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . || failed=1; \
 	$(PYTHON) -m slimllm doctor || failed=1; \
-	timeout 180 $(PYTHON) -m pytest -m "gpu or not slow" tests/gpu/test_gpu.py tests/unit/test_kernels.py tests/unit/test_columns.py \
-	  tests/unit/test_pearson.py tests/unit/test_ops.py tests/unit/test_lstsq.py tests/unit/test_statistics.py tests/integration/test_parity.py \
+	timeout 180 $(PYTHON) -m pytest -m "gpu or not slow" tests/gpu/test_gpu.py tests/unit/ops/test_kernels.py tests/unit/ops/test_columns.py \
+	  tests/unit/ops/test_pearson.py tests/unit/ops/test_ops.py tests/unit/ops/test_lstsq.py tests/unit/statistics tests/integration/test_parity.py \
 	  tests/integration/test_examples.py || failed=1; \
 	for bench in gram pearson lstsq; do timeout 45 $(PYTHON) benchmarks/bench_$$bench.py || failed=1; done; \
 	timeout 90 $(PYTHON) benchmarks/bench_prune.py --large || failed=1; \
 	timeout 90 $(PYTHON) benchmarks/bench_large.py --layers 4 --gpu-memory 8GiB || failed=1; \
-	timeout 60 $(PYTHON) -m pytest tests/unit/test_compile.py || failed=1; \
+	timeout 60 $(PYTHON) -m pytest tests/unit/ops/test_compile.py || failed=1; \
 	test -z "$$failed"
 
 clean:

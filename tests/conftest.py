@@ -183,3 +183,12 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone after it."""
     for registry in (CRITERIA, RECOVERIES, ALLOCATIONS, EXPORTERS):
         monkeypatch.setattr(registry, "_found", dict(registry.all()))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a result but the report, which has times in it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "report.json"
+    }

@@ -7,6 +7,7 @@ non-symmetric eigendecomposition and one polynomial fit for every output dimensi
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -151,3 +152,13 @@ def prune(
         entry["output"] = hidden.clone()
         result.append(entry)
     return result
+
+
+def plain_perplexity(model: Any, windows: torch.Tensor) -> float:
+    total, count = 0.0, 0
+    for window in windows:
+        with torch.no_grad():
+            scores = torch.log_softmax(model(window[None]).logits[0].double(), -1)
+        total -= float(scores[:-1].gather(1, window[1:, None]).sum())
+        count += len(window) - 1
+    return math.exp(total / count)

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, config
 from matplotlib import image
 from safetensors.torch import load_file, save_file
-from test_cli import call
 
 from slimllm import prune
 from slimllm.errors import InputError

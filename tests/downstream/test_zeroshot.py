@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import call
 from conftest import config
-from test_cli import call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm

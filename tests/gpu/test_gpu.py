@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lstsq import normal_equations
+from least_squares import normal_equations
 from tolerances import FLOOR, assert_close
 
 import slimllm

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, logged
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli import call
-from test_text import plain_perplexity
+from reference import plain_perplexity
 
 import slimllm
 from slimllm import InputError, PruneConfig

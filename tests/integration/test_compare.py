@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import call
+from commands import call
 
 from slimllm import InputError, PruneConfig, perplexity, prune
 from slimllm.calibration import bundled_text, tokenize

@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 from conftest import config, logits
-from test_families import PECULIAR, saved, tiny
+from tiny_models import IDS, PECULIAR, saved, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm
@@ -18,8 +18,6 @@ from slimllm.checkpoints.gguf import _undo_rope_order
 from slimllm.export.api import export
 from slimllm.methods.allocation.layer_importance import LayerImportance
 from slimllm.runtime.progress import PartWritten, Progress
-
-IDS = torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, config, logits, random_llama
 from safetensors.torch import load_file, save_file
-from test_cli import call
-from test_families import saved, tiny
+from tiny_models import saved, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import slimllm

@@ -11,98 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from conftest import logits
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tiny_models import COMMON, PECULIAR, of_this_version, saved, tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.experiments.bench.forecast import forecast
 from slimllm.models.families import FAMILIES, family_of
-from slimllm.models.modeling.slim_layers import rope_of_transformers_4
-
-COMMON: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-WINDOWS = {"sliding_window": 7}
-ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2}
-PECULIAR: dict[str, dict[str, Any]] = {
-    "llama": {
-        "tie_word_embeddings": True,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500.0,
-            "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
-    },
-    "mistral": WINDOWS,
-    "qwen2": {"use_sliding_window": True, **WINDOWS, **ALTERNATING},
-    "qwen3": {"use_sliding_window": True, "attention_bias": True, **WINDOWS, **ALTERNATING},
-    "gemma2": {
-        **WINDOWS,
-        **ALTERNATING,
-        "attn_logit_softcapping": 3.0,
-        "final_logit_softcapping": 2.0,
-        "query_pre_attn_scalar": 24,
-        "attention_bias": True,
-    },
-    "opt": {"ffn_dim": 96, "num_attention_heads": 3, "word_embed_proj_dim": 48, "tie_word_embeddings": True},
-    "gemma3_text": {**WINDOWS, **ALTERNATING, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0},
-    "bloom": {"num_attention_heads": 3, "num_key_value_heads": 3},
-}
-
-
-def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
-    if transformers.__version__ < "5" and "rope_parameters" in settings:
-        settings = {**settings, **rope_of_transformers_4(settings["rope_parameters"])}
-        if "short_factor" in (settings.pop("rope_parameters") or {}):
-            factors = {name: settings["rope_scaling"][name] for name in ("short_factor", "long_factor")}
-            settings["rope_scaling"] = {"type": "longrope", **factors}
-    return settings
-
-
-def tiny(family: str, **changes: Any) -> PreTrainedModel:
-    kind = "slim_bloom" if family == "bloom" else family  # what it is read as, with separate projections
-    config = AutoConfig.for_model(kind, **of_this_version({**COMMON, **PECULIAR[family], **changes}))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # norms and biases, which start as ones and zeros
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            elif "embed" not in name:
-                parameter.normal_(0, 0.25)
-        for name, buffer in model.named_buffers():
-            if name.endswith("slopes"):
-                buffer.copy_(torch.tensor([0.5, 0.1, 0.02]))
-    return model
 
 
 @pytest.fixture(scope="module")
 def ids() -> torch.Tensor:
     """More windows than features, longer than a sliding window."""
     return torch.randint(3, 96, (12, 24), generator=torch.Generator().manual_seed(0))
-
-
-def saved(model: PreTrainedModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(params=sorted(PECULIAR))

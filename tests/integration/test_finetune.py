@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, config, stop_at
+from commands import call
+from conftest import STORIES, config, contents, stop_at
 from safetensors.torch import load_file
-from test_cli import call
-from test_families import PECULIAR, tiny
-from test_resume import contents
+from tiny_models import PECULIAR, tiny
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, logged, pruned
-from test_cli import call
-from test_text import plain_perplexity
+from reference import plain_perplexity
 from transformers import AutoModelForCausalLM
 
 import slimllm

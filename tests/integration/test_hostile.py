@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES
+from gguf_files import write_gguf
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from test_cli import call
-from test_gguf import write_gguf
 
 import slimllm
 from slimllm import InputError, PruneConfig

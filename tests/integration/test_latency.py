@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, config
-from test_cli import call
 
 from slimllm import prune
 from slimllm.errors import InputError

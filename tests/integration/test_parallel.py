@@ -20,9 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, logged, part_of, random_llama
+from conftest import STORIES, contents, logged, part_of, random_llama
 from safetensors.torch import load_file, save_file
-from test_resume import contents
 from torch import distributed
 
 import slimllm.pruning.plan

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, config, stop_at
-from test_cli import call
 
 import slimllm
 from slimllm import InputError, PruneConfig

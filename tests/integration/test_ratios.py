@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import STORIES, config, part_of
-from test_cli import call
-from test_resume import contents, stop_at
+from commands import call
+from conftest import STORIES, config, contents, part_of, stop_at
 
 from slimllm import InputError, PruneConfig, prune, prune_ratios
 from slimllm.runtime.progress import LayerPruned, Progress

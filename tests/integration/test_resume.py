@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STORIES, config, part_of, stop_at
+from conftest import STORIES, config, contents, part_of, stop_at
 from safetensors.torch import load_file, save_file
 
 import slimllm.checkpoints.writer
@@ -27,15 +27,6 @@ from slimllm import InputError, PruneConfig, prune
 from slimllm.checkpoints.journal import Journal
 from slimllm.errors import OutputError
 from slimllm.runtime.hidden_states import State
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a result but the report, which has times in it."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != "report.json"
-    }
 
 
 def interrupted(out: Path, settings: PruneConfig, stage: str = "prune", layer: int = 2, model: Path = STORIES) -> Path:

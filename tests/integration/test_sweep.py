@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, config
-from test_cli import call
 
 from slimllm import load, perplexity, prune
 from slimllm.calibration import bundled_text, tokenize

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from conftest import config, logits, random_llama
 from rich.console import Console
-from test_cli import call
 from transformers import AutoModelForCausalLM
 
 import slimllm

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import call
 from conftest import STORIES
-from test_cli import call
 
 import slimllm
 from slimllm import InputError, PruneConfig

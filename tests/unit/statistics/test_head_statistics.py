@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import STORIES, config
-from test_families import tiny
+from tiny_models import tiny
 
 import slimllm
 from slimllm import ops

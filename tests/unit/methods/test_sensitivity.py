@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import pruned, random_llama
-from test_families import PECULIAR, tiny
+from tiny_models import PECULIAR, tiny
 
 from slimllm import PruneConfig
 from slimllm.calibration import Calibration

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import plain_perplexity
 
 import slimllm
 from slimllm import InputError, PruneConfig
@@ -104,16 +104,6 @@ def test_bundled_texts_do_not_overlap() -> None:
     assert len(calibration) > 900_000 and len(evaluation) > 200_000
     middle = evaluation[1000:1400]
     assert middle not in calibration
-
-
-def plain_perplexity(model: Any, windows: torch.Tensor) -> float:
-    total, count = 0.0, 0
-    for window in windows:
-        with torch.no_grad():
-            scores = torch.log_softmax(model(window[None]).logits[0].double(), -1)
-        total -= float(scores[:-1].gather(1, window[1:, None]).sum())
-        count += len(window) - 1
-    return math.exp(total / count)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])

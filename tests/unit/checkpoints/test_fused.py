@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_export import IDS
-from test_families import COMMON, of_this_version, saved
+from tiny_models import COMMON, IDS, of_this_version, saved
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimllm

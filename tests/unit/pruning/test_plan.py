@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, config
-from test_cli import call
 
 from slimllm import InputError, PruneConfig, prune, prune_model
 from slimllm.config import GIB, parse_bytes

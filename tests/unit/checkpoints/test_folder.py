@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import call
 from conftest import STORIES, config
 from safetensors.torch import load_file, save_file
-from test_cli import call
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import slimllm
