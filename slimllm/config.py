@@ -71,7 +71,7 @@ class PruneConfig:
         criterion: Which units are removed: `slimllm` (the paper's), `obs` (lowest output error after refit), `wanda-sp`,
             `flap`, `magnitude` or `random`. Or a `slimllm.methods.criteria.Criterion`, which it always is afterwards.
         allocation: What every layer gives: `layer-importance` (the paper's softmax), `uniform`, `auto` (by measured error)
-            or `flap`. `auto` spends the whole budget where `obs` measures the least error for a parameter, weighted by
+            or `flap`. `auto` removes where `obs` measures the least error for a parameter, weighted by
             output sensitivity; `flap` at one threshold for that paper's scores, standardised in every sub-layer. Or a
             `slimllm.methods.allocation.Allocation`, which it always is afterwards.
         recovery: How the rest makes up for what is removed: `affine` (the paper's), `lstsq` (all kept weights by least

@@ -133,7 +133,7 @@ def pruned(model: Any, calibration: Calibration, config: PruneConfig, placement:
     run = RunContext(InMemoryModel(model), calibration, config, placement or Placement(), watch)
     dense = run_dense_pass(run)
     curves = None if config.allocation.needs is None else dense.curves()
-    pruning = Pruning(run, dense, allocate(dense.similarity, layer_shapes(run.source, config), config, curves).budgets)
+    pruning = Pruning(run, dense, allocate(dense.similarity, layer_shapes(run.source, config), config, curves).removals)
     for _ in pruning:
         pass
     return pruning

@@ -93,12 +93,12 @@ def columns(units: list[int], size: int) -> list[int]:
 def prune(
     model: Any,
     token_ids: torch.Tensor,
-    budgets: list[Any],
+    removals: list[Any],
     head_unit: str,
     keep_lowest: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> Any:
-    """Prune a LLaMA, in order, with the numbers of units and channels in `budgets`.
+    """Prune a LLaMA, in order, with the numbers of units and channels in `removals`.
 
     Everything that a forward pass computes, outputs of the projections included, is in `dtype`, the rest in fp64.
 
@@ -110,7 +110,7 @@ def prune(
     position_ids = torch.arange(token_ids.shape[1])[None]
     rotary = model.model.rotary_emb(hidden, position_ids)
     result = []
-    for layer, budget in zip(model.model.layers, budgets, strict=True):
+    for layer, removal in zip(model.model.layers, removals, strict=True):
         entry: dict[str, Any] = {}
         attention, mlp = layer.self_attn, layer.mlp
         head_dim = attention.head_dim
@@ -120,14 +120,14 @@ def prune(
         hook = attention.o_proj.register_forward_pre_hook(lambda m, a, s=inputs: s.update(x=a[0].flatten(0, 1)))
         dense = attention(layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=None)[0]
         hook.remove()
-        if budget.units:
+        if removal.units:
             weight, raw = attention.o_proj.weight, inputs["x"]
             if head_unit == "kv-group":
-                kept = choose_heads(head_outputs(raw, weight, num_kv), budget.units)
+                kept = choose_heads(head_outputs(raw, weight, num_kv), removal.units)
                 heads, kv_heads = columns(kept, group), kept
             else:
                 outputs = head_outputs(raw, weight, num_kv * group)
-                heads, kv_heads = choose_heads(outputs, budget.units * num_kv, group), list(range(num_kv))
+                heads, kv_heads = choose_heads(outputs, removal.units * num_kv, group), list(range(num_kv))
             cols = columns(heads, head_dim)
             y, y_hat = raw @ weight.T, raw[:, cols] @ weight[:, cols].T
             a, b = fit(y, y_hat)
@@ -138,9 +138,9 @@ def prune(
             hidden = hidden + dense
         x = layer.post_attention_layernorm(hidden).flatten(0, 1)
         inner = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
-        if budget.channels:
+        if removal.channels:
             importance = channel_importance(x, inner, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-            kept = choose_channels(importance, budget.channels, round(keep_lowest * len(importance)))
+            kept = choose_channels(importance, removal.channels, round(keep_lowest * len(importance)))
             weight = mlp.down_proj.weight
             y, y_hat = inner @ weight.T, inner[:, kept] @ weight[:, kept].T
             a, b = fit(y, y_hat)

@@ -143,7 +143,7 @@ def prune_model(
             context = run.context(progress)
             dense = run.dense_pass(context, None)
             allocated, output = run.allocate(dense)
-            pruning = Pruning(context, dense, allocated.budgets)
+            pruning = Pruning(context, dense, allocated.removals)
             for pruned in pruning:
                 tensors = output.complete(pruned.layer.tensors, source.spec)
                 pruned.parameters = sum(tensor.numel() for tensor in tensors.values())

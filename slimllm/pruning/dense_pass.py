@@ -15,7 +15,7 @@ from slimllm.checkpoints.journal import fingerprint
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.methods.allocation import DenseSublayer
-from slimllm.methods.allocation.budget import LayerShape
+from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.sensitivity import TOKENS, Probes
 from slimllm.methods.allocation.spending import Curves, sampled
 from slimllm.methods.statistics import Needs

@@ -6,7 +6,7 @@ from typing import TypedDict
 
 import torch
 
-from slimllm.methods.allocation.budget import LayerBudget
+from slimllm.methods.allocation.removal import LayerRemoval
 from slimllm.models.slicing import LayerSizes
 from slimllm.pruning.sublayer import PrunedSublayer
 
@@ -59,7 +59,7 @@ class LayerReport(_Sizes, total=False):
 
 def layer_report(
     index: int,
-    budget: LayerBudget,
+    removal: LayerRemoval,
     before: LayerSizes,
     after: LayerSizes,
     by_group: bool,
@@ -70,14 +70,14 @@ def layer_report(
 
     Args:
         index: The layer's number.
-        budget: What it was to give.
+        removal: What was to be removed.
         before, after: Its sizes.
         by_group: Whether the units of attention are KV groups.
         heads, channels: What became of its attention and its FFN; None: they were left as they were.
     """
     report: LayerReport = {
         "index": index,
-        "ratio": budget.ratio,
+        "ratio": removal.ratio,
         "num_heads_before": before.num_heads,
         "num_kv_heads_before": before.num_kv_heads,
         "intermediate_size_before": before.intermediate_size,

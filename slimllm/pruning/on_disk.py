@@ -178,7 +178,7 @@ def _prune_one(
         context, shared = run.context(progress, record), dense is not None
         dense = run.dense_pass(context, dense)
         allocated, output = run.allocate(dense)
-        pruning = Pruning(context, dense, allocated.budgets)
+        pruning = Pruning(context, dense, allocated.removals)
         for pruned in pruning:
             with run.watch("write"), ranks.together():
                 write(pruned, output)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slimllm.methods.allocation.budget import LayerBudget
+from slimllm.methods.allocation.removal import LayerRemoval
 from slimllm.models.layer import Layer
 from slimllm.models.sublayer import Sublayer, add_update
 from slimllm.pruning.context import RunContext
@@ -44,15 +44,15 @@ class Pruning:
     Args:
         run: Of the run.
         dense: The dense pass.
-        budgets: What every layer gives.
+        removals: What is removed from every layer.
 
     Attributes:
         reports: Of every layer that is done.
         loss: Of the pruned model, see `mean_loss`; 0 until all layers are done.
     """
 
-    def __init__(self, run: RunContext, dense: DensePass, budgets: list[LayerBudget]) -> None:
-        self.run, self.dense, self.budgets = run, dense, budgets
+    def __init__(self, run: RunContext, dense: DensePass, removals: list[LayerRemoval]) -> None:
+        self.run, self.dense, self.removals = run, dense, removals
         self.reports: list[LayerReport] = []
         self.loss = 0.0
 
@@ -78,7 +78,7 @@ class Pruning:
                 start = time.perf_counter()
                 with watch("read"), ranks.together():
                     layer = load(index)
-                report = _prune_layer(layer, stream, index, self.budgets[index], run)
+                report = _prune_layer(layer, stream, index, self.removals[index], run)
                 finite = pass_held_out(layer, stream, index, watch)
                 with ranks.together():
                     if not (finite and all(bool(batch.hidden.load().isfinite().all()) for batch in stream)):
@@ -105,14 +105,14 @@ class Pruning:
             trim()
 
 
-def _prune_layer(layer: Layer, stream: Stream, index: int, budget: LayerBudget, run: RunContext) -> LayerReport:
+def _prune_layer(layer: Layer, stream: Stream, index: int, removal: LayerRemoval, run: RunContext) -> LayerReport:
     """Prune the attention, then the FFN; the layer's part of report.json."""
     before, config = layer.sizes(), run.config
     attention = Sublayer.attention_of(layer, index, config.head_unit, config.seed)
-    heads = _prune_or_pass(attention, stream, budget.units, run)
+    heads = _prune_or_pass(attention, stream, removal.units, run)
     ffn = Sublayer.ffn_of(layer, index, config.seed)
-    channels = _prune_or_pass(ffn, stream, budget.channels, run)
-    return layer_report(index, budget, before, layer.sizes(), before.by_group(config.head_unit), heads, channels)
+    channels = _prune_or_pass(ffn, stream, removal.channels, run)
+    return layer_report(index, removal, before, layer.sizes(), before.by_group(config.head_unit), heads, channels)
 
 
 def _prune_or_pass(sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext) -> PrunedSublayer | None:

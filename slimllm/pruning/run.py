@@ -20,7 +20,7 @@ from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
 from slimllm.config import DTYPES, GIB, PruneConfig
 from slimllm.errors import InputError
-from slimllm.methods.allocation.budget import LayerBudget
+from slimllm.methods.allocation.removal import LayerRemoval
 from slimllm.methods.allocation.spending import Curves
 from slimllm.methods.allocation.target import Allocated, allocate
 from slimllm.methods.statistics import Needs
@@ -112,13 +112,13 @@ class Run:
         found = self.ranks.made_by_first(
             lambda: dataclasses.asdict(allocate(dense.similarity, shapes, self.config, curves))
         )
-        allocated = Allocated(**{**found, "budgets": [LayerBudget(**budget) for budget in found["budgets"]]})
+        allocated = Allocated(**{**found, "removals": [LayerRemoval(**removal) for removal in found["removals"]]})
         for note in allocated.notes:
             _log.info("%s.", note)
         new_bias = self.config.recovery.adds_bias
         sizes = [
-            size.without(budget.units, budget.channels, self.config.head_unit, new_bias)
-            for size, budget in zip(self.sizes, allocated.budgets)
+            size.without(removal.units, removal.channels, self.config.head_unit, new_bias)
+            for size, removal in zip(self.sizes, allocated.removals)
         ]
         dtype = DTYPES[self.config.dtype] if self.config.dtype else _config_dtype(self.source)
         return allocated, output_format(self.source.config, sizes, dtype)

@@ -6,7 +6,7 @@ import torch
 
 from slimllm.checkpoints.source import ModelSource
 from slimllm.config import PruneConfig
-from slimllm.methods.allocation.budget import LayerShape
+from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.target import find_target
 from slimllm.models.slicing import LayerSizes
 from slimllm.ops.dispatch import choose

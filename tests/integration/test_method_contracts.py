@@ -14,9 +14,9 @@ import slimllm
 from slimllm import InputError
 from slimllm.methods.allocation import (
     Allocation,
-    Budgets,
     DenseSublayer,
-    LayerBudget,
+    LayerRemoval,
+    Removals,
     Request,
     register_allocation,
     spend_at_least_cost,
@@ -96,7 +96,7 @@ def test_an_allocation(forgotten: None, token_ids: torch.Tensor, tmp_path: Path)
             by_unit = weight.square().sum(0).view(dense.sublayer.groups, dense.sublayer.units // dense.sublayer.groups, -1)
             return by_unit.sum(2).sort(1).values.sum(0)
 
-        def allocate(self, request: Request) -> Budgets:
+        def allocate(self, request: Request) -> Removals:
             return spend_at_least_cost(request)
 
     report = slimllm.prune(STORIES, tmp_path / "out", config(token_ids, allocation="smallest-weights"))
@@ -115,7 +115,7 @@ def _incomplete() -> Allocation:
 
         needs = Needs.COLUMNS
 
-        def allocate(self, request: Request) -> Budgets:
+        def allocate(self, request: Request) -> Removals:
             return spend_at_least_cost(request)
 
     return Incomplete()
@@ -214,16 +214,16 @@ def test_what_is_written_is_what_was_fitted(
 
 
 @pytest.mark.parametrize("what", ["layers", "units", "channels"])
-def test_budgets_that_cannot_be(forgotten: None, what: str, token_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_removals_that_cannot_be(forgotten: None, what: str, token_ids: torch.Tensor, tmp_path: Path) -> None:
     @register_allocation("generous")
     class Generous(Allocation):
         """More than there is."""
 
-        def allocate(self, request: Request) -> Budgets:
+        def allocate(self, request: Request) -> Removals:
             number = len(request.shapes) - (what == "layers")
             units = request.shapes[0].units if what == "units" else 0
             channels = 1 if what == "channels" else 0
-            return Budgets([LayerBudget(0.2, units, channels)] * number, number)
+            return Removals([LayerRemoval(0.2, units, channels)] * number, number)
 
     with pytest.raises(InputError, match="llocation generous"):
         slimllm.prune(STORIES, tmp_path / "out", config(token_ids, allocation=Generous(), round_to=4))

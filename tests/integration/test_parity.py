@@ -18,19 +18,19 @@ from slimllm.experiments.bench.synthetic import as_mha
 
 
 def run_engine(model: Any, token_ids: torch.Tensor, config: PruneConfig) -> tuple[list[dict[str, Any]], list[Any], Any]:
-    """Layer reports, budgets and the pruned model."""
+    """Layer reports, removals and the pruned model."""
     model = copy.deepcopy(model)
     pruning = pruned(model, Calibration(token_ids), config)
-    return pruning.reports, pruning.budgets, model
+    return pruning.reports, pruning.removals, model
 
 
 def check_parity(model: Any, token_ids: torch.Tensor, config: PruneConfig, keep_lowest: float = 0.0) -> None:
-    layers, budgets, pruned = run_engine(model, token_ids, config)
-    assert sum(budget.pruned for budget in budgets) >= 2
-    expected = reference.prune(model, token_ids, budgets, config.head_unit, keep_lowest)
+    layers, removals, pruned = run_engine(model, token_ids, config)
+    assert sum(removal.pruned for removal in removals) >= 2
+    expected = reference.prune(model, token_ids, removals, config.head_unit, keep_lowest)
     # The same plain algorithm on fp32 activations: what their rounding alone costs, in three draws of it.
     in_fp32 = [
-        reference.prune(redrawn, token_ids, budgets, config.head_unit, keep_lowest, dtype=torch.float32)
+        reference.prune(redrawn, token_ids, removals, config.head_unit, keep_lowest, dtype=torch.float32)
         for redrawn in (model, rounded_otherwise(model, 1), rounded_otherwise(model, 2))
     ]
     outputs: list[torch.Tensor] = []

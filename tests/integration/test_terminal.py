@@ -18,7 +18,7 @@ from conftest import STORIES
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.cli.busy import verdict
-from slimllm.methods.allocation.budget import LayerShape
+from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.target import find_target
 
 QUICK = ("--samples", "4", "--seq-len", "32")

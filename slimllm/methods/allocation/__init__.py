@@ -2,21 +2,21 @@
 
 from slimllm.methods.allocation.base import (
     Allocation,
-    Budgets,
     DenseSublayer,
+    Removals,
     Request,
     Wanted,
     register_allocation,
     spend_at_least_cost,
 )
-from slimllm.methods.allocation.budget import LayerBudget, LayerShape
+from slimllm.methods.allocation.removal import LayerRemoval, LayerShape
 
 __all__ = [
     "Allocation",
-    "Budgets",
     "DenseSublayer",
-    "LayerBudget",
+    "LayerRemoval",
     "LayerShape",
+    "Removals",
     "Request",
     "Wanted",
     "register_allocation",

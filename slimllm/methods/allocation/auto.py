@@ -1,4 +1,4 @@
-"""Spend the budget where `obs` measures the least error for a parameter, weighted by output sensitivity.
+"""Remove parameters where `obs` measures the least error for a parameter, weighted by output sensitivity.
 
 A curve is J of `slimllm.methods.elimination` over how much is removed, from the dense model's activations, divided by the
 mean square of the residual stream after the sub-layer. With token weights `norm` that division is made token by token, as
@@ -11,8 +11,8 @@ import torch
 
 from slimllm.methods.allocation.base import (
     Allocation,
-    Budgets,
     DenseSublayer,
+    Removals,
     Request,
     register_allocation,
     spend_at_least_cost,
@@ -46,5 +46,5 @@ class Auto(Allocation):
         weight *= ATTENTION_WEIGHT if sublayer.is_attention else 1.0
         return found * (weight / statistics.count / sublayer.output_projection.out_features)
 
-    def allocate(self, request: Request) -> Budgets:
+    def allocate(self, request: Request) -> Removals:
         return spend_at_least_cost(request)

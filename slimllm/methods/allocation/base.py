@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from slimllm.methods.allocation.budget import LayerBudget, LayerShape, removed_params
+from slimllm.methods.allocation.removal import LayerRemoval, LayerShape, removed_params
 from slimllm.methods.allocation.spending import Curves, spend
 from slimllm.methods.statistics import Needs
 from slimllm.models.sublayer import Sublayer
@@ -58,10 +58,10 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Budgets:
+class Removals:
     """What every layer gives; how many layers were to give something; and notes."""
 
-    layers: list[LayerBudget]
+    layers: list[LayerRemoval]
     pruned_layers: int
     notes: list[str] = field(default_factory=list)
 
@@ -114,7 +114,7 @@ class Allocation(Method, ABC):
         raise NotImplementedError(f"{type(self).__name__} needs statistics, so it has to define costs().")
 
     @abstractmethod
-    def allocate(self, request: Request) -> Budgets:
+    def allocate(self, request: Request) -> Removals:
         """Decide how many units and channels every layer gives; the first process alone calls it.
 
         Units are multiples of a shape's `unit_step`, and so many channels are removed that the kept width is a multiple of
@@ -122,13 +122,13 @@ class Allocation(Method, ABC):
         """
 
 
-def spend_at_least_cost(request: Request) -> Budgets:
-    """Spend the budget where a parameter costs least, by the curves that the allocation measured."""
+def spend_at_least_cost(request: Request) -> Removals:
+    """Remove the parameters where a parameter costs least, by the curves that the allocation measured."""
     if request.curves is None:
         raise ValueError("there are no curves; an allocation that spends by them has to declare what it needs.")
     layers = []
     spent = spend(list(request.curves), list(request.shapes), request.target, request.round_to)
     for (units, channels), shape in zip(spent, request.shapes):
-        removed = removed_params(LayerBudget(0.0, units, channels), shape)
-        layers.append(LayerBudget(removed / shape.params, units, channels))
-    return Budgets(layers, sum(budget.pruned for budget in layers))
+        removed = removed_params(LayerRemoval(0.0, units, channels), shape)
+        layers.append(LayerRemoval(removed / shape.params, units, channels))
+    return Removals(layers, sum(removal.pruned for removal in layers))

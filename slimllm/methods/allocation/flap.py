@@ -1,7 +1,7 @@
 """FLAP's allocation (arXiv 2312.11983): one threshold for its scores, standardised in every sub-layer.
 
 Scores are standardised over the columns of each sub-layer and averaged over a head's; a curve is their sum over what is
-removed, times its parameters, so that a budget is spent at one threshold for all.
+removed, times its parameters, so that all is removed at one threshold for all.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import torch
 
 from slimllm.methods.allocation.base import (
     Allocation,
-    Budgets,
     DenseSublayer,
+    Removals,
     Request,
     register_allocation,
     spend_at_least_cost,
@@ -37,5 +37,5 @@ class FlapAllocation(Allocation):
         by_unit = score.view(sublayer.units, -1).mean(1).view(sublayer.groups, -1).sort(1).values.mean(0)
         return by_unit * dense.shape.unit_params
 
-    def allocate(self, request: Request) -> Budgets:
+    def allocate(self, request: Request) -> Removals:
         return spend_at_least_cost(request)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from slimllm.config import check_number
 from slimllm.errors import InputError
-from slimllm.methods.allocation.base import Allocation, Budgets, Request, Wanted, register_allocation
-from slimllm.methods.allocation.budget import most_removable
-from slimllm.methods.allocation.rounding import published_counts, round_budgets, softmax_budgets
+from slimllm.methods.allocation.base import Allocation, Removals, Request, Wanted, register_allocation
+from slimllm.methods.allocation.removal import most_removable
+from slimllm.methods.allocation.rounding import published_counts, round_shares, softmax_shares
 
 # Published settings for LLaMA-7B, 32 layers: at each ratio, r, n / 32 and alpha.
 PAPER_SETTINGS = {0.2: (0.25, 26 / 32, 10.0), 0.5: (0.55, 30 / 32, 7.0)}
@@ -66,7 +66,7 @@ class LayerImportance(Allocation):
             notes.append(f"the paper gives settings for 20 % and 50 %; those for {ratio:.4g} are {how}")
         return Wanted(target, n, alpha, tuple(notes))
 
-    def allocate(self, request: Request) -> Budgets:
+    def allocate(self, request: Request) -> Removals:
         shapes, similarity, n = list(request.shapes), list(request.similarity), request.wanted.pruned_layers
         most = [most_removable(shape, request.round_to) for shape in shapes]
         chosen = sorted(range(len(shapes)), key=lambda i: (-similarity[i], i))
@@ -75,10 +75,10 @@ class LayerImportance(Allocation):
         notes = []
         if n > request.wanted.pruned_layers:
             notes.append(f"{request.wanted.pruned_layers} layers cannot give so much, so {n} are pruned")
-        budgets = softmax_budgets(similarity, shapes, most, chosen[:n], request.wanted.alpha, request.target)
+        shares = softmax_shares(similarity, shapes, most, chosen[:n], request.wanted.alpha, request.target)
         if self.settings.published and not any(shape.grouped for shape in shapes):
-            return Budgets(published_counts(budgets, shapes), n, notes)
-        return Budgets(round_budgets(budgets, shapes, request.target, request.round_to), n, notes)
+            return Removals(published_counts(shares, shapes), n, notes)
+        return Removals(round_shares(shares, shapes, request.target, request.round_to), n, notes)
 
 
 def paper_settings(ratio: float) -> tuple[float, float, float]:

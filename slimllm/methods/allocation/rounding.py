@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from slimllm.methods.allocation.budget import LayerBudget, LayerShape, removed_params
+from slimllm.methods.allocation.removal import LayerRemoval, LayerShape, removed_params
 
 
 def default_rounding(target: float, shapes: list[LayerShape], multiple_of: int) -> int:
@@ -18,13 +18,13 @@ def default_rounding(target: float, shapes: list[LayerShape], multiple_of: int) 
     return next((step for step in steps if step * channel_params / 2 <= 0.005 * target), multiple_of)
 
 
-def softmax_budgets(
+def softmax_shares(
     similarity: list[float], shapes: list[LayerShape], most: list[int], chosen: list[int], alpha: float, target: int
 ) -> list[float]:
     """Parameters every layer gives: proportional to softmax(alpha c) · params, clamped, the excess spread again."""
     peak = max(similarity[i] for i in chosen)
     weight = {i: math.exp(alpha * (similarity[i] - peak)) * shapes[i].params for i in chosen}
-    budgets = [0.0] * len(shapes)
+    shares = [0.0] * len(shapes)
     open_layers, left = list(chosen), float(target)
     while open_layers:
         if sum(weight[i] for i in open_layers) < 1e-200 * left:
@@ -33,37 +33,37 @@ def softmax_budgets(
         clamped = [i for i in open_layers if weight[i] * scale > most[i]]
         if not clamped:
             for i in open_layers:
-                budgets[i] = weight[i] * scale
+                shares[i] = weight[i] * scale
             break
         for i in clamped:
-            budgets[i] = most[i]
+            shares[i] = most[i]
             left -= most[i]
         open_layers = [i for i in open_layers if i not in clamped]
-    return budgets
+    return shares
 
 
-def published_counts(budgets: list[float], shapes: list[LayerShape]) -> list[LayerBudget]:
+def published_counts(shares: list[float], shapes: list[LayerShape]) -> list[LayerRemoval]:
     """round(r_ℓ H) heads and round(r_ℓ I) channels of every layer, nothing made up for."""
     result = []
-    for budget, shape in zip(budgets, shapes):
-        ratio = budget / shape.params
+    for share, shape in zip(shares, shapes):
+        ratio = share / shape.params
         units = min(round(ratio * shape.units), shape.units - 1)
-        result.append(LayerBudget(ratio, units, min(round(ratio * shape.channels), shape.channels - 1)))
+        result.append(LayerRemoval(ratio, units, min(round(ratio * shape.channels), shape.channels - 1)))
     return result
 
 
-def round_budgets(budgets: list[float], shapes: list[LayerShape], target: int, round_to: int) -> list[LayerBudget]:
+def round_shares(shares: list[float], shapes: list[LayerShape], target: int, round_to: int) -> list[LayerRemoval]:
     """Whole units and rounded widths; the rounding error of a layer is carried on to the next."""
     if target < min(shape.channel_params for shape in shapes) / 2:
-        return [LayerBudget(0.0, 0, 0) for _ in shapes]  # less than half a channel: the identity
+        return [LayerRemoval(0.0, 0, 0) for _ in shapes]  # less than half a channel: the identity
     result, carry = [], 0.0
-    for budget, shape in zip(budgets, shapes):
-        if budget == 0:
-            result.append(LayerBudget(0.0, 0, 0))
+    for share, shape in zip(shares, shapes):
+        if share == 0:
+            result.append(LayerRemoval(0.0, 0, 0))
             continue
-        ratio = budget / shape.params
+        ratio = share / shape.params
         units = shape.unit_step * min(round(ratio * shape.units / shape.unit_step), shape.units // shape.unit_step - 1)
-        entry, carry = _fill_up(ratio, units, budget + carry, shape, round_to)
+        entry, carry = _fill_up(ratio, units, share + carry, shape, round_to)
         result.append(entry)
     for _ in range(2):  # what clamped widths at the end could not take, earlier layers do
         for i, (entry, shape) in enumerate(zip(result, shapes)):
@@ -71,7 +71,7 @@ def round_budgets(budgets: list[float], shapes: list[LayerShape], target: int, r
                 continue
             channels = _round_channels(entry.channels + carry / shape.channel_params, shape.channels, round_to)
             carry -= (channels - entry.channels) * shape.channel_params
-            result[i] = LayerBudget(entry.ratio, entry.units, channels)
+            result[i] = LayerRemoval(entry.ratio, entry.units, channels)
     for i, (entry, shape) in enumerate(zip(result, shapes)):  # and where no channels are left to do so, heads
         units = entry.units + (shape.unit_step if carry > 0 else -shape.unit_step)
         missed = abs(carry) > round_to * shape.channel_params / 2 + 1  # not by the rounding of a float
@@ -83,13 +83,13 @@ def round_budgets(budgets: list[float], shapes: list[LayerShape], target: int, r
     return result
 
 
-def _fill_up(ratio: float, units: int, wanted: float, shape: LayerShape, round_to: int) -> tuple[LayerBudget, float]:
+def _fill_up(ratio: float, units: int, wanted: float, shape: LayerShape, round_to: int) -> tuple[LayerRemoval, float]:
     """A layer that gives so many units, and channels for the rest of `wanted` parameters; and what is left of them."""
     # The biases of the recovery are parameters too, and are made up for.
     left = wanted + shape.attention_bias_params * (units > 0) - units * shape.unit_params
     channels = _round_channels((left + shape.ffn_bias_params) / shape.channel_params, shape.channels, round_to)
     left += shape.ffn_bias_params * (channels > 0) - channels * shape.channel_params
-    return LayerBudget(ratio, units, channels), left
+    return LayerRemoval(ratio, units, channels), left
 
 
 def _round_channels(removed: float, channels: int, round_to: int) -> int:

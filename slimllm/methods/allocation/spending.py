@@ -1,6 +1,6 @@
-"""An exact budget spent over the whole model: every step is taken where a parameter costs least.
+"""An exact number of parameters removed over the whole model: every step is taken where a parameter costs least.
 
-What a sub-layer loses is a curve over how much of it goes. Its lower convex hull is what can be had for every budget, so
+What a sub-layer loses is a curve over how much of it goes. Its lower convex hull is what can be had for every number, so
 steps in the order of the hull's slopes are the best choice for the sum of all curves at every total that they meet.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from slimllm.methods.allocation.budget import LayerShape
+from slimllm.methods.allocation.removal import LayerShape
 
 # Points of a curve over the channels, evenly from none of them to all.
 POINTS = 257

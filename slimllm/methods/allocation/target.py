@@ -1,4 +1,4 @@
-"""From a ratio to an exact number of parameters, and from that to the budgets of all layers."""
+"""From a ratio to an exact number of parameters, and from that to what is removed from all layers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.methods.allocation.base import Budgets, Request, Wanted
-from slimllm.methods.allocation.budget import LayerBudget, LayerShape, most_removable, removed_params
+from slimllm.methods.allocation.base import Removals, Request, Wanted
+from slimllm.methods.allocation.removal import LayerRemoval, LayerShape, most_removable, removed_params
 from slimllm.methods.allocation.rounding import default_rounding
 from slimllm.methods.allocation.spending import Curves
 from slimllm.plugins import calling
@@ -16,10 +16,10 @@ from slimllm.plugins import calling
 
 @dataclass(frozen=True)
 class Allocated:
-    """The budgets of all layers, the settings they follow from, and one sentence for each choice worth knowing.
+    """What is removed from every layer, the settings they follow from, and one sentence for each choice worth knowing.
 
     Attributes:
-        budgets: Of every layer.
+        removals: Of every layer.
         target_params: Parameters to remove.
         pruned_layers: How many layers give something.
         alpha: Temperature of the softmax; 0: there is none.
@@ -28,7 +28,7 @@ class Allocated:
         coarse: Whether whole heads and rounded widths miss the target.
     """
 
-    budgets: list[LayerBudget]
+    removals: list[LayerRemoval]
     target_params: int
     pruned_layers: int
     alpha: float
@@ -121,21 +121,21 @@ def allocate(
     return Allocated(found.layers, target.params, found.pruned_layers, target.wanted.alpha, target.round_to, notes, coarse)
 
 
-def _check(found: Budgets, request: Request, name: str) -> None:
+def _check(found: Removals, request: Request, name: str) -> None:
     """Raise ValueError (as InputError) unless every layer can give what it is to give."""
     if len(found.layers) != len(request.shapes):
         raise InputError(
-            f"The allocation {name} gives budgets of {len(found.layers)} layers, but the model has {len(request.shapes)}."
+            f"The allocation {name} gives removals of {len(found.layers)} layers, but the model has {len(request.shapes)}."
         )
-    for index, (budget, shape) in enumerate(zip(found.layers, request.shapes)):
-        if not 0 <= budget.units < shape.units or budget.units % shape.unit_step:
+    for index, (removal, shape) in enumerate(zip(found.layers, request.shapes)):
+        if not 0 <= removal.units < shape.units or removal.units % shape.unit_step:
             step = f" in steps of {shape.unit_step}" if shape.unit_step > 1 else ""
             raise InputError(
-                f"By the allocation {name} layer {index} is to give {budget.units} head units, but it can give from 0 to "
+                f"By the allocation {name} layer {index} is to give {removal.units} head units, but it can give from 0 to "
                 f"{shape.units - 1}{step}."
             )
-        left = shape.channels - budget.channels
-        if not 0 < left <= shape.channels or (budget.channels and left % request.round_to):
+        left = shape.channels - removal.channels
+        if not 0 < left <= shape.channels or (removal.channels and left % request.round_to):
             raise InputError(
                 f"By the allocation {name} layer {index} is to keep {left} of its {shape.channels} channels, which is "
                 f"none, more than there are, or no multiple of round_to, {request.round_to}."

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from slimllm.methods.allocation.base import Allocation, Budgets, Request, register_allocation
-from slimllm.methods.allocation.budget import most_removable
-from slimllm.methods.allocation.rounding import round_budgets, softmax_budgets
+from slimllm.methods.allocation.base import Allocation, Removals, Request, register_allocation
+from slimllm.methods.allocation.removal import most_removable
+from slimllm.methods.allocation.rounding import round_shares, softmax_shares
 
 
 @register_allocation("uniform")
@@ -13,12 +13,12 @@ class Uniform(Allocation):
 
     alike = True
 
-    def allocate(self, request: Request) -> Budgets:
+    def allocate(self, request: Request) -> Removals:
         shapes, everyone = list(request.shapes), list(range(len(request.shapes)))
         most = [most_removable(shape, request.round_to) for shape in shapes]
         order = sorted(everyone, key=lambda i: (-request.similarity[i], i))
-        budgets = softmax_budgets(list(request.similarity), shapes, most, order, 0.0, request.target)
+        shares = softmax_shares(list(request.similarity), shapes, most, order, 0.0, request.target)
         if all(shape == shapes[0] for shape in shapes):
-            same = round_budgets(budgets[:1], shapes[:1], round(budgets[0]), request.round_to)
-            return Budgets(same * len(shapes), len(shapes))
-        return Budgets(round_budgets(budgets, shapes, request.target, request.round_to), len(shapes))
+            same = round_shares(shares[:1], shapes[:1], round(shares[0]), request.round_to)
+            return Removals(same * len(shapes), len(shapes))
+        return Removals(round_shares(shares, shapes, request.target, request.round_to), len(shapes))

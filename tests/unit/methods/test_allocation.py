@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import slimllm
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.methods.allocation.budget import LayerShape, most_removable
 from slimllm.methods.allocation.layer_importance import LayerImportance, paper_settings
+from slimllm.methods.allocation.removal import LayerShape, most_removable
 from slimllm.methods.allocation.spending import Curves
 from slimllm.methods.allocation.target import Allocated, allocate, find_target
 from slimllm.models.slicing import LayerSizes
@@ -29,10 +29,10 @@ SMOLLM2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 576, 576, True)
 def removed(allocation: Allocated, shapes: list[LayerShape]) -> int:
     """Parameters that really go, biases added."""
     total = 0
-    for budget, shape in zip(allocation.budgets, shapes, strict=True):
-        assert 0 <= budget.units < shape.units and 0 <= budget.channels < shape.channels
-        total += budget.units * shape.unit_params + budget.channels * shape.channel_params
-        total -= shape.attention_bias_params * (budget.units > 0) + shape.ffn_bias_params * (budget.channels > 0)
+    for removal, shape in zip(allocation.removals, shapes, strict=True):
+        assert 0 <= removal.units < shape.units and 0 <= removal.channels < shape.channels
+        total += removal.units * shape.unit_params + removal.channels * shape.channel_params
+        total -= shape.attention_bias_params * (removal.units > 0) + shape.ffn_bias_params * (removal.channels > 0)
     return total
 
 
@@ -47,8 +47,8 @@ def test_the_target_is_met(ratio: float, similarity: list[float], shape: LayerSh
     allocation = allocate(similarity, shapes, PruneConfig(ratio=ratio))
     total = sum(s.params for s in shapes)
     assert abs(removed(allocation, shapes) / total - ratio) <= 0.005 * ratio + 1e-9
-    for budget in allocation.budgets:
-        assert (shape.channels - budget.channels) % allocation.round_to == 0
+    for removal in allocation.removals:
+        assert (shape.channels - removal.channels) % allocation.round_to == 0
 
 
 def layer(heads: int, kv_heads: int, channels: int) -> LayerSizes:
@@ -93,8 +93,8 @@ def test_kept_heads_are_a_multiple(
         ]
     similarity = data.draw(st.lists(cost, min_size=num_layers, max_size=num_layers))
     found = allocate(similarity, shapes, config, curves)
-    for budget in found.budgets:
-        kept = size.without(budget.units, budget.channels, head_unit, True)
+    for removal in found.removals:
+        kept = size.without(removal.units, removal.channels, head_unit, True)
         number = kept.num_kv_heads if size.by_group(head_unit) else kept.num_heads
         assert number >= multiple_of and number % multiple_of == 0
         assert kept.intermediate_size % found.round_to == 0 and found.round_to % multiple_of == 0
@@ -110,7 +110,7 @@ def test_heads_give_way_where_channels_cannot() -> None:
     config = PruneConfig(0.05, allocation=LayerImportance(alpha=0.0, pruned_layers=2), heads_multiple_of=4)
     shapes = [shape_of(layer(32, 32, 1536), config)] * 3
     found = allocate([0.5, 0.5, 0.5], shapes, config)
-    assert sorted(budget.units for budget in found.budgets) == [0, 0, 4]
+    assert sorted(removal.units for removal in found.removals) == [0, 0, 4]
     assert removed(found, shapes) == pytest.approx(found.target_params, abs=4 * 192 / 2 + 1) and not found.coarse
 
 
@@ -155,10 +155,10 @@ def test_softmax_as_published() -> None:
     allocation = allocate(similarity, [LLAMA_7B] * 32, PruneConfig(ratio=0.2, preset="paper"))
     weights = torch.softmax(10 * torch.tensor(similarity[6:], dtype=torch.float64), 0)
     wanted = [0.0] * 6 + (0.25 * 26 * weights).tolist()
-    assert [budget.ratio for budget in allocation.budgets] == pytest.approx(wanted, rel=1e-6)
+    assert [removal.ratio for removal in allocation.removals] == pytest.approx(wanted, rel=1e-6)
     assert (allocation.pruned_layers, allocation.alpha, allocation.round_to) == (26, 10.0, 1)
-    for budget in allocation.budgets:
-        assert (budget.units, budget.channels) == (round(budget.ratio * 32), round(budget.ratio * 11008))
+    for removal in allocation.removals:
+        assert (removal.units, removal.channels) == (round(removal.ratio * 32), round(removal.ratio * 11008))
 
 
 def test_paper_preset_with_grouped_queries_meets_its_target() -> None:
@@ -180,7 +180,7 @@ def test_paper_settings() -> None:
 def test_clamped_layers_hand_on_what_they_cannot_give() -> None:
     similarity = [0.999] + [0.5] * 9
     allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, allocation=LayerImportance(alpha=30.0)))
-    assert allocation.budgets[0].units == 31 and allocation.budgets[0].channels == 11008 - 64
+    assert allocation.removals[0].units == 31 and allocation.removals[0].channels == 11008 - 64
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.5, rel=0.005)
 
 
@@ -192,7 +192,7 @@ def test_more_layers_when_n_cannot_give_it() -> None:
 
 def test_almost_nothing_is_nothing() -> None:
     allocation = allocate([0.9] * 10, [SMOLLM2] * 10, PruneConfig(ratio=1e-6))
-    assert not any(budget.pruned for budget in allocation.budgets)
+    assert not any(removal.pruned for removal in allocation.removals)
 
 
 def test_too_much_is_refused() -> None:
@@ -205,8 +205,8 @@ def test_too_much_is_refused() -> None:
 def test_a_width_that_is_no_multiple() -> None:
     shape = dataclasses.replace(SMOLLM2, channels=1500)
     allocation = allocate([0.9] * 12, [shape] * 12, PruneConfig(ratio=0.3, round_to=64))
-    for budget in allocation.budgets:
-        assert budget.channels == 0 or (1500 - budget.channels) % 64 == 0
+    for removal in allocation.removals:
+        assert removal.channels == 0 or (1500 - removal.channels) % 64 == 0
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1e3, 1e6])
@@ -229,7 +229,7 @@ def test_biases_that_the_format_adds_are_said(
 
 
 def test_single_heads_do_not_give_way() -> None:
-    """Without multiples the budgets are what they were: heads take their rounded share, and channels the rest."""
+    """Without multiples the removals are what they were: heads take their rounded share, and channels the rest."""
     config = PruneConfig(0.2, allocation=LayerImportance(alpha=0.0, pruned_layers=3), round_to=1)
     shapes = [shape_of(layer(4, 4, 16), config)] * 3
-    assert [(one.units, one.channels) for one in allocate([0.5, 0.5, 0.4], shapes, config).budgets] == [(1, 0)] * 3
+    assert [(one.units, one.channels) for one in allocate([0.5, 0.5, 0.4], shapes, config).removals] == [(1, 0)] * 3

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slimllm.methods.allocation.budget import LayerBudget, LayerShape, most_removable, removed_params
+from slimllm.methods.allocation.removal import LayerRemoval, LayerShape, most_removable, removed_params
 from slimllm.methods.allocation.spending import Curves, hull, sampled, spend
 
 SHAPE = LayerShape(8, 1000, 96, 30, 8000 + 96 * 30, 40, 40, False)
@@ -39,7 +39,7 @@ def test_the_budget_is_met(of_layers: list[tuple[list[float], list[float]]], rat
     target = round(ratio * sum(most_removable(shape, round_to) for shape in shapes))
     curves = [Curves(curve(heads), curve(channels)) for heads, channels in of_layers]
     found = spend(curves, shapes, target, round_to)
-    removed = sum(removed_params(LayerBudget(0, *one), shape) for one, shape in zip(found, shapes))
+    removed = sum(removed_params(LayerRemoval(0, *one), shape) for one, shape in zip(found, shapes))
     assert abs(removed - target) <= round_to * 30 / 2 + 40  # half a step of channels, and a bias
     for units, channels in found:
         assert 0 <= units < 8 and 0 <= channels < 96 and (channels == 0 or (96 - channels) % round_to == 0)
@@ -80,7 +80,7 @@ def test_a_unit_more_and_channels_back() -> None:
     curves = [Curves(curve([1.0] * 8), [0.0] * 97)] * 2
     target = 2 * most_removable(SHAPE, 8) - 13 * 1000 - 150  # half a unit beside all channels
     found = spend(curves, [SHAPE, SHAPE], target, 8)
-    removed = sum(removed_params(LayerBudget(0, *one), SHAPE) for one in found)
+    removed = sum(removed_params(LayerRemoval(0, *one), SHAPE) for one in found)
     assert abs(removed - target) <= 8 * 30 / 2 + 40 and sum(units for units, _ in found) == 1
 
 

@@ -27,7 +27,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class LayerBudget:
+class LayerRemoval:
     """What one layer gives: its ratio r_ℓ, and how many units and channels are removed. `pruned` if any."""
 
     ratio: float
@@ -39,10 +39,10 @@ class LayerBudget:
         return self.units > 0 or self.channels > 0
 
 
-def removed_params(budget: LayerBudget, shape: LayerShape) -> int:
+def removed_params(removal: LayerRemoval, shape: LayerShape) -> int:
     """Parameters that a layer gives, less the biases that recovery adds."""
-    attention = budget.units * shape.unit_params - shape.attention_bias_params * (budget.units > 0)
-    return attention + budget.channels * shape.channel_params - shape.ffn_bias_params * (budget.channels > 0)
+    attention = removal.units * shape.unit_params - shape.attention_bias_params * (removal.units > 0)
+    return attention + removal.channels * shape.channel_params - shape.ffn_bias_params * (removal.channels > 0)
 
 
 def most_removable(shape: LayerShape, round_to: int) -> int:
