@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.methods import MethodCommand, rows_with_options
-from slimllm.cli.options import (
-    OUT,
-    RATIO,
-    Bos,
-    CalibrationText,
-    EvalLen,
-    EvalText,
-    MaxWindows,
-    Model,
-    Plugin,
-    Quiet,
-    Samples,
-    Seed,
-    app,
-    fraction,
-)
+from slimllm.cli.options import COMMON, OUT, RATIO, EvalLen, EvalText, MaxWindows, Model, Plugin, Quiet, app, fraction
+from slimllm.cli.settings import with_settings
 from slimllm.cli.terminal import console
+from slimllm.config import PruneConfig
 
 
 @app.command("compare", cls=MethodCommand)
+@with_settings(PruneConfig, COMMON)
 def compare_command(
     context: typer.Context,
     model: Model,
@@ -44,36 +32,18 @@ def compare_command(
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
-    bos: Bos = "auto",
-    calibration: CalibrationText = None,
-    samples: Samples = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    seed: Seed = 0,
-    head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
-    compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     workdir: Annotated[Path | None, typer.Option(help="Where the model at work is written, and deleted again.")] = None,
     out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the lines, as JSONL.")] = None,
     quiet: Quiet = False,
+    **settings: Any,
 ) -> None:
     """Prune a model by several methods at the same ratios, and print the perplexity of each; no model is kept."""
     from slimllm.cli.compare_display import run_compare
-    from slimllm.config import PruneConfig
     from slimllm.experiments.methods import METHODS, rows_of
 
-    config = PruneConfig(
-        ratio=0.5,
-        calibration=calibration,
-        bos=bos,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        head_unit=head_unit,
-        compute_dtype=compute_dtype,
-        device=device,
-    )
+    config = PruneConfig(ratio=0.5, **settings)
     rows = rows_with_options(context, rows_of(method or tuple(METHODS)))
-    with watch_for_other_work(quiet, device):
+    with watch_for_other_work(quiet, config.device):
         run_compare(
             console, model, ratio or [0.2, 0.5], config, rows, text, eval_len, max_windows or None, workdir, out, quiet
         )

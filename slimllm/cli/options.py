@@ -18,6 +18,9 @@ app = typer.Typer(
 OUT = ("--out", "--output", "-o")
 RATIO = ("--ratio", "--sparsity")
 
+# Settings that all methods of a comparison or a sweep have in common.
+COMMON = ("calibration", "bos", "samples", "seq_len", "seed", "head_unit", "compute_dtype", "device")
+
 
 def fraction(text: str | float) -> float:
     """A fraction as it is written on the command line: 0.3, or 30%; a default, which is a number, stays."""
@@ -45,9 +48,6 @@ Bos = Annotated[
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 EvalLen = Annotated[int, typer.Option(help="Tokens per window of that text.")]
 MaxWindows = Annotated[int, typer.Option(help="So many windows of it; 0: all.")]
-CalibrationText = Annotated[str | None, typer.Option(help="As for prune. Default: bundled text.")]
-Samples = Annotated[int, typer.Option(help="Calibration windows.")]
-Seed = Annotated[int, typer.Option(help="Seed of the draw of the windows.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 
 

@@ -14,11 +14,12 @@ _Command = TypeVar("_Command", bound=Callable[..., None])
 _ENTRY = re.compile(r"^ {8}(\w+(?:, \w+)*): ((?:.|\n(?= {9,}))*)", re.MULTILINE)
 
 
-def with_settings(kind: type, **names: str) -> Callable[[_Command], _Command]:
+def with_settings(kind: type, only: tuple[str, ...] = (), **names: str) -> Callable[[_Command], _Command]:
     """Decorator: give a command that takes `**settings` an option for every field that it has no parameter for.
 
     Args:
         kind: A dataclass with its fields under "Attributes:" in its docstring.
+        only: Names of the fields that get one; empty: all.
         names: Names of options, by field, where they are not the field's own.
     """
 
@@ -36,7 +37,7 @@ def with_settings(kind: type, **names: str) -> Callable[[_Command], _Command]:
                 ],
             )
             for field in dataclasses.fields(kind)
-            if field.name not in taken
+            if field.name not in taken and (not only or field.name in only)
         ]
         parameters = []
         for parameter in own:

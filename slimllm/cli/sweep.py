@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from signal import signal
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.methods import MethodCommand, rows_with_options
-from slimllm.cli.options import (
-    OUT,
-    RATIO,
-    Bos,
-    CalibrationText,
-    EvalLen,
-    EvalText,
-    MaxWindows,
-    Model,
-    Plugin,
-    Quiet,
-    Samples,
-    Seed,
-    app,
-)
+from slimllm.cli.options import COMMON, OUT, RATIO, EvalLen, EvalText, MaxWindows, Model, Plugin, Quiet, app
+from slimllm.cli.settings import with_settings
 from slimllm.cli.terminal import console, errors
+from slimllm.config import PruneConfig
 from slimllm.runtime.interrupts import SIGNALS, leave
 
 
 @app.command("sweep", cls=MethodCommand)
+@with_settings(PruneConfig, COMMON)
 def sweep_command(
     context: typer.Context,
     model: Model,
@@ -45,43 +34,27 @@ def sweep_command(
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
-    bos: Bos = "auto",
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt when the speed is measured.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated then.")] = 32,
     rounds: Annotated[int, typer.Option(help="Rounds of the speed's measurement.")] = 5,
-    calibration: CalibrationText = None,
-    samples: Samples = 32,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    seed: Seed = 0,
-    head_unit: Annotated[str, typer.Option(help="kv-group, or query.")] = "kv-group",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models: OUT/PRESET/RATIO.")] = False,
     workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in that folder.")] = False,
     quiet: Quiet = False,
+    **settings: Any,
 ) -> None:
     """Prune at many ratios: perplexity against parameters and against measured speed, as a table and a picture."""
     from slimllm.cli.sweep_display import run_sweep
-    from slimllm.config import PruneConfig
     from slimllm.experiments.methods import rows_of
     from slimllm.experiments.sweep import parse_ratios
 
     for number in SIGNALS:  # the points that are there stay
         signal(number, leave)
     ratios = parse_ratios(ratio or ["0.1:0.6:0.1"])
-    config = PruneConfig(
-        ratio=ratios[0],
-        calibration=calibration,
-        bos=bos,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        head_unit=head_unit,
-        device=device,
-    )
+    config = PruneConfig(ratio=ratios[0], **settings)
     rows = rows_with_options(context, rows_of(preset or ["default"]))
     try:
-        with watch_for_other_work(quiet, device):
+        with watch_for_other_work(quiet, config.device):
             run_sweep(
                 console,
                 model,

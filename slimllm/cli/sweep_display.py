@@ -69,6 +69,7 @@ def run_sweep(
         "seq_len": config.seq_len,
         "seed": config.seed,
         "head_unit": config.head_unit,
+        "compute_dtype": config.compute_dtype,
         "rounds": rounds,
         "device": machine(str(device)),
         "threads": torch.get_num_threads(),

@@ -6,9 +6,35 @@ from typing import TypedDict
 
 import torch
 
+from slimllm.checkpoints.foreign_json import POSITIVE, Shape
 from slimllm.methods.allocation.removal import LayerRemoval
 from slimllm.models.slicing import LayerSizes
 from slimllm.pruning.sublayer import PrunedSublayer
+
+# Of the entry as it is read.
+LAYER_SHAPE: Shape = {
+    "index": int,
+    "ratio": float,
+    "similarity": float,
+    "parameters_before": POSITIVE,
+    "parameters_after": int,
+    "num_heads": int,
+    "num_kv_heads": int,
+    "intermediate_size": int,
+    "num_heads_before?": int,
+    "num_kv_heads_before?": int,
+    "intermediate_size_before?": int,
+    "kept_heads": [int],
+    "kept_kv_heads": [int],
+    "kept_channels": [int],
+    "head_importance?": [float],
+    "channel_importance?": [float],
+    "attention_statistics?": str,
+    "attention_error_before?": float,
+    "attention_error_after?": float,
+    "ffn_error_before?": float,
+    "ffn_error_after?": float,
+}
 
 
 class _Sizes(TypedDict):

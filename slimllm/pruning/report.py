@@ -15,7 +15,7 @@ import torch
 
 from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, Shape, check_shape, read_object
 from slimllm.errors import InputError
-from slimllm.pruning.layer_report import LayerReport
+from slimllm.pruning.layer_report import LAYER_SHAPE, LayerReport
 
 REPORT_NAME = "report.json"
 SCHEMA_VERSION = 2  # of report.json; 1, of slimllm 0.1, had none
@@ -26,29 +26,6 @@ _NAMES = re.compile(r"[\w ,'()-]{1,80}")  # of parts, which pictures are labelle
 _MOST_LAYERS, _MOST_HEADS = 2_000, 200_000  # which the page draws one by one
 
 # Of report.json as it is read: what others may have edited, and what displays rely on.
-_LAYER = {
-    "index": int,
-    "ratio": float,
-    "similarity": float,
-    "parameters_before": POSITIVE,
-    "parameters_after": int,
-    "num_heads": int,
-    "num_kv_heads": int,
-    "intermediate_size": int,
-    "num_heads_before?": int,
-    "num_kv_heads_before?": int,
-    "intermediate_size_before?": int,
-    "kept_heads": [int],
-    "kept_kv_heads": [int],
-    "kept_channels": [int],
-    "head_importance?": [float],
-    "channel_importance?": [float],
-    "attention_statistics?": str,
-    "attention_error_before?": float,
-    "attention_error_after?": float,
-    "ffn_error_before?": float,
-    "ffn_error_after?": float,
-}
 _SHAPE = {
     "model": str,
     "out?": (str, type(None)),
@@ -92,7 +69,7 @@ _SHAPE = {
     "compute_dtype": str,
     "format": str,
     "versions": {EVERY: str},
-    "layers": [_LAYER],
+    "layers": [LAYER_SHAPE],
     "tensor_parallel?": [int],
     "resumed_steps?": int,
     "identity?": dict,

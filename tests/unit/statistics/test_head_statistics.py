@@ -112,7 +112,7 @@ def test_the_same_result_either_way(
     """Of few tokens; `heads` and `gram` differ in the last digits alone."""
     few = config(token_ids[:1, :20], ratio=0.4, **settings)
     by_heads = slimllm.prune(STORIES, tmp_path / "heads", few)
-    monkeypatch.setattr("slimllm.pruning.sublayer.streams_heads", lambda *given: False)
+    monkeypatch.setattr("slimllm.pruning.streaming.streams_heads", lambda *given: False)
     by_gram = slimllm.prune(STORIES, tmp_path / "gram", few)
     pruned = [layer for layer in by_heads.layers if "attention_statistics" in layer]
     assert pruned and {layer["attention_statistics"] for layer in pruned} == {"heads"}
@@ -136,7 +136,7 @@ def test_post_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         model = tiny("gemma2")
         for layer in model.model.layers:
             layer.post_attention_layernorm.weight.data.copy_(torch.linspace(-0.5, 1.5, model.config.hidden_size))
-        monkeypatch.setattr("slimllm.pruning.sublayer.streams_heads", chosen)
+        monkeypatch.setattr("slimllm.pruning.streaming.streams_heads", chosen)
         report = slimllm.prune_model(model, windows, slimllm.PruneConfig(ratio=0.3))
         importance.append([layer["head_importance"] for layer in report.layers if "head_importance" in layer])
     assert importance[0] and importance[0] == [pytest.approx(one, rel=1e-4) for one in importance[1]]
