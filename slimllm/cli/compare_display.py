@@ -14,6 +14,7 @@ from slimllm.calibration import about_bos, window_bos
 from slimllm.checkpoints.destination import check_new_file
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.cli.display import PruneDisplay
+from slimllm.cli.options import COMMON
 from slimllm.config import PruneConfig
 from slimllm.evaluation.perplexity import evaluation_tokens
 from slimllm.experiments.compare import Compared, compare
@@ -40,6 +41,7 @@ def run_compare(
     check_new_file(out)
     tokenizer = open_checkpoint(model).tokenizer()
     bos_token_id = window_bos(tokenizer, config.bos)
+    common = {name: value for name, value in config.to_dict().items() if name in COMMON}
     with PruneDisplay(console, quiet) as display:
         tokens = evaluation_tokens(tokenizer, text, eval_len, max_windows, config.bos)
 
@@ -48,7 +50,13 @@ def run_compare(
             display.say(f"{line.method}{where}: perplexity {line.perplexity:.2f}")
             if out is not None:
                 with out.open("a", encoding="utf-8") as file:
-                    about = {"model": model, "text": text or "bundled", "eval_len": eval_len, "max_windows": max_windows}
+                    about = {
+                        "model": model,
+                        "text": text or "bundled",
+                        "eval_len": eval_len,
+                        "max_windows": max_windows,
+                        **common,
+                    }
                     file.write(json.dumps({**dataclasses.asdict(line), **about}) + "\n")
 
         lines = compare(
@@ -64,7 +72,11 @@ def run_compare(
             progress=display.progress,
             on_line=on_line,
         )
+    if quiet:
+        return
     console.print(compare_table(lines, eval_len))
+    for name, words in {line.method: line.methods for line in lines if line.methods}.items():
+        console.print(f"{name}: {words}", style="dim", highlight=False, soft_wrap=True)
 
 
 def compare_table(lines: list[Compared], eval_len: int) -> Table:

@@ -40,6 +40,7 @@ class Compared:
         seconds: Of pruning, as if it were alone: with the dense pass, which it may have taken from another one (`shared`).
         dense_pass_s: Of computing in one dense pass.
         bos_token_id: What the windows of the text begin with; None: no BOS.
+        methods: Criterion, allocation and recovery, with their options, in words; empty for the dense model.
     """
 
     method: str
@@ -51,6 +52,7 @@ class Compared:
     dense_pass_s: float
     shared: bool
     bos_token_id: int | None
+    methods: str = ""
 
 
 def compare(
@@ -128,6 +130,7 @@ def compare(
                     report.dense_pass_s,
                     report.dense_pass_shared,
                     bos_token_id,
+                    report.methods,
                 )
             )
 

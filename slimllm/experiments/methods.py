@@ -52,12 +52,13 @@ def row_of(name: str) -> dict[str, Any]:
     Raises:
         ValueError: (as InputError) the name is unknown.
     """
-    if name in METHODS:
-        return dict(METHODS[name])
+    parts = [part.strip() for part in name.split("+")]
+    if (known := " + ".join(parts)) in METHODS:
+        return dict(METHODS[known])
     if name in PRESETS:
         return {"preset": name}
     row: dict[str, Any] = {}
-    for part in (part.strip() for part in name.split("+")):
+    for part in parts:
         kind = next((kind for kind, registry in KINDS.items() if kind not in row and part in registry.all()), None)
         if kind is None:
             rows = ", ".join(f'"{row}"' if "," in row else row for row in dict.fromkeys([*METHODS, *PRESETS]))

@@ -11,7 +11,7 @@ import torch
 
 from slimllm.checkpoints.destination import check_destination, check_space
 from slimllm.checkpoints.journal import begun_with
-from slimllm.checkpoints.native import OutputFormat, output_format, write_config
+from slimllm.checkpoints.output_format import OutputFormat, biases_of, output_format, write_config
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.writer import CheckpointWriter, partial_folder
 from slimllm.errors import InputError
@@ -80,19 +80,22 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
     form = output_format(source.config, sizes, dtype)
     if not form.name.startswith("slim_"):
         return form
+    biases = biases_of(sizes)
+    if not (source.spec.stock_holds(biases) or source.spec.fits_llama(source.config)):
+        words = {"qkv": "q, k and v", "out": "o", "gate": "gate and up", "down": "down"}
+        some = ", ".join(word for name, word in words.items() if getattr(biases, name))
+        raise InputError(
+            f"The model has biases of these projections: {some}. transformers' {family} has no place for them, and leaving "
+            "them out would change the model; the native format that it is in keeps them, and --recovery none makes none."
+        )
     if any(_alike(size) != _alike(first) for size in sizes):
         raise InputError(
             "The layers have sizes of their own, which no architecture of transformers holds; give --to padded, or prune "
             "with --uniform."
         )
-    if not source.spec.takes_heads(source.config, first.num_heads):
-        raise InputError(
-            f"transformers' {family} does not take {first.num_heads} heads beside a hidden size of "
-            f"{source.config.hidden_size}; give --to padded."
-        )
     raise InputError(
-        f"The model has biases of its output projections, for which transformers' {family} has no place, and leaving them "
-        "out would change the model; the native format that it is in keeps them, and --recovery none makes none."
+        f"transformers' {family} does not take {first.num_heads} heads beside a hidden size of "
+        f"{source.config.hidden_size}; give --to padded."
     )
 
 

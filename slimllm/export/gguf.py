@@ -114,7 +114,7 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
         with out.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{out} is no GGUF file, so it will not be overwritten.")
-    if not source.spec.is_llama(source.config):
+    if not source.spec.fits_llama(source.config):
         raise InputError(
             f"GGUF can be written for LLaMA's mathematics, which {source.spec.name} with its norms or windows is not; "
             "the native format keeps all, and of a stock model llama.cpp's own convert_hf_to_gguf.py makes the file."

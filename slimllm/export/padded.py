@@ -18,7 +18,7 @@ class Padded(FolderExporter):
     def padded_sizes(self, source: CheckpointModel) -> LayerSizes | None:
         """Sizes that hold every layer, with as many heads as the architecture asks for."""
         wanted = padded_sizes(source.sizes())
-        if source.spec.is_llama(source.config):  # seed_oss takes any number
+        if source.spec.fits_llama(source.config):  # seed_oss takes any number
             return wanted
         for more in range(source.config.hidden_size):
             kv_heads = wanted.num_kv_heads + more

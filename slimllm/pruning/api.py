@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimllm.calibration import calibration_windows
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.destination import destination
-from slimllm.checkpoints.native import convert_in_place
+from slimllm.checkpoints.output_format import convert_in_place
 from slimllm.checkpoints.source import InMemoryModel
 from slimllm.config import GIB, PruneConfig, check_config
 from slimllm.errors import InputError

@@ -16,8 +16,8 @@ from slimllm.calibration import calibration_windows
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.destination import check_destination, check_space
 from slimllm.checkpoints.journal import begun_with, fingerprint
-from slimllm.checkpoints.native import OutputFormat, write_config
 from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checkpoints.output_format import OutputFormat, write_config
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.tokenizer import tokenizer_code

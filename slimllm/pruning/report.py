@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from slimllm.checkpoints.foreign_json import EVERY, POSITIVE, Shape, check_shape, read_object
+from slimllm.config import METHODS
 from slimllm.errors import InputError
 from slimllm.pruning.layer_report import LAYER_SHAPE, LayerReport
 
@@ -155,11 +156,17 @@ class PruneReport:
 
     @property
     def methods(self) -> str:
-        """The methods of the run, with those options that are set, in words."""
+        """The methods of the run, with those options that are not the default, in words."""
         words = []
-        for kind in ("criterion", "allocation", "recovery"):
+        for kind, registry in METHODS.items():
             settings = (self.config.get("method_settings") or {}).get(kind) or {}
-            shown = [f"{name} {str(value).lower()}" for name, value in settings.items() if value not in (None, False)]
+            method = registry.all().get(
+                self.config[kind]
+            )  # None: a plug-in that is not here, all of whose options are shown
+            usual = dataclasses.asdict(method.Settings()) if method else {}
+            shown = [
+                f"{name} {str(value).lower()}" for name, value in settings.items() if (name, value) not in usual.items()
+            ]
             options = f" ({', '.join(shown)})" if shown else ""
             words.append(f"{kind} {self.config[kind]}{options}")
         return ", ".join(words)

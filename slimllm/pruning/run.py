@@ -15,7 +15,7 @@ from slimllm import ops
 from slimllm.calibration import Calibration, calibration_name
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.journal import Journal
-from slimllm.checkpoints.native import OutputFormat, output_format
+from slimllm.checkpoints.output_format import OutputFormat, output_format
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
 from slimllm.config import DTYPES, GIB, PruneConfig

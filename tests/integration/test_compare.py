@@ -13,7 +13,7 @@ from slimllm.calibration import bundled_text, tokenize
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.evaluation.perplexity import load
 from slimllm.experiments.compare import Compared, compare
-from slimllm.experiments.methods import METHODS
+from slimllm.experiments.methods import METHODS, row_of
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +74,14 @@ def test_the_command(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert code == 2 and "is there already" in errors
     code, _, errors = call(capsys, "compare", stories_path, "--method", "gptq")
     assert code == 2 and "is not a method" in errors
+
+
+def test_names_of_methods() -> None:
+    """A name of the table with or without spaces, a preset, or methods joined: what is not named is the default's."""
+    assert row_of("wanda-sp+lstsq") == row_of("wanda-sp + lstsq") == METHODS["wanda-sp + lstsq"]
+    assert row_of("paper") == {"preset": "paper"}
+    assert row_of("flap+none") == {"criterion": "flap", "recovery": "none"}
+    assert row_of("random+flap + bias") == {"criterion": "random", "allocation": "flap", "recovery": "bias"}
+    for wrong in ("", "obs+obs", "obs+random", "obs+", "obs lstsq"):
+        with pytest.raises(InputError, match="is not a method"):
+            row_of(wrong)

@@ -56,6 +56,7 @@ def test_its_own_option(forgotten: None, token_ids: torch.Tensor, tmp_path: Path
     weights_alone = slimllm.prune(STORIES, tmp_path / "0", config(token_ids, criterion=score(power=0)))
     both = slimllm.prune(STORIES, tmp_path / "1", config(token_ids, criterion="own-score"))
     assert weights_alone.config["method_settings"]["criterion"] == {"power": 0.0}
+    assert "own-score (power 0.0)" in weights_alone.methods and "own-score," in both.methods  # the default is not shown
     importance = [[layer.get("channel_importance") for layer in report.layers] for report in (weights_alone, both)]
     assert any(importance[0]) and importance[0] != importance[1]
     assert json.loads((tmp_path / "1" / "report.json").read_text())["identity"]["method_settings"]["criterion"] == {
@@ -72,14 +73,17 @@ def test_compared_with_others(forgotten: None, tmp_path: Path, capsys: pytest.Ca
     for power in ("0", "1"):
         out = tmp_path / f"{power}.jsonl"
         methods = ["--method", "own-score+bias", "--method", "slimllm", "--own-score.power", power]
-        code, _, err = call(capsys, "compare", STORIES, *SMALL, *methods, "--out", out, "--quiet")
-        assert code == 0, err
+        code, printed, err = call(capsys, "compare", STORIES, *SMALL, *methods, "--out", out, "--quiet")
+        assert code == 0 and not printed, err
         found[power] = {line["method"]: line["perplexity"] for line in map(json.loads, out.read_text().splitlines())}
     assert found["0"].keys() == {"dense", "slimllm", "own-score+bias"}
     differ = [name for name in found["0"] if found["0"][name] != found["1"][name]]
     assert differ == ["own-score+bias"]
+    rows = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
+    assert "criterion own-score (power 0.0), allocation layer-importance, recovery bias" in {row["methods"] for row in rows}
+    assert {row["samples"] for row in rows} == {4}
     code, _, err = call(capsys, "compare", STORIES, *SMALL, "--method", "slimllm", "--own-score.power", "2")
-    assert code == 2 and "--own-score.power is no option of the methods of this run" in err
+    assert code == 2 and "--own-score.power is an option of own-score, which this run does not use" in err
 
 
 def test_swept(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

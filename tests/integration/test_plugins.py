@@ -169,7 +169,7 @@ def test_names(forgotten: None) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--slimllm.keep-lowest", "0.5", "--criterion", "obs"], "keep-lowest is no option of the methods of this run"),
+        (["--slimllm.keep-lowest", "0.5", "--criterion", "obs"], "is an option of slimllm, which this run does not use"),
         (["--slimllm.lowest", "0.5"], "there are --slimllm.keep-lowest, --layer-importance.pruned-layers"),
         (["--slimllm.keep-lowest", "x"], "--slimllm.keep-lowest must be a number, got 'x'"),
         (["--layer-importance.pruned-layers", "2.5"], "--layer-importance.pruned-layers must be an integer, got '2.5'"),

@@ -1,7 +1,8 @@
 """What a model family is, and what is read as one.
 
-A decoder layer is two residual sub-layers, `h += project(inner(norm(h)))`. `inner` is the attention (or the FFN) with
-its output projection taken out, and its output is what the statistics are made of.
+A decoder layer is two residual sub-layers, `h += post_norm(project(inner(norm(h))))`, most without a post-norm. `inner` is
+the attention (or the FFN) with its output projection taken out, and its output is what the statistics are made of.
+docs/families.md says how to add one.
 """
 
 from __future__ import annotations
@@ -89,8 +90,10 @@ class Family:
         also: Other values of `model_type` whose models are of this family as they are.
         why_not: Says of a configuration why its model cannot be pruned; None: it can.
         takes_heads: Whether the family's own architecture takes a number of query heads beside a configuration.
-        has_home: Whether the family's own architecture has a place for biases.
-        is_llama: Whether a model computes as LLaMA does, so that LLaMA's relatives are a home for it.
+        stock_holds: Whether transformers' class of the family holds just these biases; the default: q, k, v and o all or
+            none, and none in the FFN. What it holds of them and the model lacks is written as zeros.
+        fits_llama: Whether a model computes exactly what LLaMA's classes compute, up to biases and sizes, so that it may be
+            written as `seed_oss` or as GGUF's `llama`. One with multipliers, caps or windows does not.
         gguf: GGUF's names of the modules; None: llama.cpp does not have the family, or slimllm does not know how.
     """
 
@@ -120,8 +123,8 @@ class Family:
     also: tuple[str, ...] = ()
     why_not: Callable[[PretrainedConfig], str | None] = _nothing_against
     takes_heads: Callable[[PretrainedConfig, int], bool] = _any_number
-    has_home: Callable[[Biases], bool] = _with_all_of_attention
-    is_llama: Callable[[PretrainedConfig], bool] = _never
+    stock_holds: Callable[[Biases], bool] = _with_all_of_attention
+    fits_llama: Callable[[PretrainedConfig], bool] = _never
     gguf: GGUFNames | None = None
 
     @property

@@ -7,8 +7,8 @@ LLAMA = register_family(
         # LLaMA's mathematics with a home for every bias: our uniform results are written in it, and can be pruned again.
         also=("seed_oss",),
         takes_heads=divides_hidden_size,
-        has_home=lambda biases: biases.qkv == biases.out and biases.gate == biases.down,
-        is_llama=lambda config: True,
+        stock_holds=lambda biases: biases.qkv == biases.out and biases.gate == biases.down,
+        fits_llama=lambda config: True,
         gguf=GGUFNames(
             architecture="llama",
             layer={

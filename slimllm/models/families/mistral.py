@@ -5,7 +5,7 @@ from slimllm.models.families.base import Family, has_windows, register_family
 MISTRAL = register_family(
     Family(
         name="mistral",
-        has_home=lambda biases: not (biases.qkv or biases.out or biases.gate or biases.down),
-        is_llama=lambda config: not has_windows(config),
+        stock_holds=lambda biases: not (biases.qkv or biases.out or biases.gate or biases.down),
+        fits_llama=lambda config: not has_windows(config),
     )
 )

@@ -35,6 +35,6 @@ OPT = register_family(
         why_not=_why_not,
         # The size of a head follows from the number of heads.
         takes_heads=lambda config, num_heads: num_heads * head_dim_of(config) == config.hidden_size,
-        has_home=lambda biases: biases.qkv == biases.out == biases.gate == biases.down,
+        stock_holds=lambda biases: biases.qkv == biases.out == biases.gate == biases.down,
     )
 )

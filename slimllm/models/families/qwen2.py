@@ -5,7 +5,7 @@ from slimllm.models.families.base import Family, has_windows, register_family
 QWEN2 = register_family(
     Family(
         name="qwen2",
-        has_home=lambda biases: biases.qkv and not (biases.out or biases.gate or biases.down),
-        is_llama=lambda config: not has_windows(config),
+        stock_holds=lambda biases: biases.qkv and not (biases.out or biases.gate or biases.down),
+        fits_llama=lambda config: not has_windows(config),
     )
 )

@@ -1,7 +1,8 @@
-"""How a pruned model is written down: stock architecture if its layers are all alike, else the native format."""
+"""How a pruned model is written: an architecture of transformers if its layers are all alike, else the native format."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slimllm.errors import InputError
 from slimllm.models.families import Biases, Family, family_of, head_dim_of
+from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.models.modeling import slim_layers
 from slimllm.models.modeling.slim_layers import rope_of_transformers_4
 from slimllm.models.registration import modeling_file, native_classes
-from slimllm.models.slicing import LayerSizes, Tensors, install
+from slimllm.models.slicing import LayerSizes, Tensors, install, sizes_by_layer
 
 # What the output format decides anew; every other setting of the source goes on unchanged.
 _DECIDED = {
@@ -71,11 +74,26 @@ class OutputFormat:
 
 
 def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
-    """Choose how to write a model of these layer sizes.
+    """Choose how to write a model of these layer sizes, and see that it has a place for every tensor.
 
     Alike layers: the family's own architecture if it has a home for every bias, else, for LLaMA's mathematics, `seed_oss`,
     which is that with separate switches for the biases. Otherwise the native format, with sizes by layer.
+
+    Raises:
+        ValueError: (as InputError) the architecture has other tensors: the family's description is wrong.
     """
+    form = _choose(source, sizes, dtype)
+    _check(form, sizes)
+    return form
+
+
+def biases_of(sizes: list[LayerSizes]) -> Biases:
+    """Which projections have a bias in any layer."""
+    names = ("qkv_bias", "attention_out_bias", "gate_bias", "ffn_out_bias")
+    return Biases(*(any(getattr(size, name) for size in sizes) for name in names))
+
+
+def _choose(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
     spec = family_of(source.model_type)
     common = {name: value for name, value in source.to_dict().items() if name not in _DECIDED}
     common |= {"head_dim": head_dim_of(source), "dtype": dtype}
@@ -84,19 +102,18 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
         "num_key_value_heads": max(size.num_kv_heads for size in sizes),
         spec.width: max(size.intermediate_size for size in sizes),
     }
-    qkv_bias, out_bias = (any(getattr(size, name) for size in sizes) for name in ("qkv_bias", "attention_out_bias"))
-    gate_bias, ffn_bias = (any(getattr(size, name) for size in sizes) for name in ("gate_bias", "ffn_out_bias"))
+    biases = biases_of(sizes)
+    qkv_bias, out_bias, gate_bias, ffn_bias = biases.qkv, biases.out, biases.gate, biases.down
     switches = {
         name: value for name, value in (("attention_bias", qkv_bias), ("mlp_bias", gate_bias)) if hasattr(source, name)
     }
     alike = all((size.num_heads, size.num_kv_heads, size.intermediate_size) == tuple(largest.values()) for size in sizes)
-    biases = Biases(qkv_bias, out_bias, gate_bias, ffn_bias)
-    if alike and spec.has_home(biases) and spec.takes_heads(source, largest["num_attention_heads"]):
+    if alike and spec.stock_holds(biases) and spec.takes_heads(source, largest["num_attention_heads"]):
         config = AutoConfig.for_model(
             spec.name, **common, **largest, **switches, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[spec.name]]
         )
         return OutputFormat(config, zero_attention_out_bias=out_bias, zero_ffn_bias=ffn_bias)
-    if alike and spec.is_llama(source):
+    if alike and spec.fits_llama(source):
         for name in ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"):
             common.pop(name, None)
         config = AutoConfig.for_model(
@@ -125,6 +142,29 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
             overrides[str(index)] = different
     native, _, causal = native_classes(spec.name)
     return OutputFormat(native(**common, **most, **switches, per_layer_config=overrides, architectures=[causal.__name__]))
+
+
+def _check(form: OutputFormat, sizes: list[LayerSizes]) -> None:
+    """Whether the model that the configuration describes has the sizes and biases that will be written."""
+    spec = family_of(form.config.model_type)
+    shapes = expected_tensors(meta_model(form.config), spec)
+    places = sizes_by_layer(shapes, spec, head_dim_of(form.config), len(sizes))
+    for index, (size, place) in enumerate(zip(sizes, places)):
+        wanted = dataclasses.replace(
+            size,
+            params=place.params,
+            attention_out_bias=size.attention_out_bias or form.zero_attention_out_bias,
+            gate_bias=size.gate_bias or form.zero_ffn_bias,
+            ffn_out_bias=size.ffn_out_bias or form.zero_ffn_bias,
+        )
+        if wanted != place:
+            fields = (field.name for field in dataclasses.fields(place))
+            names = [name for name in fields if getattr(wanted, name) != getattr(place, name)]
+            raise InputError(
+                f"The architecture {form.name} has another {' and '.join(names)} in layer {index} than the pruned model, "
+                f"so that a tensor would be lost or missing; the description of {spec.name} in slimllm/models/families is "
+                "wrong (stock_holds, takes_heads or the native format)."
+            )
 
 
 def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: Family) -> None:
