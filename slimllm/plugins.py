@@ -270,7 +270,11 @@ def _import_file(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ImportError(f"there is no file {path}")
+    checksum = zlib.crc32(path.read_bytes())
+    if getattr(sys.modules.get(name), "_checksum", None) == checksum:  # it is there, as it is
+        return
     loaded = importlib.util.module_from_spec(spec)
+    loaded._checksum = checksum  # type: ignore[attr-defined]
     sys.modules[name] = loaded
     try:
         spec.loader.exec_module(loaded)

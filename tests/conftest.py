@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -179,10 +180,13 @@ def stop_at(stage: str, index: int) -> ProgressCallback:
 
 
 @pytest.fixture
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is gone after it."""
     for registry in (CRITERIA, RECOVERIES, ALLOCATIONS, EXPORTERS):
         monkeypatch.setattr(registry, "_found", dict(registry.all()))
+    yield
+    for name in [name for name in sys.modules if name.startswith("slimllm_plugin_")]:
+        del sys.modules[name]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from slimllm.cli.methods import MethodCommand, rows_with_options
 from slimllm.cli.options import OUT, RATIO, Plugin, Preset, app, fraction
 from slimllm.cli.terminal import console
 
 
-@app.command("bench")
+@app.command("bench", cls=MethodCommand)
 def bench_command(
+    context: typer.Context,
     models: Annotated[
         list[str] | None,
         typer.Argument(
@@ -47,18 +49,19 @@ def bench_command(
     """
     from slimllm.experiments.bench.display import run_bench
 
+    common = {"preset": preset, "criterion": criterion, "allocation": allocation}
+    names: list[str | None] = [*recovery] if recovery else [None]
+    rows = rows_with_options(context, {str(name): {**common, "recovery": name} for name in names})
+
     run_bench(
         console,
         models or [],
         layers=layers or [None],
         ratio=ratio or [0.2],
-        recovery=recovery or [None],
-        criterion=criterion,
-        allocation=allocation,
+        methods=list(rows.values()),
         plugins=tuple(plugin or ()),
         samples=samples or [32],
         seq_len=seq_len,
-        preset=preset,
         rounds=rounds,
         device=device,
         compute_dtype=compute_dtype,

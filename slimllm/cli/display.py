@@ -17,7 +17,12 @@ from slimllm.pruning.tensor_parallel import tensor_parallel_of
 from slimllm.runtime.doctor import Diagnosis
 from slimllm.runtime.progress import LayerMeasured, LayerPruned, PartWritten, Progress, StepTrained
 
-_TITLES = {LayerMeasured: "dense pass", LayerPruned: "pruning", StepTrained: "training", PartWritten: "writing"}
+_TITLES: dict[type, str] = {
+    LayerMeasured: "dense pass",
+    LayerPruned: "pruning",
+    StepTrained: "training",
+    PartWritten: "writing",
+}
 
 
 class PruneDisplay:
@@ -35,7 +40,7 @@ class PruneDisplay:
             disable=quiet,
         )
         self._notices = Notices(console, quiet)
-        self._tasks: dict[type[Progress], TaskID] = {}
+        self._tasks: dict[type, TaskID] = {}
 
     def __enter__(self) -> PruneDisplay:
         self._notices.__enter__()
@@ -49,12 +54,15 @@ class PruneDisplay:
     def say(self, sentence: str) -> None:
         """Print a sentence above the bar."""
         if not self._quiet:
-            self._console.print(sentence, style="dim", highlight=False)
+            self._console.print(sentence, style="dim", highlight=False, soft_wrap=True)
 
     def progress(self, event: Progress) -> None:
         """Move the bar; a `ProgressCallback`."""
+        kind = next((kind for kind in type(event).__mro__ if kind in _TITLES), None)
+        if kind is None:
+            return
         self._bar.start()  # not before there is something to show: an error of the input comes without a bar
-        kind, about = type(event), ""
+        about = ""
         if kind not in self._tasks or self._bar.tasks[self._tasks[kind]].finished:  # the next ratio
             self._tasks[kind] = self._bar.add_task(_TITLES[kind], total=event.total, about="")
         if isinstance(event, StepTrained):

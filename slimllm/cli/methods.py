@@ -110,9 +110,8 @@ class _Options:
         known = list(dict.fromkeys(self._known))
         for of, option in sorted(set(self._given) - self._used):
             if any(method.name == of and option in get_type_hints(method.Settings) for method in _methods()):
-                raise InputError(
-                    f"{_flag(of, option)} is an option of {of}, which this run does not use; choose it, or leave the option out."
-                )
+                unused = f"{_flag(of, option)} is an option of {of}, which this run does not use"
+                raise InputError(f"{unused}; choose {of}, or leave out the option.")
             there = f"there are {', '.join(known)}" if known else "they have no options"
             raise InputError(f"{_flag(of, option)} is no option of the methods of this run; {there}.")
 

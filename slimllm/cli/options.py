@@ -48,7 +48,7 @@ Bos = Annotated[
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 EvalLen = Annotated[int, typer.Option(help="Tokens per window of that text.")]
 MaxWindows = Annotated[int, typer.Option(help="So many windows of it; 0: all.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
 
 
 def write_page_unasked(folder: Path, quiet: bool) -> None:

@@ -21,7 +21,7 @@ from slimllm.config import PruneConfig, parse_device
 from slimllm.errors import InputError, OutputError
 from slimllm.evaluation.perplexity import evaluation_tokens
 from slimllm.experiments.bench.run import machine
-from slimllm.experiments.methods import config_of
+from slimllm.experiments.methods import config_of, identity_of
 from slimllm.experiments.sweep import Swept, on_front, sweep
 from slimllm.pruning.report import versions
 
@@ -75,7 +75,7 @@ def run_sweep(
         "threads": torch.get_num_threads(),
         "slimllm": versions()["slimllm"],
     }
-    methods = {name: config_of(config, row, config.ratio).to_dict()["method_settings"] for name, row in presets.items()}
+    methods = {name: identity_of(config_of(config, row, config.ratio)) for name, row in presets.items()}
     file = out / POINTS
     others = [path.name for path in out.iterdir() if path.name not in presets] if out.is_dir() else []
     if others and not file.exists():  # of the presets there may be kept models of a sweep without a point yet
@@ -160,6 +160,11 @@ def _read(file: Path, settings: dict[str, Any], methods: dict[str, Any], resume:
             raise InputError(f"Line {number} of {file} is no point of a sweep; give another folder.") from None
         for name, value in {**settings, "methods": methods.get(point.preset, row.get("methods"))}.items():
             if row.get(name) != value:
+                if name == "methods":
+                    raise InputError(
+                        f"Another method was called {point.preset} in the sweep in {file.parent}, or its code or options "
+                        "have changed; give another folder."
+                    )
                 raise InputError(
                     f"The sweep in {file.parent} had another {name} ({row.get(name)}) than this one ({value}); "
                     "give the same, or another folder."

@@ -67,7 +67,7 @@ errors = Console(file=_errors, markup=False, emoji=False)  # type: ignore[arg-ty
 
 
 class Notices(logging.Handler):
-    """Prints what the package logs while a command runs, each sentence once; warnings and errors with `quiet`, too.
+    """Prints what the package logs while a command runs.
 
     Args:
         console: Where sentences go; errors go to the standard error.
@@ -77,25 +77,32 @@ class Notices(logging.Handler):
     def __init__(self, console: Console, quiet: bool) -> None:
         super().__init__(logging.WARNING if quiet else logging.INFO)
         self._console = errors if quiet else console
-        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        sentence = self.format(record)
-        if sentence in self._said:
+        if record.name != _log.name and record.levelno < logging.WARNING:  # which kernels run: `slimllm doctor` says that
             return
-        self._said.add(sentence)
+        try:
+            sentence = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
         if record.levelno >= logging.ERROR:
             errors.print(sentence, highlight=False, soft_wrap=True)
         else:
-            self._console.print(sentence, style="dim", highlight=False, soft_wrap=True)
+            style = "yellow" if record.levelno >= logging.WARNING else "dim"
+            self._console.print(sentence, style=style, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Notices:
+        self._before = _log.level, _log.propagate
         _log.addHandler(self)
-        _log.setLevel(logging.INFO)
+        _log.setLevel(min(_log.level or logging.INFO, logging.INFO))
+        _log.propagate = False  # or a handler of a plug-in's would print all of it again
         return self
 
     def __exit__(self, *about: object) -> None:
         _log.removeHandler(self)
+        level, _log.propagate = self._before
+        _log.setLevel(level)
 
 
 def open_closed_streams() -> None:

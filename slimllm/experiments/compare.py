@@ -93,7 +93,9 @@ def compare(
     """
     if not methods or not ratios:
         raise InputError("Give at least one method and one ratio.")
-    configs = {(name, ratio): config_of(config, row, ratio) for name, row in rows_of(methods).items() for ratio in ratios}
+    rows = rows_of(methods)
+    order = [*(name for name in METHODS if name in rows), *(name for name in rows if name not in METHODS)]
+    configs = {(name, ratio): config_of(config, rows[name], ratio) for name in order for ratio in ratios}
     checkpoint = open_checkpoint(model)
     lines: list[Compared] = []
 
@@ -110,6 +112,8 @@ def compare(
     dense = measure(model)
     with tempfile.TemporaryDirectory(prefix="slimllm-compare-", dir=workdir) as folder:
         jobs = [(Path(folder) / str(number), one) for number, one in enumerate(configs.values())]
+        # The preset paper draws other windows, see `calibration_windows`.
+        groups = [[job for job in jobs if (job[1].preset == "paper") == paper] for paper in (False, True)]
         names = dict(zip((out for out, _ in jobs), configs))
 
         def on_report(report: PruneReport, out: Path) -> None:
@@ -134,5 +138,6 @@ def compare(
                 )
             )
 
-        prune_all(checkpoint, jobs, False, False, progress, None, Ranks(), on_report)
+        for group in filter(None, groups):
+            prune_all(checkpoint, group, False, False, progress, None, Ranks(), on_report)
     return lines

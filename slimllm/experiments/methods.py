@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from slimllm.config import METHODS as KINDS
@@ -25,41 +24,48 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# What a row may set; all else is common to a comparison.
+_SETTINGS = ("preset", "criterion", "allocation", "recovery", "token_weights", "round_to")
+
+
 def rows_of(methods: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings of methods by name, in the order in which they share most work.
+    """The settings of methods, by name.
 
     Args:
-        methods: Names, see `row_of`; or settings of `PruneConfig` by a name of the caller's.
+        methods: Names, see `row_of`; or, by a name of the caller's, some of the settings `preset`, `criterion`,
+            `allocation`, `recovery`, `token_weights` and `round_to` of `PruneConfig`.
 
     Raises:
-        ValueError: (as InputError) a name is unknown.
+        ValueError: (as InputError) a name is unknown, or cannot be that of a folder; or a row sets something else.
     """
-    if isinstance(methods, Mapping):
-        for name in methods:
-            if not name or Path(name).name != name:
-                raise InputError(f"The name of a method must be one word of a path, got {name!r}.")
-        return {name: dict(row) for name, row in methods.items()}
-    names = dict.fromkeys(methods)
-    order = [*(name for name in METHODS if name in names), *(name for name in names if name not in METHODS)]
-    return {name: row_of(name) for name in order}
+    if not isinstance(methods, Mapping):
+        return {_spaced(name): row_of(name) for name in methods}
+    for name, row in methods.items():
+        if name in ("", ".", "..", "dense") or "/" in name:
+            raise InputError(f"{name!r} cannot be the name of a method in a table; give another one.")
+        if other := sorted(set(row) - set(_SETTINGS)):
+            raise InputError(f"The method {name!r} sets {other[0]}; a method may set {', '.join(_SETTINGS)}.")
+    return {name: dict(row) for name, row in methods.items()}
 
 
 def row_of(name: str) -> dict[str, Any]:
-    """The settings of a method: a name in `METHODS`, a preset, or registered methods joined by `+`, as `mine + lstsq`.
+    """The settings of a method: a name in `METHODS`, a preset, or one of yours; or such joined by `+`, as `mine + lstsq`.
 
-    What is not named (criterion, allocation or recovery) is the default preset's.
+    The first part may be a whole method, and those after it take the place of its criterion, allocation or recovery. What
+    is not named is the default preset's.
 
     Raises:
         ValueError: (as InputError) the name is unknown.
     """
-    parts = [part.strip() for part in name.split("+")]
-    if (known := " + ".join(parts)) in METHODS:
+    if (known := _spaced(name)) in METHODS:
         return dict(METHODS[known])
-    if name in PRESETS:
-        return {"preset": name}
-    row: dict[str, Any] = {}
+    parts, row, taken = known.split(" + "), {}, set()
+    if parts[0] in METHODS or parts[0] in PRESETS:
+        row = dict(METHODS.get(parts[0], {"preset": parts[0]}))
+        taken = {"criterion"} & set(row)
+        parts = parts[1:]
     for part in parts:
-        kind = next((kind for kind, registry in KINDS.items() if kind not in row and part in registry.all()), None)
+        kind = next((kind for kind, registry in KINDS.items() if kind not in taken and part in registry.all()), None)
         if kind is None:
             rows = ", ".join(f'"{row}"' if "," in row else row for row in dict.fromkeys([*METHODS, *PRESETS]))
             raise InputError(
@@ -67,9 +73,20 @@ def row_of(name: str) -> dict[str, Any]:
                 "such as mine+lstsq."
             )
         row[kind] = part
+        taken.add(kind)
     return row
+
+
+def _spaced(name: str) -> str:
+    """A joined name as tables have it."""
+    return " + ".join(part.strip() for part in name.split("+"))
 
 
 def config_of(config: PruneConfig, row: Mapping[str, Any], ratio: float) -> PruneConfig:
     """Settings that several methods have in common, with those of one of them."""
     return config.with_preset(**{"preset": "default", **row}, ratio=ratio)
+
+
+def identity_of(config: PruneConfig) -> dict[str, Any]:
+    """Which methods settings have: their code, and their options."""
+    return {kind: [getattr(config, kind).code(), getattr(config, kind).describe()] for kind in KINDS}

@@ -29,6 +29,25 @@ class Needs(Flag):
     COLUMN_GRAM = auto()  # the covariance of z, (F, F), of which all else follows
 
 
+class Columns:
+    """Mean, variance and norm of every column, whichever statistics they are taken from."""
+
+    def __init__(self, statistics: ColumnStatistics | GramStatistics) -> None:
+        self._statistics = statistics
+
+    def mean(self) -> torch.Tensor:
+        """Mean over tokens: (F,) fp64."""
+        return self._statistics.mean()
+
+    def variance(self) -> torch.Tensor:
+        """Population variance: (F,) fp64."""
+        return self._statistics.variance()
+
+    def norms(self) -> torch.Tensor:
+        """(Σ_t w_t x_tj²)^½, without weights ‖X[:,j]‖₂: (F,) fp64."""
+        return self._statistics.norms()
+
+
 class SublayerStatistics:
     """Statistics of a sub-layer over all calibration tokens, those of all processes.
 
@@ -52,7 +71,7 @@ class SublayerStatistics:
         moments: Callable[[SublayerStatistics, torch.Tensor], OutputMoments] | None,
         ranks: Ranks,
     ) -> None:
-        self.sublayer, self.columns, self.ranks = sublayer, columns, ranks
+        self.sublayer, self.ranks, self._columns = sublayer, ranks, columns
         self._inputs, self._output_covariance, self._moments = inputs, output_covariance, moments
         self._allowed, self._attention_gram = ~Needs(0), True
         self._made: dict[str, torch.Tensor] = {}  # shared by what `seen_by` returns
@@ -84,14 +103,20 @@ class SublayerStatistics:
         return self._inputs
 
     @property
+    def columns(self) -> Columns:
+        """Mean, variance and norm of every column of z, F features."""
+        return Columns(self._columns)
+
+    @property
     def gram(self) -> GramStatistics:
-        """The Gram of the columns, F features; of an FFN with `Needs.COLUMN_GRAM`."""
+        """The Gram of the columns, F features; of an FFN with `Needs.COLUMN_GRAM`, of attention with `attention_gram`."""
         self._check(Needs.COLUMN_GRAM, "the Gram of the columns")
-        assert isinstance(self.columns, GramStatistics)
-        return self.columns
+        assert isinstance(self._columns, GramStatistics)
+        return self._columns
 
     def output_covariance(self) -> torch.Tensor:
-        """Cov(y) of the output projection's output, (D, D) fp64; of an FFN with one of the Grams."""
+        """Cov(y) of the output projection's output, (D, D) fp64; of an FFN with one of the Grams, of attention with
+        `attention_gram`."""
         self._check(Needs.OUTPUT_GRAM | Needs.COLUMN_GRAM, "the covariance of the output")
         if "output" not in self._made:
             assert self._output_covariance is not None
@@ -122,12 +147,12 @@ class SublayerStatistics:
 
     def _unit_covariance(self, effective: bool) -> torch.Tensor:
         gain = self.sublayer.post_norm_gain() if effective else None
-        if isinstance(self.columns, HeadStatistics):
-            covariance = self.columns.head_covariance()
+        if isinstance(self._columns, HeadStatistics):
+            covariance = self._columns.head_covariance()
             return covariance if gain is None else covariance * gain.double().square()
-        assert isinstance(self.columns, GramStatistics)
+        assert isinstance(self._columns, GramStatistics)
         weight = self.sublayer.effective_weight() if effective else self.sublayer.output_projection.weight
-        return ops.head_covariance(weight, self.columns.covariance(), self.sublayer.units)
+        return ops.head_covariance(weight, self._columns.covariance(), self.sublayer.units)
 
     def give_moments(self, kept: torch.Tensor, moments: OutputMoments) -> None:
         """The moments that were streamed for the units that were kept."""

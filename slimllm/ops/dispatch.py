@@ -25,7 +25,7 @@ from slimllm.ops.registry import OPERATIONS, forced_backend, without_autocast
 
 BACKENDS = ("auto", "torch", "triton", "extension")
 
-_log = logging.getLogger("slimllm")
+_log = logging.getLogger("slimllm.ops")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from slimllm.ops.gram import gram_
 from slimllm.ops.registry import Random, operator
 
 _OUTPUTS = 256  # at a time, which bounds the memory beside the result
-# Contributions of heads that are made at once: many for a GPU, and on a CPU, as `True`, as many as its caches hold.
-_CONTRIBUTIONS = {False: 2**24, True: 2**21}
+CONTRIBUTIONS = 2**21  # of heads, that are made at once: as many as the caches of a CPU hold
 
 
 def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -36,7 +35,7 @@ def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: i
         TypeError: a dtype is none of those above.
     """
     check_tensors(weight=weight, covariance=covariance)
-    _check_heads(weight, num_heads)
+    check_heads(weight, num_heads)
     if covariance.shape != (weight.shape[1],) * 2:
         raise ValueError(
             f"covariance must be (H·d, H·d), with H·d = {weight.shape[1]} inputs of weight, got {tuple(covariance.shape)}."
@@ -88,10 +87,12 @@ def head_covariance_of_tokens(
         gram:    the Gram of x, and `head_covariance`:                                (N + D·(1 + 1/H))/2·(H·d)²
 
     The streaming kernel takes 16 heads at a time, and widths in steps of 16: with B = ⌈H/16⌉ blocks of heads it makes
-    N·D·(B²·16·16⌈d/16⌉ + 128·B·(B + 1)). Torch streams at two thirds of the rate of a large product (on CPUs, see
-    benchmarks/bench_pearson.py). Streaming wins for few tokens: at 32 heads of 128 up to N = 1778 in torch and 1251 in the
-    kernel. Memory beside the result: the streaming kernel none, torch tiles of 2²¹ contributions, on a GPU 2²⁴, and an fp32
-    copy of x; `gram` the (H·d, H·d) Gram and an fp32 copy of x.
+    N·D·(B²·16·16⌈d/16⌉ + 128·B·(B + 1)). Torch streams at two thirds of the rate of a large product, measured on a CPU, and
+    the sums over batches, (H, H, D), cost about as much as 1000·H²·D multiply-adds a batch; in the kernel 200·H²·D, by the
+    bytes. Streaming wins for few tokens: at 32 heads of 128 up to N = 1567 in torch and 1221 in the kernel.
+
+    Memory beside the result: the streaming kernel none, torch three tiles of 2²¹ numbers and two fp32 copies of x; `gram`
+    the (H·d, H·d) Gram and an fp32 copy of x.
 
     Args:
         weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
@@ -107,7 +108,7 @@ def head_covariance_of_tokens(
         TypeError: a dtype is none of those above.
     """
     check_tensors(weight=weight, x=x)
-    _check_heads(weight, num_heads)
+    check_heads(weight, num_heads)
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must be (N, H·d) with H·d = {weight.shape[1]}, the inputs of weight, got {tuple(x.shape)}.")
     if x.shape[0] == 0:
@@ -141,14 +142,20 @@ def _head_covariance_of_tokens(weight: torch.Tensor, x: torch.Tensor, num_heads:
     return head_covariance(weight, gram.div_(x.shape[0]).addr_(total, total, alpha=-1), num_heads)
 
 
-def cheaper_method(num_tokens: int, out_features: int, in_features: int, num_heads: int, fused: bool) -> str:
-    """`stream` or `gram`, by the multiply-adds and the rates in `head_covariance_of_tokens`; `fused`: by the kernel."""
-    per_output = 1.5 * (in_features + num_heads**2 / 2)
+def cheaper_method(
+    num_tokens: int, out_features: int, in_features: int, num_heads: int, fused: bool, num_batches: int = 1
+) -> str:
+    """`stream` or `gram`, by the multiply-adds and the rates in `head_covariance_of_tokens`; `fused`: by the kernel.
+
+    The tokens come in `num_batches`, whose results are summed.
+    """
+    per_output, per_sum = 1.5 * (in_features + num_heads**2 / 2), 1000
     if fused:
         blocks, steps = -(-num_heads // 16), -(-in_features // num_heads // 16)
-        per_output = blocks**2 * 16 * 16 * steps + 128 * blocks * (blocks + 1)
+        per_output, per_sum = blocks**2 * 16 * 16 * steps + 128 * blocks * (blocks + 1), 200
     gram = (num_tokens + out_features * (1 + 1 / num_heads)) * in_features**2 / 2
-    return "stream" if num_tokens * out_features * per_output < gram else "gram"
+    stream = out_features * (num_tokens * per_output + num_batches * num_heads**2 * per_sum)
+    return "stream" if stream < gram else "gram"
 
 
 def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: int, fused: bool) -> torch.Tensor:
@@ -160,9 +167,9 @@ def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: in
     num_tokens, out_features = x.shape[0], weight.shape[0]
     u = (x.float() - mean).view(num_tokens, num_heads, -1).permute(1, 2, 0).contiguous()  # (H, d, N)
     u -= u.mean(-1, keepdim=True)  # to the last digit, so that every contribution has mean 0
-    by_head = weight.float().view(out_features, num_heads, -1).transpose(0, 1).contiguous()  # (H, D, d)
+    by_head = weight.float().view(out_features, num_heads, -1).transpose(0, 1)  # (H, D, d), no copy of one in fp32
     result = x.new_empty(num_heads, num_heads, out_features, dtype=torch.float32)
-    at_once = max(1, _CONTRIBUTIONS[x.device.type == "cpu"] // (num_tokens * num_heads))
+    at_once = max(1, CONTRIBUTIONS // (num_tokens * num_heads))
     with full_precision(weight.device):
         for start in range(0, out_features, at_once):
             here = slice(start, start + at_once)
@@ -172,7 +179,8 @@ def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: in
     return result
 
 
-def _check_heads(weight: torch.Tensor, num_heads: int) -> None:
+def check_heads(weight: torch.Tensor, num_heads: int) -> None:
+    """Raise ValueError or TypeError if a weight (D, H·d) is not one of H heads."""
     check_integer("num_heads", num_heads)
     if weight.ndim != 2 or num_heads < 1 or weight.shape[1] % num_heads:
         raise ValueError(

@@ -22,7 +22,7 @@ RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 # nobody has looked whether the rest of them is.
 FAILED, ZEROS = 1, 2
 
-_log = logging.getLogger("slimllm")
+_log = logging.getLogger("slimllm.ops")
 
 
 def lstsq(

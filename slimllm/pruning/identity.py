@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from slimllm import ops
 from slimllm.calibration import Calibration
 from slimllm.checkpoints.journal import Journal, fingerprint
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
@@ -84,11 +85,13 @@ def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "ranks": num_ranks,
+        "backend": ops.backend(device),
     }
 
 
 def say_changes(journal: Journal, device: torch.device, num_ranks: int) -> None:
     """Log in what other environment a resumed run was begun."""
     now = environment_of(device, num_ranks)
-    if changed := [f"{key} {journal.environment.get(key)}" for key in now if journal.environment.get(key) != now[key]]:
+    begun = {key: value for key, value in journal.environment.items() if key in now}
+    if changed := [f"{key} {value}" for key, value in begun.items() if value != now[key]]:
         _log.warning("The run was begun with %s; the last digits of the result may depend on that.", ", ".join(changed))

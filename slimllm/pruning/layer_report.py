@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 
 from slimllm.checkpoints.foreign_json import POSITIVE, Shape
-from slimllm.methods.allocation.removal import LayerRemoval
 from slimllm.models.slicing import LayerSizes
 from slimllm.pruning.sublayer import PrunedSublayer
 
@@ -37,7 +37,7 @@ LAYER_SHAPE: Shape = {
 }
 
 
-class _Sizes(TypedDict):
+class _Always(TypedDict):
     index: int
     ratio: float
     num_heads_before: int
@@ -49,9 +49,14 @@ class _Sizes(TypedDict):
     kept_heads: list[int]
     kept_kv_heads: list[int]
     kept_channels: list[int]
+    parameters_before: int
+    parameters_after: int
+    similarity: float
+    elapsed_s: float
+    peak_host_gib: float
 
 
-class LayerReport(_Sizes, total=False):
+class LayerReport(_Always, total=False):
     """One layer's entry in report.json.
 
     Attributes:
@@ -76,34 +81,30 @@ class LayerReport(_Sizes, total=False):
     attention_error_after: float
     ffn_error_before: float
     ffn_error_after: float
-    parameters_before: int
-    parameters_after: int
-    similarity: float
-    elapsed_s: float
-    peak_host_gib: float
 
 
-def layer_report(
-    index: int,
-    removal: LayerRemoval,
-    before: LayerSizes,
-    after: LayerSizes,
-    by_group: bool,
-    heads: PrunedSublayer | None,
-    channels: PrunedSublayer | None,
-) -> LayerReport:
-    """The entry of a layer that has just been pruned.
+@dataclass(frozen=True)
+class PrunedParts:
+    """What became of a layer.
 
-    Args:
-        index: The layer's number.
-        removal: What was to be removed.
+    Attributes:
         before, after: Its sizes.
-        by_group: Whether the units of attention are KV groups.
         heads, channels: What became of its attention and its FFN; None: they were left as they were.
+        by_group: Whether the units of attention are KV groups.
     """
+
+    before: LayerSizes
+    after: LayerSizes
+    heads: PrunedSublayer | None
+    channels: PrunedSublayer | None
+    by_group: bool
+
+
+def layer_report(parts: PrunedParts, **measured: Any) -> LayerReport:
+    """The entry of a layer that has just been pruned; `measured` are the keys that do not follow from its parts."""
+    before, after, heads, channels = parts.before, parts.after, parts.heads, parts.channels
     report: LayerReport = {
-        "index": index,
-        "ratio": removal.ratio,
+        **measured,  # type: ignore[typeddict-item]
         "num_heads_before": before.num_heads,
         "num_kv_heads_before": before.num_kv_heads,
         "intermediate_size_before": before.intermediate_size,
@@ -116,9 +117,9 @@ def layer_report(
     }
     if heads:
         units, group = heads.kept, torch.arange(before.group_size)
-        of_units = (units[:, None] * before.group_size + group).flatten() if by_group else units
+        of_units = (units[:, None] * before.group_size + group).flatten() if parts.by_group else units
         report["kept_heads"] = of_units.tolist()
-        report["kept_kv_heads"] = units.tolist() if by_group else list(range(before.num_kv_heads))
+        report["kept_kv_heads"] = units.tolist() if parts.by_group else list(range(before.num_kv_heads))
         report["head_importance"] = heads.importance
         report["attention_statistics"] = heads.statistics
         report["attention_error_before"] = heads.error_before

@@ -17,6 +17,8 @@ from slimllm.methods.allocation.sensitivity import MOST_STATES, TOKENS
 from slimllm.methods.statistics import Needs
 from slimllm.models.families import family_of
 from slimllm.models.slicing import LayerSizes
+from slimllm.ops.heads import CONTRIBUTIONS, cheaper_method
+from slimllm.pruning.shapes import may_stream_heads
 from slimllm.runtime.hidden_states import Placement
 from slimllm.statistics import TILE
 
@@ -126,7 +128,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     lstsq, obs = Needs.COLUMN_GRAM in config.recovery.needs, Needs.COLUMN_GRAM in config.criterion.needs
     by_output = Needs.OUTPUT_GRAM in config.criterion.needs
     units = sizes.num_kv_heads if config.head_unit == "kv-group" else sizes.num_heads
-    needs_gram = config.criterion.attention_gram or config.recovery.attention_gram
+    batches = math.ceil(tokens / batch)
+    by_heads = may_stream_heads(config) and "stream" in {
+        cheaper_method(tokens, d, a, units, fused, batches) for fused in (False, True)
+    }
     pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
     # Of what is as large as all tokens, in the FFN: the residual stream, and the outputs where they are needed.
     streams = 1 if by_channels else 2
@@ -170,9 +175,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
     of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c + scores
-    # Of few tokens heads' covariances may take the Gram's place: sums in fp64, and of a batch, in fp32 and half made.
-    by_heads = 0 if needs_gram else units**2 * d * (8 + 4 + 4) + batch * a * 4
-    yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": max(a**2 * 4, by_heads)})
+    yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": a**2 * 4})
+    if by_heads:  # perhaps in the Gram's place: sums in fp64 and of a batch in fp32, tiles, copies of the weight and x
+        sums = units**2 * d * (8 + 4) + 3 * 4 * CONTRIBUTIONS + (0 if c == 4 else a * d * 4) + 2 * batch * a * 4
+        yield at("attention by heads", 1, inner(a) | {"batch": of_attention, "heads' covariances": sums})
     heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * units**2 * d * 8}
     if obs:
         heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # the squares where the covariance was

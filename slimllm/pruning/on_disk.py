@@ -51,6 +51,7 @@ def prune_all(
 
     `on_report` is told about each result as soon as it is there.
     """
+    assert len({job[1].preset == "paper" for job in jobs}) == 1, "the preset paper draws windows of its own"
     started = time.perf_counter()
     config = jobs[0][1]
     inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]

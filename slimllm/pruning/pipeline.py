@@ -13,7 +13,7 @@ from slimllm.models.layer import Layer
 from slimllm.models.sublayer import Sublayer, add_update
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass
-from slimllm.pruning.layer_report import LayerReport, layer_report
+from slimllm.pruning.layer_report import LayerReport, PrunedParts, layer_report
 from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, residual_stream
 from slimllm.pruning.sublayer import PrunedSublayer, prune_sublayer
 from slimllm.runtime.hidden_states import Stream
@@ -78,20 +78,24 @@ class Pruning:
                 start = time.perf_counter()
                 with watch("read"), ranks.together():
                     layer = load(index)
-                report = _prune_layer(layer, stream, index, self.removals[index], run)
+                before = layer.sizes()
+                heads, channels = self._prune_layer(layer, stream, index)
                 finite = pass_held_out(layer, stream, index, watch)
                 with ranks.together():
                     if not (finite and all(bool(batch.hidden.load().isfinite().all()) for batch in stream)):
                         raise overflow(source, index, "pruned")
                 pruned = PrunedLayer(index, layer)
                 yield pruned
-                report |= {
-                    "parameters_before": sizes[index].params,
-                    "parameters_after": pruned.parameters,
-                    "similarity": self.dense.layers[index].similarity,
-                    "elapsed_s": time.perf_counter() - start,
-                    "peak_host_gib": peak_host_gib(),
-                }
+                report = layer_report(
+                    PrunedParts(before, layer.sizes(), heads, channels, before.by_group(run.config.head_unit)),
+                    index=index,
+                    ratio=self.removals[index].ratio,
+                    parameters_before=sizes[index].params,
+                    parameters_after=pruned.parameters,
+                    similarity=self.dense.layers[index].similarity,
+                    elapsed_s=time.perf_counter() - start,
+                    peak_host_gib=peak_host_gib(),
+                )
                 del layer, pruned  # before the next one is read
                 self.reports.append(report)
                 if record:
@@ -104,15 +108,13 @@ class Pruning:
             del stream
             trim()
 
-
-def _prune_layer(layer: Layer, stream: Stream, index: int, removal: LayerRemoval, run: RunContext) -> LayerReport:
-    """Prune the attention, then the FFN; the layer's part of report.json."""
-    before, config = layer.sizes(), run.config
-    attention = Sublayer.attention_of(layer, index, config.head_unit, config.seed)
-    heads = _prune_or_pass(attention, stream, removal.units, run)
-    ffn = Sublayer.ffn_of(layer, index, config.seed)
-    channels = _prune_or_pass(ffn, stream, removal.channels, run)
-    return layer_report(index, removal, before, layer.sizes(), before.by_group(config.head_unit), heads, channels)
+    def _prune_layer(self, layer: Layer, stream: Stream, index: int) -> tuple[PrunedSublayer | None, PrunedSublayer | None]:
+        """Prune the attention, then the FFN."""
+        config, removal = self.run.config, self.removals[index]
+        attention = Sublayer.attention_of(layer, index, config.head_unit, config.seed)
+        heads = _prune_or_pass(attention, stream, removal.units, self.run)
+        ffn = Sublayer.ffn_of(layer, index, config.seed)
+        return heads, _prune_or_pass(ffn, stream, removal.channels, self.run)
 
 
 def _prune_or_pass(sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext) -> PrunedSublayer | None:

@@ -42,7 +42,13 @@ from slimllm.runtime.stopwatch import Stopwatch
 
 _log = logging.getLogger("slimllm")
 
-OPERATIONS = ("gram_", "head_covariance", "pearson_greedy", "token_cosine")  # those with kernels that a run uses
+OPERATIONS = (
+    "gram_",
+    "head_covariance",
+    "head_covariance_of_tokens",
+    "pearson_greedy",
+    "token_cosine",
+)  # those with kernels that a run uses
 
 
 class Run:

@@ -31,24 +31,31 @@ def check_settings(source: ModelSource, config: PruneConfig) -> None:
     find_target(layer_shapes(source, config), config)
 
 
-def streams_heads(config: PruneConfig, num_tokens: int, shape: torch.Size, num_units: int, device: torch.device) -> bool:
+def may_stream_heads(config: PruneConfig) -> bool:
+    """Whether the settings allow the statistics of heads in place of a Gram, see `streams_heads`."""
+    needs_gram = config.criterion.attention_gram or config.recovery.attention_gram
+    return not needs_gram and config.preset != "paper" and config.token_weights == "none"
+
+
+def streams_heads(
+    config: PruneConfig, tokens: tuple[int, int], shape: torch.Size, units: int, device: torch.device
+) -> bool:
     """Whether the statistics of attention are the covariances of its heads, streamed from the tokens, and not a Gram.
 
-    That is so for so few tokens that it takes fewer operations, and if no method uses the Gram. The preset `paper` always
-    takes the Gram, so that its results stay the same to the last bit.
+    That is so for so few tokens that it is less work, and if no method uses the Gram. The preset `paper` always takes the
+    Gram, so that its results stay the same to the last bit.
 
     Args:
         config: The settings.
-        num_tokens: Of this process.
+        tokens: How many this process has, and in how many batches.
         shape: Of the output projection's weight, (D, H·d).
-        num_units: H, heads or KV groups.
+        units: H, heads or KV groups.
         device: Where the layer computes.
     """
-    needs_gram = config.criterion.attention_gram or config.recovery.attention_gram
-    if needs_gram or config.preset == "paper" or config.token_weights != "none":
+    if not may_stream_heads(config):
         return False
     fused = choose("head_covariance_of_tokens", device).backend == "triton"
-    return cheaper_method(num_tokens, shape[0], shape[1], num_units, fused) == "stream"
+    return cheaper_method(tokens[0], shape[0], shape[1], units, fused, tokens[1]) == "stream"
 
 
 def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:

@@ -211,11 +211,12 @@ class ByOutput(Way):
 
 
 def way_of(sublayer: Sublayer, stream: Stream, run: RunContext) -> Way:
-    """The way to stream what the methods of a run need of a sub-layer."""
+    """The way to stream what the methods of a run need of a sub-layer; the first process chooses for all."""
     if not sublayer.is_attention:
         way = ByGram if Needs.COLUMN_GRAM in run.config.needs else ByOutput
         return way(sublayer, stream, run)
-    tokens = -(-len(run.calibration.token_ids) // run.ranks.size) * run.calibration.token_ids.shape[1]
-    shape = sublayer.output_projection.weight.shape
-    way = ByHeads if streams_heads(run.config, tokens, shape, sublayer.units, sublayer.layer.device) else ByGram
-    return way(sublayer, stream, run)
+    windows, seq_len = run.calibration.token_ids.shape
+    tokens = (-(-windows // run.ranks.size) * seq_len, len(stream))
+    shape, device = sublayer.output_projection.weight.shape, sublayer.layer.device
+    by_heads = run.ranks.tell(streams_heads(run.config, tokens, shape, sublayer.units, device))
+    return (ByHeads if by_heads else ByGram)(sublayer, stream, run)

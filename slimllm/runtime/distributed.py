@@ -62,10 +62,12 @@ class Ranks:
 
     @contextmanager
     def one_log(self) -> Iterator[None]:
-        """Let this process log nothing of the package meanwhile, unless it is the first one."""
+        """Let this process log no more than errors about the run meanwhile, unless it is the first one."""
         logger = logging.getLogger("slimllm")
-        drop = logging.Filter()
-        drop.filter = lambda record: self.first  # type: ignore[method-assign]
+
+        def drop(record: logging.LogRecord) -> bool:
+            return self.first or record.levelno >= logging.ERROR
+
         logger.addFilter(drop)
         try:
             yield

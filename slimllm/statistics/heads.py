@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from slimllm import ops
+from slimllm.ops.heads import check_heads
 from slimllm.statistics.checks import check_batch, check_mass, check_other
 from slimllm.statistics.columns import ColumnStatistics
 
@@ -22,13 +23,18 @@ class HeadStatistics(ColumnStatistics):
     For few tokens this takes fewer operations than the Gram of x, (H·d, H·d), whose blocks give the same.
 
     Args:
-        weight: W, (D, H·d), any floating dtype.
-        num_heads: H.
+        weight: W, (D, H·d), any floating dtype; it must not change while statistics are gathered.
+        num_heads: H, which divides the inputs of W.
 
     Products are fp64; those of a batch fp32.
+
+    Raises:
+        ValueError: The shape of the weight is another.
+        TypeError: Its dtype is not a floating one.
     """
 
     def __init__(self, weight: torch.Tensor, num_heads: int) -> None:
+        check_heads(weight, num_heads)
         super().__init__(weight.shape[1], weight.device)
         self.weight, self.num_heads = weight.detach(), num_heads
         self.products = torch.zeros(num_heads, num_heads, len(weight), dtype=torch.float64, device=weight.device)
@@ -40,16 +46,19 @@ class HeadStatistics(ColumnStatistics):
         x = check_batch(x, self.features)
         if x.shape[0] == 0:
             return
+        covariance = ops.head_covariance_of_tokens(self.weight, x, self.num_heads, method="stream")
         before = self.total.clone()
         super().update(x)
         mean = self._contributions((self.total - before) / len(x))  # about the pivot, where nothing is lost
-        covariance = ops.head_covariance_of_tokens(self.weight, x, self.num_heads, method="stream")
-        self.products += len(x) * (covariance.double() + mean[:, None] * mean)
+        self.products.add_(covariance, alpha=len(x))
+        _add_outer_(self.products, mean, mean, len(x))
 
     def merge(self, other: ColumnStatistics) -> None:
         """Add the statistics of another part of the stream, of the same weight, in place; the pivots may differ."""
         check_other(self, other, self.features)
         assert isinstance(other, HeadStatistics)
+        if other.num_heads != self.num_heads or not torch.equal(other.weight.to(self.weight.device), self.weight):
+            raise ValueError("cannot merge statistics of other heads or of another weight.")
         products = other._products_about(self.pivot if self.count else other.pivot)
         super().merge(other)
         self.products += products.to(self.products.device)
@@ -66,8 +75,10 @@ class HeadStatistics(ColumnStatistics):
     def _products_about(self, pivot: torch.Tensor) -> torch.Tensor:
         total = self._contributions(self.total)
         shift = self._contributions(self.pivot.double() - pivot.to(self.pivot).double())
-        across = total[:, None] * shift
-        return self.products + across + across.transpose(0, 1) + self.mass * shift[:, None] * shift
+        products = self.products.clone()
+        _add_outer_(products, total, shift, 1.0)
+        _add_outer_(products, shift, total, 1.0)
+        return _add_outer_(products, shift, shift, self.mass)
 
     def _contributions(self, x: torch.Tensor) -> torch.Tensor:
         return mean_output(self.weight, x, self.num_heads)
@@ -76,7 +87,14 @@ class HeadStatistics(ColumnStatistics):
         """C, as of `slimllm.ops.head_covariance`: population covariances, (H, H, D) fp64."""
         check_mass(self.mass)
         mean = self._contributions(self.total / self.mass)
-        return self.products / self.mass - mean[:, None] * mean
+        return _add_outer_(self.products / self.mass, mean, mean, -1.0)
+
+
+def _add_outer_(products: torch.Tensor, left: torch.Tensor, right: torch.Tensor, factor: float) -> torch.Tensor:
+    """Add factor · left_i right_j, of left and right (H, D), to products (H, H, D), without another one of that size."""
+    for row, one in zip(products, left):
+        row.addcmul_(one.expand_as(right), right, value=factor)
+    return products
 
 
 def mean_output(weight: torch.Tensor, mean: torch.Tensor, num_units: int = 1) -> torch.Tensor:

@@ -214,9 +214,7 @@ def test_settings_that_cannot_be(setting: Setting, message: str) -> None:
 def test_what_cannot_be_measured_is_said_at_once(models: list[str], options: dict[str, Any], message: str) -> None:
     settings: dict[str, Any] = {"rounds": 1, "workdir": None, "plot": None, **options}
     with pytest.raises(InputError, match=message):
-        run_bench(
-            Console(), models, layers=[None], ratio=[0.2], recovery=["affine"], samples=[32], out=Path("none"), **settings
-        )
+        run_bench(Console(), models, layers=[None], ratio=[0.2], methods=[{}], samples=[32], out=Path("none"), **settings)
     assert not Path("none").exists()
 
 

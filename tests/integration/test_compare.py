@@ -13,7 +13,7 @@ from slimllm.calibration import bundled_text, tokenize
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.evaluation.perplexity import load
 from slimllm.experiments.compare import Compared, compare
-from slimllm.experiments.methods import METHODS, row_of
+from slimllm.experiments.methods import METHODS, row_of, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,36 @@ def test_names_of_methods() -> None:
     """A name of the table with or without spaces, a preset, or methods joined: what is not named is the default's."""
     assert row_of("wanda-sp+lstsq") == row_of("wanda-sp + lstsq") == METHODS["wanda-sp + lstsq"]
     assert row_of("paper") == {"preset": "paper"}
-    assert row_of("flap+none") == {"criterion": "flap", "recovery": "none"}
+    assert row_of("flap+none") == {**METHODS["flap"], "recovery": "none"}
+    assert row_of("best+affine") == {"preset": "best", "recovery": "affine"} and row_of("obs") == {"criterion": "obs"}
+    assert row_of("obs+uniform") == {"criterion": "obs", "allocation": "uniform"}
     assert row_of("random+flap + bias") == {"criterion": "random", "allocation": "flap", "recovery": "bias"}
-    for wrong in ("", "obs+obs", "obs+random", "obs+", "obs lstsq"):
+    assert list(rows_of(["obs+bias", "obs + bias", "best"])) == ["obs + bias", "best"]
+    for wrong in ("", "obs+obs", "obs+random", "random+obs", "obs+", "obs lstsq"):
         with pytest.raises(InputError, match="is not a method"):
             row_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ({"x": {"ratio": 0.2}}, "sets ratio; a method may set preset, criterion"),
+        ({"x": {"samples": 1}}, "sets samples"),
+        ({"..": {}}, "cannot be the name"),
+        ({"a/b": {}}, "cannot be the name"),
+        ({"dense": {}}, "cannot be the name"),
+    ],
+)
+def test_rows_that_cannot_be(rows: dict[str, dict[str, object]], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        rows_of(rows)
+
+
+def test_the_windows_of_the_preset_paper_are_its_own(stories_path: Path, held_out: torch.Tensor) -> None:
+    """Whatever else is in the table: it draws them without BOS, from other places."""
+    config = PruneConfig(ratio=0.3, samples=8, seq_len=32)
+    alone, _, beside = (
+        {line.method: line.perplexity for line in compare(stories_path, [0.3], config, held_out, methods=m, max_windows=4)}
+        for m in (["paper"], ["magnitude"], ["magnitude", "paper"])
+    )
+    assert beside["paper"] == alone["paper"] and list(beside) == ["dense", "magnitude", "paper"]

@@ -76,9 +76,9 @@ def test_compared_with_others(forgotten: None, tmp_path: Path, capsys: pytest.Ca
         code, printed, err = call(capsys, "compare", STORIES, *SMALL, *methods, "--out", out, "--quiet")
         assert code == 0 and not printed, err
         found[power] = {line["method"]: line["perplexity"] for line in map(json.loads, out.read_text().splitlines())}
-    assert found["0"].keys() == {"dense", "slimllm", "own-score+bias"}
+    assert found["0"].keys() == {"dense", "slimllm", "own-score + bias"}
     differ = [name for name in found["0"] if found["0"][name] != found["1"][name]]
-    assert differ == ["own-score+bias"]
+    assert differ == ["own-score + bias"]
     rows = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
     assert "criterion own-score (power 0.0), allocation layer-importance, recovery bias" in {row["methods"] for row in rows}
     assert {row["samples"] for row in rows} == {4}
@@ -93,13 +93,26 @@ def test_swept(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert code == 0, err
     lines = [json.loads(line) for line in (tmp_path / "sweep" / "sweep.jsonl").read_text().splitlines()]
     assert [line["preset"] for line in lines] == ["dense", "own-score"]
-    assert lines[1]["methods"]["criterion"] == {"power": 1.0}
+    assert lines[1]["methods"]["criterion"][1] == {"power": 1.0}
     code, _, err = call(capsys, "sweep", STORIES, *SMALL, *options, "--resume", "--own-score.power", "2")
-    assert code == 2 and "had another methods" in err
+    assert code == 2 and "Another method was called own-score" in err
 
 
 def test_measured(forgotten: None) -> None:
     """In a process of its own, which imports it, too."""
     plugin = str(EXAMPLES / "own_score.py")
-    row = measure(Setting(str(STORIES), samples=4, seq_len=32, criterion="own-score", plugins=(plugin,)))
-    assert row["criterion"] == "own-score" and row["allocation"] == "layer-importance" and row["times_floor"] > 0
+    import_plugin(plugin)
+    score = CRITERIA.make("own-score", {"power": 2.0})
+    row = measure(Setting(str(STORIES), samples=4, seq_len=32, criterion=score, plugins=(plugin,)))
+    assert row["criterion"] == "own-score" and row["method_settings"]["criterion"] == {"power": 2.0}
+    assert row["allocation"] == "layer-importance" and row["times_floor"] > 0 and json.dumps(row)
+
+
+def test_measured_by_the_command(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, plugin = tmp_path / "rows.jsonl", EXAMPLES / "own_score.py"
+    small = ["--samples", "4", "--seq-len", "32", "--plugin", plugin, "--criterion", "own-score", "--own-score.power", "2"]
+    code, _, err = call(capsys, "bench", STORIES, *small, "--recovery", "bias", "--recovery", "none", "--out", out)
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["recovery"] for row in rows] == ["bias", "none"]
+    assert all(row["method_settings"]["criterion"] == {"power": 2.0} for row in rows)

@@ -25,17 +25,19 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 
 import slimllm.pruning.plan
-from slimllm import InputError, PruneConfig, prune, prune_model, prune_ratios
+import slimllm.pruning.streaming
+from slimllm import InputError, PruneConfig, ops, prune, prune_model, prune_ratios
 from slimllm.errors import OutputError
 from slimllm.methods.criteria import Criterion, register_criterion
 from slimllm.methods.recovery import Fit, Recovery, register_recovery
 from slimllm.methods.statistics import SublayerStatistics
 from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import RECOVERIES
+from slimllm.pruning.report import PruneReport
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement
 from slimllm.runtime.progress import Progress
-from slimllm.statistics import ColumnStatistics, GramStatistics, PairedMoments
+from slimllm.statistics import ColumnStatistics, GramStatistics, HeadStatistics, PairedMoments
 
 SETTINGS: dict[str, Any] = {"ratio": 0.3, "samples": 11, "seq_len": 64, "batch_size": 3}
 
@@ -116,19 +118,26 @@ def _tokens(dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
+def _weight() -> torch.Tensor:
+    return torch.randn(8, 300, generator=torch.Generator().manual_seed(1)) / torch.logspace(-2, 2, 300)
+
+
 def _statistics(group: Any, dtype: str, out: str) -> list[int]:
     ranks = Ranks(group)
     x = _tokens(getattr(torch, dtype))
     own = x[slice(ranks.share(90).start, ranks.share(90).stop)]
     gram, columns = GramStatistics(300), ColumnStatistics(300)
+    heads = HeadStatistics(_weight(), 6)
     for some in own.split(7):
         gram.update(some)
         columns.update(some)
-    ranks.add_up(gram, columns)
+        heads.update(some)
+    ranks.add_up(gram, columns, heads)
     pairs = PairedMoments(columns.mean(), columns.mean() * 0.5)
     pairs.update(own, own * 0.5)
     ranks.add_up(pairs)
     found = [gram.covariance(), gram.norms(), columns.variance(), columns.norms(), pairs.covariance()]
+    found.append(heads.head_covariance())
     save_file({str(number): one for number, one in enumerate(found)}, f"{out}-{ranks.rank}")
     return [gram.count, columns.count, pairs.count]
 
@@ -140,7 +149,7 @@ def test_sums_over_ranks(tmp_path: Path, size: int, dtype: str) -> None:
     covariance = (x - x.mean(0)).T @ (x - x.mean(0)) / 90
     scale = covariance.diagonal().sqrt()
     files = [load_file(f"{tmp_path}/sums-{rank}") for rank in range(size)]
-    found = [[file[str(number)] for number in range(5)] for file in files]
+    found = [[file[str(number)] for number in range(6)] for file in files]
     for first, other in zip(found[0], found[-1]):
         assert torch.equal(first, other)  # to the last bit, so that all ranks go the same way
     error = (found[0][0] - covariance).abs() / (scale[:, None] * scale).clamp(min=1e-12)
@@ -148,6 +157,10 @@ def test_sums_over_ranks(tmp_path: Path, size: int, dtype: str) -> None:
     assert torch.allclose(found[0][1], x.norm(dim=0), rtol=1e-5)
     assert torch.allclose(found[0][2], covariance.diagonal(), rtol=1e-4, atol=1e-9)
     assert torch.allclose(found[0][3], x.norm(dim=0), rtol=1e-6)
+    whole = ops.head_covariance(_weight().double(), covariance, 6)
+    parts = whole.diagonal().sum(0).sqrt()  # of every head over all outputs
+    by_head = (found[0][5] - whole).abs().sum(-1) / (parts[:, None] * parts)
+    assert float(by_head.max()) < 1e-4
     half = (x - x.mean(0)).mul((x * 0.5) - (x * 0.5).mean(0)).mean(0)
     assert torch.allclose(found[0][4], half, rtol=1e-4 if dtype == "float32" else 1e-2, atol=1e-9)
 
@@ -163,6 +176,8 @@ def _prune(group: Any, out: str, stop: list[Any] | None, **settings: Any) -> Any
         if settings.get("slowly"):
             time.sleep(0.3)
 
+    if settings.get("heads"):  # by the first rank, whatever the others would choose
+        slimllm.pruning.streaming.streams_heads = lambda *given: group is None or group.rank() == 0  # type: ignore[assignment]
     if "states" in settings:
         slimllm.pruning.plan.Placement = partial(Placement, states=settings["states"])  # type: ignore[misc, assignment]
     config = PruneConfig(**{**SETTINGS, **settings.get("config", {})})
@@ -211,6 +226,15 @@ def test_as_one_process(tmp_path: Path, size: int, settings: dict[str, Any]) -> 
     prune(STORIES, tmp_path / "one", PruneConfig(**{**SETTINGS, **settings}))
     assert_close(tmp_path / "one", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out", "world"]
+
+
+def test_heads_of_few_tokens(tmp_path: Path) -> None:
+    """Their statistics add up, and all ranks stream what the first one chooses."""
+    results(_prune_with, 2, tmp_path / "world", str(tmp_path / "out"), None, {"heads": True})
+    report = PruneReport.read(tmp_path / "out")
+    assert {layer.get("attention_statistics", "heads") for layer in report.layers} == {"heads"}
+    prune(STORIES, tmp_path / "one", PruneConfig(**SETTINGS))  # by the Gram
+    assert_close(tmp_path / "one", tmp_path / "out")
 
 
 def _prune_in_memory(group: Any, out: str, windows: int = 5, different: bool = False) -> Any:

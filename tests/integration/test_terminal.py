@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import pydoc
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import call
 from conftest import STORIES
+from rich.console import Console
 
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.cli.busy import verdict
+from slimllm.cli.terminal import Notices
 from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.target import find_target
+from slimllm.runtime.distributed import Ranks
 
 QUICK = ("--samples", "4", "--seq-len", "32")
 
@@ -130,3 +136,53 @@ def test_the_preset_paper_speaks_of_the_ratio_that_was_asked_for() -> None:
     )
     with pytest.raises(InputError, match=r"^A ratio of 0\.999 by the preset paper \(which makes 0\.989 of .* is more than"):
         find_target([shape] * 10, PruneConfig(ratio=0.999, preset="paper"))
+
+
+def printed(log: Callable[[logging.Logger], None], quiet: bool = False, name: str = "slimllm") -> tuple[str, str]:
+    """What a command prints, on its two streams, of what is logged meanwhile."""
+    out, err = (Console(file=io.StringIO(), width=60, markup=False) for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slimllm.cli.terminal.errors", err)
+        with Notices(out, quiet):
+            log(logging.getLogger(name))
+    return out.file.getvalue(), err.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_what_is_logged_is_printed() -> None:
+    sentence = "A sentence that is longer than the terminal is wide, of 100 % and [brackets], is not broken."
+    assert printed(lambda logger: logger.info(sentence)) == (f"{sentence}\n", "")
+    assert printed(lambda logger: logger.info(sentence), quiet=True) == ("", "")
+    assert printed(lambda logger: logger.warning(sentence), quiet=True) == ("", f"{sentence}\n")
+    assert printed(lambda logger: logger.error(sentence)) == ("", f"{sentence}\n")
+    assert printed(lambda logger: logger.info("twice") or logger.info("twice")) == ("twice\ntwice\n", "")
+    assert printed(lambda logger: logger.info("a kernel runs"), name="slimllm.ops") == ("", "")
+    assert printed(lambda logger: logger.warning("a kernel fails"), name="slimllm.ops") == ("a kernel fails\n", "")
+
+
+def test_the_logger_is_left_as_it_was(capsys: pytest.CaptureFixture[str]) -> None:
+    """And a handler of the root, which a plug-in may have made, prints nothing a second time."""
+    logger, root = logging.getLogger("slimllm"), logging.getLogger()
+    handler = logging.StreamHandler()
+    root.addHandler(handler)
+    before = logger.level, logger.propagate, list(logger.handlers)
+    try:
+        assert printed(lambda logger: logger.warning("once"))[0] == "once\n"
+        assert "once" not in capsys.readouterr().err
+    finally:
+        root.removeHandler(handler)
+    assert (logger.level, logger.propagate, list(logger.handlers)) == before
+
+
+def test_a_message_that_cannot_be_made_ends_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed(lambda logger: logger.info("%d", "x")) == ("", "")
+
+
+def test_other_processes_log_errors_alone(told: list[str]) -> None:
+    ranks, logger = Ranks(), logging.getLogger("slimllm")
+    ranks.rank = 1
+    with ranks.one_log():
+        logger.warning("few tokens")
+        logger.error("a plug-in failed")
+        logging.getLogger("slimllm.ops").warning("the kernel does not run here")
+    logger.info("afterwards")
+    assert told == ["a plug-in failed", "the kernel does not run here", "afterwards"]

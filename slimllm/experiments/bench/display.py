@@ -21,7 +21,7 @@ def run_bench(
     *,
     layers: list[Any],
     ratio: list[float],
-    recovery: list[Any],
+    methods: list[dict[str, Any]],
     samples: list[int],
     rounds: int,
     workdir: Path | None,
@@ -33,7 +33,7 @@ def run_bench(
 
     Args:
         console: Where the table goes.
-        models, layers, ratio, recovery, samples: What is combined.
+        models, layers, ratio, methods, samples: What is combined; methods are settings such as `criterion`.
         rounds: Runs of each combination.
         workdir, out, plot: Folder for models, file of results, picture.
         common: The other fields of `Setting`.
@@ -49,15 +49,15 @@ def run_bench(
     if plot is not None:
         check_picture(plot)
     settings = [
-        Setting(model=m, layers=k, ratio=r, recovery=c, samples=n, **common)
-        for m, k, r, c, n in itertools.product(models, layers, ratio, recovery, samples)
+        Setting(model=m, layers=k, ratio=r, samples=n, **chosen, **common)
+        for m, k, r, chosen, n in itertools.product(models, layers, ratio, methods, samples)
     ]
     for setting in settings:
         check_setting(setting)
     rows: list[list[dict[str, Any]]] = [[] for _ in settings]
     for number in range(rounds):  # in turn, so that a busy machine meets all alike
         for position, setting in enumerate(settings):
-            method = setting.recovery or setting.preset
+            method = getattr(setting.recovery, "name", setting.recovery) or setting.preset
             about = f"{setting.model}, {setting.ratio:g}, {method}, {setting.samples} × {setting.seq_len}"
             with console.status(f"{about}, round {number + 1} of {rounds}"):
                 row = measure(setting, workdir)

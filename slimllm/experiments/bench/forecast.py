@@ -21,8 +21,9 @@ from slimllm.experiments.bench.work import measure_rates, stage_work
 from slimllm.models.families import family_of, head_dim_of
 from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, sizes_by_layer
-from slimllm.pruning.memory_estimate import Parts, sizes_of, traffic
+from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traffic
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
+from slimllm.pruning.shapes import streams_heads
 from slimllm.runtime.memory import resident_gib
 
 # Between the counted operations at the machine's rates and a run lie norms, activations and copies (benchmarks/NOTES.md).
@@ -77,7 +78,13 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     sizes = sizes_of(model_config, layers, head_dim, params, dtypes, windows, device, ranks)
     plan = make_plan(sizes, config, resident_gib() * GIB + _LOADED_LATER, GPU_RUNTIME)
     own = dataclasses.replace(config, samples=math.ceil(config.samples / ranks))
-    work = stage_work(_report(layers, own, device), layers, model_config.hidden_size, head_dim, stored.itemsize)
+    work = stage_work(
+        _report(layers, own, device, (model_config.hidden_size, head_dim)),
+        layers,
+        model_config.hidden_size,
+        head_dim,
+        stored.itemsize,
+    )
     rates = measure_rates(device, computed) if there else None
     return Forecast(
         model=model,
@@ -109,8 +116,14 @@ def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype
     return config, stored, stored
 
 
-def _report(layers: list[LayerSizes], config: PruneConfig, device: torch.device) -> dict[str, object]:
-    """As much of a report as the count of operations needs, with the ratio spread evenly."""
+def _report(
+    layers: list[LayerSizes], config: PruneConfig, device: torch.device, shape: tuple[int, int]
+) -> dict[str, object]:
+    """As much of a report as the count of operations needs, with the ratio spread evenly.
+
+    Args:
+        shape: hidden_size and head_dim.
+    """
     kept = 1 - config.ratio
     return {
         "calibration": {
@@ -124,9 +137,18 @@ def _report(layers: list[LayerSizes], config: PruneConfig, device: torch.device)
             {
                 "num_heads": max(1, round(kept * size.num_kv_heads)) * size.group_size,
                 "intermediate_size": max(1, round(kept * size.intermediate_size)),
+                "attention_statistics": _statistics(size, config, device, shape),
                 "parameters_before": size.params,
                 "parameters_after": round(kept * size.params),
             }
             for size in layers
         ],
     }
+
+
+def _statistics(size: LayerSizes, config: PruneConfig, device: torch.device, shape: tuple[int, int]) -> str:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "gram"
+    batches = math.ceil(config.samples / batch_windows(config.samples, config.seq_len, config.batch_size))
+    tokens, weight = (config.samples * config.seq_len, batches), torch.Size([shape[0], size.num_heads * shape[1]])
+    return "heads" if streams_heads(config, tokens, weight, size.units(config.head_unit)[0], device) else "gram"

@@ -56,7 +56,7 @@ class Setting:
     Attributes:
         model: A Hugging Face folder, a GGUF file, a hub id, or the name of a shape (see `SHAPES`).
         layers: Only the first so many decoder layers; None: all.
-        ratio, preset, recovery, criterion, allocation: As in `PruneConfig`.
+        ratio, preset, recovery, criterion, allocation: As in `PruneConfig`, names or methods.
         samples, seq_len, device, compute_dtype, host_memory, gpu_memory: As in `PruneConfig`.
         plugins: Modules or files with methods, see `slimllm.plugins.import_plugin`.
         on_disk: Write the weights of a named shape to disk before the run, and read them from there; otherwise they are
@@ -68,9 +68,9 @@ class Setting:
     layers: int | None = None
     ratio: float = 0.2
     preset: str = "default"
-    recovery: str | None = None
-    criterion: str | None = None
-    allocation: str | None = None
+    recovery: Any = None
+    criterion: Any = None
+    allocation: Any = None
     plugins: tuple[str, ...] = ()
     samples: int = 32
     seq_len: int = 128
@@ -104,7 +104,8 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
     others = multiprocessing.active_children()  # of the caller's own
     # Made and removed here, and not by the other process, which may be killed.
     with tempfile.TemporaryDirectory(prefix="slimllm-bench-", dir=workdir) as folder:
-        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=leave_interrupts_to_parent)
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(setting.plugins,))
         try:
             return pool.submit(_run, setting, Path(folder)).result()
         except BrokenProcessPool:
@@ -117,6 +118,13 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
                 if child not in others:
                     child.terminate()
             pool.shutdown()
+
+
+def _begin(plugins: tuple[str, ...]) -> None:
+    """In the new process, before it is given a setting, which may have methods of the plug-ins."""
+    leave_interrupts_to_parent()
+    for plugin in plugins:
+        import_plugin(plugin)
 
 
 def check_setting(setting: Setting) -> None:
@@ -156,8 +164,6 @@ def _config(setting: Setting, calibration: torch.Tensor | None) -> PruneConfig:
 
 
 def _run(setting: Setting, folder: Path) -> dict[str, Any]:
-    for plugin in setting.plugins:  # in this process
-        import_plugin(plugin)
     checkpoint = _checkpoint(setting, folder)
     load = os.getloadavg()[0]
     calibration = None
@@ -181,8 +187,9 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
     seconds, floor = report["elapsed_s"], sum(floors.values())
     return {
         "model": checkpoint.name,
-        **{name: value for name, value in dataclasses.asdict(setting).items() if name not in ("model", "device")},
+        **{name: value for name, value in vars(setting).items() if name not in ("model", "device")},
         **{name: report["config"][name] for name in METHODS},
+        "method_settings": report["config"]["method_settings"],
         "weights": ("safetensors" if setting.on_disk else "generated") if setting.model in SHAPES else _kind(checkpoint),
         "num_layers": len(report["layers"]),
         "load": load,

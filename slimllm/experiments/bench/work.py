@@ -106,7 +106,7 @@ def _layer_work(
         statistics += Work(tokens * (width**2 + channels**2))
         allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
     if attention_pruned:
-        units = size.num_kv_heads
+        units = size.units(config.get("head_unit", "kv-group"))[0]
         if layer.get("attention_statistics") == "heads":
             statistics += Work(single=tokens * hidden_size * (2 * width + units**2))
         else:
