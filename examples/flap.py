@@ -14,6 +14,8 @@ from slimllm.models.sublayer import Sublayer
 class MyFlap(Criterion):
     """Variance of the activations times squared weights, summed over the columns of a head or channel."""
 
+    attention_gram = False  # the norms and variances of columns are all that it reads
+
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight().double()
         variance = statistics.columns.variance().to(weight.device)

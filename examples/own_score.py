@@ -16,6 +16,8 @@ from slimllm.models.sublayer import Sublayer
 class OwnScore(Criterion):
     """Norm of a unit's weights times the norm of its activations to some power."""
 
+    attention_gram = False  # the norms of columns are all that it reads
+
     @dataclass(frozen=True)
     class Settings:
         """power: 0 looks at the weights alone."""

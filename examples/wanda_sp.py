@@ -14,6 +14,8 @@ from slimllm.models.sublayer import Sublayer
 class MyWandaSp(Criterion):
     """Wanda-sp, summed over the columns of a head or channel."""
 
+    attention_gram = False  # the norms and variances of columns are all that it reads
+
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight().double()  # (D, F), of the output projection
         norms = statistics.columns.norms().to(weight.device)  # ‖z[:, c]‖₂ of its inputs, (F,)

@@ -24,7 +24,7 @@ class InputError(ValueError):
 
 
 class HopelessError(InputError):
-    """The input is at fault in a way that only a whole run shows: going on with it would fail again."""
+    """The input is at fault in a way that only a whole run shows: resuming it would fail again."""
 
 
 class OutputError(InputError):

@@ -1,4 +1,4 @@
-"""The record of a run in its unfinished folder: what the run is, what is done, and the hidden states it goes on with.
+"""The record of a run in its unfinished folder: what the run is, what is done, and the hidden states it resumes from.
 
 A step counts when its line is in the journal, and the line is written when everything that it tells of is on the disk: the
 shards, then the state, each flushed. That happens in a thread beside the work. While it is busy, further steps wait for
@@ -88,7 +88,7 @@ class Journal:
 
         Args:
             stage: The stage it belongs to.
-            state: What the run goes on with after this step, which may be overwritten when this returns; None: the step
+            state: What the run resumes from after this step, which may be overwritten when this returns; None: the step
                 waits for the next one that has a state.
             data: Plain JSON data about the step.
 
@@ -187,7 +187,7 @@ def begun_with(folder: Path) -> Step:
 
 
 def last_stage(folder: Path) -> str | None:
-    """The stage of the last step of the run in a folder; None if there is no run that got so far as to be gone on with."""
+    """The stage of the last step of the run in a folder; None if there is no run that got so far as to be resumed."""
     try:
         lines = _read(folder)[0]
     except InputError:
@@ -201,7 +201,7 @@ def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[S
     lines, length = _read(folder)
     if not lines and any(path.name not in (_NAME, _LOCK) for path in folder.iterdir()):
         raise damaged(folder / _NAME)
-    if len(lines) < 2:  # there is nothing to go on with
+    if len(lines) < 2:  # there is nothing to resume
         (folder / _NAME).unlink(missing_ok=True)
         _append(folder, [first])
         return environment, []
@@ -248,7 +248,7 @@ def _read(folder: Path) -> tuple[list[Step], int]:
 def damaged(path: Path) -> InputError:
     """The error for a file of an interrupted run that is not what was written."""
     folder = next(parent for parent in path.parents if parent.name.endswith(".partial"))
-    return InputError(f"{path} is missing or damaged, so the run cannot be gone on with; delete {folder} and start over.")
+    return InputError(f"{path} is missing or damaged, so the run cannot be resumed; delete {folder} and start over.")
 
 
 def sync(path: Path) -> None:

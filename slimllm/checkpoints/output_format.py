@@ -21,7 +21,7 @@ from slimllm.models.modeling.slim_layers import rope_of_transformers_4
 from slimllm.models.registration import modeling_file, native_classes
 from slimllm.models.slicing import LayerSizes, Tensors, install, sizes_by_layer
 
-# What the output format decides anew; every other setting of the source goes on unchanged.
+# What the output format decides anew; every other setting of the source stays.
 _DECIDED = {
     "model_type",
     "architectures",

@@ -38,7 +38,7 @@ class Record:
             self._journal.adopt(stage, steps, data)
 
     def add(self, stage: str, stream: Stream, final: torch.Tensor | None = None, **data: Any) -> None:
-        """A step is done, and the residual stream is behind it.
+        """A step is done, and the residual stream has passed it.
 
         Args:
             stage: The stage it belongs to.

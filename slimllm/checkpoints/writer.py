@@ -24,10 +24,10 @@ from slimllm.errors import HopelessError, InputError, OutputError
 
 
 def check_interrupted(out: Path, resume: bool) -> bool:
-    """Whether the result was complete, and in its place, when the run that is to be gone on with was interrupted.
+    """Whether the result was complete, and in its place, when the run that is to be resumed was interrupted.
 
     Raises:
-        ValueError: (as InputError) there is an interrupted run, and it is not to be gone on with.
+        ValueError: (as InputError) there is an interrupted run, and it is not to be resumed.
     """
     partial = partial_folder(out)
     if (partial / "lock").exists():
@@ -37,14 +37,14 @@ def check_interrupted(out: Path, resume: bool) -> bool:
         raise InputError(f"A run for {out} is complete but for its last step: add --resume (in Python, resume=True).")
     if stage is not None and not resume:
         raise InputError(
-            f"A run for {out} was interrupted and can be gone on with: add --resume (in Python, resume=True), "
+            f"A run for {out} was interrupted and can be resumed: add --resume (in Python, resume=True), "
             f"or delete {partial} to start over."
         )
     return stage == "finished" and not (partial / "model").exists()
 
 
 def can_resume(out: Path) -> bool:
-    """Whether a run for a folder was interrupted and can be gone on with."""
+    """Whether a run for a folder was interrupted and can be resumed."""
     return last_stage(partial_folder(destination(out))) is not None
 
 
@@ -52,7 +52,7 @@ class CheckpointWriter:
     """A context manager: the folder `out` appears, complete and on the disk, with `finish`, and not before.
 
     Until then everything is in `.NAME.partial` beside it, with the journal of the run. That folder stays when the block
-    ends with an error, unless there is nothing yet to go on with, or it would end so again.
+    ends with an error, unless there is nothing yet to resume, or it would end so again.
 
     Args:
         out: The folder to make, resolved.
@@ -62,7 +62,7 @@ class CheckpointWriter:
 
     Attributes:
         folder: Where the result grows.
-        journal: The record of the run; it has steps when the run is gone on with.
+        journal: The record of the run; it has steps when the run is resumed.
         total_size, num_parameters: Bytes and numbers in the shards so far.
 
     Raises:

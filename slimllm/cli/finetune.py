@@ -27,14 +27,14 @@ def finetune_command(
     ],
     out: Annotated[Path, typer.Option(*OUT, help="The folder to make.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the training that was interrupted.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted training, if there is one.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
     """Train a pruned model by LoRA, with the paper's settings, and write it, merged, in its own format.
 
-    Interrupt it once to stop behind the present step, with its state on the disk.
+    Interrupt it once to stop after the present step, with its state on the disk.
     """
     from slimllm.checkpoints.writer import can_resume
     from slimllm.cli.display import PruneDisplay
@@ -64,12 +64,12 @@ def finetune_command(
                 progress=progress,
             )
         except SystemExit:
-            left = "the same command with --resume goes on from here"
+            left = "the same command with --resume continues from here"
             errors.print(f"Interrupted; {left if can_resume(out) else REMOVED}.", style="bold red", highlight=False)
             raise
         except OutputError as error:
             if can_resume(out):
-                raise OutputError(f"{error} The same command with --resume goes on from here.") from error
+                raise OutputError(f"{error} The same command with --resume continues from here.") from error
             raise
     if not quiet:
         _summary(report)

@@ -19,7 +19,9 @@ def report_command(
     dense: Annotated[
         str | None, typer.Option(help="The model before, to show what it writes, too: a folder, a GGUF file or a hub id.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="What the sample goes on with.")] = "The old house at the end of the street",
+    prompt: Annotated[
+        str, typer.Option(help="The prompt that the sample continues.")
+    ] = "The old house at the end of the street",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     sample: Annotated[bool, typer.Option(help="Load the model and show what it writes.")] = True,

@@ -39,7 +39,7 @@ def prune_command(
     plugin: Plugin = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run for this folder that was interrupted, if one was.")
+        bool, typer.Option("--resume", help="Resume the interrupted run for this folder, if there is one.")
     ] = False,
     page: Annotated[bool, typer.Option(help="Write a page about the result, report.html, into its folder.")] = True,
     quiet: Quiet = False,
@@ -83,12 +83,12 @@ def prune_command(
                 else:
                     reports = prune_ratios(model, out, config, ratio, **options)
         except SystemExit:
-            left = "the same command with --resume goes on from here"
+            left = "the same command with --resume continues from here"
             tell(f"Interrupted; {left if any(map(can_resume, results)) else REMOVED}.", style="bold red", highlight=False)
             raise
         except (OutputError, LostRankError) as error:
             if any(map(can_resume, results)):
-                raise type(error)(f"{error} The same command with --resume goes on from here.") from error
+                raise type(error)(f"{error} The same command with --resume continues from here.") from error
             raise
         for report in reports if ranks.first and not quiet else []:
             display.summary(report)

@@ -39,7 +39,7 @@ def sweep_command(
     rounds: Annotated[int, typer.Option(help="Rounds of the speed's measurement.")] = 5,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models: OUT/PRESET/RATIO.")] = False,
     workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in that folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the sweep in that folder.")] = False,
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
@@ -74,5 +74,5 @@ def sweep_command(
                 quiet,
             )
     except SystemExit:
-        errors.print(f"Interrupted; with --resume the sweep in {out} goes on.", style="bold red", highlight=False)
+        errors.print(f"Interrupted; --resume continues the sweep in {out}.", style="bold red", highlight=False)
         raise

@@ -49,7 +49,7 @@ def run_sweep(
     """Sweep into a folder, and print the table; arguments as on the command line.
 
     Raises:
-        ValueError: (as InputError) as `sweep`, or the folder has points already, which are not to be gone on with, or of
+        ValueError: (as InputError) as `sweep`, or the folder has points already, which are not to be resumed, or of
             other settings.
     """
     device = parse_device(config.device)
@@ -145,7 +145,7 @@ def _read(file: Path, settings: dict[str, Any], methods: dict[str, Any], resume:
     if not file.exists():
         return []
     if not resume:
-        raise InputError(f"{file.parent} holds a sweep already; add --resume to go on with it, or give another folder.")
+        raise InputError(f"{file.parent} holds a sweep already; add --resume to continue it, or give another folder.")
     points = []
     content = file.read_bytes()
     whole = content.rfind(b"\n") + 1

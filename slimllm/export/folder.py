@@ -124,7 +124,7 @@ def _bytes(source: CheckpointModel, sizes: list[LayerSizes], wanted: LayerSizes 
 def _write(job: ExportJob, sizes: list[LayerSizes], wanted: LayerSizes | None, form: OutputFormat) -> None:
     source, out = job.source, job.out
     checkpoint = source.checkpoint
-    if "export" in begun_with(partial_folder(out)):  # one that was killed at its very end; there is nothing to go on with
+    if "export" in begun_with(partial_folder(out)):  # one that was killed at its very end; there is nothing to resume
         shutil.rmtree(partial_folder(out))
     with CheckpointWriter(out, source.num_layers + 1, job.overwrite, {"export": form.name}, {}) as writer:
         for index, size in enumerate(sizes):

@@ -57,7 +57,7 @@ def pad_layer(tensors: Tensors, spec: Family, size: LayerSizes, wanted: LayerSiz
 
 
 def _pad_rows(tensor: torch.Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> torch.Tensor:
-    """Zeros behind the rows of a tensor, which are numbered by three indices of the sizes `old`, brought to `new`."""
+    """Zeros after the rows of a tensor, which are numbered by three indices of the sizes `old`, brought to `new`."""
     whole = tensor.new_zeros(*new, *tensor.shape[1:])
     whole[: old[0], : old[1], : old[2]] = tensor.reshape(*old, *tensor.shape[1:])
     return whole.flatten(0, 2)

@@ -29,7 +29,7 @@ class FinetuneConfig:
         seq_len: Tokens of an example at most; text is cut into windows of so many.
         held_out: Examples, of the end of a seeded permutation, that are not trained on but measured; a tenth at most.
         max_steps: End after so many steps, with the learning rate at 0 then; None: after the last epoch.
-        save_every: Steps from one state on the disk, which an interrupted training goes on with, to the next.
+        save_every: Steps from one state on the disk, from which an interrupted training is resumed, to the next.
         seed: Of the held-out examples, their order, the factors and the dropout.
         dtype: `float32` or `bfloat16`, what the model computes in, the factors always being float32 (float16 has no room
             for gradients); None: float32 on a CPU, bfloat16 on a GPU.

@@ -53,7 +53,7 @@ def finetune(
         out: The folder to make. It appears when it is complete.
         config: The settings; None: the defaults.
         overwrite: Replace a model that is in `out` already.
-        resume: Go on with the training that was interrupted, if one was: the result becomes what it would have been.
+        resume: Resume the interrupted training, if there is one: the result becomes what it would have been.
         trust_remote_code: Run Python code that comes with the model, such as that of its tokenizer.
         progress: Called after every step (`StepTrained`) and, in the end, every layer that is written (`PartWritten`). An
             exception that it raises stops the training there, with its state on the disk.
@@ -155,7 +155,7 @@ def _examples(
 def _identity(
     source: CheckpointModel, examples: list[Example], config: FinetuneConfig, compute_dtype: str
 ) -> dict[str, Any]:
-    """What two trainings must have in common for one to go on with the other."""
+    """What two trainings must have in common for one to resume the other."""
     settings = config.to_dict()
     del settings["device"], settings["dtype"]
     checksums = [fingerprint(source.weights(index)) for index in range(source.num_layers)]

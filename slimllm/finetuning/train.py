@@ -102,7 +102,7 @@ class Training:
         return total, tokens
 
     def learning_rate(self, step: int) -> float:
-        """That of a step, from 0: linearly up, and linearly down to 0 behind the last one."""
+        """That of a step, from 0: linearly up, and linearly down to 0 after the last one."""
         rising = max(1, round(self._config.warmup * self.num_steps))
         share = (step + 1) / rising if step < rising else (self.num_steps - step) / (self.num_steps - rising + 1)
         return self._config.learning_rate * share
@@ -126,13 +126,13 @@ class Training:
         return change.detach().float().cpu()
 
     def state(self) -> State:
-        """What the training goes on with: the factors and their moments, which `restore` takes."""
+        """What the training is resumed from: the factors and their moments, which `restore` takes."""
         tensors = dict(self._tensors())
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         return State(layout, (tensor.detach().cpu() for tensor in tensors.values()))
 
     def restore(self, state: Any, done: int) -> None:
-        """Go on behind a step, with an open safetensors file of `state`."""
+        """Resume after a step, with an open safetensors file of `state`."""
         self.done = done
         for factor in self._factors.values():
             zeros = {moment: torch.zeros_like(factor) for moment in _MOMENTS}

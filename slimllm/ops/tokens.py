@@ -12,7 +12,7 @@ from slimllm.ops.registry import Random, operator
 def token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """cos(a_t, b_t) for every token t; 0 where one of the two is zero.
 
-    The mean of it over tokens, with a and b the residual stream before and behind a layer, is the layer's importance c.
+    The mean of it over tokens, with a and b the residual stream before and after a layer, is the layer's importance c.
 
     Args:
         a, b: (num_tokens, features), bf16, fp16 or fp32, any strides.

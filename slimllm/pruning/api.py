@@ -46,7 +46,7 @@ def prune(
         out: The folder to make. It appears when it is complete.
         config: The settings.
         overwrite: Replace a model that is in `out` already.
-        resume: Go on with the run that was interrupted, if one was: the files become what they would have been.
+        resume: Resume the interrupted run, if there is one: the files become what they would have been.
         progress: Called after every layer with a `LayerMeasured` or `LayerPruned`; an exception that it raises stops the
             run there (in a group it is called, and has to raise, in every process).
         command: The command line, for the model card; None: the equivalent Python call.

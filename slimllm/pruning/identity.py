@@ -26,7 +26,7 @@ WEIGHTS = "weights, by checksum"
 
 
 def identity_of(source: CheckpointModel, calibration: Calibration, plan: Plan) -> dict[str, Any]:
-    """What two runs must have in common for one to go on with the other; weights are compared layer by layer."""
+    """What two runs must have in common for one to resume the other; weights are compared layer by layer."""
     others = [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
     return {
         **identity_in_memory(source, calibration, plan.config),

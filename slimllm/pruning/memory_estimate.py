@@ -162,7 +162,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
     yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c + scores})
     if measures_gram(config):
-        # Before and behind a layer; and the layer in fp32.
+        # Before and after a layer; and the layer in fp32.
         probes = (
             2 * probe_bytes(sizes) + (0 if c == 4 else sizes.layer_params * 4) if config.allocation.by_sensitivity else 0
         )

@@ -82,7 +82,7 @@ def make_plan(
         config: The settings; what they leave open is chosen.
         runtime: Bytes that Python and the libraries take on the host, `gpu_runtime` on a GPU.
         folder: Where files of hidden states are made, if they are.
-        begun: Of `ROUNDINGS`, what the run was begun with that is gone on with; None: what fits.
+        begun: Of `ROUNDINGS`, what the resumed run was begun with; None: what fits.
 
     Raises:
         ValueError: (as InputError) it cannot be done within the budgets; says with which it can.

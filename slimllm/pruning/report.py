@@ -113,7 +113,7 @@ class PruneReport:
         tensor_parallel: Numbers of devices, from 2 on, over which tensor parallelism can split every layer; see
             `slimllm.pruning.tensor_parallel`.
         schema_version: Of the keys and their meaning; it grows when one of them changes.
-        resumed_steps: Layers (of both passes) that were done before the run was interrupted and gone on with. Seconds are
+        resumed_steps: Layers (of both passes) that were done before the run was interrupted and resumed. Seconds are
             those of all parts together.
     """
 

@@ -103,7 +103,7 @@ def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery)
 
 
 def _of_first(fit: Fit, ranks: Ranks) -> Fit:
-    """The first process's change, which all go on with."""
+    """The first process's change, which all apply."""
     if ranks.size == 1 or fit.change is None:
         return fit
     parts = {

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Palette:
-    """Of text and axes, of lines behind, of what counts first and second, and of what is gone."""
+    """Of text and axes, of grid lines, of what counts first and second, and of what is gone."""
 
     ink: str
     grid: str

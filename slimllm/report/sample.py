@@ -22,7 +22,7 @@ REPETITION_PENALTY = 1.2
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and how each model goes on with it, greedily."""
+    """A prompt, and how each model continues it, greedily."""
 
     prompt: str
     pruned: str
@@ -36,7 +36,7 @@ def make_sample(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Sample:
-    """Let a pruned model go on with a prompt, and the dense one if it is given; one of them in memory at a time.
+    """Let a pruned model continue a prompt, and the dense one if it is given; one of them in memory at a time.
 
     Raises:
         ValueError: (as InputError) the prompt is empty or not valid Unicode, a model cannot be loaded, or the dense one is
@@ -54,7 +54,7 @@ def make_sample(
 def _written(
     model: str | Path, prompt: str, device: str | None, trust_remote_code: bool, wanted: dict[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """How a model goes on with a prompt, and those of its sizes that pruning does not change, which may be given."""
+    """How a model continues a prompt, and those of its sizes that pruning does not change, which may be given."""
     loaded, tokenizer = load(model, device=device, trust_remote_code=trust_remote_code)
     sizes = {name: getattr(loaded.config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
     for name, value in (wanted or sizes).items():

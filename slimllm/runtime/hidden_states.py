@@ -191,7 +191,7 @@ class State:
 
     Attributes:
         layout: The shape and dtype of each, by name.
-        pieces: Their contents in that order, one tensor behind the other, in pieces of any size on the CPU.
+        pieces: Their contents in that order, one tensor after the other, in pieces of any size on the CPU.
     """
 
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]]

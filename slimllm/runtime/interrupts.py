@@ -17,7 +17,7 @@ if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_D
 
 
 def leave(number: int, frame: object = None) -> NoReturn:
-    """Leave by an exception, so that what was begun is removed, or kept to be gone on with, on the way out."""
+    """Leave by an exception, so that partial output is deleted, or kept to be resumed, on the way out."""
     heard_once(number)
     sys.exit(128 + number)
 

@@ -12,7 +12,7 @@ _EPSILON = 1e-6  # as in the norms: a token that is zero everywhere has a weight
 def token_weights(
     hidden: torch.Tensor, added: torch.Tensor, output: torch.Tensor | None = None, centered: bool = False
 ) -> torch.Tensor:
-    """1 / mean square of the residual stream behind a sub-layer, by which the next norm divides a token's errors.
+    """1 / mean square of the residual stream after a sub-layer, by which the next norm divides a token's errors.
 
     Args:
         hidden: The residual stream before it, (..., D).
@@ -24,10 +24,10 @@ def token_weights(
     Returns:
         (num_tokens,) fp32.
     """
-    behind = hidden.flatten(0, -2).float() + added
+    after = hidden.flatten(0, -2).float() + added
     if centered:
-        behind -= behind.mean(-1, keepdim=True)
-    weights = 1 / (behind.square().mean(-1) + _EPSILON)
+        after -= after.mean(-1, keepdim=True)
+    weights = 1 / (after.square().mean(-1) + _EPSILON)
     if output is not None:
         weights /= output.float().square().mean(-1) + _EPSILON
     return weights
@@ -37,7 +37,7 @@ def layer_similarity(hidden_in: torch.Tensor, hidden_out: torch.Tensor) -> torch
     """Σ_t cos(h_in[t], h_out[t]) over the tokens of a batch; its mean over all tokens is the layer's c.
 
     Args:
-        hidden_in, hidden_out: (..., D), the residual stream before and behind a decoder layer.
+        hidden_in, hidden_out: (..., D), the residual stream before and after a decoder layer.
 
     Returns:
         fp64 scalar.

@@ -247,7 +247,7 @@ def test_disk_full_while_writing(
 
     monkeypatch.setattr(slimllm.checkpoints.writer, "save_file", save)
     code, _, err = call(capsys, "prune", stories_path, "--out", tmp_path / "out", "--ratio", "0.2", "--samples", "4")
-    assert code == 2 and "No space left" in err and "with --resume goes on from here" in " ".join(err.split())
+    assert code == 2 and "No space left" in err and "with --resume continues from here" in " ".join(err.split())
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 

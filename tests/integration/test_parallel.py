@@ -456,6 +456,6 @@ def test_torchrun_is_stopped_and_goes_on(tmp_path: Path) -> None:
         assert running.poll() is None
     running.terminate()
     out, err = running.communicate(timeout=60)
-    assert "Stopping after this layer" in err and "--resume goes on from here" in err, err
+    assert "Stopping after this layer" in err and "--resume continues from here" in err, err
     out, err = torchrun(tmp_path, *arguments, "--resume").communicate(timeout=120)
     assert "Resuming after layer" in out and [path.name for path in tmp_path.iterdir()] == ["out"], err

@@ -149,7 +149,7 @@ def test_nothing_is_left_of_a_run_that_did_nothing(token_ids: torch.Tensor, tmp_
 def test_it_has_to_be_asked_for(token_ids: torch.Tensor, tmp_path: Path) -> None:
     partial = interrupted(tmp_path / "out", config(token_ids))
     before = contents(partial)
-    with pytest.raises(InputError, match="was interrupted and can be gone on with: add --resume"):
+    with pytest.raises(InputError, match="was interrupted and can be resumed: add --resume"):
         prune(STORIES, tmp_path / "out", config(token_ids))
     assert contents(partial) == before
 
@@ -391,7 +391,7 @@ def test_signals(tmp_path: Path, number: signal.Signals) -> None:
     _, err = running.communicate(timeout=60)
     words = " ".join(err.split())
     assert running.returncode == 128 + number and "Traceback" not in err
-    assert "Stopping after this layer" in words and "the same command with --resume goes on from here" in words
+    assert "Stopping after this layer" in words and "the same command with --resume continues from here" in words
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     done = subprocess.run([*command, "--resume"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "Resuming after layer" in done.stdout, done.stderr

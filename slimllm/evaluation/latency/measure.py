@@ -35,7 +35,7 @@ class Timed:
         next_tokens_s: Seconds for all other tokens of every round.
         parameters: Of the whole model; embeddings that are also the head count once.
         prefill_macs, decode_macs: Multiply-adds for a token of the prompt, whose last one alone passes the head, and for
-            a new token behind it.
+            a new token after it.
     """
 
     model: str

@@ -1,9 +1,9 @@
-"""How much the model's output cares about what a sub-layer loses: damage to the dense model, carried to its end.
+"""How strongly the model's output reacts to what a sub-layer loses: damage to the dense model, carried to its end.
 
-The curves of `slimllm.methods.allocation.auto` say what the residual stream behind a sub-layer loses, not what the layers
-behind make of that. So one sub-layer at a time loses half of its units or channels, on the first tokens of one window; the
-damaged copies of its residual stream go through the rest of the dense model beside the whole one, in the same pass over the
-weights, and what becomes of the damage, over what it was, is what the sub-layer's curve is multiplied by.
+The curves of `slimllm.methods.allocation.auto` say what the residual stream after a sub-layer loses, not what later layers
+make of it. So one sub-layer at a time loses half of its units or channels, on the first tokens of one window. The damaged
+copies of the residual stream pass the rest of the dense model with the intact one, in the same pass over the weights. The
+sub-layer's curve is multiplied by the damage at the end divided by the damage where it was done.
 
 All of it is in fp32, whatever the model computes in: damage is a difference of streams, and in half precision their
 rounding would grow into more than it.
@@ -86,11 +86,11 @@ class Probes:
         return self.damage[already:]
 
     def restore(self, states: torch.Tensor, damage: list[float]) -> None:
-        """Go on with states that were there before an interruption."""
+        """Resume from states of before an interruption."""
         self.states, self.damage = states, damage
 
     def factors(self, norm: nn.Module) -> list[list[float]]:
-        """What the curves of attention and of the FFN are to be multiplied by, for each layer, behind the last one.
+        """What the curves of attention and of the FFN are to be multiplied by, for each layer, after the last one.
 
         Args:
             norm: The norm before the output head.

@@ -63,7 +63,7 @@ def spend(curves: list[Curves], shapes: list[LayerShape], target: int, round_to:
     of_layers = (_steps(i, curve, shape, round_to) for i, (curve, shape) in enumerate(zip(curves, shapes)))
     steps = sorted(step for of_layer in of_layers for step in of_layer)
     taken: list[_Step] = []
-    skipped: dict[tuple[int, str], _Step] = {}  # units that are more than what is left, and all behind them
+    skipped: dict[tuple[int, str], _Step] = {}  # units that are more than what is left, and all after them
     left = target
     for step in steps:
         if (step.layer, step.part) in skipped:

@@ -31,7 +31,7 @@ BLOOM = register_family(
 
 def _config(config: PretrainedConfig) -> PretrainedConfig:
     if config.apply_residual_connection_post_layernorm:
-        raise InputError("This BLOOM model adds to the residual stream behind a norm, which is not supported.")
+        raise InputError("This BLOOM model adds to the residual stream after a norm, which is not supported.")
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     biases = {"attention_out_bias": True, "mlp_out_bias": True}
     return SlimBloomConfig(**kept, **biases, architectures=["SlimBloomForCausalLM"])
