@@ -181,7 +181,6 @@ def test_the_command_line_says_it_and_nothing_else(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         code, out, err = call(capsys, "export", STORIES, "--to", "gguf", "--out", tmp_path / "m.gguf")
-    assert code == 0 and not err
-    assert {record.name for record in caplog.records} == {"slimllm"}  # and nothing of the libraries
+    assert code == 0 and not err and not caplog.records  # of the libraries; slimllm's own are printed
     assert "36 of 36 matrices have rows" in " ".join(out.split())
     assert call(capsys, "export", STORIES, "--to", "gguf", "--out", tmp_path / "n.gguf", "--quiet")[1] == ""
