@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page lint demo bench bench-latency bench-naive bench-large tables kernels-report gpu clean
+.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page lint docs demo bench bench-latency bench-naive bench-large tables kernels-report gpu clean
 
 install: .venv/installed
 
@@ -23,6 +23,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python tests/prose.py
+
+# The site of the documentation, in build/site; a dead link or a page that nothing leads to is an error.
+docs: install
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -n auto --dist worksteal -m "not slow"

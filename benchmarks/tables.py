@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PAGES = [RESULTS.parent.parent / name for name in ("README.md", "benchmarks/NOTES.md")]
+ROOT = RESULTS.parent.parent
+PAGES = [ROOT / name for name in ("README.md", "docs/benchmarks.md", "benchmarks/NOTES.md")]
+PICTURE = ROOT / "docs" / "perplexity.png"
+SHOWN = {"best": "best", "slimllm": "the paper's method (default)", "flap": "FLAP", "wanda-sp": "Wanda-sp"}
 Rows = list[dict[str, Any]]
 # Of text that is measured on: of the same source as the calibration, or of the other.
 KINDS = ("own kind", "other kind")
@@ -169,6 +172,53 @@ def accuracy_table() -> str:
     return table([*header, "seeds"], [line(key, rows) for key, rows in settings])
 
 
+def summary() -> dict[str, dict[tuple[float, str], tuple[float, float]]]:
+    """By method: perplexity in windows of 512 tokens and parameters of the layers, by ratio and kind of text.
+
+    SmolLM2-135M with grouped queries, calibrated on WikiText-2; geometric means over seeds.
+    """
+    found: dict[str, dict[tuple[float, str], tuple[float, float]]] = {"dense": {}}
+    groups = grouped(
+        lambda row: row["samples"] == 32 and not row["mha"] and row["calibration"] == "wikitext", ("method", "ratio")
+    )
+    for (method, ratio), rows in groups:
+        for kind, text in zip(KINDS, ("wikitext 512", "bundled 512")):
+            value = math.exp(statistics.mean(math.log(row["perplexity"][text]) for row in rows))
+            found.setdefault(method, {})[ratio, kind] = value, statistics.mean(row["parameters"] for row in rows)
+            found["dense"][0.0, kind] = rows[0]["perplexity_dense"][text], math.nan
+    return found
+
+
+def summary_table() -> str:
+    """Four methods at two ratios."""
+    found = summary()
+    lines = [["dense", *(f"{found['dense'][0.0, kind][0]:.1f}" for _ in range(2) for kind in KINDS)]]
+    lines += [
+        [title, *(f"{found[method][ratio, kind][0]:,.1f}" for ratio in (0.2, 0.5) for kind in KINDS)]
+        for method, title in SHOWN.items()
+    ]
+    return table(["method", *(f"{ratio}, {kind}" for ratio in ("20 %", "50 %") for kind in KINDS)], lines)
+
+
+def draw(path: Path) -> None:
+    """Perplexity over parameters, for the four methods."""
+    from matplotlib.figure import Figure
+
+    found = summary()
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    dense = found["dense"][0.0, KINDS[0]][0]
+    for method, title in SHOWN.items():
+        points = sorted(value[::-1] for (_, kind), value in found[method].items() if kind == KINDS[0])
+        axes.plot([x / 1e6 for x, _ in points], [y for _, y in points], marker="o", label=title)
+    axes.axhline(dense, color="black", linewidth=0.8, linestyle="--", label=f"dense, 106 M: {dense:.1f}")
+    axes.set(xlabel="parameters of the decoder layers, M", ylabel="perplexity", yscale="log")
+    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
 def calibration_table() -> str:
     """What more calibration tokens give."""
     settings = grouped(lambda row: not row["mha"] and row["calibration"] == "wikitext", ("method", "samples"))
@@ -283,6 +333,7 @@ TABLES = {
     "recovery": recovery_table,
     "large": large_table,
     "accuracy": accuracy_table,
+    "summary": summary_table,
     "calibration": calibration_table,
     "latency": latency_table,
 }
@@ -310,6 +361,8 @@ def main() -> None:
             sys.exit(f"{path.name} is out of date; run make tables.")
         path.write_text(filled, encoding="utf-8")
         print(f"{path.name} has new tables.")
+    if not check:
+        draw(PICTURE)
 
 
 if __name__ == "__main__":

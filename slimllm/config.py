@@ -262,7 +262,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_number(name: str, value: Any, kind: type | tuple[type, ...], least: float | None = None) -> None:
-    """Raise TypeError if the value of a setting is no finite number of a kind, InputError if it is less than `least`."""
+    """Raise TypeError if the value of a setting is not a finite number of a kind, InputError if it is less than `least`."""
     fits: bool = isinstance(value, kind) and not isinstance(value, bool)
     if not fits:
         wanted = "an integer" if kind is int else "a number"

@@ -153,7 +153,7 @@ class Registry(Generic[_Method]):
 
         Raises:
             ValueError: the name has other characters than a-z, 0-9 and -, or another class has it.
-            TypeError: it is no class of this kind, or its `Settings` are none.
+            TypeError: it is not a class of this kind, or its `Settings` are none.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"the name of a {self.kind} has the characters a-z, 0-9 and -, got {name!r}.")

@@ -65,7 +65,7 @@ def read_texts(
     Args:
         source: The file, or the dataset.
         tokens_wanted: How many tokens the documents should give, if there are so many; infinity: all.
-        seed: Of the places in a long file; None: from its beginning.
+        seed: Seed of the places in a long file; None: from its beginning.
         tokenizer: The model's; "messages" need it.
 
     Raises:

@@ -73,7 +73,7 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
             )
     parent = next(path for path in out.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"The output folder {out} cannot be made: {parent} is no folder that can be written to.")
+        raise InputError(f"The output folder {out} cannot be made: {parent} is not a folder that can be written to.")
     if out.exists() and not out.is_dir():
         raise InputError(f"The output {out} is a file; give a folder that does not exist yet.")
     if os.path.ismount(out) or out == Path.cwd():

@@ -187,7 +187,7 @@ def begun_with(folder: Path) -> Step:
 
 
 def last_stage(folder: Path) -> str | None:
-    """The stage of the last step of the run in a folder; None if there is no run that got so far as to be resumed."""
+    """The stage of the last step of the run in a folder; None if no run got so far that it can be resumed."""
     try:
         lines = _read(folder)[0]
     except InputError:

@@ -19,7 +19,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """Open a Hugging Face folder, a GGUF file or a model of the hub (only its safetensors and tokenizer are fetched).
 
     Raises:
-        ValueError: (as InputError) there is no such model, it is no causal language model, it is quantised, or a file
+        ValueError: (as InputError) there is no such model, it is not a causal language model, it is quantised, or a file
             of it cannot be read.
     """
     path = Path(model).expanduser()

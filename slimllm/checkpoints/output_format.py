@@ -76,8 +76,8 @@ class OutputFormat:
 def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
     """Choose how to write a model of these layer sizes, and see that it has a place for every tensor.
 
-    Alike layers: the family's own architecture if it has a home for every bias, else, for LLaMA's mathematics, `seed_oss`,
-    which is that with separate switches for the biases. Otherwise the native format, with sizes by layer.
+    Alike layers: the family's own architecture if it supports all required biases, else, for LLaMA's mathematics,
+    `seed_oss`, which is that with separate switches for the biases. Otherwise the native format, with sizes by layer.
 
     Raises:
         ValueError: (as InputError) the architecture has other tensors: the family's description is wrong.

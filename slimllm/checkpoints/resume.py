@@ -18,7 +18,7 @@ class Record:
 
     Args:
         journal: Where the first rank keeps them; None on the others.
-        ranks: Of the run.
+        ranks: The processes of the run.
 
     Attributes:
         steps: What was done before an interruption, oldest first.
@@ -42,7 +42,7 @@ class Record:
 
         Args:
             stage: The stage it belongs to.
-            stream: Of all ranks; gathered by the first one where the disk is ready for it.
+            stream: The residual stream of all ranks; gathered by the first one where the disk is ready for it.
             final: What else a resumed run needs, a tensor on the CPU; the first rank's is kept.
             data: Plain JSON data about the step.
 
@@ -90,7 +90,7 @@ class Record:
         """Whether the first layers' weights are those of which the dense pass has recorded the checksums.
 
         Args:
-            checksum: Of a layer, by its index; every rank looks at its share of them.
+            checksum: A layer's, by its index; every rank looks at its share of them.
 
         Raises:
             ValueError: (as InputError) a layer has others.

@@ -85,7 +85,7 @@ def settle_tokenizer_class(folder: Path) -> None:
     """Make a fast tokenizer load alike in transformers 4 and 5.
 
     Version 5 writes a class name that version 4 does not know; and version 4's own class returns token_type_ids, which
-    LLaMA does not take, unless it is told what the model's inputs are.
+    LLaMA does not take, unless the call names the model's inputs.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():

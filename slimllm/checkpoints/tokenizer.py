@@ -68,7 +68,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: boo
 
     Args:
         tokenizer: The model's tokenizer.
-        text: Of any length.
+        text: Text of any length.
         special_tokens: Whether those that the tokenizer adds to a text by itself, such as a BOS, are there.
 
     Raises:

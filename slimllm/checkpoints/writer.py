@@ -58,7 +58,7 @@ class CheckpointWriter:
         out: The folder to make, resolved.
         num_shards: How many shards will be written.
         overwrite: Whether a model in `out` may be replaced.
-        identity, environment: Of the run, see `Journal`.
+        identity, environment: The run's, see `Journal`.
 
     Attributes:
         folder: Where the result grows.

@@ -1,9 +1,10 @@
-"""`slimllm demo`: prune a small real model and put before and after side by side. Called by the command line alone."""
+"""`slimllm demo`: prune a small real model and put it beside the dense one. Called by the command line alone."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimllm.calibration import about_bos, bundled_text, tokenize, window_bos
 from slimllm.cli.display import PruneDisplay
+from slimllm.cli.options import write_page_unasked
 from slimllm.config import PruneConfig
 from slimllm.evaluation.perplexity import load, perplexity
 from slimllm.pruning.api import prune
@@ -50,7 +52,10 @@ def find_demo_model() -> Path | None:
 
 
 def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None:
-    """Prune the demo model into `out`, measure the model before and after in turn, and print the table."""
+    """Prune the demo model by the default and by `best`, measure all three in turn, and print the table.
+
+    The default's result, with its page, is in `out`; that of `best` is deleted.
+    """
     model = find_demo_model()
     prompt = "The most important thing about the sea is"
     if model is None:
@@ -60,22 +65,33 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
         )
         model = Path(str(resources.files("slimllm") / "calibration" / "data" / "stories260k"))
         prompt = "Once upon a time, there was a little"
-    config = PruneConfig(ratio=ratio)
-    console.print(f"Pruning {model.stem} by {ratio:.0%} …", style="bold")
-    with PruneDisplay(console, quiet=False) as display:
-        report = prune(
-            model, out, config, overwrite=overwrite, progress=display.progress, command=f"slimllm demo --ratio {ratio}"
-        )
-    console.print("Measuring the model before and after, in turn …", style="bold")
-    before, after = _Candidate(*load(model)), _Candidate(*load(out))
-    _measure([before, after], prompt)
-    _print_table(console, report, before, after, out)
-    for title, candidate in (("before", before), ("after ", after)):
-        console.print(Text.assemble((title, "bold"), f" {prompt}", (_one_line(candidate.text), "italic")))
-    console.print("\nNext:", style="bold")
+    with tempfile.TemporaryDirectory(prefix="slimllm-demo-") as beside:
+        folders = {"default": out, "best": Path(beside) / "best"}
+        reports: dict[str, PruneReport] = {}
+        for preset, folder in folders.items():
+            console.print(f"Pruning {model.stem} by {ratio:.0%}, preset {preset} …", style="bold")
+            with PruneDisplay(console, quiet=False) as display:
+                reports[preset] = prune(
+                    model,
+                    folder,
+                    PruneConfig(ratio=ratio, preset=preset),
+                    overwrite=overwrite,
+                    progress=display.progress,
+                    command=f"slimllm demo --ratio {ratio}",
+                )
+        console.print("Measuring the models in turn …", style="bold")
+        candidates = {"dense": _Candidate(*load(model))}
+        candidates |= {preset: _Candidate(*load(folder)) for preset, folder in folders.items()}
+        _measure(list(candidates.values()), prompt)
+        _print_table(console, reports, candidates, out)
+    for title, candidate in candidates.items():
+        console.print(Text.assemble((f"{title:<8}", "bold"), f" {prompt}", (_one_line(candidate.text), "italic")))
+    write_page_unasked(out, quiet=False)
+    console.print("\nNext, with a model and a text of your own:", style="bold")
     console.print(
-        f"  slimllm eval {out} --seq-len 512\n"
-        f"  slimllm prune {model} --out half --ratio 0.5 --calibration YOUR.txt\n"
+        "  slimllm prune YOUR-MODEL --out slim --ratio 0.2 --preset best --calibration YOUR.txt\n"
+        f"and with this one:\n"
+        f"  slimllm eval {model} {out} --seq-len 512\n"
         f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}', "
         f"trust_remote_code=True)('{prompt}', max_new_tokens=30))\"",
         highlight=False,
@@ -132,29 +148,32 @@ def _one_line(text: str) -> str:
     return f" {' '.join(text.split())}"
 
 
-def _print_table(console: Console, report: PruneReport, before: _Candidate, after: _Candidate, out: Path) -> None:
-    parameters = report.parameters
+def _print_table(console: Console, reports: dict[str, PruneReport], candidates: dict[str, _Candidate], out: Path) -> None:
+    parameters = reports["default"].parameters
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     bytes_per_parameter = written / parameters["after"]
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for title, justify in (("", "left"), ("before", "right"), ("after", "right"), ("after / before", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table.add_column("")
+    for title in candidates:
+        table.add_column(title, justify="right")
 
-    def row(title: str, dense: float, pruned: float, form: str) -> None:
-        table.add_row(title, format(dense, form), format(pruned, form), f"{pruned / dense:.2f}")
+    def row(title: str, values: list[float], form: str) -> None:
+        table.add_row(title, *(format(value, form) for value in values))
 
-    row("parameters", parameters["before"], parameters["after"], ",")
-    row("  of the decoder layers", parameters["layers_before"], parameters["layers_after"], ",")
-    begin = about_bos(window_bos(before.tokenizer, "auto"))
-    row(f"perplexity, held-out text, {begin}", before.perplexity, after.perplexity, ".2f")
-    size_before = bytes_per_parameter * parameters["before"]
-    row(f"weights at {8 * bytes_per_parameter:.0f} bits, MB", size_before / 1e6, written / 1e6, ".1f")
-    row(f"prefill of {_PREFILL_TOKENS}, tokens/s", before.prefill_per_s, after.prefill_per_s, ".0f")
-    row("generation, tokens/s", before.generated_per_s, after.generated_per_s, ".1f")
+    for title, kind in (("parameters", ""), ("  of the decoder layers", "layers_")):
+        counts = [report.parameters[f"{kind}after"] for report in reports.values()]
+        row(title, [parameters[f"{kind}before"], *counts], ",")
+    begin = about_bos(window_bos(candidates["dense"].tokenizer, "auto"))
+    row(f"perplexity, held-out text, {begin}", [one.perplexity for one in candidates.values()], ".2f")
+    sizes = [parameters["before"], *(report.parameters["after"] for report in reports.values())]
+    row(f"weights at {8 * bytes_per_parameter:.0f} bits, MB", [bytes_per_parameter * size / 1e6 for size in sizes], ".1f")
+    row(f"prefill of {_PREFILL_TOKENS}, tokens/s", [one.prefill_per_s for one in candidates.values()], ".0f")
+    row("generation, tokens/s", [one.generated_per_s for one in candidates.values()], ".1f")
     console.print(table)
-    console.print(
-        f"Pruned in {report.elapsed_s:.1f} s, {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass.\n"
-        f"Memory: {report.peak_host_gib:.2f} GiB at most, of {sum(report.memory_gib.values()):.2f} in the estimate.\n",
-        highlight=False,
-        soft_wrap=True,
-    )
+    for preset, report in reports.items():
+        console.print(
+            f"{preset}: pruned in {report.elapsed_s:.1f} s, {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass; "
+            f"{report.peak_host_gib:.2f} GiB at most, estimated were {sum(report.memory_gib.values()):.2f}.",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from slimllm.cli.help import epilog, set_groups
 from slimllm.config import METHODS, PRESETS
 from slimllm.errors import InputError
 from slimllm.plugins import EXPORTERS, Method, Registry, import_plugin
@@ -25,8 +26,8 @@ class MethodCommand(TyperCommand):
         taken = ["exporter"] if self.name == "export" else METHODS
         methods = [method for kind in taken for method in _REGISTRIES[kind].all().values()]
         options = [_flag(method.name, option) for method in methods for option in get_type_hints(method.Settings)]
-        if options:
-            self.epilog = f"Options of methods: {', '.join(options)}."
+        self.epilog = epilog(str(self.name), options)
+        set_groups(self)
         super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -49,7 +50,7 @@ def chosen_methods(context: typer.Context, preset: str = "default", **chosen: st
     """The methods that were asked for, with their options.
 
     Args:
-        context: Of a `MethodCommand`.
+        context: The context of a `MethodCommand`.
         preset: Says which methods are meant where none are named.
         chosen: By kind (`criterion`, `allocation`, `recovery`, `exporter`), the name given; None: the preset's.
 
@@ -113,7 +114,7 @@ class _Options:
                 unused = f"{_flag(of, option)} is an option of {of}, which this run does not use"
                 raise InputError(f"{unused}; choose {of}, or leave out the option.")
             there = f"there are {', '.join(known)}" if known else "they have no options"
-            raise InputError(f"{_flag(of, option)} is no option of the methods of this run; {there}.")
+            raise InputError(f"{_flag(of, option)} is not an option of the methods of this run; {there}.")
 
 
 def with_methods(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:

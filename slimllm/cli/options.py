@@ -28,7 +28,7 @@ def fraction(text: str | float) -> float:
         text = str(text)
         return float(Decimal(text[:-1]) / 100) if text.endswith("%") else float(text)
     except (ValueError, InvalidOperation):
-        raise typer.BadParameter(f"{text!r} is no number; give a fraction such as 0.3, or 30%.") from None
+        raise typer.BadParameter(f"{text!r} is not a number; give a fraction such as 0.3, or 30%.") from None
 
 
 REMOVED = "what was begun is removed"

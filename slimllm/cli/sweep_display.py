@@ -157,7 +157,7 @@ def _read(file: Path, settings: dict[str, Any], methods: dict[str, Any], resume:
             row = json.loads(line)
             point = Swept(**{field.name: row.pop(field.name) for field in dataclasses.fields(Swept)})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"Line {number} of {file} is no point of a sweep; give another folder.") from None
+            raise InputError(f"Line {number} of {file} is not a point of a sweep; give another folder.") from None
         for name, value in {**settings, "methods": methods.get(point.preset, row.get("methods"))}.items():
             if row.get(name) != value:
                 if name == "methods":

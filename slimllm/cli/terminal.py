@@ -35,7 +35,7 @@ class _Stream:
         if self.error is None:
             try:
                 return self._file.write(text)
-            except UnicodeEncodeError:  # bytes of a path that are no text, or a terminal that has few letters
+            except UnicodeEncodeError:  # bytes of a path that are not text, or a terminal that has few letters
                 code = self._file.encoding
                 return self._file.write(text.encode(code, "backslashreplace").decode(code))
             except OSError as error:

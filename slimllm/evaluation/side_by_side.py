@@ -28,9 +28,9 @@ class Evaluated:
 
     Attributes:
         model: As it was given.
-        parameters: Of the whole model; embeddings that are also the head count once.
+        parameters: Number in the whole model; embeddings that are also the head count once.
         perplexity: By tokens in a window.
-        log_increase: Of its logarithm over the first model's, by tokens in a window; empty where its tokenizer
+        log_increase: Increase of its logarithm over the first model's, by tokens in a window; empty where its tokenizer
             gives other token ids, so that they cannot be compared.
         windows: How many, by tokens in a window.
         bos_token_id: What every window begins with; None: no BOS.
@@ -38,7 +38,7 @@ class Evaluated:
         mean_accuracy: Over the tasks; None: there are none.
         retention: That mean in % of the first model's.
         dtype, device: It was computed in, and on.
-        seconds: Of loading and measuring.
+        seconds: Time of loading and measuring.
     """
 
     model: str
@@ -84,7 +84,7 @@ def evaluate(
         bos: As for `PruneConfig`.
         dtype, device, trust_remote_code: As for `load`.
         tasks, few_shot, limit, include_path: As for `zero_shot`; no tasks: only perplexity.
-        on_model: Told about every model as soon as it is done.
+        on_model: Called with every model's figures as soon as it is done.
 
     Raises:
         ValueError: (as InputError) a model is not there, before any is loaded, or what `load`, `perplexity`

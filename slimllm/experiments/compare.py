@@ -35,10 +35,10 @@ class Compared:
         method: Its name, or `dense` for the model as it is.
         ratio: What was asked for; 0 for the dense model.
         perplexity: On the text.
-        log_increase: Of its logarithm over the dense model's.
-        parameters: Of the whole model.
-        seconds: Of pruning, as if it were alone: with the dense pass, which it may have taken from another one (`shared`).
-        dense_pass_s: Of computing in one dense pass.
+        log_increase: Increase of its logarithm over the dense model's.
+        parameters: Number in the whole model.
+        seconds: Time of pruning, as if it were alone: with the dense pass, which another one may have made (`shared`).
+        dense_pass_s: Time of computing in one dense pass.
         bos_token_id: What the windows of the text begin with; None: no BOS.
         methods: Criterion, allocation and recovery, with their options, in words; empty for the dense model.
     """
@@ -83,7 +83,7 @@ def compare(
         bos_token_id: As for `perplexity`.
         workdir: Where the model at work is written, and deleted again; None: the system's temporary folder.
         progress: As for `prune`.
-        on_line: Told every line as soon as it is there.
+        on_line: Called with every line as soon as it is there.
 
     Returns:
         The lines, that of the dense model first.

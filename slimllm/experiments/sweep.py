@@ -38,9 +38,9 @@ class Swept:
     Attributes:
         preset: The preset, or another method, that it was pruned by; `dense` for the model as it is.
         ratio: What was asked for; 0 for the dense model.
-        parameters: Of the whole model.
+        parameters: Number in the whole model.
         perplexity: On the text.
-        log_increase: Of its logarithm over the dense model's.
+        log_increase: Increase of its logarithm over the dense model's.
         prefill_per_s, decode_per_s: Tokens a second, medians over the rounds; of the dense model those beside the first
             point.
         prefill_speedup, decode_speedup: Over the dense model, in turns one after the other.
@@ -108,13 +108,13 @@ def sweep(
         config: Calibration, memory, device; the preset sets criterion, allocation, recovery and token weights.
         token_ids: The text to measure on, (num_tokens,) int64; not the calibration's.
         presets: Names of presets or other methods, as for `compare`. Each prunes at all ratios, with one dense pass.
-        seq_len, max_windows, bos_token_id: Of that text, as for `perplexity`.
+        seq_len, max_windows, bos_token_id: Windows of that text, as for `perplexity`.
         prompt, new_tokens, rounds: As for `measure_latency`.
         keep: A folder for the pruned models, PRESET/RATIO; None: each is deleted when it has been measured.
         workdir: Where the one at work is otherwise written; None: the system's temporary folder.
         done: Points of an earlier sweep with the same settings, which are not measured again.
         progress: As for `prune`.
-        on_point: Told about every point as soon as it is there.
+        on_point: Called with every point as soon as it is there.
 
     Returns:
         The points, the dense model's first, then by preset and ratio.

@@ -38,7 +38,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
     """Tokens, merges, special tokens and chat template of the tokenizer in a folder.
 
     Args:
-        writer: Of the file.
+        writer: The file's writer.
         folder: With tokenizer.json.
         vocab_size: Rows of the embedding; what the tokenizer leaves free is filled up.
 

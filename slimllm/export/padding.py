@@ -33,10 +33,10 @@ def pad_layer(tensors: Tensors, spec: Family, size: LayerSizes, wanted: LayerSiz
     the end of their KV group, so that those that were there keep their keys and values.
 
     Args:
-        tensors: Of the layer, by names relative to it.
+        tensors: The layer's tensors, by names relative to it.
         spec: The names in it.
         size, wanted: Its sizes, and those to bring it to.
-        head_dim: Of the model.
+        head_dim: The model's.
     """
     queries = (size.num_kv_heads, size.group_size, head_dim), (wanted.num_kv_heads, wanted.group_size, head_dim)
     keys = (size.num_kv_heads, 1, head_dim), (wanted.num_kv_heads, 1, head_dim)

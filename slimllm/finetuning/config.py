@@ -18,19 +18,19 @@ class FinetuneConfig:
     Attributes:
         rank: r of the two factors of every projection's update.
         alpha: The update is multiplied by alpha / rank.
-        dropout: Of what enters the factors.
+        dropout: Dropout of what enters the factors.
         learning_rate: AdamW's at its highest: it rises linearly over the first `warmup` of all steps and falls linearly
             to 0.
         warmup: A share of all steps.
         epochs: How often every example is seen.
         batch_size: Examples of a step.
-        micro_batch: Of these so many pass the model at once; it changes memory, the last digits, and what the dropout
+        micro_batch: Examples that pass the model at once; it changes memory, the last digits, and what the dropout
             draws.
         seq_len: Tokens of an example at most; text is cut into windows of so many.
         held_out: Examples, of the end of a seeded permutation, that are not trained on but measured; a tenth at most.
         max_steps: End after so many steps, with the learning rate at 0 then; None: after the last epoch.
         save_every: Steps from one state on the disk, from which an interrupted training is resumed, to the next.
-        seed: Of the held-out examples, their order, the factors and the dropout.
+        seed: Seed of the held-out examples, their order, the factors and the dropout.
         dtype: `float32` or `bfloat16`, what the model computes in, the factors always being float32 (float16 has no room
             for gradients); None: float32 on a CPU, bfloat16 on a GPU.
         device: `cpu`, `cuda`, …; None: a GPU if there is one.

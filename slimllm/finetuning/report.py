@@ -47,7 +47,7 @@ class FinetuneReport:
         config: The settings (`FinetuneConfig.to_dict`).
         examples: How many were trained on, and `held_out_examples` only measured.
         trainable: Parameters of the factors, of `parameters` of the model.
-        loss: Of every step, in nats a learnt token, before it.
+        loss: Loss before every step, in nats a learnt token.
         held_out: Pairs of a step, after which it was, and the mean loss of the held-out examples: before the first one,
             every `save_every` steps, and at the end; before the factors are merged and rounded to the checkpoint's dtype.
         tokens: That passed the model in training.

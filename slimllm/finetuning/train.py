@@ -156,7 +156,7 @@ class Training:
         return [self._examples[index] for index in order[start * size : (start + 1) * size]]
 
     def _loss(self, examples: list[Example]) -> torch.Tensor:
-        """Of all learnt tokens, summed, in nats.
+        """Loss summed over all learnt tokens, in nats.
 
         Raises:
             ValueError: (as InputError) the GPU's memory is not enough.

@@ -53,7 +53,7 @@ class Surgeon:
 
     Args:
         weight: W (D, F), any floating dtype.
-        statistics: Of its inputs, F features.
+        statistics: Statistics of its inputs, F features.
 
     Attributes:
         inverse: A, (F, F) fp32.
@@ -164,7 +164,7 @@ def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int 
     """Let `num` units of as many columns each go, of every one of the groups that they form, in turn.
 
     Args:
-        surgeon: Of o_proj, (num_units · width) columns.
+        surgeon: The surgeon of o_proj, (num_units · width) columns.
         num_units: Units: KV groups with all their query heads, or single heads.
         num: How many of each group.
         num_groups: Groups of neighbouring units; 1 lets any unit go.

@@ -71,7 +71,7 @@ def channel_moments(
 
     Args:
         weight: W of the output projection, (D, F).
-        statistics: Of its inputs, F features.
+        statistics: Statistics of its inputs, F features.
         keep: Indices of the kept columns, on any device.
         output_covariance: Cov(y), (D, D).
     """

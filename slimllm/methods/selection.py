@@ -13,7 +13,7 @@ class Selection:
 
     Attributes:
         kept: The units that stay, sorted int64 indices on the CPU.
-        importance: Of every unit, for the report: the lowest are removed first, where they are weighed one by one.
+        importance: Score of every unit, for the report: the lowest are removed first, where they are weighed one by one.
     """
 
     kept: torch.Tensor

@@ -55,8 +55,8 @@ class SublayerStatistics:
 
     Args:
         sublayer: The dense sub-layer.
-        columns: Of z, the inputs of the output projection, F features.
-        inputs: Of what enters an FFN, D features; None for attention.
+        columns: Statistics of z, the inputs of the output projection, F features.
+        inputs: Statistics of what enters an FFN, D features; None for attention.
         output_covariance: Makes the covariance of y, (D, D) fp64; None: it was not streamed.
         moments: Makes the moments of y and of what the kept units put out; None: they are streamed, and given later.
         ranks: The processes of the run. A criterion is called in the first one alone; a recovery in all of them.
@@ -135,7 +135,7 @@ class SublayerStatistics:
         See `slimllm.ops.head_covariance`.
 
         Args:
-            effective: Of the output as the residual stream sees it, scaled by the post-norm's gain.
+            effective: For the output as the residual stream sees it, scaled by the post-norm's gain.
         """
         if not self.sublayer.is_attention:
             raise ValueError("the covariances of an FFN's channels are as large as I²·D; use `gram`.")

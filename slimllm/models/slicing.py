@@ -122,7 +122,7 @@ def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tenso
 
 
 def _select_slopes(tensors: Tensors, spec: Family, query_rows: torch.Tensor) -> Tensors:
-    """Of a tensor with one number for each head, those of the heads that are kept."""
+    """Numbers of the kept heads, from a tensor with one number for each head."""
     if not spec.slopes:
         return {}
     slopes = tensors[spec.slopes]

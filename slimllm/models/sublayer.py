@@ -31,7 +31,7 @@ class Sublayer:
             of the output projection.
         width: Columns of the output projection in a unit.
         groups: Groups of neighbouring units that lose as many each; 1: any unit may go.
-        seed: Of its own, for methods that draw.
+        seed: A seed of its own, for methods that draw.
     """
 
     layer: Layer

@@ -9,7 +9,7 @@ PRECISE = (torch.float64, torch.float32)
 
 
 def check_tensors(**tensors: object) -> None:
-    """Raise TypeError if something is no tensor, ValueError if the tensors are not on one device."""
+    """Raise TypeError if something is not a tensor, ValueError if the tensors are not on one device."""
     devices = {}
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):

@@ -23,7 +23,7 @@ def pearson_similarity(cov_with_full: torch.Tensor, variance: torch.Tensor, full
 
     Raises:
         ValueError: shapes or devices do not fit together, or a number is not finite.
-        TypeError: a dtype is no floating one.
+        TypeError: a dtype is not a floating one.
     """
     arguments = {"cov_with_full": cov_with_full, "variance": variance, "full_variance": full_variance}
     check_tensors(**arguments)

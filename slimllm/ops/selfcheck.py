@@ -31,5 +31,5 @@ def _run(operation: str, device: torch.device) -> list[torch.Tensor]:
 
     cases = OPERATIONS[operation].cases
     if cases is None:
-        raise ValueError(f"there is no kernel of {operation}.")
+        raise ValueError(f"{operation} has no kernel.")
     return cases(random, MANY_TOKENS)

@@ -25,7 +25,7 @@ class RunContext:
         placement: Where token-sized tensors are stored.
         watch: Gathers seconds by stage.
         ranks: The processes that share the windows.
-        record: Of every layer that is done; recorded layers are skipped. None: nothing is recorded.
+        record: Record of every layer that is done; recorded layers are skipped. None: nothing is recorded.
         progress: Called after every layer.
     """
 

@@ -42,7 +42,7 @@ class DenseLayer:
         similarity: c, the mean cosine over tokens of its input with its output.
         weights: Checksum of its weights; 0 where nothing is recorded.
         curves: What its sub-layers lose, for an allocation that measures; None: it does not.
-        damage: Of the probes that were made in it, for an allocation by sensitivity.
+        damage: Damage of the probes that were made in it, for an allocation by sensitivity.
     """
 
     similarity: float
@@ -57,10 +57,10 @@ class DensePass:
 
     Attributes:
         layers: What was found in every layer.
-        loss: Of the dense model, see `mean_loss`.
+        loss: The dense model's, see `mean_loss`.
         factors: What every layer's curves, of attention and of the FFN, are multiplied by; None: nothing.
-        seconds: Of computing.
-        stage_seconds: Of all of the pass, reading and measuring too.
+        seconds: Time of computing.
+        stage_seconds: Time of the whole pass, with reading and measuring.
         measured: What the curves depend on; None: there are none.
     """
 

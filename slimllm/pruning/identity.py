@@ -57,7 +57,7 @@ def identity_in_memory(source: ModelSource, calibration: Calibration, config: Pr
 
 
 def checksum_of(checksums: list[int]) -> int:
-    """Of the weights of all layers, from those of each."""
+    """Checksum of the weights of all layers, from those of each."""
     return zlib.crc32(str(checksums).encode())
 
 

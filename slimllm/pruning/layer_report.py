@@ -64,11 +64,11 @@ class LayerReport(_Always, total=False):
         ratio: What the allocation asked it to give, a fraction of its parameters.
         num_heads, num_kv_heads, intermediate_size: Its sizes now; with `_before`, those of the dense layer.
         kept_heads, kept_kv_heads, kept_channels: Sorted indices.
-        head_importance, channel_importance: Of every unit, as the criterion saw it; where such were removed.
+        head_importance, channel_importance: Scores of every unit, as the criterion saw it; where such were removed.
         attention_statistics: How those of attention were streamed: `gram` or `heads`; where heads were removed.
         attention_error_before, attention_error_after, ffn_error_before, ffn_error_after: The output's error relative to its
             variance, without and with the recovery; where something was removed.
-        parameters_before, parameters_after: Of the layer.
+        parameters_before, parameters_after: Number of the layer's parameters.
         similarity: c, the mean cosine over tokens of the dense layer's input with its output.
         elapsed_s: Seconds, from reading it to writing it.
         peak_host_gib: Peak memory of the run so far.

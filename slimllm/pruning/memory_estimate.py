@@ -1,6 +1,6 @@
 """What a run takes, counted from the sizes alone: the memory of its phases.
 
-A phase is a moment of the run with what is alive in it, part by part, in bytes; the peak is the phase that has most.
+A phase is a moment of the run with all memory that is in use, part by part, in bytes; the peak is the phase that has most.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def batch_windows(samples: int, seq_len: int, batch_size: int | None) -> int:
 
 @dataclass(frozen=True)
 class Phase:
-    """What is alive at a moment of the run, in bytes: in the memory of a GPU, and in that of the host."""
+    """Memory in use at a moment of the run, in bytes: in the memory of a GPU, and in that of the host."""
 
     name: str
     gpu: Parts
@@ -115,9 +115,9 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     """The moments of a run that can be its peak, without what Python and the libraries take.
 
     Args:
-        sizes: Of the model and its calibration.
+        sizes: Sizes of the model and its calibration.
         config: The settings.
-        placement: Where what is as large as all tokens lives.
+        placement: Where token-sized tensors are stored.
     """
     d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
     kept = math.ceil((1 - config.ratio / 2) * i)  # in the layer that is pruned least, about
@@ -230,7 +230,7 @@ def _pinned(num_bytes: int) -> int:
 
 
 def probe_bytes(sizes: Sizes) -> float:
-    """Of the window's states that `auto` carries through the dense model in fp32, at most."""
+    """Bytes of the window's states that `auto` carries through the dense model in fp32, at most."""
     return MOST_STATES * min(TOKENS, sizes.seq_len) * sizes.hidden_size * 4
 
 

@@ -11,7 +11,7 @@ from slimllm.pruning.tensor_parallel import tensor_parallel_of
 
 def in_line(text: str) -> str:
     """Escape a user's text for use within one line of Markdown."""
-    # Bytes that are no text stay, and are written as escapes.
+    # Bytes that are not text stay, and are written as escapes.
     plain = "".join(one if one.isprintable() or "\ud800" <= one <= "\udfff" else " " for one in text)
     return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", plain)
 

@@ -49,7 +49,7 @@ def prune_all(
 ) -> list[PruneReport]:
     """One result for each job, a folder and settings with the same calibration and devices; see `slimllm.prune_ratios`.
 
-    `on_report` is told about each result as soon as it is there.
+    `on_report` is called with each result as soon as it is there.
     """
     assert len({job[1].preset == "paper" for job in jobs}) == 1, "the preset paper draws windows of its own"
     started = time.perf_counter()

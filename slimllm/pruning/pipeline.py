@@ -42,13 +42,13 @@ class Pruning:
     Layers of an interrupted run that are recorded are skipped. A layer is recorded when the next one is asked for.
 
     Args:
-        run: Of the run.
+        run: The run's context.
         dense: The dense pass.
         removals: What is removed from every layer.
 
     Attributes:
-        reports: Of every layer that is done.
-        loss: Of the pruned model, see `mean_loss`; 0 until all layers are done.
+        reports: Report of every layer that is done.
+        loss: The pruned model's, see `mean_loss`; 0 until all layers are done.
     """
 
     def __init__(self, run: RunContext, dense: DensePass, removals: list[LayerRemoval]) -> None:

@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         config: The settings, with what was chosen.
-        placement: Where what is as large as all tokens lives.
+        placement: Where token-sized tensors are stored.
         gpu, host: The parts of the two peaks, in bytes; `runtime` is what Python and the libraries take.
         gpu_phase, host_phase: When those peaks are.
         disk: Bytes on the disk at most, the result among them.
@@ -78,7 +78,7 @@ def make_plan(
     """How to prune within the budgets of the settings, with as little lost time as possible.
 
     Args:
-        sizes: Of the model and its calibration.
+        sizes: Sizes of the model and its calibration.
         config: The settings; what they leave open is chosen.
         runtime: Bytes that Python and the libraries take on the host, `gpu_runtime` on a GPU.
         folder: Where files of hidden states are made, if they are.
@@ -168,10 +168,10 @@ class _Step:
 # From what costs least time to what costs most.
 _STEPS = [
     _Step("weights are not read ahead", "read_ahead", False, gpu_only=True),
-    _Step("hidden states live in host memory", "states", "host", gpu_only=True),
+    _Step("hidden states are stored in host memory", "states", "host", gpu_only=True),
     _Step("inner activations are made twice instead of kept", "keep_inner_bytes", 0),
     _Step("the FFN's Gram and the regression on it are on the host", "gram", "host", gpu_only=True),
-    _Step("hidden states live in files", "states", "disk"),
+    _Step("hidden states are stored in files", "states", "disk"),
 ]
 
 

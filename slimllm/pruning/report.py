@@ -108,11 +108,11 @@ class PruneReport:
         dense_stage_s: Seconds of all of the dense pass, reading and measuring too (of its last part, if it was resumed).
         plan: Where things lived, the settings chosen to fit the budgets, and the estimate of disk space.
         backend, device, compute_dtype, format: What ran, and the architecture written.
-        versions: Of python, torch, triton (where it is installed), transformers, slimllm.
+        versions: Versions of python, torch, triton (where it is installed), transformers, slimllm.
         layers: One entry per layer, see `slimllm.pruning.layer_report.LayerReport`.
         tensor_parallel: Numbers of devices, from 2 on, over which tensor parallelism can split every layer; see
             `slimllm.pruning.tensor_parallel`.
-        schema_version: Of the keys and their meaning; it grows when one of them changes.
+        schema_version: Version of the keys and their meaning; it grows when one of them changes.
         resumed_steps: Layers (of both passes) that were done before the run was interrupted and resumed. Seconds are
             those of all parts together.
     """
@@ -149,7 +149,7 @@ class PruneReport:
 
     @property
     def seconds_alone(self) -> float:
-        """Of pruning, as if it were alone: with the dense pass, which it may have taken from another run."""
+        """Seconds of pruning, as if it were alone: with the dense pass, which it may have taken from another run."""
         if not self.dense_pass_shared:
             return self.elapsed_s
         return self.elapsed_s + (self.dense_stage_s if self._measured else self.dense_pass_s)
@@ -230,14 +230,14 @@ class PruneReport:
                 if (f"{part}_error_before" in layer) != (f"{part}_error_after" in layer):
                     return f"layer {index} has only one error of its {part}"
         names = [*self.stages_s, *self.memory_gib, *self.gpu_memory_gib]
-        return next((f"{name[:40]!r} is no name of a part" for name in names if not _NAMES.fullmatch(name)), None)
+        return next((f"{name[:40]!r} is not a name of a part" for name in names if not _NAMES.fullmatch(name)), None)
 
 
 def read_report(kind: type[_Report], path: Path, of_what: str, shape: Shape) -> _Report:
     """A report from its JSON file, whose keys are the names of its fields, and whose values have a shape (`check_shape`).
 
     Raises:
-        ValueError: (as InputError) there is no such file, or it is no such report.
+        ValueError: (as InputError) there is no such file, or it is not such a report.
     """
     if not path.is_file():
         raise InputError(f"There is no {path}; give the folder that {of_what} has written.")

@@ -17,7 +17,7 @@ def layer_shapes(source: ModelSource, config: PruneConfig) -> list[LayerShape]:
     """The shape of every layer of a model.
 
     Raises:
-        ValueError: (as InputError) its heads are no multiple of `config.heads_multiple_of`.
+        ValueError: (as InputError) its heads are not a multiple of `config.heads_multiple_of`.
     """
     return [_shape(source, size, config) for size in source.sizes()]
 
@@ -48,7 +48,7 @@ def streams_heads(
     Args:
         config: The settings.
         tokens: How many this process has, and in how many batches.
-        shape: Of the output projection's weight, (D, H·d).
+        shape: Shape of the output projection's weight, (D, H·d).
         units: H, heads or KV groups.
         device: Where the layer computes.
     """

@@ -32,7 +32,7 @@ class Way(ABC):
     Args:
         sublayer: The dense sub-layer.
         stream: The residual stream before it.
-        run: Of the run.
+        run: The run's context.
     """
 
     name: ClassVar[str]
@@ -61,7 +61,7 @@ class Way(ABC):
         """Let the residual stream pass the sliced sub-layer."""
 
     def inputs(self) -> ColumnStatistics | None:
-        """Of what enters an FFN."""
+        """Statistics of what enters an FFN."""
         return None if self.sublayer.is_attention else ColumnStatistics(len(self.weight), self.sublayer.layer.device)
 
     def token_weights(self, number: int, output: torch.Tensor) -> torch.Tensor:

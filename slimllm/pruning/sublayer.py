@@ -26,7 +26,7 @@ class PrunedSublayer:
 
     Attributes:
         kept: The units that are left, sorted int64 indices.
-        importance: Of every unit, as the criterion saw it.
+        importance: Score of every unit, as the criterion saw it.
         error_before, error_after: The output's error relative to its variance, without and with the recovery.
         statistics: How they were streamed: `gram` (of the columns), `heads` or `output`.
     """
@@ -45,7 +45,7 @@ def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: Ru
         sublayer: The dense sub-layer; its layer is changed.
         stream: The residual stream before it, afterwards after it.
         num_removed: Units to remove, of every group.
-        run: Of the run.
+        run: The run's context.
     """
     criterion, recovery, ranks = run.config.criterion, run.config.recovery, stream.ranks
     where = f"the {sublayer.kind} of layer {sublayer.index}"

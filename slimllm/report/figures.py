@@ -87,7 +87,7 @@ def _shares(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> 
 
 
 def _share_gone(layer: LayerReport) -> tuple[float, float]:
-    """Of heads, and of channels."""
+    """Fractions of heads and of channels that are removed."""
     heads, channels = layer["num_heads_before"], layer["intermediate_size_before"]
     return 1 - layer["num_heads"] / heads, 1 - layer["intermediate_size"] / channels
 

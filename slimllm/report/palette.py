@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Palette:
-    """Of text and axes, of grid lines, of what counts first and second, and of what is gone."""
+    """Colours of text and axes, grid lines, first and second series, and removed parts."""
 
     ink: str
     grid: str

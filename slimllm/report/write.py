@@ -35,7 +35,7 @@ def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
 
     Args:
         folder: What `prune` or `finetune` has written.
-        sample: Of generated text, for the page.
+        sample: Generated text for the page.
 
     Returns:
         The page.

@@ -23,7 +23,7 @@ PLACES = ("device", "host", "disk")  # from the fastest to the largest
 
 @dataclass(frozen=True)
 class Placement:
-    """Where what is as large as all tokens lives.
+    """Where token-sized tensors are stored.
 
     Attributes:
         states: The residual stream and the outputs of the sub-layer at work: one of `PLACES`.
@@ -119,13 +119,13 @@ class Stream:
     Args:
         samples: Calibration windows of all ranks.
         batch_size: Windows of a batch, the last one of a rank has the rest.
-        placement: Where it lives.
-        ranks: Of the run.
+        placement: Where it is stored.
+        ranks: The processes of the run.
         num_held_out: Windows held out, of all ranks; they are numbered after the others.
 
     Attributes:
-        batches: Of the windows in the statistics.
-        held_out: Of those that are not; a rank may have none.
+        batches: The windows in the statistics.
+        held_out: The windows that are not; a rank may have none.
     """
 
     def __init__(self, samples: int, batch_size: int, placement: Placement, ranks: Ranks, num_held_out: int = 0) -> None:
@@ -145,7 +145,7 @@ class Stream:
 
     @property
     def most_tokens(self) -> int:
-        """Of the rank that has most."""
+        """The number of the rank that has most."""
         return math.ceil(self.samples / self.ranks.size) * self.shape[1]
 
     @property

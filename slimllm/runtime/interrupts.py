@@ -37,8 +37,8 @@ class SafeStop:
     """While layers are at work, the first signal stops the run after the present one; the second, at once.
 
     Args:
-        say: Told what will happen.
-        ranks: Of the run, which stop after the same layer, whichever of them was signalled.
+        say: Called with what will happen.
+        ranks: The processes of the run, which stop after the same layer, whichever of them was signalled.
     """
 
     def __init__(self, say: Callable[[str], None], ranks: Ranks) -> None:

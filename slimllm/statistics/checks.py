@@ -6,7 +6,7 @@ import torch
 
 
 class Accumulator:
-    """Of how many features the statistics are, how many tokens they have seen, and the sum of their weights (`mass`)."""
+    """Number of features, number of tokens seen, and the sum of their weights (`mass`)."""
 
     def __init__(self, features: int) -> None:
         if features < 1:

@@ -77,7 +77,7 @@ class ColumnStatistics(Accumulator):
 
 
 class PairedMoments(Accumulator):
-    """Variance of ŷ and covariance of y with ŷ, dimension by dimension, about means known beforehand.
+    """Variance of ŷ and covariance of y with ŷ, dimension by dimension, about given means.
 
     Args:
         mean_y: (features,) fp64, mean of y over all tokens of the stream.

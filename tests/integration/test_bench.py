@@ -249,7 +249,7 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="There is no file"):
         read_rows(tmp_path / "none.jsonl")
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n3\n')
-    with pytest.raises(InputError, match=r"Line 2 of .* is no row"):
+    with pytest.raises(InputError, match=r"Line 2 of .* is not a row"):
         read_rows(tmp_path / "bad.jsonl")
 
 
@@ -270,7 +270,8 @@ def test_tables_are_up_to_date(benchmarks: None) -> None:
     for page in tables.PAGES:
         text = page.read_text(encoding="utf-8")
         assert tables.fill(text) == text, f"{page.name}: run make tables"
-    assert "<!-- table prune -->" in tables.PAGES[0].read_text(encoding="utf-8")
+    assert "<!-- table summary -->" in tables.PAGES[0].read_text(encoding="utf-8")
+    assert "<!-- table prune -->" in tables.PAGES[1].read_text(encoding="utf-8")
 
 
 def test_tables_take_the_newest_commit_of_a_setting(

@@ -338,7 +338,7 @@ def _holder(report: Any, path: tuple[Any, ...]) -> Any:
         (_set("x", "config", "round_to"), "config.round_to is 'x'"),
         (_set(0, "dense_pass_s"), "dense_pass_s is '0'"),
         (_set("fast", "stages_s", "read"), "stages_s.read is 'fast'"),
-        (_set(1.0, "stages_s", "$x^"), "is no name of a part"),
+        (_set(1.0, "stages_s", "$x^"), "is not a name of a part"),
         (_set(None, "config"), "config is missing"),
         (_set(["x"], "allocation", "notes", 0), "allocation.notes[0]"),
         (_set(1, "a new field"), "another version of slimllm"),

@@ -125,7 +125,7 @@ def _incomplete() -> Allocation:
 def test_scores_that_are_no_numbers(forgotten: None, bad: float, token_ids: torch.Tensor, tmp_path: Path) -> None:
     @register_criterion("bad")
     class Bad(Criterion):
-        """A score that is no number."""
+        """A score that is not a number."""
 
         def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
             return torch.full((sublayer.units,), bad)

@@ -119,9 +119,9 @@ slimllm.prune({str(STORIES)!r}, "made", slimllm.PruneConfig(ratio=0.3, samples=4
 
 
 def test_the_documentation(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
-    """Every class in docs/extending.md and the README is pruned with, or registered at least."""
+    """Every class in docs/extending/methods.md and the README is pruned with, or registered at least."""
     root = Path(__file__).parents[2]
-    for document in (root / "docs" / "extending.md", root / "README.md"):
+    for document in (root / "docs" / "extending" / "methods.md", root / "README.md"):
         for code in re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL):
             if "@register_" in code and "Exporter" not in code:
                 exec(compile(code, document.name, "exec"), {"__name__": __name__, **_IMPORTED})
@@ -139,8 +139,8 @@ _IMPORTED = {"torch": torch, "Criterion": Criterion, "register_criterion": regis
 
 
 def test_an_exporter(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The one in docs/extending.md."""
-    text = (Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+    """The one in docs/extending/methods.md."""
+    text = (Path(__file__).parents[2] / "docs" / "extending" / "methods.md").read_text()
     code = text[text.index("from slimllm.export import") :].partition("```")[0]
     (tmp_path / "sizes.py").write_text(code)
     words = ("export", STORIES, "--to", "sizes", "--out", tmp_path / "sizes.txt", "--plugin", tmp_path / "sizes.py")

@@ -97,7 +97,7 @@ def test_habits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = call(capsys, "prune", STORIES, "--out", tmp_path / "x", "--ratio", "30")
     assert code == 2 and "got 30.0 (30 % is 0.3)" in err
     code, _, err = call(capsys, "prune", STORIES, "--out", tmp_path / "x", "--ratio", "much")
-    assert code == 2 and "'much' is no number" in err
+    assert code == 2 and "'much' is not a number" in err
 
 
 @pytest.mark.parametrize("command", ["prune", "plan", "eval", "export", "finetune", "compare", "sweep", "latency"])

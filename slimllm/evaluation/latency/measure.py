@@ -33,7 +33,7 @@ class Timed:
         shape: What was generated.
         first_token_s: Seconds to the first token of every round: the prompt's pass.
         next_tokens_s: Seconds for all other tokens of every round.
-        parameters: Of the whole model; embeddings that are also the head count once.
+        parameters: Number in the whole model; embeddings that are also the head count once.
         prefill_macs, decode_macs: Multiply-adds for a token of the prompt, whose last one alone passes the head, and for
             a new token after it.
     """
@@ -62,7 +62,7 @@ class Latency:
     """What was measured: a line for each shape and model, and each model's memory.
 
     Attributes:
-        lines: Of every shape those of all models, in the order in which they were given.
+        lines: For every shape those of all models, in the order in which they were given.
         memory_gib: The most that each took to generate, with its weights: of a GPU what torch had allocated, of the host
             what came on top of Python and the libraries.
         dtype, device, threads: What computed.
@@ -75,8 +75,10 @@ class Latency:
     threads: int
 
     def speedup(self, line: Timed, rates: str) -> float:
-        """Of a line over the first model at the same shape: the median over the rounds of the ratio of `prefill_rates` or
-        `decode_rates`, which were taken one after the other."""
+        """Speed-up of a line over the first model at the same shape.
+
+        The median over the rounds of the ratio of `prefill_rates` or `decode_rates`, which were taken one after the other.
+        """
         first = next(other for other in self.lines if other.shape == line.shape)
         return statistics.median(own / dense for own, dense in zip(getattr(line, rates), getattr(first, rates)))
 
@@ -113,9 +115,9 @@ def measure_latency(
         batch_sizes: Prompts at once.
         prompts: Tokens of a prompt.
         new_tokens: Tokens that are generated for each, 2 at least.
-        rounds: Of which there are medians; one more comes before them and does not count.
+        rounds: Figures are medians over them; one more comes before them and does not count.
         dtype, device, trust_remote_code: As for `load`.
-        progress: Told how many measurements are done, of how many, and what comes next.
+        progress: Called with the number of measurements done, of how many, and what comes next.
 
     Raises:
         ValueError: (as InputError) a setting is out of range, a model cannot be loaded or takes fewer tokens, or memory ran

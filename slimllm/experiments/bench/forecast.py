@@ -57,7 +57,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
 
     Raises:
         ValueError: (as InputError) there is no such model, or it cannot be done within the budgets, or its heads
-            are no multiple of what was asked for.
+            are not a multiple of what was asked for.
     """
     check_config(config)
     if not 1 <= ranks <= config.samples:

@@ -101,7 +101,7 @@ def _fit(points: list[tuple[float, float]], unit: str) -> str:
 
 
 def _medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every setting the run of median time among those of the commit that measured it last."""
+    """For every setting, the run of median time among those of the commit that measured it last."""
     settings: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         same = settings.setdefault(tuple(str(row.get(name)) for name in _FIXED), [])
@@ -164,7 +164,7 @@ def _series(rows: list[dict[str, Any]], varying: str) -> dict[str, list[tuple[fl
             "width": ([f"of {layers}", tokens], _width(row)),
         }[varying]
         label = ", ".join([*parts, f"{row['ratio']:.0%}", row["recovery"], *(str(row[name]) for name in differing)])
-        # The output head, which the perplexity takes, is no part of a layer.
+        # The output head, which the perplexity takes, is not part of a layer.
         outside = row["stages_s"].get("perplexity", 0.0) if varying == "width" else 0.0
         found[label][at] = (row["elapsed_s"] - outside) / (row["num_layers"] if varying == "width" else 1)
     return {label: sorted(points.items()) for label, points in found.items() if len(points) > 1}

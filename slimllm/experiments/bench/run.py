@@ -61,7 +61,7 @@ class Setting:
         plugins: Modules or files with methods, see `slimllm.plugins.import_plugin`.
         on_disk: Write the weights of a named shape to disk before the run, and read them from there; otherwise they are
             made when they are read, which takes about as long as reading.
-        seed: Of random weights and of the calibration.
+        seed: Seed of random weights and of the calibration.
     """
 
     model: str
@@ -249,7 +249,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file.
 
     Raises:
-        ValueError: (as InputError) there is no such file, or a line is no JSON object.
+        ValueError: (as InputError) there is no such file, or a line is not a JSON object.
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}; give one that slimllm bench has written.")
@@ -258,7 +258,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError, RecursionError):
-            raise InputError(f"Line {number} of {path} is no row of results.") from None
+            raise InputError(f"Line {number} of {path} is not a row of results.") from None
     return rows
 
 

@@ -31,7 +31,7 @@ class RandomCheckpoint(Checkpoint):
     Args:
         shape: The sizes.
         num_layers: Only so many layers; None: all.
-        seed: Of the numbers.
+        seed: Seed of the numbers.
     """
 
     def __init__(self, shape: Shape, num_layers: int | None = None, seed: int = 0) -> None:

@@ -59,7 +59,7 @@ def stage_work(
     Args:
         report: The run's report (`PruneReport` as a dict).
         sizes: Sizes of the dense layers.
-        hidden_size, head_dim: Of the model.
+        hidden_size, head_dim: The model's.
         read_bytes: What a parameter takes where it is read from.
     """
     tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
@@ -145,7 +145,7 @@ def _layer_work(
 
 
 def _regression(features: int, kept: int, hidden_size: int) -> Work:
-    """Of the removed features' output on the kept ones: the cross moments, the factor, and two triangular solves."""
+    """Regression of the removed features' output on the kept ones: cross moments, a factor, and two triangular solves."""
     removed = features - kept
     return Work(precise=2 * removed * hidden_size * (kept + removed) + kept**3 / 3 + 2 * kept**2 * hidden_size)
 

@@ -99,5 +99,5 @@ def _round_channels(removed: float, channels: int, round_to: int) -> int:
     kept = max(round((channels - removed) / round_to) * round_to, min(round_to, channels))
     if kept >= channels:
         return 0
-    # Keeping every channel is allowed even when their number is no multiple.
+    # Keeping every channel is allowed even when their number is not a multiple.
     return 0 if removed < (channels - kept) / 2 else channels - kept

@@ -55,7 +55,7 @@ def spend(curves: list[Curves], shapes: list[LayerShape], target: int, round_to:
     """How many units and channels every layer gives, so that parameters nearest to the target go.
 
     Args:
-        curves: Of every layer.
+        curves: Curves of every layer.
         shapes: Their sizes.
         target: Parameters to remove, biases of the recovery made up for.
         round_to: Widths are multiples of this, and every layer keeps so many channels, and one step of units.

@@ -19,7 +19,7 @@ class Allocated:
     """What is removed from every layer, the settings they follow from, and one sentence for each choice worth knowing.
 
     Attributes:
-        removals: Of every layer.
+        removals: What every layer loses.
         target_params: Parameters to remove.
         pruned_layers: How many layers give something.
         alpha: Temperature of the softmax; 0: there is none.

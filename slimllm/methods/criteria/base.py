@@ -36,7 +36,7 @@ class Criterion(Method, ABC):
 
         Args:
             sublayer: The dense sub-layer.
-            statistics: Of its calibration activations.
+            statistics: Statistics of its calibration activations.
         """
         raise NotImplementedError(f"{type(self).__name__} has to define scores() or select().")
 
@@ -45,7 +45,7 @@ class Criterion(Method, ABC):
 
         Args:
             sublayer: The dense sub-layer.
-            statistics: Of its calibration activations.
+            statistics: Statistics of its calibration activations.
             num_removed: How many units are removed, of every group of the sub-layer.
         """
         scores = self.scores(sublayer, statistics)

@@ -56,6 +56,6 @@ class Recovery(Method, ABC):
 
         Args:
             sublayer: The dense sub-layer.
-            statistics: Of its calibration activations.
+            statistics: Statistics of its calibration activations.
             kept: The units that stay, sorted int64 indices on the CPU.
         """

@@ -52,7 +52,7 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
 
     Args:
         weight: W of the output projection, (D, F).
-        statistics: Of its inputs z, F features; all is computed where they are.
+        statistics: Statistics of its inputs z, F features; all is computed where they are.
         keep: Indices of the kept columns, on any device.
         ranks: Processes with the same statistics, each of which does its share of the outputs; None: this one alone.
     """

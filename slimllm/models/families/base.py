@@ -2,7 +2,7 @@
 
 A decoder layer is two residual sub-layers, `h += post_norm(project(inner(norm(h))))`, most without a post-norm. `inner` is
 the attention (or the FFN) with its output projection taken out, and its output is what the statistics are made of.
-docs/families.md says how to add one.
+docs/extending/families.md says how to add one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _any_number(config: PretrainedConfig, num_heads: int) -> bool:
 
 
 def divides_hidden_size(config: PretrainedConfig, num_heads: int) -> bool:
-    """Of families whose own architecture insists on a number of heads that divides hidden_size."""
+    """Whether a number of heads divides hidden_size, on which some architectures insist."""
     return bool(config.hidden_size % num_heads == 0)
 
 
@@ -144,7 +144,7 @@ class ReadAs:
     """Models whose checkpoints are read as those of another family, which compute the same.
 
     Attributes:
-        model_type: Of their config.json.
+        model_type: The one in their config.json.
         family: `model_type` of what they are read as.
         config: Makes its configuration, or raises ValueError (as InputError).
         rows: By the name of a fused projection in a layer, its parts, and which of its rows each of them has; from that

@@ -45,7 +45,7 @@ def _rows(config: PretrainedConfig) -> dict[str, dict[str, Rows]]:
 
 
 def _slopes(config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """Of the position bias, one for each head."""
+    """Slopes of the position bias, one for each head."""
     heads = config.num_attention_heads
     biases = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)  # slope times position
     return {BLOOM.slopes: biases.view(heads, 2)[:, 1].clone()}

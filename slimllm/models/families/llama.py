@@ -4,7 +4,7 @@ from slimllm.models.families.base import Family, GGUFNames, divides_hidden_size,
 
 LLAMA = register_family(
     Family(
-        # LLaMA's mathematics with a home for every bias: our uniform results are written in it, and can be pruned again.
+        # LLaMA's mathematics that supports every bias: our uniform results are written in it, and can be pruned again.
         also=("seed_oss",),
         takes_heads=divides_hidden_size,
         stock_holds=lambda biases: biases.qkv == biases.out and biases.gate == biases.down,

@@ -78,7 +78,7 @@ def test_only_what_is_needed_is_chosen() -> None:
     """Of hidden states that fill the memory, files help, and nothing else has to be given up for it."""
     sizes = dataclasses.replace(LLAMA_33B, samples=2048)
     plan = make_plan(sizes, PruneConfig(ratio=0.2, host_memory="9GiB"), GIB / 2)
-    assert plan.choices == ["hidden states live in files"] and plan.peak_host < 9 * GIB
+    assert plan.choices == ["hidden states are stored in files"] and plan.peak_host < 9 * GIB
 
 
 def test_a_large_regression_moves_to_the_host() -> None:
@@ -189,7 +189,7 @@ def test_forecast_needs_the_configuration_alone(tmp_path: Path) -> None:
 def test_plan_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = call(capsys, "plan", "llama-33b", "--samples", "2048", "--host-memory", "9GiB")
-    assert code == 0 and "60 layers, 32.53 billion parameters" in out and "hidden states live in files" in out
+    assert code == 0 and "60 layers, 32.53 billion parameters" in out and "hidden states are stored in files" in out
     code, _, err = call(capsys, "plan", "llama-33b", "--host-memory", "1GiB")
     assert code == 2 and "at least (in the phase" in " ".join(err.split())
     code, out, _ = call(capsys, "plan", "llama-33b", "--device", "cuda", "--gpu-memory", "8GiB", "--recovery", "lstsq")
