@@ -9,54 +9,17 @@ Of each setting the rows of the newest commit that measured it count, on a CPU a
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import re
 import statistics
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from accuracy_tables import accuracy_table, calibration_table, draw, summary_table
+from rows import RESULTS, Rows, median, newest, spread, table
+
 ROOT = RESULTS.parent.parent
 PAGES = [ROOT / name for name in ("README.md", "docs/benchmarks.md", "benchmarks/NOTES.md")]
 PICTURE = ROOT / "docs" / "perplexity.png"
-SHOWN = {"best": "best", "slimllm": "the paper's method (default)", "flap": "FLAP", "wanda-sp": "Wanda-sp"}
-Rows = list[dict[str, Any]]
-# Of text that is measured on: of the same source as the calibration, or of the other.
-KINDS = ("own kind", "other kind")
-
-
-def newest(name: str, keys: tuple[str, ...], wanted: Callable[[dict[str, Any]], bool]) -> list[Rows]:
-    """The rows of every setting, which `keys` tell apart: those of the last commit that measured it."""
-    path = RESULTS / f"{name}.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    settings: dict[tuple[Any, ...], Rows] = {}
-    for row in rows:
-        if row["commit"].endswith("-dirty") or not wanted(row):
-            continue
-        same = settings.setdefault(tuple(row.get(key) for key in keys), [])
-        if same and same[0]["commit"] != row["commit"]:
-            same.clear()
-        same.append(row)
-    return list(settings.values())
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
-
-
-def median(rows: Rows, value: Callable[[dict[str, Any]], float]) -> float:
-    """Over the runs of a setting."""
-    return statistics.median(map(value, rows))
-
-
-def spread(rows: Rows, key: str) -> str:
-    """The median, and the least and the most."""
-    values = sorted(row[key] for row in rows)
-    return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
 
 
 def whole_models() -> list[Rows]:
@@ -158,115 +121,6 @@ def recovery_table() -> str:
 
     names = [("none", "`none`"), ("affine", "`affine`, the paper's"), ("lstsq", "`lstsq`")]
     return table(["`--recovery`", "20 %", "50 %"], [[title, cell(name, 0.2), cell(name, 0.5)] for name, title in names])
-
-
-def accuracy_table() -> str:
-    """How much every method loses on held-out text of the calibration's own kind, and of another kind."""
-    settings = grouped(lambda row: row["samples"] == 32, ("mha", "calibration", "method"))
-
-    def line(key: tuple[Any, ...], rows: Rows) -> list[str]:
-        model = "MHA" if key[0] else "GQA"
-        return [f"{model}, {key[1]}", key[2], *increases(rows, (0.2, 0.35, 0.5)), str(len({row["seed"] for row in rows}))]
-
-    header = ["model, calibrated on", "method", *(f"{ratio}, {kind}" for ratio in ("20%", "35%", "50%") for kind in KINDS)]
-    return table([*header, "seeds"], [line(key, rows) for key, rows in settings])
-
-
-def summary() -> dict[str, dict[tuple[float, str], tuple[float, float]]]:
-    """By method: perplexity in windows of 512 tokens and parameters of the layers, by ratio and kind of text.
-
-    SmolLM2-135M with grouped queries, calibrated on WikiText-2; geometric means over seeds.
-    """
-    found: dict[str, dict[tuple[float, str], tuple[float, float]]] = {"dense": {}}
-    groups = grouped(
-        lambda row: row["samples"] == 32 and not row["mha"] and row["calibration"] == "wikitext", ("method", "ratio")
-    )
-    for (method, ratio), rows in groups:
-        for kind, text in zip(KINDS, ("wikitext 512", "bundled 512")):
-            value = math.exp(statistics.mean(math.log(row["perplexity"][text]) for row in rows))
-            found.setdefault(method, {})[ratio, kind] = value, statistics.mean(row["parameters"] for row in rows)
-            found["dense"][0.0, kind] = rows[0]["perplexity_dense"][text], math.nan
-    return found
-
-
-def summary_table() -> str:
-    """Four methods at two ratios."""
-    found = summary()
-    lines = [["dense", *(f"{found['dense'][0.0, kind][0]:.1f}" for _ in range(2) for kind in KINDS)]]
-    lines += [
-        [title, *(f"{found[method][ratio, kind][0]:,.1f}" for ratio in (0.2, 0.5) for kind in KINDS)]
-        for method, title in SHOWN.items()
-    ]
-    return table(["method", *(f"{ratio}, {kind}" for ratio in ("20 %", "50 %") for kind in KINDS)], lines)
-
-
-def draw(path: Path) -> None:
-    """Perplexity over parameters, for the four methods."""
-    from matplotlib.figure import Figure
-
-    found = summary()
-    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    dense = found["dense"][0.0, KINDS[0]][0]
-    for method, title in SHOWN.items():
-        points = sorted(value[::-1] for (_, kind), value in found[method].items() if kind == KINDS[0])
-        axes.plot([x / 1e6 for x, _ in points], [y for _, y in points], marker="o", label=title)
-    axes.axhline(dense, color="black", linewidth=0.8, linestyle="--", label=f"dense, 106 M: {dense:.1f}")
-    axes.set(xlabel="parameters of the decoder layers, M", ylabel="perplexity", yscale="log")
-    axes.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
-    figure.savefig(path, dpi=130)
-
-
-def calibration_table() -> str:
-    """What more calibration tokens give."""
-    settings = grouped(lambda row: not row["mha"] and row["calibration"] == "wikitext", ("method", "samples"))
-    with_more = {key[0] for key, _ in settings if key[1] > 32}
-    lines = [
-        [key[0], f"{key[1] * 128:,}", *increases([row for row in rows if row["seed"] == 0], (0.2, 0.5))]
-        for key, rows in sorted(settings, key=lambda entry: entry[0])
-        if key[0] in with_more
-    ]
-    return table(["method", "tokens", *(f"{ratio}, {kind}" for ratio in ("20%", "50%") for kind in KINDS)], lines)
-
-
-def grouped(wanted: Callable[[dict[str, Any]], bool], keys: tuple[str, ...]) -> list[tuple[tuple[Any, ...], Rows]]:
-    """The rows of accuracy.jsonl by some of their settings, the best at 50 % first; of each setting the newest."""
-    every = ("model", "mha", "method", "ratio", "calibration", "samples", "seed")
-    groups: dict[tuple[Any, ...], Rows] = {}
-    for rows in newest("accuracy", every, wanted):
-        groups.setdefault(tuple(rows[-1][key] for key in keys), []).append(rows[-1])
-
-    def rank(entry: tuple[tuple[Any, ...], Rows]) -> tuple[Any, ...]:
-        hardest = [increase(row, text, 512) for row in entry[1] if row["ratio"] == 0.5 for text in ("bundled", "wikitext")]
-        return (*entry[0][:-1], statistics.mean(hardest) if hardest else math.inf)
-
-    return sorted(groups.items(), key=rank)
-
-
-def increase(row: dict[str, Any], text: str, window: int) -> float:
-    """Of the logarithm of the perplexity over the dense model's."""
-    name = f"{text} {window}"
-    return math.log(row["perplexity"][name] / row["perplexity_dense"][name])
-
-
-def increases(rows: Rows, ratios: tuple[float, ...]) -> list[str]:
-    """For each ratio, on the calibration's own kind of text and on the other: in windows of 128 / of 512."""
-    cells = []
-    for ratio in ratios:
-        here = [row for row in rows if row["ratio"] == ratio]
-        for own in (True, False):
-            cell = []
-            for window in (128, 512):
-                texts = [
-                    (row, text) for row in here for text in ("bundled", "wikitext") if (text == row["calibration"]) == own
-                ]
-                values = [increase(row, text, window) for row, text in texts]
-                spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-                cell += [f"{statistics.mean(values):.2f}{spread}"] if values else []
-            cells.append(" / ".join(cell))
-    return cells
 
 
 def large_table() -> str:

@@ -278,7 +278,7 @@ def test_tables_take_the_newest_commit_of_a_setting(
     benchmarks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tables = load_script("tables")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(load_script("rows"), "RESULTS", tmp_path)
     row = {
         "device": "cpu",
         "num_heads": 4,

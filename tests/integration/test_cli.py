@@ -171,7 +171,7 @@ def test_output_folders_that_would_cost_data(
         (["--out", model, "--overwrite"], "which is read"),
         (["--out", tmp_path, "--overwrite"], "which is read"),
         (["--out", model / "sub"], "lies in"),
-        (["--out", "/dev/null/x"], "no folder that can be written to"),
+        (["--out", "/dev/null/x"], "not a folder that can be written to"),
         (["--out", file], "is a file"),
         (["--out", occupied, "--overwrite", "--calibration", text], "which is read"),
         (["--out", Path.cwd(), "--overwrite"], "current directory"),
