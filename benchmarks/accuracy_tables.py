@@ -21,7 +21,8 @@ def accuracy_table() -> str:
 
     def line(key: tuple[Any, ...], rows: Rows) -> list[str]:
         model = "MHA" if key[0] else "GQA"
-        return [f"{model}, {key[1]}", key[2], *increases(rows, (0.2, 0.35, 0.5)), str(len({row["seed"] for row in rows}))]
+        counts = [len({row["seed"] for row in rows if row["ratio"] == ratio}) for ratio in (0.2, 0.35, 0.5)]
+        return [f"{model}, {key[1]}", key[2], *increases(rows, (0.2, 0.35, 0.5)), ", ".join(map(str, counts))]
 
     header = ["model, calibrated on", "method", *(f"{ratio}, {kind}" for ratio in ("20%", "35%", "50%") for kind in KINDS)]
     return table([*header, "seeds"], [line(key, rows) for key, rows in settings])

@@ -1,4 +1,4 @@
-"""The operations that pruning is made of, for the engine and for other people's methods (docs/backend.md).
+"""The operations that pruning is made of, for the engine and for other people's methods (docs/reference/operations.md).
 
 Every one has a plain torch path, which runs anywhere, and some have a Triton kernel; `dispatch.py` decides which runs.
 """
