@@ -1,4 +1,4 @@
-"""The C++ sources: they compile without a warning, and setup.py says in one line why it leaves them out."""
+"""Building: C++ sources compile without a warning, setup.py says in a line why it leaves them out; wheel and sdist."""
 
 from __future__ import annotations
 
@@ -52,3 +52,41 @@ def test_left_out_or_mistaken(tmp_path: Path) -> None:
     assert left_out.returncode == 0 and "left out (SLIMLLM_BUILD_EXT=0)" in left_out.stdout
     mistaken = build(tmp_path, SLIMLLM_BUILD_EXT="yes")
     assert mistaken.returncode != 0 and "must be one of auto, 1, 0, got 'yes'" in mistaken.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_what_is_published_can_be_installed(kind: str, tmp_path: Path) -> None:
+    """Built from a copy of the checkout, installed into an empty folder, and pruned with from there."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    for name in listed:
+        target = tmp_path / "checkout" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, target, follow_symlinks=False)
+    environment = {**os.environ, "SLIMLLM_BUILD_EXT": "0"}
+    pip = [sys.executable, "-m", "pip", "-q"]
+    source = tmp_path / "checkout"
+    if kind == "sdist":
+        code = "import os, sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+        made = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=source, env=environment, capture_output=True, text=True
+        )
+        assert made.returncode == 0, made.stderr
+        source = next(tmp_path.glob("*.tar.gz"))
+    options = ["--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    subprocess.run([*pip, "install", *options, str(source)], env=environment, check=True)
+    code = (
+        "import sys, slimllm; from importlib import resources; assert sys.argv[1] in slimllm.__file__, slimllm.__file__;"
+        "model = str(resources.files('slimllm') / 'calibration' / 'data' / 'stories260k');"
+        "print(slimllm.prune(model, sys.argv[2], slimllm.PruneConfig(ratio=0.2, samples=4)).achieved_ratio);"
+        "import slimllm.kernels.gram, slimllm.report; slimllm.report.write_page(sys.argv[2])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site"), str(tmp_path / "out")],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.html").is_file()
