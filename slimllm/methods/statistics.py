@@ -79,13 +79,11 @@ class SublayerStatistics:
 
     def seen_by(self, method: Any) -> SublayerStatistics:
         """The same, of which only what a criterion or recovery has declared to need can be used, whatever others need."""
-        seen = copy.copy(self)
-        seen._allowed, seen._attention_gram = method.needs, method.attention_gram
-        return seen
+        return self._seen(method.needs, method.attention_gram)
 
-    def _seen_by_engine(self) -> SublayerStatistics:
+    def _seen(self, allowed: Needs, attention_gram: bool) -> SublayerStatistics:
         seen = copy.copy(self)
-        seen._allowed, seen._attention_gram = ~Needs(0), True
+        seen._allowed, seen._attention_gram = allowed, attention_gram
         return seen
 
     def _check(self, needed: Needs, what: str) -> None:
@@ -165,7 +163,7 @@ class SublayerStatistics:
             kept: The units that were selected, sorted int64 indices; others where the Gram of the columns is there.
         """
         if self._moments is not None:
-            return self._moments(self._seen_by_engine(), kept)
+            return self._moments(self._seen(~Needs(0), True), kept)
         for streamed, moments in self._streamed:
             if torch.equal(streamed, kept):
                 return moments
