@@ -9,6 +9,7 @@ Of each setting the rows of the newest commit that measured it count, on a CPU a
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -18,7 +19,7 @@ from accuracy_tables import accuracy_table, calibration_table, draw, summary_tab
 from rows import RESULTS, Rows, median, newest, spread, table
 
 ROOT = RESULTS.parent.parent
-PAGES = [ROOT / name for name in ("README.md", "docs/benchmarks.md", "benchmarks/NOTES.md")]
+PAGES = [ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/reference/operations.md", "benchmarks/NOTES.md")]
 PICTURE = ROOT / "docs" / "perplexity.png"
 
 
@@ -123,6 +124,31 @@ def recovery_table() -> str:
     return table(["`--recovery`", "20 %", "50 %"], [[title, cell(name, 0.2), cell(name, 0.5)] for name, title in names])
 
 
+def lstsq_table() -> str:
+    """Systems of least squares against torch's batched Cholesky."""
+
+    def shape(row: dict[str, Any]) -> list[str]:
+        return re.findall(r"\d+", row["what"])
+
+    def line(rows: Rows) -> list[str]:
+        ours, fp32, fp64 = (
+            median(rows, lambda r, name=name: r["seconds"][name]) for name in ("ours", "torch", "torch fp64")
+        )
+        errors = [median(rows, lambda r, name=name: r[name]) for name in ("error", "error_torch")]
+        digits = max(0, 1 - math.floor(math.log10(1e3 * ours)))
+        return [
+            *shape(rows[0]),
+            f"{1e3 * ours:.{digits}f} ms",
+            f"{fp32 / ours:.2f}",
+            f"{fp64 / ours:.2f}",
+            *(f"{error:.0e}".replace("e-0", "e-") for error in errors),
+        ]
+
+    settings = newest("lstsq", ("what",), lambda row: "error" in row and "AMD EPYC" in row["machine"])
+    header = ["systems", "unknowns", "right-hand sides", "slimllm", "× torch fp32", "× torch fp64", "error", "torch fp32's"]
+    return table(header, [line(rows) for rows in settings])
+
+
 def large_table() -> str:
     """Some layers of models that are larger than the machine's memory."""
     settings = newest("large", ("model", "layers", "recovery", "host_memory"), lambda row: row["device"] == "cpu")
@@ -185,6 +211,7 @@ TABLES = {
     "stages": stages_table,
     "naive": naive_table,
     "recovery": recovery_table,
+    "lstsq": lstsq_table,
     "large": large_table,
     "accuracy": accuracy_table,
     "summary": summary_table,
