@@ -127,17 +127,14 @@ def recovery_table() -> str:
 def lstsq_table() -> str:
     """Systems of least squares against torch's batched Cholesky."""
 
-    def shape(row: dict[str, Any]) -> list[str]:
-        return re.findall(r"\d+", row["what"])
-
     def line(rows: Rows) -> list[str]:
         ours, fp32, fp64 = (
-            median(rows, lambda r, name=name: r["seconds"][name]) for name in ("ours", "torch", "torch fp64")
+            statistics.median(row["seconds"][name] for row in rows) for name in ("ours", "torch", "torch fp64")
         )
-        errors = [median(rows, lambda r, name=name: r[name]) for name in ("error", "error_torch")]
+        errors = [statistics.median(row[name] for row in rows) for name in ("error", "error_torch")]
         digits = max(0, 1 - math.floor(math.log10(1e3 * ours)))
         return [
-            *shape(rows[0]),
+            *re.findall(r"\d+", rows[0]["what"]),
             f"{1e3 * ours:.{digits}f} ms",
             f"{fp32 / ours:.2f}",
             f"{fp64 / ours:.2f}",
