@@ -28,6 +28,7 @@ from slimllm.calibration import Calibration, bundled_text, draw_windows, tokeniz
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import InMemoryModel
 from slimllm.methods.allocation.target import allocate
+from slimllm.ops.dispatch import triton_is_missing
 from slimllm.plugins import ALLOCATIONS, CRITERIA, EXPORTERS, RECOVERIES
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import run_dense_pass
@@ -39,6 +40,10 @@ from slimllm.runtime.stopwatch import Stopwatch
 
 # The models are tiny: more threads only make the tests slow where other work runs beside them.
 torch.set_num_threads(1)
+
+
+# A test, or a parameter of one, that needs the Triton kernels.
+needs_kernels = pytest.mark.skipif(bool(triton_is_missing()), reason=f"no kernels: {triton_is_missing()}")
 
 
 @pytest.fixture

@@ -177,6 +177,7 @@ class TextFile:
                 # A table has no other way to say that there is nothing.
                 yield number, {name: field or None for name, field in zip(names, row)}
         except csv.Error as error:
+            check_no_nul(self.path, "NUL" in str(error))  # Python 3.10 refuses it by itself
             raise InputError(f"Line {reader.line_num} of {shown(self.path)} is not a row of a table: {error}.") from None
 
 

@@ -65,7 +65,7 @@ def choose(operation: str, device: torch.device | str) -> Choice:
     if OPERATIONS[operation].extension:
         return _extension(operation, device, wanted)
     if wanted == "triton":
-        missing = _triton_is_missing()
+        missing = triton_is_missing()
         if missing:
             raise InputError(f"SLIMLLM_BACKEND=triton was asked for, but {missing}.")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -148,7 +148,7 @@ def _by_trying(operation: str, index: int) -> Choice:
         major, minor = torch.cuda.get_device_capability(index)
         if torch.version.hip or major < 8:
             return Choice("torch", f"kernels need an NVIDIA GPU of compute capability 8.0 or later, not {major}.{minor}")
-        missing = _triton_is_missing()
+        missing = triton_is_missing()
         if missing:
             return Choice("torch", missing)
     try:
@@ -162,7 +162,7 @@ def _by_trying(operation: str, index: int) -> Choice:
     return Choice(backend, f"agrees with torch on this GPU to {worst:.0e}")
 
 
-def _triton_is_missing() -> str:
+def triton_is_missing() -> str:
     """Why there are no kernels, or nothing."""
     try:
         import triton
@@ -176,7 +176,7 @@ def _triton_is_missing() -> str:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """fp32 products in fp32, whatever the caller allows elsewhere: TF32, bf16, autocast."""
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    settings: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     with without_autocast(device):
         if not all(hasattr(setting, "fp32_precision") for setting in settings):  # torch before 2.9
             allowed = torch.get_float32_matmul_precision()

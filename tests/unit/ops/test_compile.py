@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 ROOT = Path(__file__).parents[3]
 REPORT = ROOT / "benchmarks" / "kernels_report.py"

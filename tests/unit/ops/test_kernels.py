@@ -8,7 +8,7 @@ from tolerances import FLOOR, assert_close
 
 from slimllm import ops
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.6")
 from slimllm.kernels import gram as kernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import needs_kernels
 
 from slimllm import InputError, ops
 from slimllm.ops import dispatch, gram, selfcheck
@@ -72,7 +73,7 @@ def test_the_callers_precision_changes_nothing(name: str) -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    if hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
+    if hasattr(torch.backends.mkldnn, "matmul") and hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
         settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
         old = [setting.fp32_precision for setting in settings]
         try:
@@ -84,7 +85,7 @@ def test_the_callers_precision_changes_nothing(name: str) -> None:
                 setting.fp32_precision = value
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_kernels)])
 def test_accumulators_keep_no_graph(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     monkeypatch.setenv("SLIMLLM_BACKEND", backend)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -229,6 +230,7 @@ def test_results_carry_no_gradients() -> None:
     assert not any(result.requires_grad for result in results)
 
 
+@needs_kernels
 def test_backend_is_chosen_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLIMLLM_BACKEND", "auto")
     assert dispatch.choose("gram_", "cpu").backend == "torch" and ops.backend("cpu") == "torch"
@@ -254,6 +256,7 @@ def a_gpu_of_2022(monkeypatch: pytest.MonkeyPatch) -> None:
     dispatch._automatic.cache_clear()
 
 
+@needs_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 @pytest.mark.parametrize("operation", [name for name, operation in OPERATIONS.items() if operation.cases])
 def test_kernels_are_compared_before_they_are_used(
@@ -269,6 +272,7 @@ def test_kernels_are_compared_before_they_are_used(
     assert choice.backend == wanted and "agrees with torch" in choice.reason
 
 
+@needs_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_a_kernel_that_computes_something_else_is_not_used(
     a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -312,6 +316,7 @@ def test_the_comparison_sees_what_is_not_a_number_and_what_is_not_solved(monkeyp
 
 
 @pytest.mark.slow
+@needs_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_the_comparison_is_the_same_under_other_defaults(a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "ACTIVATIONS", (torch.bfloat16,))  # of the cases that take longest
@@ -323,6 +328,7 @@ def test_the_comparison_is_the_same_under_other_defaults(a_gpu_of_2022: None, mo
         torch.set_default_dtype(torch.float32)
 
 
+@needs_kernels
 def test_no_memory_is_no_verdict(a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(operation: str, device: torch.device, backend: str) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -339,7 +345,7 @@ def test_old_gpus_and_missing_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert "8.0 or later, not 7.5" in dispatch._by_trying("gram_", 0).reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
-    monkeypatch.setattr(dispatch, "_triton_is_missing", lambda: "triton is not installed")
+    monkeypatch.setattr(dispatch, "triton_is_missing", lambda: "triton is not installed")
     assert dispatch._by_trying("gram_", 0) == dispatch.Choice("torch", "triton is not installed")
 
 

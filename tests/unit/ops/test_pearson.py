@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerances import FLOOR, assert_close
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 
 from slimllm import ops
 from slimllm.kernels import cosine, exchange, pearson

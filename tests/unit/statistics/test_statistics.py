@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import needs_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import FLOOR, assert_close
@@ -224,7 +225,7 @@ def test_paired_moments_with_large_means() -> None:
     assert torch.allclose(moments.covariance(), (centered * centered_hat).mean(0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_kernels)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mean", [0.0, 3.9, 10.0, 100.0, 3000.0])
 def test_half_precision_loses_nothing_that_was_there(
