@@ -1,1 +1,1 @@
-"""Families of models: the names inside them, one decoder layer at work, its slicing, the model without weights."""
+"""Model families, decoder layers and sub-layers, slicing of weights, and models without weights."""

@@ -1,4 +1,4 @@
-"""One decoder layer at work: its tensors and the module that computes with them."""
+"""A decoder layer: its tensors and the module that computes with them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimllm.models.slicing import LayerSizes, Tensors, install, layer_sizes
 
 @dataclass
 class Layer:
-    """A decoder layer at work: `module` computes, `tensors` are its weights in the dtype they are stored in."""
+    """A decoder layer: `module` computes, `tensors` are its weights in the dtype in which they are stored."""
 
     module: nn.Module
     tensors: Tensors
@@ -24,13 +24,13 @@ class Layer:
     dtype: torch.dtype
 
     def replace(self, tensors: Tensors) -> None:
-        """Compute with these tensors, of which those that are in place already stay there."""
+        """Install these tensors; those that are already in place are not copied again."""
         changed = {name for name, tensor in tensors.items() if self.tensors.get(name) is not tensor}
         self.tensors = tensors
         install(self.module, self.spec, tensors, changed, self.device, self.dtype)
 
     def linear(self, name: str) -> nn.Linear:
-        """One of the layer's projections."""
+        """Return one of the layer's projections, by name."""
         module = self.module.get_submodule(name)
         assert isinstance(module, nn.Linear)
         return module
@@ -41,6 +41,6 @@ class Layer:
 
 
 def run_layer(layer: Layer, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """The layer's own forward pass."""
+    """Run the layer's own forward pass and return the hidden states."""
     output = layer.module(hidden, **kwargs)
     return output[0] if isinstance(output, tuple) else output

@@ -1,4 +1,4 @@
-"""The model without its weights: tensor shapes, layer modules on the meta device, and how every layer is called."""
+"""Models without weights: tensor shapes, modules on the meta device, and the arguments that every layer receives."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slimllm.runtime.memory import exhausted
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model on the meta device (no memory), but for the rotary embedding, whose tables are computed."""
+    """Build the model on the meta device, where it takes no memory; only the rotary embedding's tables are computed."""
     spec = family_of(config.model_type)
     config = copy.deepcopy(config)
     try:
@@ -26,7 +26,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if spec.rotary:
             _make_rotary(model, spec)
-    except Exception as error:  # whatever a setting of a wrong kind makes of it in transformers
+    except Exception as error:  # a setting of a wrong type can raise anything in transformers
         if exhausted(error):
             raise
         raise InputError(f"The model's configuration cannot be used: {type(error).__name__}, {reason(error)}.") from error
@@ -38,7 +38,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _make_rotary(model: PreTrainedModel, spec: Family) -> None:
-    """Compute the tables of the rotary embedding, of which Gemma 3 has a second one under transformers 4."""
+    """Compute the tables of the rotary embedding, and of the second one that Gemma 3 has under transformers 4."""
     parent, name = spec.rotary.rsplit(".", 1)
     decoder: Any = model.get_submodule(parent)
     rotary = getattr(decoder, name)
@@ -50,13 +50,13 @@ def _make_rotary(model: PreTrainedModel, spec: Family) -> None:
 
 
 def embedding_scale(model: PreTrainedModel, spec: Family) -> float:
-    """What the embedding module multiplies its weights by: √D in Gemma, 1 elsewhere."""
+    """Return the factor by which the embedding module multiplies its weights: √D in Gemma, 1 elsewhere."""
     plain = type(model.get_submodule(spec.embedding)) is nn.Embedding
     return 1.0 if plain else float(model.config.hidden_size**0.5)
 
 
 def expected_tensors(model: PreTrainedModel, spec: Family) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint of this model holds; a tied head is not stored."""
+    """Return names and shapes of the tensors in a checkpoint of this model; a tied head is not stored."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         shapes.pop(f"{spec.head}.weight")
@@ -64,11 +64,11 @@ def expected_tensors(model: PreTrainedModel, spec: Family) -> dict[str, tuple[in
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: remembers its input and arguments, passes the hidden states on."""
+    """Stand-in for a decoder layer that records its input and arguments and returns the hidden states unchanged."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        # Of transformers 4: it chooses a mask by this, and some families' layers return tuples.
+        # For transformers 4, which chooses a mask by this attribute and where the layers of some families return tuples.
         self.attention_type = getattr(layer, "attention_type", None)
         self._in_a_tuple = "tuple" in str(inspect.signature(layer.forward).return_annotation).lower()
 
@@ -96,9 +96,9 @@ def _recorders(model: PreTrainedModel, spec: Family) -> Iterator[list[_Recorder]
 def record_layer_inputs(
     model: PreTrainedModel, spec: Family, embeddings: torch.Tensor
 ) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """Run the model's own forward pass with its decoder layers taken out, to learn how it calls them.
+    """Run the model's own forward pass without its decoder layers, and record how it calls them.
 
-    So masks, rotary embeddings and whatever else a family or a version of transformers passes are the real ones.
+    Masks, rotary embeddings and anything else that a family or a version of transformers passes are the real ones.
 
     Args:
         embeddings: (batch, seq_len, D), the token embeddings of one batch.
@@ -113,5 +113,5 @@ def record_layer_inputs(
 
 
 def empty_module(model: PreTrainedModel, name: str) -> nn.Module:
-    """A module of the model of its own, on the meta device, to be filled with weights."""
+    """Copy a module of the model on the meta device; the copy is to be filled with weights."""
     return copy.deepcopy(model.get_submodule(name))

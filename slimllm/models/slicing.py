@@ -1,4 +1,4 @@
-"""Weights and keep indices to smaller weights: on a layer's dict of tensors, and on its modules."""
+"""Slicing of weights by indices to keep, in a layer's dict of tensors and in its modules."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from slimllm.errors import InputError
 from slimllm.models.families import Family
 
 Tensors = dict[str, torch.Tensor]
-_ROWS = 256  # of a weight in fp64 at a time
+_ROWS = 256  # rows of a weight that are in fp64 at a time
 
 
 @dataclass(frozen=True)
 class OutputChange:
-    """What becomes of an output projection whose kept columns are S: W' = a ∘ W[:, S] + Δ, bias' = bias + b.
+    """Change of an output projection with the kept columns S: W' = a ∘ W[:, S] + Δ, bias' = bias + b.
 
     Attributes:
-        intercept: b, (D,) fp64; None: 0, and no bias where there was none.
+        intercept: b, (D,) fp64; None: 0, and no bias is added where there was none.
         slope: a, (D,) fp64; None: 1.
         delta: Δ, (D, |S|) fp64; None: 0.
     """
@@ -33,8 +33,11 @@ class OutputChange:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of one decoder layer; which of its projections have a bias: q, k and v; gate and up; and the last ones; and
-    whether its FFN has a gate."""
+    """Sizes of one decoder layer, which of its projections have a bias, and whether its FFN has a gate.
+
+    `attention_out_bias` and `ffn_out_bias` are about the output projections, `qkv_bias` about q, k and v, and `gate_bias`
+    about gate and up.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -52,20 +55,20 @@ class LayerSizes:
         return self.num_heads // self.num_kv_heads
 
     def by_group(self, head_unit: str) -> bool:
-        """Whether heads go in whole KV groups; without grouped queries a group is a head, whatever was asked for."""
+        """Return whether heads are removed in whole KV groups; always so without grouped queries: a group is one head."""
         return head_unit == "kv-group" or self.group_size == 1
 
     def units(self, head_unit: str) -> tuple[int, int]:
-        """What heads are pruned in: how many units, and of how many groups as many of each go (1: any may)."""
+        """Return the number of attention units, and of groups that each lose the same number of units (1: any unit)."""
         return (self.num_kv_heads, 1) if self.by_group(head_unit) else (self.num_heads, self.num_kv_heads)
 
     def unit_step(self, head_unit: str, multiple_of: int) -> int:
-        """How many of the units (of each group) go at a time, so that the kept heads are a multiple of `multiple_of`.
+        """Return how many units (of each group) are removed at a time to keep a multiple of `multiple_of` heads.
 
-        Those are KV heads where whole KV groups go, and otherwise query heads.
+        KV heads are counted where whole KV groups are removed, and query heads otherwise.
 
         Raises:
-            ValueError: (as InputError) the number of all heads is not a multiple of it.
+            ValueError: (as InputError) the number of all heads is not a multiple of `multiple_of`.
         """
         by_group = self.by_group(head_unit)
         number, kind = (self.num_kv_heads, "KV") if by_group else (self.num_heads, "query")
@@ -77,7 +80,7 @@ class LayerSizes:
         return multiple_of if by_group else multiple_of // math.gcd(multiple_of, self.num_kv_heads)
 
     def without(self, units: int, channels: int, head_unit: str, new_bias: bool) -> LayerSizes:
-        """After giving up so many units and channels; `params` is left to be counted when the tensors are there."""
+        """Return the sizes without these units (of each group) and channels; `params` is 0 until the tensors exist."""
         by_group = self.by_group(head_unit)
         return replace(
             self,
@@ -91,7 +94,7 @@ class LayerSizes:
 
 
 def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: Family, head_dim: int) -> LayerSizes:
-    """The sizes of a layer from the shapes of its tensors (names relative to the layer)."""
+    """Derive the sizes of a layer from the shapes of its tensors (names relative to the layer)."""
     return LayerSizes(
         num_heads=shapes[f"{spec.q_proj}.weight"][0] // head_dim,
         num_kv_heads=shapes[f"{spec.k_proj}.weight"][0] // head_dim,
@@ -106,7 +109,7 @@ def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: Family, head_dim: int)
 
 
 def sizes_by_layer(shapes: dict[str, tuple[int, ...]], spec: Family, head_dim: int, num_layers: int) -> list[LayerSizes]:
-    """The sizes of every layer from the shapes of all tensors of a model, by full name."""
+    """Derive the sizes of every layer from the shapes of all tensors of a model, by full name."""
     result = []
     for index in range(num_layers):
         prefix = f"{spec.layers}.{index}."
@@ -116,13 +119,13 @@ def sizes_by_layer(shapes: dict[str, tuple[int, ...]], spec: Family, head_dim: i
 
 
 def _select_rows(tensors: Tensors, projection: str, rows: torch.Tensor) -> Tensors:
-    """Rows of a projection's weight and, if it has one, of its bias."""
+    """Select rows of a projection's weight and, if it has one, of its bias."""
     names = [name for name in (f"{projection}.weight", f"{projection}.bias") if name in tensors]
     return {name: tensors[name][rows.to(tensors[name].device)] for name in names}
 
 
 def _select_slopes(tensors: Tensors, spec: Family, query_rows: torch.Tensor) -> Tensors:
-    """Numbers of the kept heads, from a tensor with one number for each head."""
+    """Select the numbers of the kept heads from the tensor with one number for each head, if there is one."""
     if not spec.slopes:
         return {}
     slopes = tensors[spec.slopes]
@@ -131,9 +134,9 @@ def _select_slopes(tensors: Tensors, spec: Family, query_rows: torch.Tensor) -> 
 
 
 def slice_output(tensors: Tensors, projection: str, columns: torch.Tensor, change: OutputChange | None = None) -> Tensors:
-    """W[:, columns] and the bias of an output projection, changed by the recovery, under their names in the layer.
+    """Return W[:, columns] and the bias of an output projection, changed by the recovery, by their names in the layer.
 
-    In fp32 at least: they are rounded once, when they are written.
+    Changed tensors are at least in fp32: they are rounded once, when they are written.
     """
     weight = tensors[f"{projection}.weight"]
     bias = tensors.get(f"{projection}.bias")
@@ -161,13 +164,13 @@ def slice_output(tensors: Tensors, projection: str, columns: torch.Tensor, chang
 def slice_attention(
     tensors: Tensors, spec: Family, query_rows: torch.Tensor, kv_rows: torch.Tensor, change: OutputChange | None = None
 ) -> Tensors:
-    """A layer's tensors with only some heads.
+    """Return a layer's tensors with only the kept heads.
 
     Args:
         tensors: All tensors of the layer, by names relative to it.
         query_rows: Rows of q_proj, and columns of o_proj, to keep.
         kv_rows: Rows of k_proj and v_proj to keep.
-        change: What recovery makes of o_proj; None leaves its values as they are.
+        change: Change of o_proj by the recovery; None: its kept values stay the same.
     """
     return {
         **tensors,
@@ -180,7 +183,7 @@ def slice_attention(
 
 
 def slice_ffn(tensors: Tensors, spec: Family, channels: torch.Tensor, change: OutputChange | None = None) -> Tensors:
-    """A layer's tensors with only some FFN channels; arguments as in `slice_attention`."""
+    """Return a layer's tensors with only the kept FFN channels; arguments as in `slice_attention`."""
     return {
         **tensors,
         **{name: rows for part in spec.into_ffn for name, rows in _select_rows(tensors, part, channels).items()},
@@ -195,10 +198,10 @@ def install(
 
     Args:
         layer: The decoder layer.
-        spec: The names in it.
-        tensors: All its tensors.
-        changed: Names of those that it does not hold yet; the others are left as they are.
-        device, dtype: Where and in what it computes.
+        spec: The family, for the names in the layer.
+        tensors: All tensors of the layer.
+        changed: Names of the tensors that are not installed yet; the others stay in place.
+        device, dtype: Device and dtype in which the layer computes.
     """
     for projection in spec.projections:
         weight, bias = tensors[f"{projection}.weight"], tensors.get(f"{projection}.bias")
@@ -213,7 +216,7 @@ def install(
     if spec.slopes in changed:
         owner, _, name = spec.slopes.rpartition(".")
         setattr(layer.get_submodule(owner), name, torch.empty_like(tensors[spec.slopes], device="meta"))
-    for name in changed:  # one by one, so that what it replaces is let go before the next one
+    for name in changed:  # one by one, so that each replaced tensor is freed before the next one is copied
         layer.load_state_dict({name: tensors[name].to(device=device, dtype=dtype)}, strict=False, assign=True)
     attention: Any = layer.get_submodule(spec.attention)
     ffn: Any = layer.get_submodule(spec.ffn)

@@ -1,8 +1,8 @@
-"""One half of a decoder layer, its attention or its FFN: what pruning works on.
+"""A sub-layer, the attention or the FFN of a decoder layer: the object that pruning works on.
 
-Both have the form h += residual_update(project(inner(norm(h)))). What was kept of a pruned one produces what it produced
-before, so the pruned output is a product with the kept columns and no layer runs twice, unless keeping the inner
-activations of all tokens would take more than the stream allows: then the sliced, cheaper module makes them again.
+Both have the form h += residual_update(project(inner(norm(h)))). Kept units produce the same inner activations as before
+pruning, so the pruned output is a product with the kept columns and no layer runs twice. The exception: if the inner
+activations of all tokens exceed the memory that the stream allows, the sliced, cheaper module computes them again.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Sublayer:
     """The attention or the FFN of a decoder layer, and the units in which it is pruned.
 
     Attributes:
-        layer: The layer it is half of.
+        layer: The decoder layer.
         kind: `attention` or `ffn`.
         index: The layer's number.
-        units: What is removed as a whole: KV groups or single heads, or channels. A unit has `width` neighbouring columns
-            of the output projection.
-        width: Columns of the output projection in a unit.
-        groups: Groups of neighbouring units that lose as many each; 1: any unit may go.
-        seed: A seed of its own, for methods that draw.
+        units: Number of units, which are removed as a whole: KV groups, single heads or channels. A unit has `width`
+            adjacent columns of the output projection.
+        width: Columns of the output projection per unit.
+        groups: Groups of adjacent units, each of which loses the same number of units; 1: any unit may be removed.
+        seed: Seed of this sub-layer, for methods that draw random numbers.
     """
 
     layer: Layer
@@ -44,7 +44,7 @@ class Sublayer:
 
     @classmethod
     def attention_of(cls, layer: Layer, index: int, head_unit: str, seed: int = 0) -> Sublayer:
-        """The attention of a layer, to be pruned in units of `head_unit` (`kv-group` or `query`)."""
+        """Return the attention of a layer, to be pruned in units of `head_unit` (`kv-group` or `query`)."""
         sizes = layer.sizes()
         units, groups = sizes.units(head_unit)
         width = sizes.num_heads * layer.head_dim // units
@@ -52,7 +52,7 @@ class Sublayer:
 
     @classmethod
     def ffn_of(cls, layer: Layer, index: int, seed: int = 0) -> Sublayer:
-        """The FFN of a layer, whose units are its channels."""
+        """Return the FFN of a layer; its units are its channels."""
         return cls(layer, "ffn", index, layer.sizes().intermediate_size, 1, seed=_seed_of(seed, index, 1))
 
     @property
@@ -66,7 +66,7 @@ class Sublayer:
 
     @property
     def output_projection(self) -> nn.Linear:
-        """W (D, F) and, if there is one, its bias."""
+        """The output projection: weight W, (D, F), and possibly a bias."""
         return self.layer.linear(self.projection)
 
     @property
@@ -77,15 +77,18 @@ class Sublayer:
 
     @property
     def post_norm(self) -> nn.Module | None:
-        """The norm that the output passes before it is added to the residual stream; None: none."""
+        """The norm applied to the output before it is added to the residual stream; None: there is none."""
         spec = self.layer.spec
         name = spec.attention_post_norm if self.is_attention else spec.ffn_post_norm
         return self.layer.module.get_submodule(name) if name else None
 
     @property
     def unit_rows(self) -> list[str]:
-        """Names of the projections with rows of their own for every unit: q_proj, and k_proj and v_proj where whole KV
-        groups are removed; or gate_proj and up_proj."""
+        """Names of the projections that have their own rows for every unit.
+
+        In attention these are q_proj and, where whole KV groups are removed, k_proj and v_proj; in an FFN they are
+        gate_proj, if there is one, and up_proj.
+        """
         spec = self.layer.spec
         if not self.is_attention:
             return list(spec.into_ffn)
@@ -96,11 +99,11 @@ class Sublayer:
         return self.units == self.layer.sizes().num_kv_heads
 
     def weight_of(self, projection: str) -> torch.Tensor:
-        """The weight of one of the layer's projections, by its name: (out_features, in_features)."""
+        """Return the weight of one of the layer's projections, by name: (out_features, in_features)."""
         return self.layer.linear(projection).weight
 
     def columns_of(self, units: torch.Tensor) -> torch.Tensor:
-        """Columns of the output projection that units have: (len(units) · width,) int64."""
+        """Return the output projection's columns that belong to the units: (len(units) · width,) int64."""
         return (units[:, None] * self.width + torch.arange(self.width)).flatten()
 
     def residual_update(self, output: torch.Tensor) -> torch.Tensor:
@@ -110,7 +113,7 @@ class Sublayer:
         return added
 
     def post_norm_gain(self) -> torch.Tensor | None:
-        """What the post-norm multiplies each output by, (D,); None: there is no post-norm."""
+        """Return the factor by which the post-norm multiplies each output, (D,), or None if there is no post-norm."""
         norm, weight = self.post_norm, self.output_projection.weight
         if norm is None:
             return None
@@ -118,12 +121,12 @@ class Sublayer:
         return gain
 
     def effective_weight(self) -> torch.Tensor:
-        """The output projection's weight scaled by the post-norm's gain, (D, F); used for scoring."""
+        """Return the output projection's weight scaled by the post-norm's gain, (D, F); used for scoring."""
         weight, gain = self.output_projection.weight, self.post_norm_gain()
         return weight if gain is None else weight * gain[:, None]
 
     def token_weights(self, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """Weights of the tokens in the statistics, (num_tokens,) fp32; see `slimllm.statistics.token_weights`.
+        """Compute the tokens' weights in the statistics, (num_tokens,) fp32; see `slimllm.statistics.token_weights`.
 
         Args:
             hidden: The residual stream before the sub-layer, (batch, seq_len, D).
@@ -134,11 +137,11 @@ class Sublayer:
         return token_weights(hidden, added, None if self.post_norm is None else output, centered)
 
     def inner_activations(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """What enters the output projection, (num_tokens, F): the sub-layer, run with that projection taken out.
+        """Run the sub-layer without its output projection, and return that projection's input, (num_tokens, F).
 
         Args:
             hidden: The norm's output, (batch, seq_len, D).
-            kwargs: How the layer is called; only attention takes them.
+            kwargs: The layer's keyword arguments; only attention uses them.
         """
         layer, spec = self.layer, self.layer.spec
         if not self.is_attention and not spec.ffn:
@@ -156,7 +159,7 @@ class Sublayer:
         return inner.flatten(0, 1)
 
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The attention's arguments; for Gemma 3 under transformers 4 the layer chooses among its rotary embeddings."""
+        """Return the attention's arguments; under transformers 4, Gemma 3's layer chooses between rotary embeddings."""
         if "position_embeddings_global" not in kwargs:
             return kwargs
         sliding = self.layer.module.get_submodule(self.layer.spec.attention).is_sliding
@@ -165,11 +168,16 @@ class Sublayer:
         return chosen
 
     def update_of(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-        """What the sub-layer adds to a residual stream (batch, seq_len, D): (num_tokens, D)."""
+        """Compute the residual update of the sub-layer, (num_tokens, D), from a residual stream (batch, seq_len, D)."""
         return self.residual_update(self.output_projection(self.inner_activations(self.norm(hidden), kwargs)))
 
     def sliced(self, units: torch.Tensor, change: OutputChange | None = None) -> Tensors:
-        """The layer's tensors with only some units of this sub-layer, sorted int64 on the CPU, and a changed output."""
+        """Return the layer's tensors with only these units of this sub-layer.
+
+        Args:
+            units: The units to keep, sorted int64 indices on the CPU.
+            change: Change of the output projection; None: its kept values stay the same.
+        """
         columns, tensors, spec = self.columns_of(units), self.layer.tensors, self.layer.spec
         if not self.is_attention:
             return slice_ffn(tensors, spec, columns, change)
@@ -184,15 +192,15 @@ def _seed_of(seed: int, index: int, part: int) -> int:
 
 
 def add_update(batch: Batch, sublayer: Sublayer) -> None:
-    """Let a batch's residual stream pass a sub-layer."""
+    """Add a sub-layer's residual update to the residual stream of a batch."""
     batch.add(sublayer.update_of(batch.hidden.load(), batch.kwargs[sublayer.index]))
 
 
 class InnerActivations:
-    """The inputs of a sub-layer's output projection, batch by batch, twice: first all of them, then the kept columns.
+    """Inputs of a sub-layer's output projection, batch by batch, in two rounds: first all columns, then the kept ones.
 
-    Between the two they are kept, if those of all tokens take no more than the stream allows; otherwise the second time
-    the layer, sliced by then, makes them again.
+    The activations are stored between the rounds if those of all tokens fit the memory that the stream allows. Otherwise
+    the layer, which is sliced by then, computes them again in the second round.
 
     Args:
         sublayer: The sub-layer.
@@ -206,7 +214,7 @@ class InnerActivations:
         self._kept: dict[int, torch.Tensor] | None = {} if num_bytes <= stream.placement.keep_inner_bytes else None
 
     def first(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input of the sub-layer, (batch, seq_len, D), and that of its output projection, (num_tokens, F)."""
+        """Return the norm's output, (batch, seq_len, D), and the input of the output projection, (num_tokens, F)."""
         x = self._norm(self._stream[number].hidden.load())
         inner = self._make(number, x)
         if self._kept is not None:
@@ -214,7 +222,7 @@ class InnerActivations:
         return x, inner
 
     def again(self, number: int, columns: torch.Tensor) -> torch.Tensor:
-        """The columns that are left, (num_tokens, len(columns)); once for each batch."""
+        """Return the kept columns, (num_tokens, len(columns)); call this once for each batch."""
         if self._kept is not None:
             return self._kept.pop(number).index_select(1, columns)
         return self._make(number, self._norm(self._stream[number].hidden.load()))

@@ -1,4 +1,4 @@
-"""The only place that knows the names inside a model family, one file for each; a new file is found by being here."""
+"""Model families, one file each: the only place that knows the names inside a model. New files are found automatically."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ for _module in pkgutil.iter_modules(__path__):
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a model.
+    """Return the family of a model type.
 
     Raises:
-        ValueError: (as InputError) the family is not supported; lists those that are.
+        ValueError: (as InputError) the type is not supported; the message lists the supported types.
     """
     if model_type not in FAMILIES and model_type not in READ_AS:
         known = ", ".join(sorted({*FAMILIES, *READ_AS}))

@@ -1,8 +1,8 @@
-"""What a model family is, and what is read as one.
+"""Descriptions of model families, and of models that are read as another family.
 
-A decoder layer is two residual sub-layers, `h += post_norm(project(inner(norm(h))))`, most without a post-norm. `inner` is
-the attention (or the FFN) with its output projection taken out, and its output is what the statistics are made of.
-docs/extending/families.md says how to add one.
+A decoder layer is two residual sub-layers, `h += post_norm(project(inner(norm(h))))`; most families have no post-norm.
+`inner` is the attention or the FFN without its output projection. Statistics are collected from the output of `inner`.
+docs/extending/families.md describes how to add a family.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ READ_AS: dict[str, ReadAs] = {}
 
 @dataclass(frozen=True)
 class Biases:
-    """Which projections of a model have a bias: q, k and v; o; gate and up; down."""
+    """Whether the projections of a model have a bias: q, k and v; o; gate and up; down."""
 
     qkv: bool
     out: bool
@@ -30,7 +30,10 @@ class Biases:
 
 @dataclass(frozen=True)
 class GGUFNames:
-    """GGUF's names of an architecture: of the modules of a layer (after `blk.N.`) and of the others, and ours."""
+    """GGUF's name of an architecture and of its modules, with the family's name of each module as the value.
+
+    GGUF's names in `layer` follow `blk.N.`; `model` has the modules outside the layers.
+    """
 
     architecture: str
     layer: dict[str, str]
@@ -46,7 +49,7 @@ def _any_number(config: PretrainedConfig, num_heads: int) -> bool:
 
 
 def divides_hidden_size(config: PretrainedConfig, num_heads: int) -> bool:
-    """Whether a number of heads divides hidden_size, on which some architectures insist."""
+    """Return whether a number of heads divides hidden_size, which some architectures require."""
     return bool(config.hidden_size % num_heads == 0)
 
 
@@ -59,12 +62,12 @@ def _never(config: PretrainedConfig) -> bool:
 
 
 def head_dim_of(config: PretrainedConfig) -> int:
-    """Size of an attention head; older configurations leave it to be computed."""
+    """Return the size of an attention head; it is computed for older configurations, which do not store it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def has_windows(config: PretrainedConfig) -> bool:
-    """Whether some layers see only so many tokens back."""
+    """Return whether some layers attend to a sliding window of tokens only."""
     if isinstance(types := getattr(config, "layer_types", None), list):
         return any(kind != "full_attention" for kind in types)
     return getattr(config, "sliding_window", None) is not None
@@ -72,29 +75,29 @@ def has_windows(config: PretrainedConfig) -> bool:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of models: the names inside it, and what is peculiar to it.
+    """Description of a model family: the names inside its models, and its peculiarities.
 
-    Names are full paths down to `head`, and relative to the decoder layer from `attention` on.
+    Module names up to `head` are full paths; from `attention` on they are relative to the decoder layer.
 
     Attributes:
-        name: Its `model_type`; `slim_` before it makes that of the native format.
-        attention_post_norm, ffn_post_norm: The norm that a sub-layer's output passes before it is added to the residual
-            stream; empty: none.
-        before_layers: What else the residual stream needs before the first layer, an embedding of positions that are
-            learned or a norm; empty: nothing.
+        name: The family's `model_type`; that of its native format has the prefix `slim_`.
+        attention_post_norm, ffn_post_norm: The norm applied to a sub-layer's output before it is added to the residual
+            stream; empty: there is none.
+        before_layers: A further module before the first layer, such as a learned position embedding or a norm; empty:
+            there is none.
         rotary: The rotary embedding; empty: there is none.
         slopes: A tensor with one number for each head; empty: there is none.
-        ffn: The module of the FFN; empty: its parts are the layer's own, with this `activation` between up and down.
-        gate_proj: Empty: the FFN has no gate.
-        width: What config.json calls the FFN's width.
-        also: Other values of `model_type` whose models are of this family as they are.
-        why_not: Says of a configuration why its model cannot be pruned; None: it can.
-        takes_heads: Whether the family's own architecture takes a number of query heads beside a configuration.
-        stock_holds: Whether transformers' class of the family holds just these biases; the default: q, k, v and o all or
-            none, and none in the FFN. What it holds of them and the model lacks is written as zeros.
-        fits_llama: Whether a model computes exactly what LLaMA's classes compute, up to biases and sizes, so that it may be
-            written as `seed_oss` or as GGUF's `llama`. One with multipliers, caps or windows does not.
-        gguf: GGUF's names of the modules; None: llama.cpp does not have the family, or slimllm does not know how.
+        ffn: The module of the FFN; empty: its parts belong to the layer itself, with `activation` between up and down.
+        gate_proj: The gate of the FFN; empty: there is none.
+        width: Name of the FFN's width in config.json.
+        also: Other values of `model_type` whose models belong to this family unchanged.
+        why_not: Returns why the model of a configuration cannot be pruned; None: it can.
+        takes_heads: Whether the family's own architecture accepts a number of query heads with a configuration.
+        stock_holds: Whether transformers' class of the family has exactly these biases; by default q, k, v and o all or
+            none, and none in the FFN. Biases that the class has and a layer lacks are written as zeros.
+        fits_llama: Whether a model computes exactly what LLaMA's classes compute, apart from biases and sizes, so that it
+            can be written as `seed_oss` or as GGUF's `llama`. Models with multipliers, caps or windows do not.
+        gguf: GGUF's names of the modules; None: llama.cpp does not support the family, or slimllm cannot write it.
     """
 
     name: str = "llama"
@@ -141,15 +144,16 @@ class Family:
 
 @dataclass(frozen=True)
 class ReadAs:
-    """Models whose checkpoints are read as those of another family, which compute the same.
+    """Models whose checkpoints are read as those of another family that computes the same.
 
     Attributes:
-        model_type: The one in their config.json.
-        family: `model_type` of what they are read as.
-        config: Makes its configuration, or raises ValueError (as InputError).
-        rows: By the name of a fused projection in a layer, its parts, and which of its rows each of them has; from that
-            configuration.
-        added: Tensors of every layer that the checkpoint does not store, by their names in it.
+        model_type: `model_type` in their config.json.
+        family: `model_type` of the family that they are read as.
+        config: Converts their configuration to that family's, or raises ValueError (as InputError).
+        rows: Returns, for the converted configuration, the parts of every fused projection in a layer and the rows of each
+            part, by name.
+        added: Returns, for the converted configuration, the tensors of every layer that the checkpoint does not store, by
+            their names in the layer.
     """
 
     model_type: str
@@ -160,12 +164,12 @@ class ReadAs:
 
 
 def register_family(family: Family) -> Family:
-    """Make a family known, under its own name, that of its native format, and others."""
+    """Register a family under its own name, that of its native format, and those in `also`."""
     for name in (family.name, f"slim_{family.name}", *family.also):
         FAMILIES[name] = family
     return family
 
 
 def register_reading(reading: ReadAs) -> None:
-    """Make models known that are read as another family's."""
+    """Register models that are read as another family's."""
     READ_AS[reading.model_type] = reading

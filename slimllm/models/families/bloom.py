@@ -1,4 +1,4 @@
-"""BLOOM: no gate, biases everywhere; ALiBi, whose slopes stay with the heads; q, k and v interleaved by head."""
+"""BLOOM: no gate, biases everywhere, ALiBi with slopes stored for each head, and q, k and v interleaved by head."""
 
 import torch
 from transformers import PretrainedConfig
@@ -31,7 +31,10 @@ BLOOM = register_family(
 
 def _config(config: PretrainedConfig) -> PretrainedConfig:
     if config.apply_residual_connection_post_layernorm:
-        raise InputError("This BLOOM model adds to the residual stream after a norm, which is not supported.")
+        raise InputError(
+            "This BLOOM model is not supported: its residual connections start after the norms "
+            "(apply_residual_connection_post_layernorm); choose a model whose residual connections start before them."
+        )
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     biases = {"attention_out_bias": True, "mlp_out_bias": True}
     return SlimBloomConfig(**kept, **biases, architectures=["SlimBloomForCausalLM"])
@@ -45,7 +48,7 @@ def _rows(config: PretrainedConfig) -> dict[str, dict[str, Rows]]:
 
 
 def _slopes(config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """Slopes of the position bias, one for each head."""
+    """Return the slopes of the position bias, one for each head."""
     heads = config.num_attention_heads
     biases = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)  # slope times position
     return {BLOOM.slopes: biases.view(heads, 2)[:, 1].clone()}

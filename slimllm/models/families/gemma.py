@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 (text): four norms in a layer, soft caps, sliding windows and rotary embeddings by the type of a layer."""
+"""Gemma 2 and 3 (text): four norms per layer, soft caps, and sliding windows and rotary embeddings by layer type."""
 
 from dataclasses import replace
 

@@ -1,10 +1,10 @@
-"""LLaMA 1 to 3 and what is made like them, with any scaling of the rotary embedding."""
+"""LLaMA 1 to 3 and models of the same architecture, with any scaling of the rotary embedding."""
 
 from slimllm.models.families.base import Family, GGUFNames, divides_hidden_size, register_family
 
 LLAMA = register_family(
     Family(
-        # LLaMA's mathematics that supports every bias: our uniform results are written in it, and can be pruned again.
+        # The same mathematics with every bias: uniform results are written as seed_oss, and can be pruned again.
         also=("seed_oss",),
         takes_heads=divides_hidden_size,
         stock_holds=lambda biases: biases.qkv == biases.out and biases.gate == biases.down,

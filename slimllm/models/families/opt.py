@@ -10,8 +10,8 @@ def _why_not(config: PretrainedConfig) -> str | None:
     if plain and not config._remove_final_layer_norm and config.layer_norm_elementwise_affine:
         return None
     return (
-        "This OPT model has norms after the sub-layers, none at the end, or embeddings of another width, as opt-350m "
-        "alone has; it is not supported."
+        "This OPT model is not supported: it has norms after the sub-layers, no final norm, or embeddings whose width is "
+        "not hidden_size, as only opt-350m has; prune another size of OPT."
     )
 
 
@@ -33,7 +33,7 @@ OPT = register_family(
         activation="activation_fn",
         width="ffn_dim",
         why_not=_why_not,
-        # The size of a head follows from the number of heads.
+        # OPT computes the size of a head from the number of heads.
         takes_heads=lambda config, num_heads: num_heads * head_dim_of(config) == config.hidden_size,
         stock_holds=lambda biases: biases.qkv == biases.out == biases.gate == biases.down,
     )

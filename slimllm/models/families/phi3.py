@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-3.5-mini: fused projections, read as Mistral, which they compute."""
+"""Phi-3 and Phi-3.5-mini: fused projections; read as Mistral, which computes the same."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from slimllm.errors import InputError
 from slimllm.models.families.base import ReadAs, Rows, head_dim_of, register_reading
 from slimllm.models.families.mistral import MISTRAL
 
-# What Mistral's configuration has from Phi-3's.
+# Settings of Phi-3 that Mistral's configuration takes over.
 _KEPT = (
     "vocab_size",
     "hidden_size",
@@ -40,8 +40,8 @@ def _config(config: PretrainedConfig) -> PretrainedConfig:
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1.0):
         raise InputError(
-            "This Phi model turns only a part of each head by its rotary embedding, for which the pruned model has no form;"
-            " models that turn all of it, such as Phi-3-mini and Phi-3.5-mini, can be pruned."
+            "This Phi model applies its rotary embedding to only a part of each head, which no pruned format supports; "
+            "choose a model that applies it to the whole head, such as Phi-3-mini or Phi-3.5-mini."
         )
     settings = {name: getattr(config, name) for name in _KEPT if hasattr(config, name)}
     return MistralConfig(**settings, head_dim=head_dim_of(config), architectures=["MistralForCausalLM"])

@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: LLaMA with biases of q, k and v, and sliding windows by layer."""
+"""Qwen 2 and 2.5: LLaMA with biases in q, k and v, and sliding windows by layer."""
 
 from slimllm.models.families.base import Family, has_windows, register_family
 

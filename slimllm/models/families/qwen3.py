@@ -1,4 +1,4 @@
-"""Qwen 3 (dense): norms of the heads' queries and keys."""
+"""Qwen 3 (dense): norms on the queries and keys of each head."""
 
 from slimllm.models.families.base import Family, register_family
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BLOOM whose decoder layers have their own numbers of heads and FFN channels; see slim_layers.py beside it.
+"""BLOOM with per-layer numbers of heads and FFN channels; see slim_layers.py in this folder.
 
-Two things are not as in BLOOM: q, k and v have projections of their own, and how steeply a head's scores fall with the
-distance, which follows from its place among all heads, is stored with the heads that are left.
+It also differs from BLOOM in two ways: q, k and v have separate projections, and the ALiBi slopes of the kept heads are
+stored. A slope says how steeply a head's scores fall with the distance; BLOOM derives it from the head's place among all.
 """
 
 import torch
@@ -14,7 +14,7 @@ from transformers.models.bloom.modeling_bloom import BloomForCausalLM, BloomGelu
 
 from .slim_layers import SlimConfig, SlimForCausalLM, without_layers
 
-_FIRST_SLOPE = 2.0**-8  # that of BLOOM's biases where there is one head
+_FIRST_SLOPE = 2.0**-8  # slope of BLOOM's biases where there is only one head
 
 
 class SlimBloomConfig(SlimConfig, BloomConfig):
@@ -40,7 +40,7 @@ class SlimBloomAttention(nn.Module):
 
     def forward(self, hidden_states, alibi, attention_mask=None, layer_past=None, cache_position=None, **kwargs):
         if kwargs.get("output_attentions"):
-            raise ValueError("slim_bloom does not give its attention weights; leave output_attentions out.")
+            raise ValueError("slim_bloom does not return attention weights; leave output_attentions out.")
         batch_size, seq_len, _ = hidden_states.shape
         shape = (batch_size, seq_len, self.num_heads, self.head_dim)
         query, key, value = (
@@ -95,7 +95,7 @@ class SlimBloomModel(SlimBloomPreTrainedModel, BloomModel):
     def __init__(self, config):
         with without_layers(config):
             super().__init__(config)
-        self.num_heads = 1  # the biases that are made for all layers are then the positions, times the first slope
+        self.num_heads = 1  # so that the biases made for all layers are the positions times _FIRST_SLOPE
         self.h = nn.ModuleList([SlimBloomBlock(config, i) for i in range(config.num_hidden_layers)])
         self.post_init()
 

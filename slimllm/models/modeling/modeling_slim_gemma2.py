@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 2 whose decoder layers have their own numbers of heads and FFN channels; see slim_layers.py beside it."""
+"""Gemma 2 with per-layer numbers of heads and FFN channels; see slim_layers.py in this folder."""
 
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import (
@@ -17,7 +17,7 @@ class SlimGemma2Config(SlimConfig, Gemma2Config):
     model_type = "slim_gemma2"
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)  # transformers makes one of its own for classes that have none
+        super().__init__(**kwargs)  # transformers generates an __init__ for configuration classes without one
 
 
 class SlimGemma2DecoderLayer(SlimDecoderLayer, Gemma2DecoderLayer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 3 for text whose decoder layers have their own numbers of heads and FFN channels; see slim_layers.py beside it."""
+"""Gemma 3 (text) with per-layer numbers of heads and FFN channels; see slim_layers.py in this folder."""
 
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import (
@@ -17,7 +17,7 @@ class SlimGemma3Config(SlimConfig, Gemma3TextConfig):
     model_type = "slim_gemma3_text"
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)  # transformers makes one of its own for classes that have none
+        super().__init__(**kwargs)  # transformers generates an __init__ for configuration classes without one
 
 
 class SlimGemma3DecoderLayer(SlimDecoderLayer, Gemma3DecoderLayer):

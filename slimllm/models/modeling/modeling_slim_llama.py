@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaMA whose decoder layers have their own numbers of heads and FFN channels; see slim_layers.py beside it."""
+"""LLaMA with per-layer numbers of heads and FFN channels; see slim_layers.py in this folder."""
 
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import (
@@ -17,7 +17,7 @@ class SlimLlamaConfig(SlimConfig, LlamaConfig):
     model_type = "slim_llama"
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)  # transformers makes one of its own for classes that have none
+        super().__init__(**kwargs)  # transformers generates an __init__ for configuration classes without one
 
 
 class SlimLlamaDecoderLayer(SlimDecoderLayer, LlamaDecoderLayer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mistral whose decoder layers have their own numbers of heads and FFN channels; see slim_layers.py beside it."""
+"""Mistral with per-layer numbers of heads and FFN channels; see slim_layers.py in this folder."""
 
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import (
@@ -17,7 +17,7 @@ class SlimMistralConfig(SlimConfig, MistralConfig):
     model_type = "slim_mistral"
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)  # transformers makes one of its own for classes that have none
+        super().__init__(**kwargs)  # transformers generates an __init__ for configuration classes without one
 
 
 class SlimMistralDecoderLayer(SlimDecoderLayer, MistralDecoderLayer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OPT whose decoder layers have their own numbers of heads and FFN channels; see slim_layers.py beside it."""
+"""OPT with per-layer numbers of heads and FFN channels; see slim_layers.py in this folder."""
 
 import copy
 
@@ -21,7 +21,7 @@ class SlimOPTConfig(SlimConfig, OPTConfig):
     model_type = "slim_opt"
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)  # transformers makes one of its own for classes that have none
+        super().__init__(**kwargs)  # transformers generates an __init__ for configuration classes without one
 
 
 class SlimOPTDecoderLayer(OPTDecoderLayer):

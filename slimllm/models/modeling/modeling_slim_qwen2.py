@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2 whose decoder layers have their own numbers of heads and FFN channels; see slim_layers.py beside it."""
+"""Qwen2 with per-layer numbers of heads and FFN channels; see slim_layers.py in this folder."""
 
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import (
@@ -17,7 +17,7 @@ class SlimQwen2Config(SlimConfig, Qwen2Config):
     model_type = "slim_qwen2"
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)  # transformers makes one of its own for classes that have none
+        super().__init__(**kwargs)  # transformers generates an __init__ for configuration classes without one
 
 
 class SlimQwen2DecoderLayer(SlimDecoderLayer, Qwen2DecoderLayer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen3 whose decoder layers have their own numbers of heads and FFN channels; see slim_layers.py beside it."""
+"""Qwen3 with per-layer numbers of heads and FFN channels; see slim_layers.py in this folder."""
 
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -17,7 +17,7 @@ class SlimQwen3Config(SlimConfig, Qwen3Config):
     model_type = "slim_qwen3"
 
     def __init__(self, **kwargs):
-        super().__init__(**kwargs)  # transformers makes one of its own for classes that have none
+        super().__init__(**kwargs)  # transformers generates an __init__ for configuration classes without one
 
 
 class SlimQwen3DecoderLayer(SlimDecoderLayer, Qwen3DecoderLayer):
