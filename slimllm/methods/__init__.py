@@ -1,1 +1,1 @@
-"""What pruning decides: criteria choose, recoveries repair, allocations spread the ratio over the layers."""
+"""Methods: criteria choose units, recoveries make up for the removed ones, allocations spread the ratio over the layers."""

@@ -1,15 +1,15 @@
-"""Structured optimal brain surgeon: what goes with the least output error once all that is left has been fitted anew.
+"""Structured optimal brain surgeon: removal with the least output error after all remaining weights are refitted.
 
-Removing columns R of an output projection W and re-fitting the others by a ridge regression about the old weights minimises
+Removing columns R of an output projection W and refitting the others by a ridge regression about the old weights minimises
 
     J(Δ) = tr(Δ H Δᵀ),   H = D⁻¹ Cov(z) D⁻¹ + λI,   V = W D,   V_R + Δ_R = 0
 
-over the change Δ of the scaled weights V. With A = H⁻¹ the least J, and what it leaves, are
+over the change Δ of the scaled weights V. With A = H⁻¹, the least J and the updates of V and A are
 
     J = tr(V_R (A_RR)⁻¹ V_Rᵀ),   V ← V - V_R (A_RR)⁻¹ A_R:,   A ← A - A_:R (A_RR)⁻¹ A_R:.
 
-Greedy: what costs least goes, and the costs of what went add up to J of all of it. J counts the ridge's penalty too, so it
-never falls as more goes.
+The choice is greedy: the columns that cost least are removed first, and the costs of all removed columns add up to their
+joint J. J includes the penalty of the ridge, so it never falls as more columns are removed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ from slimllm.methods.ridge import column_scale, has_few_tokens
 from slimllm.ops.dispatch import full_precision
 from slimllm.statistics import GramStatistics
 
-# λ. Smaller than that of the recovery: it keeps what few tokens do not tell apart from looking free. And where there are
-# few tokens (benchmarks/NOTES.md).
+# λ, and λ for few tokens (benchmarks/NOTES.md). Both are smaller than the recovery's. They keep columns that few tokens
+# cannot tell apart from looking free to remove.
 ELIMINATION_RIDGE, ELIMINATION_RIDGE_OF_FEW = 0.01, 0.3
-# Channels go in so many blocks, each chosen one by one among twice as many candidates: a block costs one large product.
+# Channels are removed in this many blocks. Those of a block are chosen one by one among twice as many candidates, so that
+# a block costs only one large product.
 BLOCKS = 64
-_SHIFTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.0)  # of the mean diagonal, one after the other where it takes one
-_LEAST = 1e-7  # of the largest A_cc: what is less is rounding
-_ROWS = 256  # of a matrix at a time, where a copy of it is made
+_SHIFTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.0)  # fractions of the mean diagonal, added in turn after each failure
+_LEAST = 1e-7  # fraction of the largest A_cc; smaller pivots are rounding errors
+_ROWS = 256  # rows of a matrix that are copied at a time
 
 
 @dataclass(frozen=True)
 class Elimination:
-    """What goes, first to last (num,) int64, what each adds to J (num,) fp64, and what each would add alone (all,) fp32.
+    """Removed units and their costs, on the CPU.
 
-    All on the CPU.
+    Attributes:
+        order: The removed units, first to last, (num,) int64.
+        costs: What each of them adds to J, (num,) fp64.
+        alone: What each of all units would add to J alone, (all,) fp32.
     """
 
     order: torch.Tensor
@@ -47,9 +51,9 @@ class Elimination:
 
 
 class Surgeon:
-    """The inverse A and the weights V of what is left, where the statistics are.
+    """The inverse A and the weights V of the remaining columns, on the device of the statistics.
 
-    Columns are scaled to unit size and the ridge bounds the condition, so that fp32 is enough to choose by.
+    Columns are scaled to unit size and the ridge bounds the condition number, so fp32 is accurate enough for choosing.
 
     Args:
         weight: W (D, F), any floating dtype.
@@ -76,7 +80,7 @@ class Surgeon:
         self.weight = (weight.to(scale.device).float() * scale.float()).T.contiguous()
 
     def remove(self, gone: torch.Tensor) -> None:
-        """Fit what is left anew without some columns, whose rows and columns in A and V become 0, up to rounding."""
+        """Remove columns and refit the others; the removed ones' entries of A and V become 0, up to rounding."""
         with full_precision(self.inverse.device):
             factor = _factor(self.inverse[gone[:, None], gone])
             across = torch.linalg.solve_triangular(factor, self.inverse[gone], upper=False)
@@ -85,13 +89,13 @@ class Surgeon:
             self.inverse.addmm_(across.T, across, alpha=-1)
 
     def keep(self, left: torch.Tensor) -> None:
-        """Leave out all columns but these, of which the others have been removed."""
+        """Drop all columns except `left`; the dropped ones must have been removed before."""
         self.weight = self.weight[left]
         self.inverse = self.inverse.index_select(0, left).index_select(1, left)
 
 
 def _factor(matrices: torch.Tensor) -> torch.Tensor:
-    """Cholesky factors of positive definite matrices; where rounding made them indefinite they are changed, in place."""
+    """Return Cholesky factors of positive definite matrices; if rounding made one indefinite, all are shifted in place."""
     scale = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     for shift in _SHIFTS:
         factor, failed = torch.linalg.cholesky_ex(matrices)
@@ -99,20 +103,23 @@ def _factor(matrices: torch.Tensor) -> torch.Tensor:
             return factor
         del factor
         matrices.diagonal(dim1=-2, dim2=-1).add_(shift * scale)
-    raise InputError("The activations are not finite or too ill-conditioned for the criterion obs; take another one.")
+    raise InputError(
+        "The activations are not finite or too ill-conditioned for the criterion obs and the allocation auto; "
+        "choose other methods."
+    )
 
 
 def channel_costs(surgeon: Surgeon) -> torch.Tensor:
-    """What each channel would cost: ‖V_c‖² / A_cc, (F,) fp32."""
+    """Compute the cost of removing each channel: ‖V_c‖² / A_cc, (F,) fp32."""
     pivots = surgeon.inverse.diagonal()
     return surgeon.weight.square().sum(1) / pivots.clamp(min=_LEAST * float(pivots.max()))
 
 
 def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
-    """Let `num` channels go.
+    """Remove `num` channels.
 
-    Work: A and V, a block at a time, of what was left when they were made smaller last, which is when half of that is gone:
-    4/7 I³ + 2/3 I²·D multiply-adds for all I channels.
+    Work: every block updates A and V, which are made smaller whenever half of their channels are gone. For all I channels
+    this takes 4/7 I³ + 2/3 I²·D multiply-adds.
     """
     names, alone = torch.arange(len(surgeon.inverse), device=surgeon.inverse.device), channel_costs(surgeon).cpu()
     there = torch.ones_like(names, dtype=torch.bool)
@@ -142,7 +149,7 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
 
 
 def _one_by_one(inverse: torch.Tensor, products: torch.Tensor, num: int) -> tuple[torch.Tensor, list[float]]:
-    """The greedy choice among some channels, from their parts of A and of V Vᵀ: positions, and costs."""
+    """Choose channels greedily, from their parts of A and of V Vᵀ, and return their positions and costs."""
     a, k = inverse.double().cpu().numpy(), products.double().cpu().numpy()
     gone, least = np.zeros(len(a), dtype=bool), _LEAST * a.diagonal().max()
     chosen, costs = [], []
@@ -161,13 +168,13 @@ def _one_by_one(inverse: torch.Tensor, products: torch.Tensor, num: int) -> tupl
 
 
 def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int = 1) -> Elimination:
-    """Let `num` units of as many columns each go, of every one of the groups that they form, in turn.
+    """Remove `num` units of equal width from every group, one unit of each group in turn.
 
     Args:
-        surgeon: The surgeon of o_proj, (num_units · width) columns.
-        num_units: Units: KV groups with all their query heads, or single heads.
-        num: How many of each group.
-        num_groups: Groups of neighbouring units; 1 lets any unit go.
+        surgeon: The surgeon of o_proj, with num_units · width columns.
+        num_units: Number of units: KV groups with all their query heads, or single heads.
+        num: Number of units to remove from each group.
+        num_groups: Number of groups of adjacent units; 1: any unit may be removed.
     """
     width = len(surgeon.inverse) // num_units
     units, order, costs, alone = torch.arange(num_units), [], [], unit_costs(surgeon, num_units).cpu()
@@ -189,7 +196,7 @@ def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int 
 
 
 def unit_costs(surgeon: Surgeon, number: int) -> torch.Tensor:
-    """What each of the units that are left would cost: tr(V_u (A_uu)⁻¹ V_uᵀ), (number,) fp32."""
+    """Compute the cost of removing each of the remaining units: tr(V_u (A_uu)⁻¹ V_uᵀ), (number,) fp32."""
     width = len(surgeon.inverse) // number
     blocks = surgeon.inverse.view(number, width, number, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     with full_precision(blocks.device):

@@ -1,4 +1,4 @@
-"""Moments of a sub-layer's output before and after pruning: what the recovery by slopes and intercepts is made of."""
+"""Moments of a sub-layer's output before and after pruning, from which recoveries derive slopes and intercepts."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class OutputMoments:
     covariance: torch.Tensor
 
     def affine_fit(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slope and intercept of the regression of y on ŷ, (D,) each; see `slimllm.ops.affine_fit`."""
+        """Return slope and intercept of the regression of y on ŷ, (D,) each; see `slimllm.ops.affine_fit`."""
         return ops.affine_fit(self.mean_y, self.mean_y_hat, self.variance_y_hat, self.covariance)
 
     def relative_error(self, slope: torch.Tensor, intercept: torch.Tensor) -> float:
-        """Σ_k E(y_k - a_k ŷ_k - b_k)² / Σ_k var(y_k): 0 is perfect, 1 is as good as the mean.
+        """Compute Σ_k E(y_k - a_k ŷ_k - b_k)² / Σ_k var(y_k): 0 is perfect, 1 is as good as the mean.
 
         Args:
             slope, intercept: a and b, (D,) fp64.
@@ -35,18 +35,18 @@ class OutputMoments:
         return relative_error(float((residual.clamp(min=0) + bias.square()).sum()), self.variance_y)
 
     def error_of_removal(self) -> float:
-        """`relative_error` of the pruned output as it is."""
+        """Compute `relative_error` of the pruned output without a recovery."""
         return self.relative_error(torch.ones_like(self.mean_y), torch.zeros_like(self.mean_y))
 
 
 def relative_error(error: float, variance_y: torch.Tensor) -> float:
-    """An output error, summed over dimensions, relative to the output's variance (D,)."""
+    """Divide an output error, summed over dimensions, by the sum of the output's variance (D,)."""
     total = float(variance_y.sum())
     return error / total if total > 0 else 0.0
 
 
 def unit_moments(covariance: torch.Tensor, unit_means: torch.Tensor, keep: torch.Tensor) -> OutputMoments:
-    """Moments of the output before and after pruning, from the units' covariances.
+    """Compute moments of the output before and after pruning from the units' covariances.
 
     Args:
         covariance: C from `head_covariance`, (H, H, D).
@@ -67,7 +67,7 @@ def unit_moments(covariance: torch.Tensor, unit_means: torch.Tensor, keep: torch
 def channel_moments(
     weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor, output_covariance: torch.Tensor
 ) -> OutputMoments:
-    """Moments of the output before and after pruning, from the Gram of all columns.
+    """Compute moments of the output before and after pruning from the Gram of all columns.
 
     Args:
         weight: W of the output projection, (D, F).
@@ -89,6 +89,6 @@ def channel_moments(
 
 
 def kept_and_removed(keep: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices of the columns that are kept and of those that are not, where the mean (F,) is."""
+    """Return the indices of the kept and of the removed columns, on the device of the mean (F,)."""
     removed = torch.ones(len(mean), dtype=torch.bool, device=mean.device).index_fill_(0, keep.to(mean.device), False)
     return (~removed).nonzero()[:, 0], removed.nonzero()[:, 0]

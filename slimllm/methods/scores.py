@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-_ROWS = 256  # of a weight in fp64 at a time
+_ROWS = 256  # rows of a weight that are in fp64 at a time
 
 
 def wanda(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """Wanda-sp, as in FLAP (arXiv 2312.11983): mean_k |W[k, c]| · ‖Z[:, c]‖₂, from Wanda (arXiv 2306.11695).
+    """Compute Wanda-sp as in FLAP (arXiv 2312.11983): mean_k |W[k, c]| · ‖Z[:, c]‖₂, from Wanda (arXiv 2306.11695).
 
     Args:
         weight: W of the output projection, (D, F), any floating dtype.
@@ -21,10 +21,13 @@ def wanda(weight: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 def fluctuation(weight: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-    """FLAP's weighted fluctuation (arXiv 2312.11983): var(Z[:, c]) · ‖W[:, c]‖₂². Arguments as for `wanda`; (F,) fp64."""
+    """Compute FLAP's weighted fluctuation (arXiv 2312.11983), (F,) fp64: var(Z[:, c]) · ‖W[:, c]‖₂².
+
+    Arguments are as for `wanda`.
+    """
     return squares(weight.T) * variance
 
 
 def squares(weight: torch.Tensor) -> torch.Tensor:
-    """‖W[c, :]‖₂² of every row: (rows,) fp64. Magnitude pruning adds up those of all rows and columns of a unit."""
+    """Compute ‖W[c, :]‖₂² of every row, (rows,) fp64; magnitude pruning sums them over all rows and columns of a unit."""
     return torch.cat([rows.double().square().sum(1) for rows in weight.split(_ROWS)])

@@ -1,4 +1,4 @@
-"""From importance to sorted indices of what is kept."""
+"""Selection of units: from importance to sorted indices of the kept units."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 @dataclass(frozen=True)
 class Selection:
-    """What a criterion chose.
+    """The choice of a criterion.
 
     Attributes:
         kept: The units that stay, sorted int64 indices on the CPU.
-        importance: Score of every unit, for the report: the lowest are removed first, where they are weighed one by one.
+        importance: Score of every unit, for the report; the lowest are removed first if units are scored one by one.
     """
 
     kept: torch.Tensor
     importance: torch.Tensor
 
     def check(self, units: int, groups: int, num_removed: int) -> None:
-        """Raise ValueError unless it is a choice of `units`, of each of the groups of which `num_removed` are removed."""
+        """Raise ValueError unless this is a valid choice among `units`, with `num_removed` removed from each group."""
         kept, importance = self.kept, self.importance
         if kept.dtype != torch.int64 or kept.ndim != 1 or kept.device.type != "cpu":
             raise ValueError(
@@ -40,13 +40,13 @@ class Selection:
 
 
 def select_channels(importance: torch.Tensor, num_pruned: int, keep_lowest: int = 0) -> torch.Tensor:
-    """Channels to keep: the least important go.
+    """Select the channels to keep; the least important are removed.
 
     Args:
         importance: (I,).
-        num_pruned: How many to remove, from 0 to I - 1.
-        keep_lowest: That many of the very least important are kept all the same, and the next ones go: what the
-            authors' published implementation does (1 % of the channels) and their paper does not say.
+        num_pruned: Number of channels to remove, from 0 to I - 1.
+        keep_lowest: Number of the least important channels that are kept nevertheless; the next ones are removed. The
+            authors' published implementation does this (1 % of the channels); their paper does not mention it.
 
     Returns:
         Sorted int64 indices of the kept channels, on the CPU.
@@ -60,12 +60,12 @@ def select_channels(importance: torch.Tensor, num_pruned: int, keep_lowest: int 
 
 
 def select_units(importance: torch.Tensor, num_pruned: int, num_groups: int = 1) -> torch.Tensor:
-    """Units of attention to keep: of every group of neighbouring ones the least important go.
+    """Select the units of attention to keep; the least important are removed from every group of adjacent units.
 
     Args:
         importance: (units,).
-        num_pruned: How many of each group.
-        num_groups: Groups; 1 lets any unit go.
+        num_pruned: Number of units to remove from each group.
+        num_groups: Number of groups; 1: any unit may be removed.
 
     Returns:
         Sorted int64 indices of the kept units, on the CPU.
@@ -78,5 +78,5 @@ def select_units(importance: torch.Tensor, num_pruned: int, num_groups: int = 1)
 
 
 def complement(removed: torch.Tensor, number: int) -> torch.Tensor:
-    """The sorted int64 indices below `number` that are not removed, on the CPU."""
+    """Return the sorted int64 indices below `number` that are not removed, on the CPU."""
     return torch.ones(number, dtype=torch.bool).index_fill_(0, removed.cpu(), False).nonzero()[:, 0]

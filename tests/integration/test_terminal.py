@@ -134,7 +134,7 @@ def test_the_preset_paper_speaks_of_the_ratio_that_was_asked_for() -> None:
         grouped=False,
         unit_step=1,
     )
-    with pytest.raises(InputError, match=r"^A ratio of 0\.999 by the preset paper \(which makes 0\.989 of .* is more than"):
+    with pytest.raises(InputError, match=r"^A ratio of 0\.999 with the preset paper \(0\.989 of .* is more than"):
         find_target([shape] * 10, PruneConfig(ratio=0.999, preset="paper"))
 
 

@@ -1,4 +1,4 @@
-"""Allocations: how many heads and channels each layer gives, one file for each."""
+"""Allocations: how many heads and channels each layer loses. One file for each."""
 
 from slimllm.methods.allocation.base import (
     Allocation,

@@ -1,8 +1,8 @@
-"""Remove parameters where `obs` measures the least error for a parameter, weighted by output sensitivity.
+"""Allocation that removes parameters where `obs` measures the least error per parameter, weighted by output sensitivity.
 
 A curve is J of `slimllm.methods.elimination` over how much is removed, from the dense model's activations, divided by the
-mean square of the residual stream after the sub-layer. With token weights `norm` that division is made token by token, as
-the next norm does.
+mean square of the residual stream after the sub-layer. With token weights `norm`, each token is divided by its own mean
+square, as the next norm does.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from slimllm.methods.elimination import Surgeon, eliminate_channels, eliminate_h
 from slimllm.methods.statistics import Needs
 from slimllm.statistics import GramStatistics
 
-# What attention loses counts so often: heads that one text does not need another does. With 1 instead, SmolLM2 mostly
-# loses more on text of another kind than the calibration's, up to half as much again (benchmarks/NOTES.md).
+# Factor on the loss of attention: heads that one text does not need may be needed by another. With 1 instead, SmolLM2
+# mostly loses more on text of another kind than the calibration's, up to half as much again (benchmarks/NOTES.md).
 ATTENTION_WEIGHT = 2.0
 
 
 @register_allocation("auto")
 class Auto(Allocation):
-    """By measured error: every step is taken where a parameter costs least, weighted by output sensitivity."""
+    """Allocation by measured error: every step is taken where a parameter costs least, weighted by output sensitivity."""
 
     needs = Needs.COLUMN_GRAM
     by_sensitivity = True

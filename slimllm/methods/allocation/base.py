@@ -1,4 +1,4 @@
-"""What an allocation is: how the parameters to remove are spread over the layers."""
+"""Base class of allocations, which spread the parameters to remove over the layers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ register_allocation = ALLOCATIONS.register
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an allocation makes of a ratio.
+    """A ratio as an allocation interprets it.
 
     Attributes:
         ratio: Fraction of the layers' parameters to remove.
-        pruned_layers: How many layers give something, at first.
+        pruned_layers: Number of layers to prune; `allocate` may need more.
         alpha: Temperature of a softmax over the layers' importances, for the report; 0: none.
-        notes: Sentences without a full stop, worth knowing.
+        notes: Notes for the user: sentences without a full stop.
     """
 
     ratio: float
@@ -38,15 +38,15 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be spread.
+    """Input of an allocation.
 
     Attributes:
-        target: Parameters to remove, biases of the recovery made up for.
+        target: Number of parameters to remove, net of the biases that the recovery adds.
         round_to: Kept FFN widths are multiples of this.
         shapes: Sizes of every layer, in the units in which it is pruned.
         similarity: c of every layer, the mean cosine between its input and output.
-        wanted: What the allocation made of the ratio.
-        curves: What every layer loses, where the allocation measures it; None: it does not.
+        wanted: The ratio as the allocation interprets it.
+        curves: Loss curves of every layer; None: the allocation does not measure them.
     """
 
     target: int
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Removals:
-    """What every layer gives; how many layers were to give something; and notes."""
+    """What every layer loses, the number of layers that were to be pruned, and notes for the user."""
 
     layers: list[LayerRemoval]
     pruned_layers: int
@@ -68,13 +68,13 @@ class Removals:
 
 @dataclass(frozen=True)
 class DenseSublayer:
-    """A sub-layer of the dense model and what was streamed of it, for an allocation that measures.
+    """A sub-layer of the dense model and its streamed statistics, for an allocation that measures.
 
     Attributes:
         sublayer: The dense sub-layer.
         columns: Statistics of the inputs z of its output projection: a `GramStatistics` with `Needs.COLUMN_GRAM`.
         stream_square: Mean square of the residual stream after the sub-layer, summed over all tokens.
-        weighted: Whether tokens are weighted by what the next norm divides them by (token weights `norm`).
+        weighted: Whether tokens are weighted as the next norm scales them (token weights `norm`).
         shape: Sizes of the layer.
     """
 
@@ -86,13 +86,13 @@ class DenseSublayer:
 
 
 class Allocation(Method, ABC):
-    """Spreads the parameters to remove over the layers.
+    """Method that spreads the parameters to remove over the layers.
 
     Attributes:
-        needs: What is streamed of every sub-layer of the dense model for `costs`, `Needs.COLUMNS` or `Needs.COLUMN_GRAM`;
-            None: `costs` is not called, and only the layers' similarities are measured.
+        needs: The statistics of every sub-layer of the dense model that are streamed for `costs`, `Needs.COLUMNS` or
+            `Needs.COLUMN_GRAM`; None: `costs` is not called, and only the layers' similarities are measured.
         by_sensitivity: Whether costs are multiplied by how strongly the model's output reacts to a sub-layer's error.
-        alike: Whether all layers give the same where they are alike.
+        alike: Whether all layers lose the same if they have equal sizes.
     """
 
     needs: ClassVar[Needs | None] = None
@@ -100,32 +100,32 @@ class Allocation(Method, ABC):
     alike: ClassVar[bool] = False
 
     def check(self, heads_multiple_of: int) -> None:
-        """Refuse settings of a run that the allocation cannot meet, by an InputError; by default none."""
+        """Raise InputError for settings of a run that the allocation cannot meet; the default accepts all settings."""
 
     def wanted(self, ratio: float, num_layers: int) -> Wanted:
-        """What a ratio means: by default the fraction of the parameters of all layers."""
+        """Interpret a ratio; by default it is the fraction of the parameters of all layers."""
         return Wanted(ratio, num_layers)
 
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
-        """What is lost by each further unit that is removed of every group, in the order in which they are, (rounds,) fp64.
+        """Return the cost of removing each further unit from every group, in the order of removal, (rounds,) fp64.
 
-        There are `dense.sublayer.units // dense.sublayer.groups` rounds. The first process alone calls it.
+        There are `dense.sublayer.units // dense.sublayer.groups` rounds. Only the first process calls this.
         """
         raise NotImplementedError(f"{type(self).__name__} needs statistics, so it has to define costs().")
 
     @abstractmethod
     def allocate(self, request: Request) -> Removals:
-        """Decide how many units and channels every layer gives; the first process alone calls it.
+        """Decide how many units and channels every layer loses; only the first process calls this.
 
-        Units are multiples of a shape's `unit_step`, and so many channels are removed that the kept width is a multiple of
-        `round_to`; a layer keeps one of each at least.
+        Removed units must be multiples of a shape's `unit_step`. If channels are removed, the kept width must be a multiple
+        of `round_to`. Every layer must keep at least one unit and one channel.
         """
 
 
 def spend_at_least_cost(request: Request) -> Removals:
-    """Remove the parameters where a parameter costs least, by the curves that the allocation measured."""
+    """Remove parameters where they cost least, according to the curves that the allocation measured."""
     if request.curves is None:
-        raise ValueError("there are no curves; an allocation that spends by them has to declare what it needs.")
+        raise ValueError("there are no curves; an allocation that uses them has to declare its needs.")
     layers = []
     spent = spend(list(request.curves), list(request.shapes), request.target, request.round_to)
     for (units, channels), shape in zip(spent, request.shapes):

@@ -1,7 +1,7 @@
 """FLAP's allocation (arXiv 2312.11983): one threshold for its scores, standardised in every sub-layer.
 
-Scores are standardised over the columns of each sub-layer and averaged over a head's; a curve is their sum over what is
-removed, times its parameters, so that all is removed at one threshold for all.
+Scores are standardised over the columns of each sub-layer and, in attention, averaged over the columns of a unit. A curve
+sums the scores of the removed units times their parameters, so that all sub-layers are pruned at the same threshold.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ class LayerImportance(Allocation):
         """Options of the allocation layer-importance.
 
         Attributes:
-            pruned_layers: n, how many layers are pruned (those of highest c); None: by the ratio, as published.
+            pruned_layers: n, the number of layers to prune (those of highest c); None: by the ratio, as published.
             alpha: Temperature of the softmax; None: by the ratio, as published. 0 is uniform.
-            published: As in the paper: the target is r · n / num_layers, and round(r_ℓ · H) heads and round(r_ℓ · I)
-                channels of a layer are removed (with grouped queries, which the paper has not, channels make up for whole
-                groups). The preset `paper` sets it.
+            published: Follow the paper: the target is r · n / num_layers, and round(r_ℓ · H) heads and round(r_ℓ · I)
+                channels of a layer are removed. With grouped queries, which the paper does not cover, channels make up for
+                whole groups. The preset `paper` sets this.
         """
 
         pruned_layers: int | None = None
@@ -44,7 +44,7 @@ class LayerImportance(Allocation):
     def check(self, heads_multiple_of: int) -> None:
         if self.settings.published and heads_multiple_of > 1:
             raise InputError(
-                f"heads_multiple_of {heads_multiple_of} is not the paper's; leave it out, or take another preset."
+                f"heads_multiple_of {heads_multiple_of} is not the paper's; leave it out, or choose another preset."
             )
 
     def wanted(self, ratio: float, num_layers: int) -> Wanted:
@@ -82,8 +82,10 @@ class LayerImportance(Allocation):
 
 
 def paper_settings(ratio: float) -> tuple[float, float, float]:
-    """The published (r, n / num_layers, alpha) at a ratio: linear between 20 % and 50 %, at constant n and alpha and
-    proportional r outside."""
+    """Return the published (r, n / num_layers, alpha) at a ratio.
+
+    They are linear between 20 % and 50 %. Outside, n and alpha are constant and r is proportional to the ratio.
+    """
     low, high = min(PAPER_SETTINGS), max(PAPER_SETTINGS)
     nearest = min(max(ratio, low), high)
     weight = (nearest - low) / (high - low)

@@ -1,4 +1,4 @@
-"""What a layer can give and what it gives, in the units in which it is pruned, and what that is in parameters."""
+"""Layer shapes and removals, in units and in parameters."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 class LayerShape:
     """Sizes of one decoder layer, in the units in which it is pruned.
 
-    `units` are KV groups (`kv-group`) or query heads per group (`query`), of `unit_params` parameters each;
-    `channels` are FFN channels of `channel_params` each; `params` is the layer's whole number of parameters.
-    `attention_bias_params` and `ffn_bias_params` are what recovery would add to each sub-layer as a bias; `grouped` says
-    that query heads share KV heads. Units are removed `unit_step` at a time, of which `units` is a multiple.
+    `units` are KV groups (`kv-group`), or query heads per group (`query`: a unit is then one head of every group), with
+    `unit_params` parameters each. `channels` are FFN channels with `channel_params` parameters each. `params` is the
+    number of all parameters of the layer. `attention_bias_params` and `ffn_bias_params` are those of the bias that the
+    recovery would add to each sub-layer. `grouped` says that query heads share KV heads. Units are removed `unit_step` at a
+    time, and `units` is a multiple of it.
     """
 
     units: int
@@ -28,7 +29,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class LayerRemoval:
-    """What one layer gives: its ratio r_ℓ, and how many units and channels are removed. `pruned` if any."""
+    """What one layer loses: its ratio r_ℓ, and the numbers of units and channels; it is `pruned` if any is not 0."""
 
     ratio: float
     units: int
@@ -40,13 +41,13 @@ class LayerRemoval:
 
 
 def removed_params(removal: LayerRemoval, shape: LayerShape) -> int:
-    """Parameters that a layer gives, less the biases that recovery adds."""
+    """Count the parameters that a layer loses, less the biases that the recovery adds."""
     attention = removal.units * shape.unit_params - shape.attention_bias_params * (removal.units > 0)
     return attention + removal.channels * shape.channel_params - shape.ffn_bias_params * (removal.channels > 0)
 
 
 def most_removable(shape: LayerShape, round_to: int) -> int:
-    """The most that a layer can give: it keeps one step of units and `round_to` channels."""
+    """Count the most parameters that a layer can lose while it keeps one step of units and `round_to` channels."""
     channels = max(shape.channels - round_to, 0)
     units = shape.units - shape.unit_step
     attention = units * shape.unit_params - shape.attention_bias_params * (units > 0)

@@ -1,4 +1,4 @@
-"""From shares to whole heads and rounded widths, with an exact total."""
+"""Rounding of shares to whole heads and rounded widths, with an exact total."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from slimllm.methods.allocation.removal import LayerRemoval, LayerShape, removed
 
 
 def default_rounding(target: float, shapes: list[LayerShape], multiple_of: int) -> int:
-    """The step of widths whose half, the error that remains, is within 0.5 % of the target.
+    """Choose the rounding step of widths so that the remaining error, half a step, is within 0.5 % of the target.
 
-    It is the least common multiple of `multiple_of` and the largest power of two up to 64 for which that holds, or else
-    `multiple_of`: what splits the heads over several devices splits the channels, too.
+    The step is the least common multiple of `multiple_of` and the largest power of two up to 64 that achieves this, or else
+    `multiple_of`: tensor parallelism splits the channels over as many devices as the heads.
     """
     channel_params = max(shape.channel_params for shape in shapes)
     steps = (math.lcm(step, multiple_of) for step in (64, 32, 16, 8, 4, 2))
@@ -21,14 +21,17 @@ def default_rounding(target: float, shapes: list[LayerShape], multiple_of: int) 
 def softmax_shares(
     similarity: list[float], shapes: list[LayerShape], most: list[int], chosen: list[int], alpha: float, target: int
 ) -> list[float]:
-    """Parameters every layer gives: proportional to softmax(alpha c) · params, clamped, the excess spread again."""
+    """Compute the parameters that every layer loses: in proportion to softmax(alpha c) · params, clamped to `most`.
+
+    What exceeds `most` is spread over the other chosen layers.
+    """
     peak = max(similarity[i] for i in chosen)
     weight = {i: math.exp(alpha * (similarity[i] - peak)) * shapes[i].params for i in chosen}
     shares = [0.0] * len(shapes)
     open_layers, left = list(chosen), float(target)
     while open_layers:
         if sum(weight[i] for i in open_layers) < 1e-200 * left:
-            weight |= {i: float(shapes[i].params) for i in open_layers}  # a steep softmax has run out of numbers
+            weight |= {i: float(shapes[i].params) for i in open_layers}  # a steep softmax has underflowed
         scale = left / sum(weight[i] for i in open_layers)
         clamped = [i for i in open_layers if weight[i] * scale > most[i]]
         if not clamped:
@@ -43,7 +46,7 @@ def softmax_shares(
 
 
 def published_counts(shares: list[float], shapes: list[LayerShape]) -> list[LayerRemoval]:
-    """round(r_ℓ H) heads and round(r_ℓ I) channels of every layer, nothing made up for."""
+    """Remove round(r_ℓ H) heads and round(r_ℓ I) channels of every layer, without making up for rounding errors."""
     result = []
     for share, shape in zip(shares, shapes):
         ratio = share / shape.params
@@ -53,9 +56,9 @@ def published_counts(shares: list[float], shapes: list[LayerShape]) -> list[Laye
 
 
 def round_shares(shares: list[float], shapes: list[LayerShape], target: int, round_to: int) -> list[LayerRemoval]:
-    """Whole units and rounded widths; the rounding error of a layer is carried on to the next."""
+    """Round shares to whole units and rounded widths; the rounding error of a layer is carried over to the next."""
     if target < min(shape.channel_params for shape in shapes) / 2:
-        return [LayerRemoval(0.0, 0, 0) for _ in shapes]  # less than half a channel: the identity
+        return [LayerRemoval(0.0, 0, 0) for _ in shapes]  # less than half a channel: nothing is removed
     result, carry = [], 0.0
     for share, shape in zip(shares, shapes):
         if share == 0:
@@ -65,16 +68,16 @@ def round_shares(shares: list[float], shapes: list[LayerShape], target: int, rou
         units = shape.unit_step * min(round(ratio * shape.units / shape.unit_step), shape.units // shape.unit_step - 1)
         entry, carry = _fill_up(ratio, units, share + carry, shape, round_to)
         result.append(entry)
-    for _ in range(2):  # what clamped widths at the end could not take, earlier layers do
+    for _ in range(2):  # earlier layers take what clamped widths at the end could not
         for i, (entry, shape) in enumerate(zip(result, shapes)):
             if abs(carry) <= round_to * shape.channel_params / 2 or not entry.pruned:
                 continue
             channels = _round_channels(entry.channels + carry / shape.channel_params, shape.channels, round_to)
             carry -= (channels - entry.channels) * shape.channel_params
             result[i] = LayerRemoval(entry.ratio, entry.units, channels)
-    for i, (entry, shape) in enumerate(zip(result, shapes)):  # and where no channels are left to do so, heads
+    for i, (entry, shape) in enumerate(zip(result, shapes)):  # where no channels are left for that, heads take it
         units = entry.units + (shape.unit_step if carry > 0 else -shape.unit_step)
-        missed = abs(carry) > round_to * shape.channel_params / 2 + 1  # not by the rounding of a float
+        missed = abs(carry) > round_to * shape.channel_params / 2 + 1  # + 1: by more than float rounding
         # Single units are never so coarse that channels could not make up for them.
         if shape.unit_step > 1 and missed and entry.pruned and 0 <= units < shape.units:
             other, left = _fill_up(entry.ratio, units, removed_params(entry, shape) + carry, shape, round_to)
@@ -84,8 +87,8 @@ def round_shares(shares: list[float], shapes: list[LayerShape], target: int, rou
 
 
 def _fill_up(ratio: float, units: int, wanted: float, shape: LayerShape, round_to: int) -> tuple[LayerRemoval, float]:
-    """A layer that gives so many units, and channels for the rest of `wanted` parameters; and what is left of them."""
-    # The biases of the recovery are parameters too, and are made up for.
+    """Return the removal of `units`, and of channels for the rest of `wanted` parameters, and the remaining parameters."""
+    # The biases of the recovery are parameters too: more is removed to make up for them.
     left = wanted + shape.attention_bias_params * (units > 0) - units * shape.unit_params
     channels = _round_channels((left + shape.ffn_bias_params) / shape.channel_params, shape.channels, round_to)
     left += shape.ffn_bias_params * (channels > 0) - channels * shape.channel_params
@@ -93,7 +96,7 @@ def _fill_up(ratio: float, units: int, wanted: float, shape: LayerShape, round_t
 
 
 def _round_channels(removed: float, channels: int, round_to: int) -> int:
-    """The number of removed channels nearest to `removed` for which the kept width is a multiple of round_to, or all."""
+    """Return the number of removed channels nearest to `removed` that keeps a multiple of `round_to`, or all channels."""
     if removed <= 0:
         return 0
     kept = max(round((channels - removed) / round_to) * round_to, min(round_to, channels))

@@ -1,12 +1,13 @@
-"""How strongly the model's output reacts to what a sub-layer loses: damage to the dense model, carried to its end.
+"""Sensitivity of the model's output to the loss of a sub-layer: damage to the dense model, measured at its end.
 
-The curves of `slimllm.methods.allocation.auto` say what the residual stream after a sub-layer loses, not what later layers
-make of it. So one sub-layer at a time loses half of its units or channels, on the first tokens of one window. The damaged
-copies of the residual stream pass the rest of the dense model with the intact one, in the same pass over the weights. The
-sub-layer's curve is multiplied by the damage at the end divided by the damage where it was done.
+The curves of `slimllm.methods.allocation.auto` measure the loss in the residual stream after a sub-layer, but not its
+effect through later layers. Therefore one sub-layer at a time loses half of its units or channels, on the first tokens of
+one window. The damaged copies of the residual stream pass through the rest of the dense model together with the intact
+one, in the same pass over the weights. The sub-layer's curve is multiplied by the damage at the end divided by the damage
+where it was done.
 
-All of it is in fp32, whatever the model computes in: damage is a difference of streams, and in half precision their
-rounding would grow into more than it.
+All of this is in fp32, whatever dtype the model computes in. Damage is a difference of streams, and in half precision the
+rounding errors of the streams would exceed it.
 """
 
 from __future__ import annotations
@@ -25,29 +26,29 @@ from slimllm.methods.scores import fluctuation
 from slimllm.models.layer import Layer, run_layer
 from slimllm.models.sublayer import Sublayer
 
-MOST_LAYERS = 16  # that are damaged, evenly spread, but for the last one
+MOST_LAYERS = 16  # evenly spaced layers to damage, not counting the last one
 MOST_STATES = 1 + 2 * (MOST_LAYERS + 1)
 TOKENS = 128
 BATCH_TOKENS = 1024
 
 
 def probed_layers(num_layers: int) -> list[int]:
-    """The layers that are damaged: every so many, and the last one, which differs most from its neighbours."""
+    """Return the layers to damage: evenly spaced ones, and the last one, which differs most from its neighbours."""
     return sorted({*range(0, num_layers, math.ceil(num_layers / MOST_LAYERS)), num_layers - 1})
 
 
 class Probes:
-    """A window's residual stream and damaged copies of it on their way through the dense model.
+    """Residual stream of a window, and damaged copies of it, on their way through the dense model.
 
     Args:
         window: The stream before the first layer, (1, tokens, D).
-        kwargs: How every layer is called on it, with floating tensors in fp32.
+        kwargs: Keyword arguments of every layer for this window, with floating tensors in fp32.
         config: The settings.
 
     Attributes:
-        states: The whole stream, and two copies for every layer damaged so far, (number, tokens, D) fp32.
-        damage: J of what each copy has lost, weighted as the curves are: the mean over tokens of the square of what is
-            missing, averaged over the dimensions, over the stream's mean square.
+        states: The intact stream, and two copies for every layer damaged so far, (number, tokens, D) fp32.
+        damage: J of the loss in each copy, weighted as the curves are: the squared loss, averaged over the dimensions,
+            divided by the stream's mean square, and averaged over tokens.
     """
 
     def __init__(self, window: torch.Tensor, kwargs: list[dict[str, Any]], config: PruneConfig) -> None:
@@ -57,14 +58,14 @@ class Probes:
         self.damage: list[float] = []
 
     def pass_layer(self, layer: Layer, index: int) -> list[float]:
-        """Let all states pass a dense layer, and make the copies that are damaged in it.
+        """Run a dense layer on all states, and add the copies that are damaged in it.
 
         Args:
             layer: The layer.
             index: Its number.
 
         Returns:
-            The damage that was done in it.
+            The damage that was done in this layer.
         """
         kwargs, already, made = self._kwargs[index], len(self.damage), []
         if layer.dtype != torch.float32:
@@ -80,17 +81,17 @@ class Probes:
                 made.append(damaged)
                 self.damage.append(damage)
                 hidden = hidden + whole
-        # Masks and rotary embeddings of one window do for several, position biases do not.
+        # Masks and rotary embeddings of one window serve several windows; position biases do not.
         together = 1 if layer.spec.slopes else max(1, BATCH_TOKENS // self.states.shape[1])
         self.states = torch.cat([*(run_layer(layer, some, kwargs) for some in self.states.split(together)), *made])
         return self.damage[already:]
 
     def restore(self, states: torch.Tensor, damage: list[float]) -> None:
-        """Resume from states of before an interruption."""
+        """Resume from the states before an interruption."""
         self.states, self.damage = states, damage
 
     def factors(self, norm: nn.Module) -> list[list[float]]:
-        """What the curves of attention and of the FFN are to be multiplied by, for each layer, after the last one.
+        """Return the factors of the curves of attention and of the FFN for each layer; call this after the last layer.
 
         Args:
             norm: The norm before the output head.
@@ -104,7 +105,7 @@ class Probes:
         ]
         by_part = []
         for part in range(2):
-            # A sub-layer whose half does nothing tells nothing.
+            # A sub-layer whose removed half did nothing gives no information.
             known = [(at, value) for at, value in zip(self._layers, found[part::2]) if value > 0 and math.isfinite(value)]
             at, values = zip(*known) if known else ((0,), (1.0,))
             by_part.append(np.interp(range(len(self._kwargs)), at, values).tolist())
@@ -113,10 +114,10 @@ class Probes:
     def _damaged(
         self, sublayer: Sublayer, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """What a sub-layer adds to the stream, what it adds without half of its units, and J of the difference."""
+        """Return a sub-layer's residual update, the update without half of its units, and J of the difference."""
         inner = sublayer.inner_activations(sublayer.norm(hidden), kwargs)
         linear, gain, units = sublayer.output_projection, sublayer.post_norm_gain(), sublayer.units
-        centered = inner - inner.mean(0)  # a recovery makes good for the means
+        centered = inner - inner.mean(0)  # a recovery makes up for the means
         if sublayer.is_attention and units == 1:
             units = sublayer.layer.sizes().num_heads  # a single group has no half
         scores = fluctuation(sublayer.effective_weight(), centered.double().square().mean(0)).view(units, -1).sum(1)

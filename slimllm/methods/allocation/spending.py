@@ -1,7 +1,7 @@
-"""An exact number of parameters removed over the whole model: every step is taken where a parameter costs least.
+"""Removal of an exact number of parameters over the whole model: every step is taken where a parameter costs least.
 
-What a sub-layer loses is a curve over how much of it goes. Its lower convex hull is what can be had for every number, so
-steps in the order of the hull's slopes are the best choice for the sum of all curves at every total that they meet.
+The loss of a sub-layer is a curve over how much of it is removed. Steps follow the lower convex hulls of these curves, in
+the order of the hulls' slopes. They minimise the sum of all hulls at every total that they reach.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import torch
 
 from slimllm.methods.allocation.removal import LayerShape
 
-# Points of a curve over the channels, evenly from none of them to all.
+# Points of a curve, evenly spaced from no channels to all of them.
 POINTS = 257
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a layer loses, at evenly spaced numbers of removed units and of removed channels, from none to all of them."""
+    """Loss curves of a layer, at evenly spaced numbers of removed units and of removed channels, from none to all."""
 
     attention: list[float]
     ffn: list[float]
 
     def times(self, attention: float, ffn: float) -> Curves:
-        """The curves, each multiplied by a factor."""
+        """Return the curves, each multiplied by a factor."""
         return Curves([attention * value for value in self.attention], [ffn * value for value in self.ffn])
 
 
@@ -36,13 +36,13 @@ class _Step:
     slope: float
     layer: int
     part: str  # attention before ffn
-    number: int  # of the sub-layer's steps
-    count: int = field(compare=False)  # of units or channels
+    number: int  # index among the sub-layer's steps
+    count: int = field(compare=False)  # units or channels
     params: int = field(compare=False)
 
 
 def sampled(costs: torch.Tensor) -> list[float]:
-    """A curve from what each of all channels adds, in the order in which they go, (I,)."""
+    """Sample a curve from the costs of all units or channels, in the order of removal, (I,)."""
     curve = torch.cat([costs.new_zeros(1), costs.cumsum(0)])
     at = torch.linspace(0, len(costs), min(POINTS, len(curve)), dtype=torch.float64)
     before = at.floor().long().clamp(max=len(costs) - 1)
@@ -52,18 +52,18 @@ def sampled(costs: torch.Tensor) -> list[float]:
 
 
 def spend(curves: list[Curves], shapes: list[LayerShape], target: int, round_to: int) -> list[tuple[int, int]]:
-    """How many units and channels every layer gives, so that parameters nearest to the target go.
+    """Choose how many units and channels every layer loses, so that the total comes nearest to the target.
 
     Args:
-        curves: Curves of every layer.
-        shapes: Their sizes.
-        target: Parameters to remove, biases of the recovery made up for.
-        round_to: Widths are multiples of this, and every layer keeps so many channels, and one step of units.
+        curves: Loss curves of every layer.
+        shapes: The layers' sizes.
+        target: Number of parameters to remove, net of the biases that the recovery adds.
+        round_to: Kept widths are multiples of this. Every layer keeps at least this many channels, and one step of units.
     """
     of_layers = (_steps(i, curve, shape, round_to) for i, (curve, shape) in enumerate(zip(curves, shapes)))
     steps = sorted(step for of_layer in of_layers for step in of_layer)
     taken: list[_Step] = []
-    skipped: dict[tuple[int, str], _Step] = {}  # units that are more than what is left, and all after them
+    skipped: dict[tuple[int, str], _Step] = {}  # first steps of units that exceed what is left; later ones are skipped too
     left = target
     for step in steps:
         if (step.layer, step.part) in skipped:
@@ -86,7 +86,7 @@ def spend(curves: list[Curves], shapes: list[LayerShape], target: int, round_to:
 
 
 def _take_another_unit(taken: list[_Step], skipped: list[_Step], left: int) -> None:
-    """Where only units are left, each more than is wanted: one more, for which the dearest channels come back."""
+    """Take one more step of units if all that are left exceed the rest of the target; restore the costliest channels."""
     channels = [step for step in taken if step.part == "ffn"]
     if not skipped or (channels and left <= min(step.params for step in channels) / 2):
         return
@@ -119,7 +119,7 @@ def _steps(layer: int, curve: Curves, shape: LayerShape, round_to: int) -> Itera
 
 
 def hull(values: list[float], at: list[float]) -> list[float]:
-    """The lower convex hull of a curve over [0, 1], given at even distances, at the points asked for (ascending)."""
+    """Evaluate the lower convex hull of a curve over [0, 1], given at even distances, at ascending points."""
     last = len(values) - 1
     corners: list[int] = []
     for i in range(last + 1):
@@ -137,5 +137,5 @@ def hull(values: list[float], at: list[float]) -> list[float]:
 
 
 def _above(values: list[float], first: int, middle: int, last: int) -> bool:
-    """Whether the middle point lies on or above the line through the other two."""
+    """Return whether the middle point lies on or above the line through the other two."""
     return (values[middle] - values[first]) * (last - first) >= (values[last] - values[first]) * (middle - first)

@@ -1,4 +1,4 @@
-"""From a ratio to an exact number of parameters, and from that to what is removed from all layers."""
+"""The number of parameters to remove at a ratio, and what every layer loses to reach it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from slimllm.plugins import calling
 
 @dataclass(frozen=True)
 class Allocated:
-    """What is removed from every layer, the settings they follow from, and one sentence for each choice worth knowing.
+    """Removals of all layers, the settings that led to them, and notes on what was chosen.
 
     Attributes:
         removals: What every layer loses.
-        target_params: Parameters to remove.
-        pruned_layers: How many layers give something.
+        target_params: Number of parameters to remove.
+        pruned_layers: Number of layers to prune.
         alpha: Temperature of the softmax; 0: there is none.
         round_to: Kept FFN widths are multiples of this.
-        notes: Sentences without a full stop.
+        notes: Notes for the user: sentences without a full stop.
         coarse: Whether whole heads and rounded widths miss the target.
     """
 
@@ -37,18 +37,23 @@ class Allocated:
     coarse: bool
 
     def note_of_biases(self, layers_before: int, layers_after: int, format_name: str) -> list[str]:
-        """A note where only what the format adds misses the target; parameters of all layers before and after."""
+        """Return a note if only the biases that the format adds miss the target.
+
+        Args:
+            layers_before, layers_after: Parameters of all layers.
+            format_name: Name of the output format.
+        """
         if self.coarse or abs(layers_before - layers_after - self.target_params) <= 0.005 * self.target_params:
             return []
         return [
             f"the layers are {1 - layers_after / layers_before:.2%} smaller instead of "
-            f"{self.target_params / layers_before:.2%}: the format, {format_name}, stores biases of zero beside its weights"
+            f"{self.target_params / layers_before:.2%}: the format, {format_name}, stores additional biases of zero"
         ]
 
 
 @dataclass(frozen=True)
 class Target:
-    """How many parameters are removed, in widths of which step, and what the allocation wants."""
+    """Number of parameters to remove, rounding step of the widths, and the ratio as the allocation interprets it."""
 
     params: int
     round_to: int
@@ -56,10 +61,10 @@ class Target:
 
 
 def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
-    """What the settings ask of a model.
+    """Derive the target from the settings.
 
     Raises:
-        ValueError: (as InputError) it is more than the model can give.
+        ValueError: (as InputError) the target is more than the model can lose.
     """
     num_layers, total = len(shapes), sum(shape.params for shape in shapes)
     wanted = config.allocation.wanted(config.ratio, num_layers)
@@ -75,7 +80,7 @@ def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
         units = "one head unit" if step == 1 else f"{step} head units"
         asked = f"A ratio of {config.ratio:g}"
         if wanted.ratio != config.ratio:
-            asked += f" by the preset {config.preset} (which makes {wanted.ratio:.4g} of the layers' parameters of it)"
+            asked += f" with the preset {config.preset} ({wanted.ratio:.4g} of the layers' parameters)"
         raise InputError(
             f"{asked} is more than this model can give while every layer keeps {units} and {round_to} channels; "
             f"the most is {most / total:.3f}."
@@ -86,20 +91,20 @@ def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
 def allocate(
     similarity: Sequence[float], shapes: list[LayerShape], config: PruneConfig, curves: list[Curves] | None = None
 ) -> Allocated:
-    """Spread the ratio over the layers, by `config.allocation`.
+    """Spread the ratio over the layers by `config.allocation`.
 
-    The layers' ratios are clamped to what a layer can give, and the rest is spread over the others. Heads take their
-    rounded share; channels make up what the heads leave over, and what the rounding of widths leaves over goes on to the
-    next layer, so that the total is met to half a rounding step.
+    The layers' ratios are clamped to what a layer can lose, and the excess is spread over the others. Heads take their
+    rounded share, and channels make up for the remainder. The rounding error of a layer's width is carried over to the next
+    layer, so the total is met to within half a rounding step.
 
     Args:
         similarity: c_ℓ, the mean cosine between input and output of every layer.
         shapes: The layers' sizes.
-        config: Settings.
-        curves: What every layer loses, for the allocations that are measured.
+        config: The settings.
+        curves: Loss curves of every layer, for allocations that measure.
 
     Raises:
-        ValueError: (as InputError) the ratio is more than the model can give.
+        ValueError: (as InputError) the ratio is more than the model can lose.
     """
     target = find_target(shapes, config)
     request = Request(target.params, target.round_to, shapes, similarity, target.wanted, curves)
@@ -122,21 +127,21 @@ def allocate(
 
 
 def _check(found: Removals, request: Request, name: str) -> None:
-    """Raise ValueError (as InputError) unless every layer can give what it is to give."""
+    """Raise ValueError (as InputError) unless every layer can lose what the allocation removes."""
     if len(found.layers) != len(request.shapes):
         raise InputError(
-            f"The allocation {name} gives removals of {len(found.layers)} layers, but the model has {len(request.shapes)}."
+            f"The allocation {name} returned {len(found.layers)} removals, but the model has {len(request.shapes)} layers."
         )
     for index, (removal, shape) in enumerate(zip(found.layers, request.shapes)):
         if not 0 <= removal.units < shape.units or removal.units % shape.unit_step:
             step = f" in steps of {shape.unit_step}" if shape.unit_step > 1 else ""
             raise InputError(
-                f"By the allocation {name} layer {index} is to give {removal.units} head units, but it can give from 0 to "
-                f"{shape.units - 1}{step}."
+                f"With the allocation {name}, layer {index} would lose {removal.units} head units, but it can lose "
+                f"only 0 to {shape.units - 1}{step}."
             )
         left = shape.channels - removal.channels
         if not 0 < left <= shape.channels or (removal.channels and left % request.round_to):
             raise InputError(
-                f"By the allocation {name} layer {index} is to keep {left} of its {shape.channels} channels, which is "
-                f"none, more than there are, or no multiple of round_to, {request.round_to}."
+                f"With the allocation {name}, layer {index} would keep {left} of its {shape.channels} channels, which is "
+                f"none, more than there are, or not a multiple of round_to ({request.round_to})."
             )

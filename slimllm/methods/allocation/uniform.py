@@ -1,4 +1,4 @@
-"""Every layer gives the same share."""
+"""The uniform allocation: every layer loses the same share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slimllm.methods.allocation.rounding import round_shares, softmax_shares
 
 @register_allocation("uniform")
 class Uniform(Allocation):
-    """The same share of every layer, to the last channel where they are alike, so that the result can be a stock model."""
+    """The same share for every layer; layers of equal sizes lose exactly the same, so the result can be a stock model."""
 
     alike = True
 

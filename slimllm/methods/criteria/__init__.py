@@ -1,4 +1,4 @@
-"""Criteria: which units of a sub-layer are removed, one file for each."""
+"""Criteria: which units of a sub-layer are removed. One file for each."""
 
 from slimllm.methods.criteria.base import Criterion, register_criterion
 

@@ -1,4 +1,4 @@
-"""What a criterion is: a score of every unit of a sub-layer, or a choice among them."""
+"""Base class of criteria: scores of a sub-layer's units, or a choice among them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ register_criterion = CRITERIA.register
 
 
 class Criterion(Method, ABC):
-    """Chooses which units of a sub-layer stay: heads or KV groups of attention, channels of an FFN.
+    """Method that chooses which units of a sub-layer stay: heads or KV groups of attention, channels of an FFN.
 
-    A criterion that weighs units one by one defines `scores`; one that chooses them jointly defines `select`.
+    A criterion that scores units one by one defines `scores`; a criterion that chooses them jointly defines `select`.
 
     Attributes:
-        needs: What it needs of the calibration activations.
+        needs: The statistics of the calibration activations that it needs.
         attention_gram: Whether it uses the Gram of attention's columns (`gram`, `output_covariance()`). If no method of a
-            run does, the covariances of the heads may be streamed without it, which for few tokens is less work.
-        needs_recovery: Whether its choice is only good once the rest has been fitted anew.
+            run does, the covariances of the heads may be streamed without the Gram, which is less work for few tokens.
+        needs_recovery: Whether its choice is only good after a refit of the remaining weights.
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
@@ -32,7 +32,7 @@ class Criterion(Method, ABC):
     needs_recovery: ClassVar[bool] = False
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
-        """Importance of every unit, (units,); the lowest are removed first.
+        """Return the importance of every unit, (units,); units with the lowest are removed first.
 
         Args:
             sublayer: The dense sub-layer.
@@ -46,7 +46,7 @@ class Criterion(Method, ABC):
         Args:
             sublayer: The dense sub-layer.
             statistics: Statistics of its calibration activations.
-            num_removed: How many units are removed, of every group of the sub-layer.
+            num_removed: Number of units to remove from every group of the sub-layer.
         """
         scores = self.scores(sublayer, statistics)
         if scores.shape != (sublayer.units,):

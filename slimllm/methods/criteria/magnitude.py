@@ -12,7 +12,7 @@ from slimllm.models.sublayer import Sublayer
 
 @register_criterion("magnitude")
 class Magnitude(Criterion):
-    """The smallest weights, those of all rows and columns of a unit together."""
+    """Squared norm of the weights in all rows and columns of a unit."""
 
     attention_gram = False
 
@@ -21,7 +21,7 @@ class Magnitude(Criterion):
         rows = [squares(sublayer.weight_of(projection)) for projection in sublayer.unit_rows]
         by_column = squares(weight.T) + sum(own for own in rows if len(own) == weight.shape[1])
         by_unit = by_column.view(sublayer.units, -1).sum(1)
-        for own in rows:  # of k_proj and v_proj there are fewer with grouped queries
+        for own in rows:  # k_proj and v_proj have fewer rows with grouped queries
             if len(own) != weight.shape[1]:
                 by_unit += own.view(sublayer.units, -1).sum(1)
         return by_unit

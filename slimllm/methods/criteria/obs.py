@@ -1,4 +1,4 @@
-"""Structured optimal brain surgeon: what is removed leaves the lowest output error after the rest is fitted anew."""
+"""Structured optimal brain surgeon: remove the units that leave the lowest output error after the rest is refitted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slimllm.models.sublayer import Sublayer
 
 @register_criterion("obs")
 class Obs(Criterion):
-    """Structured optimal brain surgeon: the lowest output error after refit, one unit after the other."""
+    """Structured optimal brain surgeon: lowest output error after refit, one unit after the other."""
 
     needs = Needs.COLUMN_GRAM
     needs_recovery = True

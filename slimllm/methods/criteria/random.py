@@ -1,4 +1,4 @@
-"""A seeded draw, to compare with."""
+"""Seeded random choice, as a baseline for comparisons."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slimllm.models.sublayer import Sublayer
 
 @register_criterion("random")
 class Random(Criterion):
-    """A draw by the run's seed."""
+    """Random scores, reproducible by the run's seed."""
 
     attention_gram = False
 

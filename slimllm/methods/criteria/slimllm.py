@@ -16,7 +16,7 @@ from slimllm.models.sublayer import Sublayer
 
 @register_criterion("slimllm")
 class SlimLLM(Criterion):
-    """Heads by the Pearson similarity of the output and a greedy exchange; channels by I_gate + I_up + I_down."""
+    """Choice of heads by Pearson similarity of the output and a greedy exchange, of channels by I_gate + I_up + I_down."""
 
     needs = Needs.OUTPUT_GRAM
     attention_gram = False
@@ -26,8 +26,8 @@ class SlimLLM(Criterion):
         """Options of the criterion slimllm.
 
         Attributes:
-            keep_lowest: Fraction of the least important channels that are kept all the same: what the authors' published
-                implementation does (1 %, the preset `paper`) and their paper does not say.
+            keep_lowest: Fraction of the channels that are kept although they are the least important. The authors'
+                published implementation does this (1 %, as in the preset `paper`); their paper does not mention it.
         """
 
         keep_lowest: float = 0.0
@@ -35,7 +35,7 @@ class SlimLLM(Criterion):
         def __post_init__(self) -> None:
             if not 0 <= self.keep_lowest < 1:
                 raise InputError(
-                    f"slimllm.keep_lowest is a fraction of the channels, from 0 to below 1, got {self.keep_lowest}."
+                    f"slimllm.keep_lowest must be a fraction of the channels, from 0 to below 1, got {self.keep_lowest}."
                 )
 
     def select(self, sublayer: Sublayer, statistics: SublayerStatistics, num_removed: int) -> Selection:
@@ -50,7 +50,7 @@ class SlimLLM(Criterion):
 
 
 def channel_importance(sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
-    """I_gate + I_up + I_down of every channel, (I,) fp64."""
+    """Compute I_gate + I_up + I_down of every channel, (I,) fp64."""
     layer, gain = sublayer.layer, sublayer.post_norm_gain()
     covariance, input_norms = statistics.output_covariance(), statistics.inputs.norms()
     if gain is not None:
@@ -63,7 +63,7 @@ def channel_importance(sublayer: Sublayer, statistics: SublayerStatistics) -> to
 
 
 def input_importance(weight: torch.Tensor, input_norms: torch.Tensor) -> torch.Tensor:
-    """I_gate(c) or I_up(c) = ‖W[c,:] ∘ n‖₂ with n_j = ‖x[:,j]‖₂.
+    """Compute I_gate(c) or I_up(c) = ‖W[c,:] ∘ n‖₂ with n_j = ‖x[:,j]‖₂.
 
     Args:
         weight: gate_proj.weight or up_proj.weight (I, D).

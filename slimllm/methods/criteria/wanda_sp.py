@@ -12,7 +12,7 @@ from slimllm.models.sublayer import Sublayer
 
 @register_criterion("wanda-sp")
 class WandaSp(Criterion):
-    """Wanda-sp: mean weight times norm of the activations, summed over a unit's columns."""
+    """Wanda-sp: mean absolute weight times norm of the activations, summed over a unit's columns."""
 
     attention_gram = False
 

@@ -1,4 +1,4 @@
-"""Recoveries: how what is kept makes up for what is removed, one file for each."""
+"""Recoveries: how the kept units make up for the removed ones. One file for each."""
 
 from slimllm.methods.recovery.base import Fit, Recovery, register_recovery
 from slimllm.models.slicing import OutputChange

@@ -11,7 +11,7 @@ from slimllm.models.sublayer import Sublayer
 
 @register_recovery("affine")
 class Affine(Recovery):
-    """The paper's regression of every output dimension on its pruned self, y_k ≈ a_k ŷ_k + b_k."""
+    """The paper's regression of every output dimension on its pruned value, y_k ≈ a_k ŷ_k + b_k."""
 
     attention_gram = False
 

@@ -1,4 +1,4 @@
-"""What a recovery is: a change of the output projection, fitted on calibration activations."""
+"""Base class of recoveries: changes of the output projection, fitted on calibration activations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ register_recovery = RECOVERIES.register
 
 @dataclass(frozen=True)
 class Fit:
-    """The change of an output projection (None: none), and the output's error relative to its variance, without the change
-    and with it."""
+    """A fitted change of an output projection.
+
+    Attributes:
+        change: The change; None: there is none.
+        error_before, error_after: The output's error relative to its variance, without and with the change.
+    """
 
     change: OutputChange | None
     error_before: float
@@ -28,21 +32,22 @@ class Fit:
 
     @classmethod
     def of_moments(cls, moments: OutputMoments, slope: torch.Tensor, intercept: torch.Tensor) -> Fit:
-        """The change W' = a ∘ W, bias' = bias + b for a slope a and an intercept b, (D,) fp64."""
+        """Make the change W' = a ∘ W, bias' = bias + b from a slope a and an intercept b, (D,) fp64."""
         change = OutputChange(intercept, slope)
         return cls(change, moments.error_of_removal(), moments.relative_error(slope, intercept))
 
 
 class Recovery(Method, ABC):
-    """Changes an output projection so that the kept units make up for those that are removed.
+    """Method that changes an output projection so that the kept units make up for the removed ones.
 
     Attributes:
-        needs: What it needs of the calibration activations. Only with `COLUMN_GRAM` may a change have a `delta`.
-        attention_gram: As of a criterion.
-        adds_bias: Whether it gives an output projection a bias where it had none. Where it does not, the `intercept` of its
-            changes has to be None.
-        shares_work: Whether the processes of a run share the work of `fit`, and all return the same. Otherwise each fits
-            alone, and the first one's change holds.
+        needs: The statistics of the calibration activations that it needs. A change may have a `delta` only with
+            `COLUMN_GRAM`.
+        attention_gram: As for a criterion.
+        adds_bias: Whether it adds a bias to an output projection without one. If not, the `intercept` of its changes must
+            be None.
+        shares_work: Whether the processes of a run share the work of `fit` and all return the same fit. Otherwise each
+            process fits alone, and the change of the first one is used.
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
@@ -52,7 +57,7 @@ class Recovery(Method, ABC):
 
     @abstractmethod
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
-        """Fit the change; all processes of a run call it.
+        """Fit the change; all processes of a run call this.
 
         Args:
             sublayer: The dense sub-layer.

@@ -1,4 +1,4 @@
-"""FLAP's recovery (arXiv 2312.11983): the mean of what is removed, as a bias."""
+"""FLAP's recovery (arXiv 2312.11983): the mean output of the removed units becomes a bias."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slimllm.models.sublayer import Sublayer
 
 @register_recovery("bias")
 class Bias(Recovery):
-    """The mean of what is removed, added as a bias (FLAP)."""
+    """Mean output of the removed units, added as a bias (FLAP)."""
 
     attention_gram = False
 

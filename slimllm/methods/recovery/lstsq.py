@@ -1,4 +1,4 @@
-"""Least squares: all weights of the kept columns are fitted anew, by ridge regression on them."""
+"""Least squares: a ridge regression on the kept columns refits all of their weights."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from slimllm.models.sublayer import Sublayer
 from slimllm.runtime.distributed import Ranks
 from slimllm.statistics import GramStatistics
 
-# On columns scaled to unit size, and where there are few tokens (benchmarks/NOTES.md).
+# λ for columns scaled to unit size, and λ for few tokens (benchmarks/NOTES.md).
 RIDGE, RIDGE_OF_FEW = 0.3, 1.0
 
 
 @register_recovery("lstsq")
 class LeastSquares(Recovery):
-    """All kept weights of the output projections by ridge regression, closer to the dense model."""
+    """Ridge regression of all kept weights of an output projection, for a result closer to the dense model."""
 
     needs = Needs.COLUMN_GRAM
     shares_work = True
@@ -36,7 +36,7 @@ class LeastSquares(Recovery):
 
 @dataclass(frozen=True)
 class Refit:
-    """The change of the kept columns' weights, and the output error Σ_k E(e_k)² before it and after it."""
+    """A change of the kept columns' weights, and the output error Σ_k E(e_k)² before and after it."""
 
     change: OutputChange
     before: float
@@ -44,7 +44,7 @@ class Refit:
 
 
 def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor, ranks: Ranks | None = None) -> Refit:
-    """`least_squares` of what the removed columns put out on the kept ones, from the Gram of all of them.
+    """Fit the output of the removed columns by the kept ones (`least_squares`), from the Gram of all columns.
 
     With R the removed columns and S the kept ones, e = W_R z_R:
 
@@ -52,9 +52,9 @@ def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Ten
 
     Args:
         weight: W of the output projection, (D, F).
-        statistics: Statistics of its inputs z, F features; all is computed where they are.
+        statistics: Statistics of its inputs z, F features; everything is computed on their device.
         keep: Indices of the kept columns, on any device.
-        ranks: Processes with the same statistics, each of which does its share of the outputs; None: this one alone.
+        ranks: Processes with the same statistics, each of which computes its share of the outputs; None: this process only.
     """
     ranks = ranks or Ranks()
     outputs, mean = len(weight), statistics.mean()
@@ -82,14 +82,14 @@ def least_squares(
     mean_lost: torch.Tensor,
     ridge: float = RIDGE,
 ) -> tuple[OutputChange, torch.Tensor]:
-    """The change of the kept columns' weights by which they best stand in for what was removed.
+    """Compute the change of the kept columns' weights that best makes up for the removed columns.
 
-    With e = y - ŷ the output that pruning took away, a ridge regression of e on the kept inputs z,
+    With e = y - ŷ the output that pruning removed, a ridge regression of e on the kept inputs z,
 
         Δᵀ = D⁻¹ (D⁻¹ Cov(z) D⁻¹ + λI)⁻¹ D⁻¹ Cov(z, e),   D² = diag Cov(z) + 0.01 (E z)²,   b = E e - Δ E z,
 
-    shrinks the new weights towards the old ones, by as much as is right for a column's own size: few tokens and more
-    columns than tokens do no harm.
+    shrinks the new weights towards the old ones, relative to the size of each column. Few tokens, even fewer than columns,
+    therefore do no harm.
 
     Args:
         covariance: Cov(z), (|S|, |S|) fp64; overwritten.
@@ -100,7 +100,7 @@ def least_squares(
         ridge: λ.
 
     Returns:
-        The change, and Σ_k var(e_k - Δ_k z), what is then still missing, up to rounding.
+        The change, and the error that remains, Σ_k var(e_k - Δ_k z), up to rounding.
     """
     scale = column_scale(covariance.diagonal(), mean)
     inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
