@@ -1,4 +1,4 @@
-"""What Python users call: `prune` and `prune_ratios` for a model on disk, `prune_model` for one in memory."""
+"""Python interface: `prune` and `prune_ratios` for a model on disk, `prune_model` for a model in memory."""
 
 from __future__ import annotations
 
@@ -42,24 +42,24 @@ def prune(
     """Prune a model on disk, one layer in memory at a time, and write the result as a Hugging Face folder.
 
     Args:
-        model: A Hugging Face folder, a GGUF file, a hub id, or what `open_checkpoint` made of one.
+        model: A Hugging Face folder, a GGUF file, a hub id, or a checkpoint from `open_checkpoint`.
         out: The folder to make. It appears when it is complete.
         config: The settings.
         overwrite: Replace a model that is in `out` already.
-        resume: Resume the interrupted run, if there is one: the files become what they would have been.
-        progress: Called after every layer with a `LayerMeasured` or `LayerPruned`; an exception that it raises stops the
-            run there (in a group it is called, and has to raise, in every process).
+        resume: Resume the interrupted run, if there is one. The result is the same as without the interruption.
+        progress: Called after every layer with a `LayerMeasured` or `LayerPruned`. If it raises an exception, the run stops
+            there. In a group it is called, and has to raise, in every process.
         command: The command line, for the model card; None: the equivalent Python call.
-        group: Processes of torch.distributed that prune together, all of which make this call; the first one writes. None:
-            this process alone.
+        group: Processes of torch.distributed that prune together. All of them make this call, and the first one writes.
+            None: this process alone.
 
     Returns:
         The report, which is also written to `out`/report.json.
 
     Raises:
-        ValueError: (as InputError) something about the input is wrong, or an interrupted run of other settings, another
-            model or text is to be resumed; `out` is then untouched. (as OutputError or LostRankError, two of those) the
-            disk is full or failed, or another process of the group is gone; the run can be resumed.
+        ValueError: (as InputError) the input is wrong, or the run to resume has other settings, another model or another
+            text; `out` is then untouched. (as OutputError or LostRankError, which are InputErrors) the disk is full or
+            failed, or another process of the group is gone; the run can then be resumed.
     """
     check_config(config)
     jobs, ranks = [(destination(out), config)], Ranks(group)
@@ -79,13 +79,13 @@ def prune_ratios(
     command: str | None = None,
     group: ProcessGroup | None = None,
 ) -> list[PruneReport]:
-    """`prune` at several ratios, one after the other; `out`/0.2, `out`/0.35, … are what single runs would have written.
+    """Prune at several ratios, one after the other; `out`/0.2, `out`/0.35, … are the same as from single runs of `prune`.
 
-    What they have in common is done once: opening the model, the calibration windows, and the dense pass, which weighs the
-    layers and depends on no ratio. From the first pruned layer on their activations differ, and nothing can be shared.
+    The common work is done once: opening the model, drawing the calibration windows, and the dense pass, which measures the
+    layers and does not depend on the ratio. From the first pruned layer on, activations differ and nothing can be shared.
 
     Args:
-        model, overwrite, resume, progress, command, group: As for `prune`; with `resume`, what is complete is left.
+        model, overwrite, resume, progress, command, group: As for `prune`; with `resume`, complete results are kept.
         out: The folder to make the results in; it may exist.
         config: The settings; `ratio` does not apply.
         ratios: The ratios, all different.
@@ -94,11 +94,11 @@ def prune_ratios(
         The reports, in the order of the ratios.
 
     Raises:
-        ValueError: (as InputError) as `prune`, or a ratio is given twice, or none.
+        ValueError: (as InputError) as for `prune`, or a ratio is given twice, or no ratio is given.
     """
     check_config(config)
     if not ratios or len(set(ratios)) < len(ratios):
-        raise InputError(f"ratios must be different from each other, and one at least, got {list(ratios)}.")
+        raise InputError(f"ratios must be different from each other, and at least one, got {list(ratios)}.")
     jobs = [(destination(Path(out) / str(ratio)), dataclasses.replace(config, ratio=ratio)) for ratio in ratios]
     ranks = Ranks(group)
     with ranks.one_log():
@@ -113,20 +113,20 @@ def prune_model(
     progress: ProgressCallback | None = None,
     group: ProcessGroup | None = None,
 ) -> PruneReport:
-    """Prune a model in memory, in place: its layers shrink and its class becomes that of the native format.
+    """Prune a model in memory, in place: its layers shrink and its class becomes that of the format of the result.
 
-    Afterwards it generates, trains and, with `save_pretrained`, saves as any other model.
+    Afterwards it can generate, be trained, and be saved by `save_pretrained` like any other model.
 
     Args:
         model: A causal language model of a supported family, on one device.
-        tokenizer_or_token_ids: What turns the calibration text into token ids, or the windows themselves, (samples,
+        tokenizer_or_token_ids: A tokenizer for the calibration text, or the calibration windows themselves, (samples,
             seq_len) int64.
-        config: The settings; `dtype`, `compute_dtype`, `device` and budgets of memory do not apply: the model has its own.
-        progress, group: As for `prune`; every process of a group has a copy of the model, which all prune alike.
+        config: The settings, without `dtype`, `compute_dtype`, `device` and memory budgets: the model keeps its own.
+        progress, group: As for `prune`; every process of a group has a copy of the model, and all prune it alike.
 
     Raises:
-        ValueError: (as InputError) something about the input is wrong; the model is then untouched, unless its hidden
-            states overflow its dtype, or another process of the group is lost, after some layers have been pruned.
+        ValueError: (as InputError) the input is wrong; the model is then untouched, unless its hidden states overflow its
+            dtype, or another process of the group is lost, after some layers have been pruned.
         TypeError: an argument has the wrong type.
     """
     started = time.perf_counter()
@@ -158,7 +158,7 @@ def prune_model(
 def _prepare(
     model: PreTrainedModel, given: PreTrainedTokenizerBase | torch.Tensor, config: PruneConfig, started: float, ranks: Ranks
 ) -> Run:
-    """All of `prune_model` that can refuse its arguments."""
+    """Check the arguments of `prune_model`, and set up the run."""
     check_config(config)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers model, got {type(model).__name__}; to prune a folder, use prune().")

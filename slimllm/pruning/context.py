@@ -1,4 +1,4 @@
-"""What every part of a run needs: the model, the windows, the settings, where things live, the clock, and the record."""
+"""Context of a run, which all of its parts need: model, windows, settings, placement of tensors, stopwatch and record."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from slimllm.runtime.stopwatch import Stopwatch
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run of the engine.
+    """Context of one run of the engine.
 
     Attributes:
         source: The model.
         calibration: The windows of all ranks, and those held out of the statistics.
         config: The settings.
         placement: Where token-sized tensors are stored.
-        watch: Gathers seconds by stage.
+        watch: The stopwatch, which counts seconds by stage.
         ranks: The processes that share the windows.
         record: Record of every layer that is done; recorded layers are skipped. None: nothing is recorded.
         progress: Called after every layer.

@@ -1,4 +1,4 @@
-"""One pass through the dense model: how much every layer matters, and what an allocation measures in it."""
+"""The dense pass, which measures how much every layer matters, and what an allocation needs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from slimllm.statistics.tokens import layer_similarity
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """What the dense pass finds in one layer.
+    """Results of the dense pass for one layer.
 
     Attributes:
         similarity: c, the mean cosine over tokens of its input with its output.
-        weights: Checksum of its weights; 0 where nothing is recorded.
-        curves: What its sub-layers lose, for an allocation that measures; None: it does not.
+        weights: Checksum of its weights; 0 if nothing is recorded.
+        curves: Loss curves of its sub-layers; None: the allocation does not measure them.
         damage: Damage of the probes that were made in it, for an allocation by sensitivity.
     """
 
@@ -53,15 +53,15 @@ class DenseLayer:
 
 @dataclass(frozen=True)
 class DensePass:
-    """What one pass through the dense model gives, for any number of prunings on the same windows.
+    """Results of one pass through the dense model, for any number of prunings on the same windows.
 
     Attributes:
-        layers: What was found in every layer.
-        loss: The dense model's, see `mean_loss`.
-        factors: What every layer's curves, of attention and of the FFN, are multiplied by; None: nothing.
-        seconds: Time of computing.
+        layers: Results for every layer.
+        loss: Loss of the dense model, see `mean_loss`.
+        factors: Factors of every layer's curves, for attention and for the FFN; None: there are none.
+        seconds: Computing time.
         stage_seconds: Time of the whole pass, with reading and measuring.
-        measured: What the curves depend on; None: there are none.
+        measured: Settings on which the curves depend; None: there are no curves.
     """
 
     layers: list[DenseLayer]
@@ -72,7 +72,7 @@ class DensePass:
     measured: tuple[str | None, ...] | None = None
 
     def serves(self, config: PruneConfig, placement: Placement) -> bool:
-        """Whether it has all that a pruning on the same windows needs of it."""
+        """Return whether a pruning with these settings, on the same windows, can use this pass."""
         wanted = _measured(config, placement)
         return wanted is None or wanted == self.measured
 
@@ -98,7 +98,7 @@ def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ..
 
 @torch.no_grad()
 def run_dense_pass(run: RunContext) -> DensePass:
-    """Let the residual stream pass the dense model, and see how much every layer matters."""
+    """Pass the residual stream through the dense model, and measure how much every layer matters."""
     started = time.perf_counter()
     source, config, watch, ranks, record = run.source, run.config, run.watch, run.ranks, run.record
     allocation, shapes = config.allocation, layer_shapes(run.source, run.config)
@@ -152,7 +152,7 @@ def run_dense_pass(run: RunContext) -> DensePass:
                 run.progress(LayerMeasured(index + 1, source.num_layers))
     del stream
     trim()
-    seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # of another run's, which was shared
+    seconds = done[-1].get("dense_pass_s", 0.0) if done else 0.0  # from the dense pass of another run, which was shared
     return DensePass(
         layers,
         last["loss"],
@@ -164,7 +164,7 @@ def run_dense_pass(run: RunContext) -> DensePass:
 
 
 def steps_of(dense: DensePass) -> list[dict[str, Any]]:
-    """The journal's steps of a dense pass that another run has made."""
+    """Return the journal's steps for a dense pass that another run has made."""
     steps = [dataclasses.asdict(layer) for layer in dense.layers]
     steps[-1] |= {"loss": dense.loss, "factors": dense.factors}
     return steps
@@ -176,13 +176,13 @@ def _recorded(step: dict[str, Any]) -> DenseLayer:
 
 
 def _probes(run: RunContext, stream: Stream) -> Probes:
-    """On the first tokens of the first window, of which the first rank has the stream."""
+    """Create probes on the first tokens of the first window, whose stream is on the first rank."""
     window = stream[0].hidden.load()[:1, :TOKENS].float()
     return Probes(window, record_layer_inputs(run.source.model, run.source.spec, window)[1], run.config)
 
 
 def _pass_layer(layer: Layer, stream: Stream, index: int, run: RunContext) -> torch.Tensor:
-    """Let the residual stream pass a dense layer; its similarity, summed over all tokens."""
+    """Pass the residual stream through a dense layer, and return its similarity, summed over all tokens."""
     total = torch.zeros((), dtype=torch.float64, device=layer.device)
     for batch in stream:
         hidden_in = batch.hidden.load()
@@ -198,9 +198,9 @@ def _pass_layer(layer: Layer, stream: Stream, index: int, run: RunContext) -> to
 def _measure_layer(
     layer: Layer, stream: Stream, index: int, shape: LayerShape, run: RunContext
 ) -> tuple[torch.Tensor, Curves]:
-    """Let the residual stream pass a dense layer; its similarity, summed over all tokens, and its curves.
+    """Pass the residual stream through a dense layer, and return its similarity, summed over all tokens, and its curves.
 
-    The curves are empty where the stream is not finite any more.
+    The curves are empty if the stream is not finite any more.
     """
     config, watch, ranks = run.config, run.watch, stream.ranks
     sublayers = (
@@ -217,7 +217,7 @@ def _measure_layer(
         else:
             statistics.append(ColumnStatistics(features, layer.device))
     similarity = torch.zeros((), dtype=torch.float64, device=layer.device)
-    squares = torch.zeros(2, dtype=torch.float64, device=layer.device)  # Σ_t of the stream's mean square after each
+    squares = torch.zeros(2, dtype=torch.float64, device=layer.device)  # Σ_t of the mean square after each sub-layer
     for batch in stream:
         hidden_in = hidden = batch.hidden.load()
         for part, (one, columns) in enumerate(zip(sublayers, statistics)):
@@ -268,10 +268,10 @@ def _factors(run: RunContext, probes: Probes | None) -> list[list[float]]:
 
 
 def _common(checksum: int, index: int, ranks: Ranks) -> int:
-    """The checksum of a layer's weights, which has to be that of all ranks."""
+    """Return the checksum of a layer's weights after checking that it is the same on all ranks."""
     checksums = ranks.everyone(checksum)
     with ranks.together():
         for rank, other in enumerate(checksums):
             if other != checksums[0]:
-                raise InputError(f"Rank {rank} has other weights in layer {index} than rank 0; give all the same model.")
+                raise InputError(f"Rank {rank} has other weights in layer {index} than rank 0; give all ranks one model.")
     return checksum

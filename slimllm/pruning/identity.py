@@ -1,4 +1,4 @@
-"""What makes a run this run: what another one must have in common with it to resume it, or to share its work."""
+"""Identity of a run: what another run must have in common with it to resume it or to share its work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEIGHTS = "weights, by checksum"
 
 
 def identity_of(source: CheckpointModel, calibration: Calibration, plan: Plan) -> dict[str, Any]:
-    """What two runs must have in common for one to resume the other; weights are compared layer by layer."""
+    """Return what two runs must have in common for one to resume the other; weights are compared layer by layer."""
     others = [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
     return {
         **identity_in_memory(source, calibration, plan.config),
@@ -36,7 +36,7 @@ def identity_of(source: CheckpointModel, calibration: Calibration, plan: Plan) -
 
 
 def identity_in_memory(source: ModelSource, calibration: Calibration, config: PruneConfig) -> dict[str, Any]:
-    """That without the weights."""
+    """Return the identity of a run without the weights and the placement."""
     settings, token_ids = config.to_dict(), calibration.token_ids
     for name in ("calibration", "device", "host_memory", "gpu_memory"):
         del settings[name]
@@ -57,15 +57,15 @@ def identity_in_memory(source: ModelSource, calibration: Calibration, config: Pr
 
 
 def checksum_of(checksums: list[int]) -> int:
-    """Checksum of the weights of all layers, from those of each."""
+    """Combine the checksums of the layers into the checksum of all weights."""
     return zlib.crc32(str(checksums).encode())
 
 
 def compare_identities(identity: dict[str, Any], ranks: Ranks) -> None:
-    """Whether all ranks have the same run before them.
+    """Check that all ranks have the same run.
 
     Raises:
-        ValueError: (as InputError) one has another.
+        ValueError: (as InputError) a rank has a different one.
     """
     identities = ranks.everyone(identity)
     with ranks.together():
@@ -73,12 +73,12 @@ def compare_identities(identity: dict[str, Any], ranks: Ranks) -> None:
             for key, value in identities[0].items():
                 if other[key] != value:
                     raise InputError(
-                        f"Rank {rank} has another {key} ({other[key]}) than rank 0 ({value}); give all the same."
+                        f"Rank {rank} has another {key} ({other[key]}) than rank 0 ({value}); give all ranks the same."
                     )
 
 
 def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
-    """What the last digits of a result may depend on."""
+    """Return the properties of the environment on which the last digits of a result may depend."""
     cuda = device.type == "cuda"
     return {
         **{name: version for name, version in versions().items() if name in ("torch", "transformers", "triton")},
@@ -90,7 +90,7 @@ def environment_of(device: torch.device, num_ranks: int) -> dict[str, Any]:
 
 
 def say_changes(journal: Journal, device: torch.device, num_ranks: int) -> None:
-    """Log in what other environment a resumed run was begun."""
+    """Warn if a resumed run was begun in another environment."""
     now = environment_of(device, num_ranks)
     begun = {key: value for key, value in journal.environment.items() if key in now}
     if changed := [f"{key} {value}" for key, value in begun.items() if value != now[key]]:

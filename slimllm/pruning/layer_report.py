@@ -1,4 +1,4 @@
-"""What report.json says about a layer."""
+"""The entry of a layer in report.json."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slimllm.checkpoints.foreign_json import POSITIVE, Shape
 from slimllm.models.slicing import LayerSizes
 from slimllm.pruning.sublayer import PrunedSublayer
 
-# Of the entry as it is read.
+# Required shape of an entry when it is read.
 LAYER_SHAPE: Shape = {
     "index": int,
     "ratio": float,
@@ -61,13 +61,13 @@ class LayerReport(_Always, total=False):
 
     Attributes:
         index: The layer's number.
-        ratio: What the allocation asked it to give, a fraction of its parameters.
-        num_heads, num_kv_heads, intermediate_size: Its sizes now; with `_before`, those of the dense layer.
+        ratio: Fraction of its parameters that the allocation asked it to lose.
+        num_heads, num_kv_heads, intermediate_size: Its sizes after pruning; with `_before`, those of the dense layer.
         kept_heads, kept_kv_heads, kept_channels: Sorted indices.
-        head_importance, channel_importance: Scores of every unit, as the criterion saw it; where such were removed.
-        attention_statistics: How those of attention were streamed: `gram` or `heads`; where heads were removed.
+        head_importance, channel_importance: The criterion's score of every unit, if such units were removed.
+        attention_statistics: How attention's statistics were streamed, `gram` or `heads`, if heads were removed.
         attention_error_before, attention_error_after, ffn_error_before, ffn_error_after: The output's error relative to its
-            variance, without and with the recovery; where something was removed.
+            variance, without and with the recovery, if something was removed.
         parameters_before, parameters_after: Number of the layer's parameters.
         similarity: c, the mean cosine over tokens of the dense layer's input with its output.
         elapsed_s: Seconds, from reading it to writing it.
@@ -85,11 +85,11 @@ class LayerReport(_Always, total=False):
 
 @dataclass(frozen=True)
 class PrunedParts:
-    """What became of a layer.
+    """Results of pruning a layer.
 
     Attributes:
-        before, after: Its sizes.
-        heads, channels: What became of its attention and its FFN; None: they were left as they were.
+        before, after: Its sizes before and after pruning.
+        heads, channels: Results for its attention and its FFN; None: nothing was removed there.
         by_group: Whether the units of attention are KV groups.
     """
 
@@ -101,7 +101,7 @@ class PrunedParts:
 
 
 def layer_report(parts: PrunedParts, **measured: Any) -> LayerReport:
-    """The entry of a layer that has just been pruned; `measured` are the keys that do not follow from its parts."""
+    """Build the entry of a layer that has just been pruned; `measured` has the keys that do not follow from its parts."""
     before, after, heads, channels = parts.before, parts.after, parts.heads, parts.channels
     report: LayerReport = {
         **measured,  # type: ignore[typeddict-item]

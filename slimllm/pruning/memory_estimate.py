@@ -1,6 +1,6 @@
-"""What a run takes, counted from the sizes alone: the memory of its phases.
+"""Memory estimate of a run: the memory of its phases, counted from the sizes alone.
 
-A phase is a moment of the run with all memory that is in use, part by part, in bytes; the peak is the phase that has most.
+A phase is a moment of the run with all memory that is in use, part by part, in bytes. The peak is the largest phase.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _TOKENS_PER_BATCH = 1024
 
 @dataclass(frozen=True)
 class Sizes:
-    """What memory depends on.
+    """Sizes on which the memory of a run depends.
 
     Attributes:
         hidden_size, vocab_size: D and V.
-        attention_width, kv_width: Inputs of o_proj and outputs of k_proj, the most of any layer.
-        num_heads, num_kv_heads: The most of any layer.
-        intermediate_size: I, the most of any layer.
+        attention_width, kv_width: Inputs of o_proj and outputs of k_proj, the largest of any layer.
+        num_heads, num_kv_heads: The largest of any layer.
+        intermediate_size: I, the largest of any layer.
         layer_params, params: Parameters of the largest layer and of the whole model.
-        stored, computed, written: Bytes of a number as it is read, as it computes, and as it is written.
-        samples, seq_len: Calibration windows, and tokens of each.
-        held_out: Windows beside them, which nothing is fitted to.
-        ranks: Processes that share the windows; memory is of one of them.
-        on_gpu: Whether the device has a memory of its own.
-        biased_heads: Heads to whose scores a bias of all pairs of tokens is added, the most of any layer.
+        stored, computed, written: Bytes of a number as it is read, computed with, and written.
+        samples, seq_len: Number of calibration windows, and tokens in each.
+        held_out: Number of held-out windows, to which nothing is fitted.
+        ranks: Processes that share the windows; the estimate is for one of them.
+        on_gpu: Whether the device has its own memory.
+        biased_heads: Heads whose scores get a bias for all pairs of tokens, the most of any layer.
     """
 
     hidden_size: int
@@ -74,7 +74,7 @@ def sizes_of(
     device: torch.device,
     ranks: int = 1,
 ) -> Sizes:
-    """The sizes of a model, of its numbers (read, computed, written), and of its windows (samples, seq_len, held out)."""
+    """Collect the sizes of a model, its dtypes (read, computed, written) and its windows (samples, seq_len, held out)."""
     return Sizes(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
@@ -98,13 +98,13 @@ def sizes_of(
 
 
 def batch_windows(samples: int, seq_len: int, batch_size: int | None) -> int:
-    """How many windows go through a layer together: as many as asked for, or about 1024 tokens."""
+    """Return how many windows pass a layer together: as many as asked for, or about 1024 tokens' worth."""
     return min(samples, batch_size or max(1, _TOKENS_PER_BATCH // seq_len))
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Memory in use at a moment of the run, in bytes: in the memory of a GPU, and in that of the host."""
+    """Memory in use at a moment of the run, in bytes, on the GPU and on the host."""
 
     name: str
     gpu: Parts
@@ -112,7 +112,7 @@ class Phase:
 
 
 def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[Phase]:
-    """The moments of a run that can be its peak, without what Python and the libraries take.
+    """Yield the moments of a run that can be its peak, without the memory of Python and the libraries.
 
     Args:
         sizes: Sizes of the model and its calibration.
@@ -120,7 +120,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         placement: Where token-sized tensors are stored.
     """
     d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
-    kept = math.ceil((1 - config.ratio / 2) * i)  # in the layer that is pruned least, about
+    kept = math.ceil((1 - config.ratio / 2) * i)  # in the least pruned layer, approximately
     tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
     held_out = math.ceil(sizes.held_out / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
@@ -133,7 +133,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         cheaper_method(tokens, d, a, units, fused, batches) for fused in (False, True)
     }
     pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
-    # Of what is as large as all tokens, in the FFN: the residual stream, and the outputs where they are needed.
+    # Token-sized tensors in the FFN: the residual stream, and the outputs where they are needed.
     streams = 1 if by_channels else 2
 
     def at(name: str, num_streams: int, device: Mapping[str, float], host: Mapping[str, float] | None = None) -> Phase:
@@ -149,7 +149,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             host |= {"hidden states": batches * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
         return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
 
-    # A factor, its inverse and, on a GPU, what the inverse is made of; and the weights.
+    # A factor, its inverse and, on a GPU, the input of the inversion; and the weights.
     elimination = {"elimination": (3 if sizes.on_gpu else 2) * 4 * i**2 + 2 * 4 * i * d}
     copies = 2 if config.token_weights == "norm" else 1
     tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * i * 4}
@@ -162,7 +162,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
     yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c + scores})
     if measures_gram(config):
-        # Before and after a layer; and the layer in fp32.
+        # The states before and after a layer, and the layer in fp32.
         probes = (
             2 * probe_bytes(sizes) + (0 if c == 4 else sizes.layer_params * 4) if config.allocation.by_sensitivity else 0
         )
@@ -176,19 +176,19 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield at("allocation", 1, both | elimination)
     of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c + scores
     yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": a**2 * 4})
-    if by_heads:  # perhaps in the Gram's place: sums in fp64 and of a batch in fp32, tiles, copies of the weight and x
+    if by_heads:  # possibly instead of the Gram: fp64 sums, fp32 sums of a batch, tiles, copies of the weight and x
         sums = units**2 * d * (8 + 4) + 3 * 4 * CONTRIBUTIONS + (0 if c == 4 else a * d * 4) + 2 * batch * a * 4
         yield at("attention by heads", 1, inner(a) | {"batch": of_attention, "heads' covariances": sums})
     heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * units**2 * d * 8}
     if obs:
-        heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # the squares where the covariance was
+        heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # a² matrices replace the covariance
     yield at("heads", 1, heads)
     ffn_gram = {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
     away = by_channels and placement.gram == "host"
     here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
     yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
-    # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or the matrices of
-    # the function (6 in fp32), which is as much.
+    # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or as much for the
+    # matrices of the function (6 in fp32).
     space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if by_output else d**2 * 8
     yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
     if obs:
@@ -197,8 +197,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     sliced = {"pruned layer": 3 * kept * d * s}
     if lstsq:
         moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d
-        across = {"moments": moments / sizes.ranks}  # of this rank's outputs
-        system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # and its factor
+        across = {"moments": moments / sizes.ranks}  # only this rank's outputs
+        system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # the system and its factor
         solution = ffn_gram | {"solution": 2 * 8 * kept * d}
         yield at("recovery", streams, inner(i) | ({} if away else system), system if away else {})
         yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
@@ -208,7 +208,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
         yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else (tokens + held_out) * d * c
-    # As `ModelSource.loss_sum` computes: a part of the vocabulary for a part of the tokens; the head as it is read.
+    # As in `ModelSource.loss_sum`: part of the vocabulary for part of the tokens; the head in the dtype that is read.
     logits: dict[str, float] = {
         "layer, computing": 0,
         "logits": max(sizes.seq_len, 2048) * (4 * 4096 + 2 * d) * 4 + 4096 * d * c,
@@ -220,25 +220,25 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
 
 
 def measures_gram(config: PruneConfig) -> bool:
-    """Whether the allocation measures the dense model by the Grams of its columns."""
+    """Return whether the allocation measures the dense model by the Grams of its columns."""
     return config.allocation.needs is not None and Needs.COLUMN_GRAM in config.allocation.needs
 
 
 def _pinned(num_bytes: int) -> int:
-    """What torch takes for pinned memory: the next power of two."""
+    """Return the bytes that torch allocates for pinned memory: the next power of two."""
     return 1 << max(0, num_bytes - 1).bit_length()
 
 
 def probe_bytes(sizes: Sizes) -> float:
-    """Bytes of the window's states that `auto` carries through the dense model in fp32, at most."""
+    """Return the most bytes of the window's states that `auto` carries through the dense model in fp32."""
     return MOST_STATES * min(TOKENS, sizes.seq_len) * sizes.hidden_size * 4
 
 
 def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
-    """Bytes that go through the busiest rank, the first one, for a layer over both passes.
+    """Estimate the bytes that pass through the busiest rank, the first one, for a layer over both passes.
 
-    A sum of n bytes over R ranks passes each link with 2·n·(R - 1)/R; hidden states go to the first rank for the journal,
-    whose disk may not be ready for those of every layer.
+    A sum of n bytes over R ranks sends 2·n·(R - 1)/R bytes over each link. Hidden states go to the first rank for the
+    journal; its disk may not be ready for those of every layer.
     """
     d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
     lstsq = Needs.COLUMN_GRAM in config.recovery.needs

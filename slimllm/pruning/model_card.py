@@ -11,7 +11,7 @@ from slimllm.pruning.tensor_parallel import tensor_parallel_of
 
 def in_line(text: str) -> str:
     """Escape a user's text for use within one line of Markdown."""
-    # Bytes that are not text stay, and are written as escapes.
+    # Bytes that are not text are kept here, and written as escapes later.
     plain = "".join(one if one.isprintable() or "\ud800" <= one <= "\udfff" else " " for one in text)
     return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", plain)
 
@@ -23,11 +23,11 @@ def in_block(text: str) -> str:
 
 
 def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
-    """Write README.md; nothing in it depends on the clock, so that the same run writes the same file."""
+    """Write README.md. Nothing in it depends on the clock, so the same run writes the same file."""
     parameters, calibration = report.parameters, report.calibration
     native = report.format.startswith("slim_")
     loading = (
-        "Layers have sizes of their own, so the folder carries two short modeling files:"
+        "No architecture of transformers itself fits its layers, so the folder contains two short modeling files:"
         if native
         else f"It is a stock `{report.format}` model and needs no custom code:"
     )
@@ -56,7 +56,7 @@ FFN channels are removed, by {report.methods}.
 | perplexity on {report.judged_by} | {calibration["perplexity_dense"]:.2f} | {calibration["perplexity_pruned"]:.2f} | |
 
 Calibration: {text_name}, {calibration["samples"]} x {calibration["seq_len"]} tokens, {calibration["bos"]},
-seed {report.config["seed"]}. On text of another kind the perplexity grows more; measure on your own with
+seed {report.config["seed"]}. On other kinds of text the perplexity rises more; measure it on your own text with
 `slimllm eval`.
 
 {loading}

@@ -1,4 +1,4 @@
-"""A model on disk, pruned at one ratio or several: checks, the run on all ranks, the files, which the first one writes."""
+"""Pruning of a model on disk at one or several ratios: checks, runs on all ranks, and files, which the first one writes."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def prune_all(
     ranks: Ranks,
     on_report: Callable[[PruneReport, Path], None] | None = None,
 ) -> list[PruneReport]:
-    """One result for each job, a folder and settings with the same calibration and devices; see `slimllm.prune_ratios`.
+    """Make a result for each job, a folder and settings; all jobs have the same calibration and devices.
 
-    `on_report` is called with each result as soon as it is there.
+    See `slimllm.prune_ratios`. `on_report` is called with each result as soon as it is complete.
     """
     assert len({job[1].preset == "paper" for job in jobs}) == 1, "the preset paper draws windows of its own"
     started = time.perf_counter()
@@ -61,9 +61,9 @@ def prune_all(
     maybe_complete = []
     with ranks.together():
         device = parse_device(config.device)
-        ops.backend(device, OPERATIONS)  # refuses what cannot be had before anything is read
+        ops.backend(device, OPERATIONS)  # refuses an unavailable backend before anything is read
         for out, _ in jobs if ranks.first else []:
-            in_place = check_interrupted(out, resume)  # and only the journal is left to be removed
+            in_place = check_interrupted(out, resume)  # True: only the journal remains to be removed
             if resume and not can_resume(out) and (out / REPORT_NAME).is_file():
                 maybe_complete.append(out)
             else:
@@ -108,7 +108,7 @@ def prune_all(
 
 
 def _complete(run: Run, out: Path, inputs: list[Path], overwrite: bool) -> PruneReport | None:
-    """The report of the model in a folder, if it is what this run would write; if not, the folder must be free to take."""
+    """Return the report in a folder if the model there is this run's result; otherwise check that it can be replaced."""
     source, ranks = run.source, run.ranks
     assert isinstance(source, CheckpointModel)
     with ranks.together():
@@ -134,7 +134,7 @@ def _prune_one(
     command: str | None,
     dense: DensePass | None,
 ) -> tuple[PruneReport | None, DensePass | None]:
-    """Prune and write one result; the dense pass, which the next one may use."""
+    """Prune and write one result; return its report and the dense pass, which the next job may use."""
     config, source, ranks = run.config, run.source, run.ranks
     assert isinstance(source, CheckpointModel)
     checkpoint, dtype = source.checkpoint, DTYPES[config.dtype] if config.dtype else None
@@ -187,7 +187,7 @@ def _prune_one(
         with ranks.together():
             if writer:
                 with run.watch("write"):
-                    # One by one, so that only one of the large matrices is in memory as it was read.
+                    # One by one, so that only one large matrix at a time is in memory in the dtype that was read.
                     others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
                     writer.write_shard(source.num_layers + 1, others)
                     del others
@@ -206,7 +206,7 @@ def _prune_one(
 
 
 def _told(report: PruneReport | None, ranks: Ranks) -> PruneReport | None:
-    """The first rank's report, if it has one."""
+    """Return the first rank's report, if there is one, on all ranks."""
     fields = ranks.tell(report and dataclasses.asdict(report))
     return report or (PruneReport(**fields) if fields else None)
 

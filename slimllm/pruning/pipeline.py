@@ -27,8 +27,8 @@ class PrunedLayer:
 
     Attributes:
         index: Its number.
-        layer: The layer with its new tensors; whoever takes it writes or counts them before the next one is made.
-        parameters: How many it is written with; to be set by whoever takes it.
+        layer: The layer with its new tensors. The caller writes or counts them before asking for the next layer.
+        parameters: Number of parameters that are written for it; the caller sets this.
     """
 
     index: int
@@ -37,9 +37,9 @@ class PrunedLayer:
 
 
 class Pruning:
-    """Prunes the layers, in order, while it is iterated over.
+    """Iterable that prunes the layers in order.
 
-    Layers of an interrupted run that are recorded are skipped. A layer is recorded when the next one is asked for.
+    Recorded layers of an interrupted run are skipped. A layer is recorded when the next one is asked for.
 
     Args:
         run: The run's context.
@@ -47,8 +47,8 @@ class Pruning:
         removals: What is removed from every layer.
 
     Attributes:
-        reports: Report of every layer that is done.
-        loss: The pruned model's, see `mean_loss`; 0 until all layers are done.
+        reports: Reports of the layers that are done.
+        loss: Loss of the pruned model, see `mean_loss`; 0 until all layers are done.
     """
 
     def __init__(self, run: RunContext, dense: DensePass, removals: list[LayerRemoval]) -> None:
@@ -59,7 +59,7 @@ class Pruning:
     def __iter__(self) -> Iterator[PrunedLayer]:
         layers = self._layers()
         while True:
-            with torch.no_grad():  # while it works, and not while the caller does
+            with torch.no_grad():  # for the work on a layer, but not for the caller's code
                 pruned = next(layers, None)
             if pruned is None:
                 return

@@ -1,4 +1,4 @@
-"""How a run is done within its budgets of memory."""
+"""Plan of a run: how it fits its memory budgets."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from slimllm.methods.statistics import Needs
 from slimllm.pruning.memory_estimate import Parts, Sizes, measures_gram, phases, probe_bytes
 from slimllm.runtime.hidden_states import Placement
 
-# What is freed but stays with the allocator, and what is too small to be a part: some, and a fraction.
+# Memory that is freed but stays with the allocator, and parts too small to count: a constant, and a fraction.
 _SLACK_BYTES, _SLACK = GIB / 10, 0.05
-ROUNDINGS = ("keep_inner_bytes", "gram")  # of a placement: what the last digits of a result depend on
-GPU_RUNTIME = GIB / 2  # the CUDA context, and what libraries set aside
+ROUNDINGS = ("keep_inner_bytes", "gram")  # fields of a placement on which the last digits of a result depend
+GPU_RUNTIME = GIB / 2  # the CUDA context, and what libraries reserve
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is done, and what it takes.
+    """Plan of a run, and its memory estimate.
 
     Attributes:
-        config: The settings, with what was chosen.
+        config: The settings, including those that were chosen to fit the budgets.
         placement: Where token-sized tensors are stored.
-        gpu, host: The parts of the two peaks, in bytes; `runtime` is what Python and the libraries take.
-        gpu_phase, host_phase: When those peaks are.
-        disk: Bytes on the disk at most, the result among them.
-        choices: What was done to fit the budgets, in words.
+        gpu, host: Parts of the two peaks, in bytes; `runtime` is the memory of Python and the libraries.
+        gpu_phase, host_phase: Names of the phases with these peaks.
+        disk: The most bytes on the disk, part by part, including the result.
+        choices: The measures taken to fit the budgets, in words.
     """
 
     config: PruneConfig
@@ -45,16 +45,16 @@ class Plan:
 
     @property
     def peak_gpu(self) -> float:
-        """Bytes of a GPU's memory at most."""
+        """The most bytes of GPU memory."""
         return sum(self.gpu.values())
 
     @property
     def peak_host(self) -> float:
-        """Bytes of the host's memory at most."""
+        """The most bytes of host memory."""
         return sum(self.host.values())
 
     def describe(self) -> dict[str, Any]:
-        """What was chosen, for the report."""
+        """Return what was chosen, for the report."""
         return {
             "states": self.placement.states,
             "gram": self.placement.gram,
@@ -75,17 +75,17 @@ def make_plan(
     folder: Path | None = None,
     begun: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """How to prune within the budgets of the settings, with as little lost time as possible.
+    """Plan a run within the budgets of the settings, with as little lost time as possible.
 
     Args:
         sizes: Sizes of the model and its calibration.
-        config: The settings; what they leave open is chosen.
-        runtime: Bytes that Python and the libraries take on the host, `gpu_runtime` on a GPU.
-        folder: Where files of hidden states are made, if they are.
-        begun: Of `ROUNDINGS`, what the resumed run was begun with; None: what fits.
+        config: The settings; those that are None are chosen.
+        runtime, gpu_runtime: Bytes that Python and the libraries take on the host and on a GPU.
+        folder: Where files of hidden states are made, if any.
+        begun: The values of `ROUNDINGS` with which the resumed run began; None: they are chosen to fit.
 
     Raises:
-        ValueError: (as InputError) it cannot be done within the budgets; says with which it can.
+        ValueError: (as InputError) the run does not fit the budgets; the message says which budget it needs.
     """
     budgets = {
         "host_memory": parse_bytes("host_memory", config.host_memory),
@@ -138,7 +138,7 @@ def make_plan(
             f"{which} is {getattr(config, which)}, but this run takes {least:.2f} GiB at least (in the phase {phase!r}); "
             f"give {least:.2f}GiB or more."
         )
-    for step in taken[:-1]:  # the last ones may have made the first ones needless
+    for step in taken[:-1]:  # later steps may have made earlier ones unnecessary
         without = [other for other in taken if other is not step]
         if fits(planned(without)):
             taken = without
@@ -147,7 +147,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Step:
-    """One way to need less: the field it sets and its value, and what it means."""
+    """A measure that saves memory: its description, and the field and value that it sets."""
 
     words: str
     field: str
@@ -165,11 +165,11 @@ class _Step:
         return dataclasses.replace(config, **change), placement
 
 
-# From what costs least time to what costs most.
+# In the order of the time that they cost, least first.
 _STEPS = [
     _Step("weights are not read ahead", "read_ahead", False, gpu_only=True),
     _Step("hidden states are stored in host memory", "states", "host", gpu_only=True),
-    _Step("inner activations are made twice instead of kept", "keep_inner_bytes", 0),
+    _Step("inner activations are computed twice instead of kept", "keep_inner_bytes", 0),
     _Step("the FFN's Gram and the regression on it are on the host", "gram", "host", gpu_only=True),
     _Step("hidden states are stored in files", "states", "disk"),
 ]
@@ -181,7 +181,7 @@ def _account(parts: Parts, runtime: float) -> Parts:
 
 
 def _disk(sizes: Sizes, config: PruneConfig, placement: Placement) -> Parts:
-    """The result, which may be as large as the model, two states of the journal, and the files of hidden states."""
+    """Estimate disk space: the result (at most the model's size), two states of the journal, files of hidden states."""
     window = sizes.seq_len * sizes.hidden_size * sizes.computed
     states, held_out = sizes.samples * window, sizes.held_out * window
     return {

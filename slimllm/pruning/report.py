@@ -1,4 +1,4 @@
-"""report.json: everything about a run, for people and programs. Written by `prune`, read by whoever shows results."""
+"""report.json: a full record of a run, for people and programs. `prune` writes it; all displays of results read it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from slimllm.errors import InputError
 from slimllm.pruning.layer_report import LAYER_SHAPE, LayerReport
 
 REPORT_NAME = "report.json"
-SCHEMA_VERSION = 2  # of report.json; 1, of slimllm 0.1, had none
+SCHEMA_VERSION = 2  # of report.json; slimllm 0.1 wrote version 1, without this key
 _Report = TypeVar("_Report")
 
 
-_NAMES = re.compile(r"[\w ,'()-]{1,80}")  # of parts, which pictures are labelled with
-_MOST_LAYERS, _MOST_HEADS = 2_000, 200_000  # which the page draws one by one
+_NAMES = re.compile(r"[\w ,'()-]{1,80}")  # names of parts, which label pictures
+_MOST_LAYERS, _MOST_HEADS = 2_000, 200_000  # the page draws them one by one
 
-# Of report.json as it is read: what others may have edited, and what displays rely on.
+# Required shape of report.json when it is read: displays rely on it, and somebody may have edited the file.
 _SHAPE = {
     "model": str,
     "out?": (str, type(None)),
@@ -84,7 +84,7 @@ _SHAPE = {
 
 @dataclass
 class PruneReport:
-    """What a pruning run did. Keys of report.json are the names of these fields.
+    """Record of a pruning run. The keys of report.json are the names of these fields.
 
     Attributes:
         model: Name of the model as it was given.
@@ -92,29 +92,29 @@ class PruneReport:
         config: The settings (`PruneConfig.to_dict`).
         allocation: target_params, pruned_layers (n), alpha, round_to and notes.
         calibration: text, bos (`with BOS`, `no BOS`, or `as given` of token ids), bos_token_id, samples, seq_len, tokens;
-            held_out: how many more windows of the text were kept out of the statistics; and the perplexity before and after
-            (`perplexity_dense`, `perplexity_pruned`) of those, `perplexity_tokens` in all, or, where there are none, of the
-            first tokens in the statistics.
+            held_out: number of further windows of the text, kept out of the statistics; and the perplexity before and after
+            (`perplexity_dense`, `perplexity_pruned`) on `perplexity_tokens` tokens: those held out or, if there are none,
+            the first ones in the statistics.
         parameters: before, after (whole model), layers_before, layers_after (decoder layers).
         achieved_ratio: Fraction of the layers' parameters removed; `achieved_ratio_model` of the whole model.
         elapsed_s: Seconds from the first weight read to the finished folder.
-        setup_s: Seconds before that: opening the model, drawing the calibration windows.
-        dense_pass_s: Seconds of computing in one forward pass of the dense decoder layers over the same tokens.
+        setup_s: Seconds before that, for opening the model and drawing the calibration windows.
+        dense_pass_s: Computing time of one forward pass of the dense decoder layers over the same tokens, in seconds.
         stages_s: Seconds by stage.
         peak_host_gib, peak_gpu_gib: Peak memory of the run.
         memory_gib, gpu_memory_gib: Memory estimates of the two peaks, part by part, made before the run.
-        identity: What another run must have in common with this one to be the same.
-        dense_pass_shared: Whether another run's dense pass was used, whose seconds are not among `elapsed_s`.
-        dense_stage_s: Seconds of all of the dense pass, reading and measuring too (of its last part, if it was resumed).
-        plan: Where things lived, the settings chosen to fit the budgets, and the estimate of disk space.
-        backend, device, compute_dtype, format: What ran, and the architecture written.
+        identity: What another run must have in common with this one to count as the same run.
+        dense_pass_shared: Whether another run's dense pass was used; its seconds are then not included in `elapsed_s`.
+        dense_stage_s: Seconds of the whole dense pass, with reading and measuring (of its last part, if it was resumed).
+        plan: Where tensors were stored, the settings chosen to fit the budgets, and the estimate of disk space.
+        backend, device, compute_dtype, format: What computed, where, in which dtype, and the architecture written.
         versions: Versions of python, torch, triton (where it is installed), transformers, slimllm.
         layers: One entry per layer, see `slimllm.pruning.layer_report.LayerReport`.
         tensor_parallel: Numbers of devices, from 2 on, over which tensor parallelism can split every layer; see
             `slimllm.pruning.tensor_parallel`.
         schema_version: Version of the keys and their meaning; it grows when one of them changes.
-        resumed_steps: Layers (of both passes) that were done before the run was interrupted and resumed. Seconds are
-            those of all parts together.
+        resumed_steps: Layers, of both passes, that were done before the run was interrupted and resumed. Seconds cover
+            all parts of the run.
     """
 
     model: str
@@ -149,20 +149,19 @@ class PruneReport:
 
     @property
     def seconds_alone(self) -> float:
-        """Seconds of pruning, as if it were alone: with the dense pass, which it may have taken from another run."""
+        """Seconds of pruning as a single run: with the dense pass, even if it was taken from another run."""
         if not self.dense_pass_shared:
             return self.elapsed_s
         return self.elapsed_s + (self.dense_stage_s if self._measured else self.dense_pass_s)
 
     @property
     def methods(self) -> str:
-        """The methods of the run, with those options that are not the default, in words."""
+        """The methods of the run in words, with the options that differ from their defaults."""
         words = []
         for kind, registry in METHODS.items():
             settings = (self.config.get("method_settings") or {}).get(kind) or {}
-            method = registry.all().get(
-                self.config[kind]
-            )  # None: a plug-in that is not here, all of whose options are shown
+            # None: the plug-in is not available here, and all of its options are shown.
+            method = registry.all().get(self.config[kind])
             usual = dataclasses.asdict(method.Settings()) if method else {}
             shown = [
                 f"{name} {str(value).lower()}" for name, value in settings.items() if (name, value) not in usual.items()
@@ -176,11 +175,11 @@ class PruneReport:
         """Whether the allocation measured the dense model."""
         if "method_needs" in self.config:
             return bool(self.config["method_needs"]["allocation"])
-        return self.config["allocation"] in ("auto", "flap")  # of version 0.1
+        return self.config["allocation"] in ("auto", "flap")  # a report of version 0.1
 
     @property
     def judged_by(self) -> str:
-        """Which tokens the perplexity is of, in words."""
+        """The tokens on which the perplexity was measured, in words."""
         tokens = self.calibration["perplexity_tokens"]
         if self.calibration.get("held_out"):
             return f"{tokens:,} held-out tokens of the calibration text"
@@ -196,7 +195,7 @@ class PruneReport:
         """Read the report of a pruned checkpoint.
 
         Raises:
-            ValueError: (as InputError) the folder holds no report.json, or none of ours.
+            ValueError: (as InputError) the folder holds no report.json, or one that `prune` did not write.
         """
         path = Path(folder) / REPORT_NAME
         report = read_report(cls, path, "a pruning run", _SHAPE)
@@ -208,7 +207,7 @@ class PruneReport:
         return report
 
     def _fault(self) -> str | None:
-        """What in it does not fit together, where a display would fail by it."""
+        """Describe an inconsistency that would make a display fail; None: there is none."""
         if not 1 <= len(self.layers) <= _MOST_LAYERS:
             return f"it has {len(self.layers) or 'no'} layers"
         if (heads := sum(layer.get("num_heads_before", 1) for layer in self.layers)) > _MOST_HEADS:
@@ -219,13 +218,13 @@ class PruneReport:
                 return f"layer {index} has the index {layer['index']}"
             before = [f"{name}_before" in layer for name in ("num_heads", "num_kv_heads", "intermediate_size")]
             if any(before) and not all(before):
-                return f"layer {index} has not all of its sizes before"
+                return f"layer {index} lacks some of its sizes before pruning"
             if 0 in (layer.get("num_heads_before"), channels):
-                return f"layer {index} had no heads or no channels before"
+                return f"layer {index} had no heads or no channels before pruning"
             if channels and any(channel >= channels for channel in layer["kept_channels"]):
                 return f"layer {index} has kept a channel that it does not have"
             if channels and len(layer.get("channel_importance") or []) not in (0, channels):
-                return f"layer {index} has not as many importances as channels"
+                return f"layer {index} does not have as many importances as channels"
             for part in ("attention", "ffn"):
                 if (f"{part}_error_before" in layer) != (f"{part}_error_after" in layer):
                     return f"layer {index} has only one error of its {part}"
@@ -234,7 +233,7 @@ class PruneReport:
 
 
 def read_report(kind: type[_Report], path: Path, of_what: str, shape: Shape) -> _Report:
-    """A report from its JSON file, whose keys are the names of its fields, and whose values have a shape (`check_shape`).
+    """Read a report from a JSON file whose keys are the report's fields and whose values have a shape (`check_shape`).
 
     Raises:
         ValueError: (as InputError) there is no such file, or it is not such a report.
@@ -258,7 +257,7 @@ def read_report(kind: type[_Report], path: Path, of_what: str, shape: Shape) -> 
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
+    """Return the versions that a result may depend on."""
     import transformers
 
     found = {
@@ -275,7 +274,7 @@ def versions() -> dict[str, str]:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to 7 digits: what the numbers are good for, at a third of the size."""
+    """Round floats to 7 digits, which is as precise as the numbers are, at a third of the size."""
     if isinstance(value, float):
         return float(f"{value:.7g}")
     if isinstance(value, dict):

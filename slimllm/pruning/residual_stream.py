@@ -1,4 +1,4 @@
-"""The residual stream before the first layer, what passes a whole layer, and the loss at its end."""
+"""The residual stream before the first layer, the pass of held-out windows through layers, and the loss at the end."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from slimllm.pruning.memory_estimate import batch_windows
 from slimllm.runtime.hidden_states import Batch, Stream
 from slimllm.runtime.stopwatch import Stopwatch
 
-# Where no windows are held out, so many calibration tokens give the perplexity before and after.
+# Number of calibration tokens for the perplexity before and after, if no windows are held out.
 PERPLEXITY_TOKENS = 256
 
 
 def residual_stream(run: RunContext) -> Stream:
-    """The residual stream before the first layer, in batches of windows, and how each layer is called on it."""
+    """Compute the residual stream before the first layer, in batches of windows with the arguments of every layer."""
     source, calibration, ranks = run.source, run.calibration, run.ranks
     (samples, seq_len), held_out = calibration.token_ids.shape, len(calibration.held_out)
     batch_size = batch_windows(samples, seq_len, run.config.batch_size)
@@ -45,10 +45,10 @@ def pass_held_out(layer: Layer, stream: Stream, index: int, watch: Stopwatch) ->
     """Run a whole layer, dense or pruned, on the held-out windows, in place.
 
     Args:
-        layer: The layer as it is now.
-        stream: Whose held-out batches (windows, seq_len, D) are replaced by the layer's outputs.
+        layer: The layer, dense or pruned.
+        stream: The stream; its held-out batches, (windows, seq_len, D), are replaced by the layer's outputs.
         index: The layer's number, for its arguments.
-        watch: Gathers the seconds as `perplexity`.
+        watch: The stopwatch, which counts the seconds as `perplexity`.
 
     Returns:
         Whether all outputs are finite; True on a rank without held-out windows.
@@ -65,16 +65,16 @@ def pass_held_out(layer: Layer, stream: Stream, index: int, watch: Stopwatch) ->
 def overflow(source: ModelSource, index: int, which: str) -> InputError:
     """Make the error for hidden states that are not finite after a layer."""
     dtype = str(source.dtype).removeprefix("torch.")
-    advice = "compute in float32" if dtype != "float32" else "its weights are out of all proportion, look at them"
+    advice = "compute in float32" if dtype != "float32" else "its weights are out of all proportion, check them"
     return HopelessError(
         f"The hidden states after layer {index} of the {which} model are not finite when computed in {dtype}; {advice}."
     )
 
 
 def mean_loss(source: ModelSource, stream: Stream, calibration: Calibration) -> float:
-    """Next-token negative log-likelihood, in nats, of the windows of `perplexity_windows`, from the end of the stream.
+    """Compute the next-token negative log-likelihood of the `perplexity_windows`, in nats, from the end of the stream.
 
-    All ranks call it, and all have it.
+    All ranks call this, and all get the result.
     """
     rank, held_out = stream.ranks.rank, stream.num_held_out
     begin = stream.samples if held_out else 0
@@ -94,7 +94,7 @@ def mean_loss(source: ModelSource, stream: Stream, calibration: Calibration) -> 
 
 
 def perplexity_windows(calibration: Calibration) -> torch.Tensor:
-    """The windows that the reported perplexity is of, (windows, seq_len) int64: those held out, or else the first ones."""
+    """Return the windows of the reported perplexity, (windows, seq_len) int64: those held out, or else the first ones."""
     if len(calibration.held_out):
         return calibration.held_out
     return calibration.token_ids[: max(1, PERPLEXITY_TOKENS // calibration.token_ids.shape[1])]

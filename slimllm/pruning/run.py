@@ -1,4 +1,4 @@
-"""One run: its clocks, its memory estimate, its report, and what makes it this run."""
+"""One run: its inputs, its clocks, its memory estimate and its report."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ OPERATIONS = (
     "head_covariance_of_tokens",
     "pearson_greedy",
     "token_cosine",
-)  # those with kernels that a run uses
+)  # operations with kernels that a run uses
 
 
 class Run:
-    """One run: its model and windows, the clocks, and the memory estimate."""
+    """One run: its model, its windows, its clocks and its memory estimate."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class Run:
         self.resumed_steps = 0
 
     def resume(self, journal: Journal) -> None:
-        """Count on from where the journal ends, and say what may be different now."""
+        """Continue the clocks from the end of the journal, and warn if the environment has changed."""
         last = journal.steps[-1]
         self.resumed_steps = len(journal.steps)
         self.watch.resume(last["seconds"], last["elapsed_s"])
@@ -97,13 +97,13 @@ class Run:
         say_changes(journal, self.source.device, self.ranks.size)
 
     def context(self, progress: ProgressCallback | None, record: Record | None = None) -> RunContext:
-        """What the passes of this run need."""
+        """Return the context that the passes of this run need."""
         return RunContext(
             self.source, self.calibration, self.plan.config, self.plan.placement, self.watch, self.ranks, record, progress
         )
 
     def dense_pass(self, context: RunContext, made: DensePass | None) -> DensePass:
-        """The dense pass; one that another run has made, and that `serves` the settings, is taken as it is."""
+        """Run the dense pass, or adopt `made`, the dense pass of another run that `serves` these settings."""
         if made is None:
             return run_dense_pass(context)
         if record := context.record:
@@ -113,7 +113,7 @@ class Run:
         return made
 
     def allocate(self, dense: DensePass) -> tuple[Allocated, OutputFormat]:
-        """What every layer gives, and the format that follows from it."""
+        """Decide what every layer loses, and the format that follows from it."""
         shapes, curves = layer_shapes(self.source, self.config), self._curves(dense)
         found = self.ranks.made_by_first(
             lambda: dataclasses.asdict(allocate(dense.similarity, shapes, self.config, curves))
@@ -133,7 +133,7 @@ class Run:
         return None if self.config.allocation.needs is None else dense.curves()
 
     def _say_if_few(self, token_ids: torch.Tensor) -> None:
-        """A fit of more unknowns than there are tokens describes the calibration text, and no other."""
+        """Warn if a fit has more unknowns than there are tokens: it then describes only the calibration text."""
         unknowns = max(size.intermediate_size for size in self.sizes)
         if Needs.COLUMN_GRAM in self.config.needs and token_ids.numel() < unknowns:
             methods = (self.config.criterion, self.config.recovery)
@@ -142,14 +142,14 @@ class Run:
             tokens, least = token_ids.numel(), -(-unknowns // token_ids.shape[1])
             _log.warning(
                 f"{tokens:,} calibration tokens are fewer than the {unknowns:,} channels of an FFN that {which}, so the "
-                f"result will be good on this text alone; give at least {least} samples of {token_ids.shape[1]} tokens, "
+                f"result will be good only on this text; give at least {least} samples of {token_ids.shape[1]} tokens, "
                 "better several times as many."
             )
 
     def report(
         self, pruning: Pruning, allocated: Allocated, output: OutputFormat, model: str, out: str | None, parameters: int
     ) -> PruneReport:
-        """The report of a run whose layers are all pruned."""
+        """Build the report of a run after all layers are pruned."""
         source, config, layers = self.source, self.config, pruning.reports
         layers_before = sum(size.params for size in self.sizes)
         layers_after = sum(layer["parameters_after"] for layer in layers)
@@ -218,7 +218,7 @@ def plan_of(
     begun: dict[str, Any] | None,
     num_ranks: int,
 ) -> Plan:
-    """How to prune a model with calibration windows (samples, seq_len, held out), within the budgets of the settings."""
+    """Plan how to prune a model with windows (samples, seq_len, held out) within the budgets of the settings."""
     stored = source.checkpoint.dtype_in_memory() if isinstance(source, CheckpointModel) else source.dtype
     params = sum(torch.Size(shape).numel() for shape in source.shapes().values())
     dtypes = stored, source.dtype, DTYPES[config.dtype] if config.dtype else _config_dtype(source)
@@ -227,12 +227,12 @@ def plan_of(
 
 
 def _exp(loss: float) -> float:
-    """Perplexity of a loss; a hopeless model's is capped, so that the report stays valid JSON."""
+    """Convert a loss to a perplexity, which is capped so that the report of a hopeless model stays valid JSON."""
     return math.exp(min(loss, 700.0))
 
 
 def weight_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype a checkpoint is stored in, by its embeddings."""
+    """Return the dtype in which a checkpoint is stored, as given by its embeddings."""
     return checkpoint.storage_dtype(f"{family_of(checkpoint.config.model_type).embedding}.weight")
 
 

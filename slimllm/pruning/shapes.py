@@ -1,4 +1,4 @@
-"""Sizes of the layers in the units in which they are pruned, and whether a model can give what is asked for."""
+"""Sizes of the layers in the units in which they are pruned, and a check that a model can lose what is asked for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slimllm.ops.heads import cheaper_method
 
 
 def layer_shapes(source: ModelSource, config: PruneConfig) -> list[LayerShape]:
-    """The shape of every layer of a model.
+    """Return the shape of every layer of a model.
 
     Raises:
         ValueError: (as InputError) its heads are not a multiple of `config.heads_multiple_of`.
@@ -23,7 +23,7 @@ def layer_shapes(source: ModelSource, config: PruneConfig) -> list[LayerShape]:
 
 
 def check_settings(source: ModelSource, config: PruneConfig) -> None:
-    """Whether a model can give so much, which can be seen before the dense pass.
+    """Check before the dense pass that a model can lose as much as the settings ask for.
 
     Raises:
         ValueError: (as InputError) it cannot.
@@ -32,7 +32,7 @@ def check_settings(source: ModelSource, config: PruneConfig) -> None:
 
 
 def may_stream_heads(config: PruneConfig) -> bool:
-    """Whether the settings allow the statistics of heads in place of a Gram, see `streams_heads`."""
+    """Return whether the settings allow the statistics of heads instead of a Gram, see `streams_heads`."""
     needs_gram = config.criterion.attention_gram or config.recovery.attention_gram
     return not needs_gram and config.preset != "paper" and config.token_weights == "none"
 
@@ -40,14 +40,14 @@ def may_stream_heads(config: PruneConfig) -> bool:
 def streams_heads(
     config: PruneConfig, tokens: tuple[int, int], shape: torch.Size, units: int, device: torch.device
 ) -> bool:
-    """Whether the statistics of attention are the covariances of its heads, streamed from the tokens, and not a Gram.
+    """Return whether attention's statistics are the covariances of its heads, streamed from the tokens, and not a Gram.
 
-    That is so for so few tokens that it is less work, and if no method uses the Gram. The preset `paper` always takes the
-    Gram, so that its results stay the same to the last bit.
+    This is the case if no method uses the Gram and there are so few tokens that it is less work. The preset `paper` always
+    uses the Gram, so that its results stay the same to the last bit.
 
     Args:
         config: The settings.
-        tokens: How many this process has, and in how many batches.
+        tokens: Number of this process's tokens, and of its batches.
         shape: Shape of the output projection's weight, (D, H·d).
         units: H, heads or KV groups.
         device: Where the layer computes.

@@ -1,9 +1,9 @@
-"""How the statistics of a sub-layer are streamed, and how the residual stream passes what is left of it.
+"""Ways to stream the statistics of a sub-layer, and to pass the residual stream through the pruned sub-layer.
 
-There are three ways. Where a method needs the Gram of the columns (and for attention, where it is small), all else follows
-from it: N·F² multiply-adds, and neither y nor ŷ is made. Otherwise an FFN needs the Gram of its output y or not even that,
-N·D² at most, and, once the kept channels are known, the moments of (y, ŷ). Of few tokens the covariances of attention's
-heads are less work from the tokens themselves.
+There are three ways. If a method needs the Gram of the columns, and in attention, where it is small, all else follows from
+it: this takes N·F² multiply-adds, and neither y nor ŷ is stored. Otherwise an FFN needs at most the Gram of its output y,
+which takes N·D², and the moments of (y, ŷ) after the kept channels are known. For few tokens, it is less work to compute
+the covariances of attention's heads from the tokens themselves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from slimllm.statistics import ColumnStatistics, GramStatistics, HeadStatistics,
 
 
 class Way(ABC):
-    """One way to stream what the methods need.
+    """One way to stream the statistics that the methods need.
 
     Args:
         sublayer: The dense sub-layer.
@@ -46,22 +46,22 @@ class Way(ABC):
 
     @abstractmethod
     def collect(self) -> SublayerStatistics:
-        """Stream the activations of all windows."""
+        """Collect statistics over the activations of all windows."""
 
     @abstractmethod
     def prepare(self, kept: torch.Tensor) -> None:
-        """Stream what is needed once the kept units are known."""
+        """Stream what is needed after the kept units are known."""
 
     @abstractmethod
     def apply(self, kept: torch.Tensor, fit: Fit) -> None:
-        """Slice the layer, with the change of the recovery."""
+        """Slice the layer and apply the change of the recovery."""
 
     @abstractmethod
     def replay(self, kept: torch.Tensor, fit: Fit) -> None:
-        """Let the residual stream pass the sliced sub-layer."""
+        """Pass the residual stream through the sliced sub-layer."""
 
     def inputs(self) -> ColumnStatistics | None:
-        """Statistics of what enters an FFN."""
+        """Create empty statistics of an FFN's inputs; None for attention."""
         return None if self.sublayer.is_attention else ColumnStatistics(len(self.weight), self.sublayer.layer.device)
 
     def token_weights(self, number: int, output: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Way(ABC):
 
 
 class ByGram(Way):
-    """By the Gram of the columns."""
+    """Streaming by the Gram of the columns."""
 
     name = "gram"
 
@@ -98,7 +98,7 @@ class ByGram(Way):
         return statistics
 
     def prepare(self, kept: torch.Tensor) -> None:
-        trim()  # before what takes most
+        trim()  # before the phase that takes most memory
 
     def apply(self, kept: torch.Tensor, fit: Fit) -> None:
         self.sublayer.layer.replace(self.sublayer.sliced(kept, fit.change))
@@ -121,7 +121,7 @@ def _moments_of_gram(statistics: SublayerStatistics, kept: torch.Tensor) -> Outp
 
 
 class ByHeads(ByGram):
-    """By the covariances of the heads' contributions to the output of attention, from the tokens themselves."""
+    """Streaming by the covariances of the heads' contributions to attention's output, from the tokens themselves."""
 
     name = "heads"
 
@@ -139,7 +139,7 @@ class ByHeads(ByGram):
 
 
 class ByOutput(Way):
-    """By the Gram of an FFN's output, or only its variances, and the moments of the output with what is left of it."""
+    """Streaming by the Gram of an FFN's output, or only its variances, and the moments of the dense and pruned output."""
 
     name = "output"
 
@@ -203,15 +203,15 @@ class ByOutput(Way):
     def replay(self, kept: torch.Tensor, fit: Fit) -> None:
         bias = self.sublayer.output_projection.bias
         slope = fit.change.slope if fit.change else None
-        factor = None if slope is None else slope.float()  # in half precision it would be off by as much for all
+        factor = None if slope is None else slope.float()  # in half precision its rounding error would affect all tokens
         for batch, stored in zip(self.stream, self.stored):
-            with self.watch("forward"):  # ŷ is made already, but for the factor and the bias
+            with self.watch("forward"):  # ŷ is stored without the factor and the bias
                 output = stored.load() if factor is None else stored.load() * factor
                 batch.add(self.sublayer.residual_update(output if bias is None else output.add_(bias)))
 
 
 def way_of(sublayer: Sublayer, stream: Stream, run: RunContext) -> Way:
-    """The way to stream what the methods of a run need of a sub-layer; the first process chooses for all."""
+    """Choose the way to stream the statistics of a sub-layer for a run's methods; the first process chooses for all."""
     if not sublayer.is_attention:
         way = ByGram if Needs.COLUMN_GRAM in run.config.needs else ByOutput
         return way(sublayer, stream, run)

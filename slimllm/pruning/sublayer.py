@@ -1,4 +1,4 @@
-"""Pruning of one sub-layer: collect statistics, select, recover, slice, and let the residual stream pass what is left."""
+"""Pruning of one sub-layer: collect statistics, select, recover, slice, and update the residual stream."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from slimllm.runtime.hidden_states import Stream
 
 @dataclass(frozen=True)
 class PrunedSublayer:
-    """What became of a sub-layer.
+    """Result of pruning a sub-layer.
 
     Attributes:
-        kept: The units that are left, sorted int64 indices.
-        importance: Score of every unit, as the criterion saw it.
+        kept: The kept units, sorted int64 indices.
+        importance: The criterion's score of every unit.
         error_before, error_after: The output's error relative to its variance, without and with the recovery.
-        statistics: How they were streamed: `gram` (of the columns), `heads` or `output`.
+        statistics: How the statistics were streamed: `gram` (of the columns), `heads` or `output`.
     """
 
     kept: torch.Tensor
@@ -39,12 +39,12 @@ class PrunedSublayer:
 
 
 def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext) -> PrunedSublayer:
-    """Remove units of a sub-layer and let the residual stream pass it.
+    """Remove units of a sub-layer, and pass the residual stream through it.
 
     Args:
         sublayer: The dense sub-layer; its layer is changed.
-        stream: The residual stream before it, afterwards after it.
-        num_removed: Units to remove, of every group.
+        stream: The residual stream before the sub-layer; it is changed to the one after it.
+        num_removed: Number of units to remove from each group.
         run: The run's context.
     """
     criterion, recovery, ranks = run.config.criterion, run.config.recovery, stream.ranks
@@ -76,10 +76,10 @@ def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: Ru
 
 
 def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery) -> Fit:
-    """A fit on the layer's device, as the format that is written has room for it.
+    """Check a fit and return it on the layer's device, with a bias if the recovery adds biases.
 
     Raises:
-        ValueError: something of it has another shape, is not finite, or was not declared.
+        ValueError: a part of it has another shape, is not finite, or was not declared.
     """
     (outputs, _), device = sublayer.output_projection.weight.shape, sublayer.layer.device
     change = fit.change or OutputChange()
@@ -97,13 +97,13 @@ def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery)
             parts[name] = value.to(device, torch.float64)
     if not all(map(math.isfinite, (fit.error_before, fit.error_after))):
         raise ValueError(f"its errors must be finite, got {fit.error_before} and {fit.error_after}.")
-    if recovery.adds_bias and "intercept" not in parts:  # the layer has been promised a bias
+    if recovery.adds_bias and "intercept" not in parts:  # the output format expects a bias
         parts["intercept"] = torch.zeros(outputs, dtype=torch.float64, device=device)
     return dataclasses.replace(fit, change=OutputChange(**parts) if parts else None)
 
 
 def _of_first(fit: Fit, ranks: Ranks) -> Fit:
-    """The first process's change, which all apply."""
+    """Replace the change of a fit by that of the first process, which all processes apply."""
     if ranks.size == 1 or fit.change is None:
         return fit
     parts = {

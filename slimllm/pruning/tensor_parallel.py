@@ -1,4 +1,4 @@
-"""Over how many devices tensor parallelism can split a model, by what its layers have kept."""
+"""Numbers of devices over which tensor parallelism can split a model, from the sizes of its layers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable
 
 from slimllm.pruning.report import PruneReport
 
-Layer = tuple[int, int, int]  # its query heads, KV heads and FFN channels
+Layer = tuple[int, int, int]  # query heads, KV heads and FFN channels
 
 
 def tensor_parallel_sizes(layers: Iterable[Layer]) -> list[int]:
-    """The numbers of devices, from 2 on, over which every layer can be split as vLLM does it.
+    """Return the numbers of devices, from 2 on, over which every layer can be split as vLLM does it.
 
-    A size divides every layer's query heads and FFN channels. It divides the KV heads, too, or they divide it, and each is
-    then held by several devices, as in vLLM's own implementations.
+    A size divides every layer's query heads and FFN channels. It also divides the KV heads, or is a multiple of them; in
+    that case several devices hold each KV head, as in vLLM's own implementations.
 
     Args:
         layers: Query heads, KV heads and FFN channels of every layer.
@@ -30,19 +30,19 @@ def tensor_parallel_sizes(layers: Iterable[Layer]) -> list[int]:
 
 
 def tensor_parallel_line(sizes: list[int]) -> str:
-    """The sizes in words: `tensor parallel: 2, 4`."""
+    """Format the sizes in words: `tensor parallel: 2, 4`."""
     return f"tensor parallel: {', '.join(map(str, sizes)) or 'only 1'}"
 
 
 def tensor_parallel_of(report: PruneReport) -> str:
-    """The line about a pruned model, with advice where the model could be split before it was pruned, and now cannot be."""
+    """Format the line for a pruned model, with advice if the model could be split before pruning but cannot be now."""
     line = tensor_parallel_line(report.tensor_parallel)
     size = None if report.tensor_parallel else _lost_size(report)
     return line if size is None else f"{line}; --heads-multiple-of {size} keeps it possible"
 
 
 def _lost_size(report: PruneReport) -> int | None:
-    """The least size over which the model could be split if its heads had been kept in multiples of that; None: none."""
+    """Return the least size over which the model could be split if its heads were kept in multiples of it, or None."""
     config = report.config
     if config["preset"] == "paper":
         return None

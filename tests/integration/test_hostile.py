@@ -330,7 +330,7 @@ def _holder(report: Any, path: tuple[Any, ...]) -> Any:
         (_set({}, "layers"), "layers is '{}'"),
         (_set(10**9, "layers", 1, "num_heads_before"), "its layers have 10000000"),
         (_set([10**6], "layers", 0, "kept_channels"), "layer 0 has kept a channel that it does not have"),
-        (_set([1.0], "layers", 1, "channel_importance"), "layer 1 has not as many importances as channels"),
+        (_set([1.0], "layers", 1, "channel_importance"), "layer 1 does not have as many importances as channels"),
         (_set(7, "layers", 2, "index"), "layer 2 has the index 7"),
         (_set(99, "schema_version"), "or is of a later version of slimllm; update this one"),
         (_set("2", "schema_version"), "schema_version is '2'"),

@@ -96,7 +96,7 @@ def test_a_dense_pass_that_was_begun_on_its_own(
 
 def test_wrong_ratios(token_ids: torch.Tensor, tmp_path: Path) -> None:
     for ratios in ([], [0.2, 0.2]):
-        with pytest.raises(InputError, match="ratios must be different from each other, and one at least"):
+        with pytest.raises(InputError, match="ratios must be different from each other, and at least one"):
             prune_ratios(STORIES, tmp_path / "out", config(token_ids), ratios)
     with pytest.raises(InputError, match="between 0 and 1"):
         prune_ratios(STORIES, tmp_path / "out", config(token_ids), [0.2, 1.2])
