@@ -82,7 +82,7 @@ class DensePass:
         return [layer.similarity for layer in self.layers]
 
     def curves(self) -> list[Curves] | None:
-        """Loss curves of every layer, weighted by output sensitivity; None: they were not measured."""
+        """Return the loss curves of every layer, weighted by output sensitivity; None: they were not measured."""
         if self.measured is None:
             return None
         factors = self.factors or [[1.0, 1.0]] * len(self.layers)

@@ -272,6 +272,6 @@ def test_a_family_that_promises_too_much_is_refused(
 
 
 def test_what_is_not_supported_says_why() -> None:
-    for kind, reason in (("mixtral", "mixtures of experts"), ("gpt_neox", "beside each other"), ("gpt2", "'gpt2' are not")):
+    for kind, reason in (("mixtral", "mixtures of experts"), ("gpt_neox", "run in parallel"), ("gpt2", "'gpt2' are not")):
         with pytest.raises(InputError, match=f"{reason}.*supported types are bloom"):
             family_of(kind)

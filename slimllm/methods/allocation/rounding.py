@@ -11,7 +11,7 @@ def default_rounding(target: float, shapes: list[LayerShape], multiple_of: int) 
     """Choose the rounding step of widths so that the remaining error, half a step, is within 0.5 % of the target.
 
     The step is the least common multiple of `multiple_of` and the largest power of two up to 64 that achieves this, or else
-    `multiple_of`: tensor parallelism splits the channels over as many devices as the heads.
+    `multiple_of`: whatever splits the heads over several devices also splits the channels.
     """
     channel_params = max(shape.channel_params for shape in shapes)
     steps = (math.lcm(step, multiple_of) for step in (64, 32, 16, 8, 4, 2))

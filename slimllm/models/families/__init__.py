@@ -12,7 +12,7 @@ __all__ = ["EXPERTS", "FAMILIES", "READ_AS", "Biases", "Family", "GGUFNames", "R
 
 EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
 _REASONS = {
-    "gpt_neox": "its attention and its FFN run beside each other rather than one after the other",
+    "gpt_neox": "its attention and its FFN run in parallel rather than one after the other",
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), EXPERTS),
     **dict.fromkeys(("gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "mistral3"), "it is more than a language model"),
 }
