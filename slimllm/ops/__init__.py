@@ -1,6 +1,7 @@
-"""The operations that pruning is made of, for the engine and for other people's methods (docs/reference/operations.md).
+"""Operations of the engine, also for third-party methods (docs/reference/operations.md).
 
-Every one has a plain torch path, which runs anywhere, and some have a Triton kernel; `dispatch.py` decides which runs.
+Every operation has a plain torch path, which runs anywhere. Some have a Triton kernel or are in the compiled extension;
+`dispatch.py` decides which one runs.
 """
 
 from slimllm.ops.channels import feature_space_importance

@@ -1,4 +1,4 @@
-"""Importance of FFN channels in the feature space of the output (arXiv 2505.22689)."""
+"""Importance of FFN channels in the feature space of the output (SlimLLM, arXiv 2505.22689)."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ register(Operation("feature_space_importance", only_torch="matrix products and o
 def feature_space_importance(
     down_weight: torch.Tensor, output_covariance: torch.Tensor, channel_norms: torch.Tensor, method: str | None = None
 ) -> torch.Tensor:
-    """I_down(c) = ‖Z[:,c]‖₂ · ‖s ∘ (Vᵀ W_d[:,c])‖₂, with Cov(y) = V Λ Vᵀ and s_j = sigmoid(|λ_j| / mean|λ|).
+    """Compute the importance of every FFN channel in the feature space of the output.
+
+        I_down(c) = ‖Z[:,c]‖₂ · ‖s ∘ (Vᵀ W_d[:,c])‖₂, with Cov(y) = V Λ Vᵀ and s_j = sigmoid(|λ_j| / mean|λ|).
 
     `function` needs no eigenvectors: the second factor is the norm of a column of (I + exp(-C/λ̄))⁻¹ W_d, a function of
-    the symmetric matrix C = Cov(y). It is computed in fp32 by 11 to 16 products and one Cholesky solve, about
-    2·D²·(13·D + 2·I) operations, and agrees with `eigh` (fp64, 9·D³ operations that use a machine badly) to 1e-6.
+    the symmetric matrix C = Cov(y). It takes 11 to 16 fp32 products and one Cholesky solve, about 2·D²·(13·D + 2·I)
+    operations. It agrees to 1e-6 with `eigh`, which takes 9·D³ fp64 operations that run far below peak rate.
 
     Args:
         down_weight: down_proj.weight (D, I).
-        output_covariance: C, of the outputs of down_proj, (D, D), positive semidefinite up to rounding; fp64 keeps most.
+        output_covariance: C, covariance of the outputs of down_proj, (D, D), positive semidefinite up to rounding;
+            preferably fp64.
         channel_norms: ‖Z[:,c]‖₂, (I,).
-        method: `function`, or `eigh`, the definition itself. None: `eigh` on a CPU, where LAPACK is the faster of the
-            two (1.4 to 1.8 times at D = 576 and 2048), and `function` on a GPU, by its count of operations.
+        method: `function`, or `eigh`, which follows the definition. None: `eigh` on a CPU, where LAPACK is 1.4 to 1.8
+            times as fast as `function` (D = 576 and 2048), and `function` on a GPU, by its count of operations.
 
     Returns:
         (I,) fp64.
 
     Raises:
-        ValueError: shapes or devices do not fit together, a covariance is not finite, or the method is unknown.
-        TypeError: a dtype is not floating.
+        ValueError: shapes or devices are inconsistent, a covariance is not finite, or the method is unknown.
+        TypeError: a dtype is not a floating dtype.
     """
     check_tensors(down_weight=down_weight, output_covariance=output_covariance, channel_norms=channel_norms)
     check_floating(down_weight=down_weight, output_covariance=output_covariance, channel_norms=channel_norms)
@@ -50,9 +53,9 @@ def feature_space_importance(
     method = method or ("eigh" if output_covariance.device.type == "cpu" else "function")
     if method not in ("function", "eigh"):
         raise ValueError(f"method must be function or eigh, got {method!r}.")
-    # In fp32 at least: half precision changes which channels are kept.
+    # At least fp32: half precision changes which channels are kept.
     weight, output_covariance = down_weight.float(), output_covariance.double()
-    mean = float(output_covariance.diagonal().mean())  # of the eigenvalues
+    mean = float(output_covariance.diagonal().mean())  # mean eigenvalue
     if mean <= 0:  # a constant output, up to rounding
         return channel_norms * torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64) / 2
     if method == "eigh":
@@ -64,18 +67,18 @@ def feature_space_importance(
         axes = _sigmoid_root((output_covariance / mean).float())
     norms = []
     with full_precision(weight.device):
-        for some in weight.split(_COLUMNS, 1):  # so that the features of all channels are never in memory
+        for some in weight.split(_COLUMNS, 1):  # bounds memory: never the features of all channels
             features = axes @ some if method == "eigh" else torch.cholesky_solve(some, axes)
             norms.append(torch.linalg.vector_norm(features, dim=0, dtype=torch.float64))
     return channel_norms * torch.cat(norms)
 
 
 def _sigmoid_root(matrix: torch.Tensor) -> torch.Tensor:
-    """The Cholesky factor of I + exp(-M) for a symmetric positive semidefinite M (D, D) fp32.
+    """Return the Cholesky factor of I + exp(-M) for a symmetric positive semidefinite M (D, D) fp32.
 
-    With A = -M/2ᵏ of norm at most 1/4, expm1(A) by its Taylor series to degree 6 (in A and A³: 3 products; the next
-    term is 1e-8), squared k times as F ← 2F + F²; expm1 rather than exp keeps the small eigenvalues' digits. 2I + F
-    has condition 2 at most.
+    A = -M/2ᵏ has a norm of at most 1/4. F = expm1(A) is the Taylor series to degree 6 (in A and A³: 3 products; the next
+    term is 1e-8), squared k times by F ← 2F + F². expm1 instead of exp keeps the digits of small eigenvalues. The
+    condition number of 2I + F is at most 2.
     """
     bound = torch.minimum(torch.linalg.matrix_norm(matrix, torch.inf), torch.linalg.matrix_norm(matrix))
     squarings = max(0, math.ceil(math.log2(4 * float(bound)))) if bound > 0 else 0

@@ -1,4 +1,4 @@
-"""Checks of the operations' arguments; every error says what was wrong, what was got and what to do."""
+"""Argument checks of the operations. Every error says what was wrong, what was received and what to do."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ PRECISE = (torch.float64, torch.float32)
 
 
 def check_tensors(**tensors: object) -> None:
-    """Raise TypeError if something is not a tensor, ValueError if the tensors are not on one device."""
+    """Raise TypeError if an argument is not a tensor, ValueError if the tensors are not on one device."""
     devices = {}
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise TypeError(
-                f"{name} must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor makes one of lists and arrays."
+                f"{name} must be a torch.Tensor, got {type(value).__name__}; torch.as_tensor converts lists and arrays."
             )
         devices[name] = value.device
     if len(set(devices.values())) > 1:
@@ -23,7 +23,7 @@ def check_tensors(**tensors: object) -> None:
 
 
 def check_dtype(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
-    """Raise TypeError if the tensor's dtype is none of those allowed."""
+    """Raise TypeError if the tensor's dtype is not allowed."""
     if tensor.dtype not in allowed:
         first, *others = names = [str(dtype).removeprefix("torch.") for dtype in allowed]
         wanted = f"{', '.join(names[:-1])} or {names[-1]}" if others else first
@@ -32,25 +32,25 @@ def check_dtype(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...
 
 
 def check_not_overlapping(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError if a tensor that is written to has elements that share memory, as expanded ones do."""
+    """Raise ValueError if an output tensor has elements that share memory, as expanded tensors do."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape)):
         raise ValueError(f"{name} must have memory for every element, got an expanded tensor; make it with .clone().")
 
 
 def check_floating(**tensors: torch.Tensor) -> None:
-    """Raise TypeError if a tensor's dtype is not floating."""
+    """Raise TypeError if a tensor's dtype is not a floating dtype."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}; convert it with .float().")
 
 
 def check_integer(name: str, value: object) -> None:
-    """Raise TypeError if a number is not a whole one."""
+    """Raise TypeError if a value is not an integer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError if there is a NaN or an infinity; waits for the device."""
+    """Raise ValueError if the tensor has a NaN or an infinity. Waits for the device."""
     if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinity; look for them in the activations it was made from.")
+        raise ValueError(f"{name} must be finite, got NaN or infinity; check the activations that it was computed from.")

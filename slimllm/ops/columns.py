@@ -1,4 +1,4 @@
-"""Sums over tokens, feature by feature: what norms, variances and the affine fit need, without a Gram."""
+"""Per-feature sums over tokens, from which norms, variances and the affine fit follow without a Gram."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def column_sums_(
     pivot: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
 ) -> None:
-    """total += Σ_t w_t u_t and squares += Σ_t w_t u_t² with u_t = x_t - pivot, in place, from one read of x.
+    """Add Σ_t w_t u_t to `total` and Σ_t w_t u_t² to `squares`, with u_t = x_t - pivot, from one read of x.
 
-    With neither pivot nor weight, the root of `squares` is ‖X[:, j]‖₂, what Wanda's metric needs.
+    Without pivot and weight, the square root of `squares` is ‖X[:, j]‖₂, as in Wanda's metric.
 
     Args:
         total, squares: (features,) fp32 or fp64.
         x: (num_tokens, features), bf16, fp16 or fp32, any strides.
-        pivot: (features,) fp32, subtracted from every token: about a pivot near the mean, the variance
+        pivot: (features,) fp32, subtracted from every token. With a pivot near the mean, the variance
             squares/N - (total/N)² keeps its digits where the mean is far larger than the spread.
         weight: w, (num_tokens,) fp32, not negative; None: 1.
 
     Raises:
-        ValueError: shapes or devices do not fit together.
-        TypeError: a dtype is none of those above.
+        ValueError: shapes or devices are inconsistent.
+        TypeError: a dtype is not one of those above.
     """
     check_tensors(total=total, squares=squares, x=x)
     _check_sums({"total": total, "squares": squares}, x)
@@ -51,9 +51,10 @@ def column_products_(
     pivot_y_hat: torch.Tensor,
     weight: torch.Tensor | None = None,
 ) -> None:
-    """squares += Σ_t w_t v_t² and products += Σ_t w_t u_t v_t, u = y - pivot_y, v = ŷ - pivot_ŷ, in place, from one read.
+    """Add Σ_t w_t v_t² to `squares` and Σ_t w_t u_t v_t to `products`, with u = y - pivot_y and v = ŷ - pivot_ŷ.
 
-    About the means they are N·var(ŷ) and N·cov(y, ŷ), what `affine_fit` takes.
+    Both come from one read of y and ŷ. With the means as pivots they are N·var(ŷ) and N·cov(y, ŷ), and `affine_fit`
+    takes them divided by N.
 
     Args:
         squares, products: (features,) fp32 or fp64.
@@ -62,8 +63,8 @@ def column_products_(
         weight: w, (num_tokens,) fp32, not negative; None: 1.
 
     Raises:
-        ValueError: shapes or devices do not fit together.
-        TypeError: a dtype is none of those above.
+        ValueError: shapes or devices are inconsistent.
+        TypeError: a dtype is not one of those above.
     """
     check_tensors(squares=squares, products=products, y=y, y_hat=y_hat, pivot_y=pivot_y, pivot_y_hat=pivot_y_hat)
     _check_sums({"squares": squares, "products": products}, y)
@@ -98,7 +99,7 @@ def _check_sums(sums: dict[str, torch.Tensor], x: torch.Tensor) -> None:
 
 
 def _check_vectors(x: torch.Tensor, **vectors: torch.Tensor | None) -> None:
-    """Pivots, one number for each feature, and the weights, one for each token."""
+    """Check pivots, with one number for each feature, and weights, with one for each token."""
     for name, vector in vectors.items():
         if vector is not None:
             size = x.shape[0] if name == "weight" else x.shape[1]
@@ -162,7 +163,7 @@ def _parts(weight: torch.Tensor | None, at_once: int, x: torch.Tensor) -> Iterab
 
 
 def _tokens_at_once(x: torch.Tensor) -> int:
-    """On a CPU few enough for its cache, which also bounds the memory; on a GPU all."""
+    """Return how many tokens to sum at once: on a CPU, as many as fit the cache, which bounds memory; on a GPU, all."""
     return max(1, 2**18 // x.shape[1]) if x.device.type == "cpu" else len(x)
 
 

@@ -1,9 +1,10 @@
-"""Which backend an operation runs on: the one place that decides (environment variable SLIMLLM_BACKEND).
+"""Choice of the backend of every operation (environment variable SLIMLLM_BACKEND). No other module chooses.
 
-`torch` is the plain path and runs everywhere. `triton` runs the kernels in `kernels/`, on a GPU or, with
-TRITON_INTERPRET=1, slowly on a CPU. `extension` insists on the compiled extension (csrc/) where it has an operation. `auto`
-(the default) is the extension where it has an operation and was built for the device, `triton` on GPUs from compute
-capability 8.0 on, both on a GPU only after they have been compared with torch there once, and `torch` anywhere else.
+- `torch` is the plain path and runs everywhere.
+- `triton` runs the kernels in `kernels/`, on a GPU or, with TRITON_INTERPRET=1, slowly on a CPU.
+- `extension` requires the compiled extension (csrc/) for the operations that it has.
+- `auto`, the default, is the extension if it has the operation and was built for the device, `triton` on GPUs of compute
+  capability 8.0 or later, and `torch` otherwise. On a GPU, `auto` first compares the extension or kernel with torch, once.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ _log = logging.getLogger("slimllm.ops")
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of an operation on a device, `torch`, `triton` or `extension`, and why."""
+    """Backend of an operation on a device, `torch`, `triton` or `extension`, and the reason for it."""
 
     backend: str
     reason: str
 
 
 def check_setting() -> str:
-    """SLIMLLM_BACKEND, `auto` where it is not set.
+    """Return SLIMLLM_BACKEND, or `auto` if it is not set.
 
     Raises:
-        ValueError: (as InputError) it names something unknown.
+        ValueError: (as InputError) its value is unknown.
     """
     wanted = os.environ.get("SLIMLLM_BACKEND") or "auto"
     if wanted not in BACKENDS:
@@ -49,10 +50,10 @@ def check_setting() -> str:
 
 
 def choose(operation: str, device: torch.device | str) -> Choice:
-    """The backend that `operation` uses on `device`.
+    """Return the backend that `operation` uses on `device`.
 
     Raises:
-        ValueError: (as InputError) SLIMLLM_BACKEND names something unknown, or asks for what this machine lacks.
+        ValueError: (as InputError) the value of SLIMLLM_BACKEND is unknown, or this machine lacks that backend.
     """
     if (forced := forced_backend()) is not None:
         return Choice(forced, "being compared")
@@ -87,7 +88,7 @@ def _index(device: torch.device) -> int:
 def _extension(operation: str, device: torch.device, wanted: str) -> Choice:
     known = OPERATIONS[operation].extension
     if device.type not in known:
-        return Choice("torch", "the extension is for CPUs and NVIDIA GPUs")
+        return Choice("torch", "the extension supports CPUs and NVIDIA GPUs")
     missing = extension_is_missing(device.type)
     if missing and wanted == "extension":
         raise InputError(f"SLIMLLM_BACKEND=extension was asked for, but slimllm._C {missing}.")
@@ -100,26 +101,26 @@ def _extension(operation: str, device: torch.device, wanted: str) -> Choice:
 
 @cache
 def extension_is_missing(device_type: str = "cpu") -> str:
-    """Why there is no compiled extension for a type of device, or nothing; loads it."""
+    """Load the compiled extension; return why it is missing for a device type, or an empty string."""
     try:
         module = importlib.import_module("slimllm._C")
     except ImportError as error:
         return f"was not built or does not load ({error})"
     if not all(hasattr(torch.ops.slimllm_C, name) for name in ("small_lstsq", "affine_fit")):
-        return "is that of an older version; install again to build it"
+        return "was built by an older version; reinstall slimllm to rebuild it"
     if device_type == "cuda" and not module.build_info()["cuda_architectures"]:
         return "was built without CUDA"
     return ""
 
 
 def backend(device: torch.device | str, operations: Sequence[str] | None = None) -> str:
-    """What these operations use on `device`, in a word or two: `torch`, `triton`, or `triton; torch for …`.
+    """Summarise what these operations use on `device`: `torch`, `triton`, or `triton; torch for …`.
 
     Args:
         operations: Names of operations; None: those with a Triton kernel.
 
     Raises:
-        ValueError: an operation is unknown, the device is not there, or SLIMLLM_BACKEND asks for what is not there.
+        ValueError: an operation is unknown, the device does not exist, or SLIMLLM_BACKEND requires a missing backend.
     """
     if operations is None:
         operations = [name for name, operation in OPERATIONS.items() if operation.kernel]
@@ -135,9 +136,9 @@ def backend(device: torch.device | str, operations: Sequence[str] | None = None)
 
 @cache
 def _automatic(operation: str, index: int) -> Choice:
-    """The choice for a GPU, made once and logged."""
+    """Choose the backend on a GPU, once, and log the choice."""
     choice = _by_trying(operation, index)
-    level = logging.WARNING if "not as torch" in choice.reason or "does not run" in choice.reason else logging.INFO
+    level = logging.WARNING if "disagrees with torch" in choice.reason or "does not run" in choice.reason else logging.INFO
     _log.log(level, "%s on cuda:%d: %s (%s)", operation, index, choice.backend, choice.reason)
     return choice
 
@@ -154,28 +155,28 @@ def _by_trying(operation: str, index: int) -> Choice:
     try:
         worst = selfcheck.difference(operation, torch.device("cuda", index), backend)
     except torch.OutOfMemoryError:
-        raise  # says nothing about the kernel
-    except Exception as error:  # whatever a compiler or a driver may come up with
+        raise  # not a fault of the kernel
+    except Exception as error:  # compilers and drivers raise many types
         return Choice("torch", f"the kernel does not run here: {type(error).__name__}: {str(error)[:200]}")
-    if not worst <= 2e-5:  # fp32's digits, summed in another order; a product of plain TF32 numbers is 1e-3 off
-        return Choice("torch", f"the kernel computes here not as torch does: relative difference {worst:.1e}")
+    if not worst <= 2e-5:  # fp32 in another order of summation; plain TF32 products are off by 1e-3
+        return Choice("torch", f"the kernel disagrees with torch on this GPU: relative difference {worst:.1e}")
     return Choice(backend, f"agrees with torch on this GPU to {worst:.0e}")
 
 
 def triton_is_missing() -> str:
-    """Why there are no kernels, or nothing."""
+    """Return why the kernels cannot run, or an empty string."""
     try:
         import triton
     except ImportError:
         return "triton is not installed"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):  # with older ones some kernels spill registers
-        return f"triton {triton.__version__} is too old, 3.6 is needed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):  # older versions spill registers in some kernels
+        return f"triton {triton.__version__} is too old, 3.6 or later is needed"
     return ""
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """fp32 products in fp32, whatever the caller allows elsewhere: TF32, bf16, autocast."""
+    """Compute fp32 products in fp32, even if the caller allows TF32, bf16 or autocast."""
     settings: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     with without_autocast(device):
         if not all(hasattr(setting, "fp32_precision") for setting in settings):  # torch before 2.9

@@ -1,4 +1,4 @@
-"""The Gram matrix of a stream of activations."""
+"""Gram matrix of a stream of activations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_not_over
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.registry import Random, operator
 
-# On a CPU the half of the product below the diagonal is made, in rows of blocks, and mirrored: 1.1 times as fast as the
-# whole at 576 features, 1.4 at 1536 and 1.5 at 4096, for 1024 tokens (benchmarks/results/gram.jsonl).
+# On a CPU only the lower half of the product is computed, in rows of blocks, and mirrored. For 1024 tokens this is 1.1
+# times as fast as the whole product at 576 features, 1.4 at 1536 and 1.5 at 4096 (benchmarks/results/gram.jsonl).
 _BLOCK = 256
 
 
@@ -23,20 +23,20 @@ def gram_(
     pivot: torch.Tensor | None = None,
     weight: torch.Tensor | None = None,
 ) -> None:
-    """gram += Σ_t w_t u_t u_tᵀ and total += Σ_t w_t u_t with u_t = x_t - pivot, in place; by default XᵀX and Σ_t x_t.
+    """Add Σ_t w_t u_t u_tᵀ to `gram` and Σ_t w_t u_t to `total`, with u_t = x_t - pivot; by default XᵀX and Σ_t x_t.
 
     Args:
         gram: (features, features) fp32, symmetric up to rounding; its diagonal is the weighted sum of squares.
         total: (features,) fp32 or fp64.
         x: (num_tokens, features), bf16, fp16 or fp32, any strides.
-        pivot: (features,) fp32, subtracted from every token: about a pivot near the mean, the covariance
-            gram/N - (total/N)(total/N)ᵀ keeps its digits where the mean is far larger than the spread. On a GPU, bf16
-            differences and weighted numbers have 16 bits, all else fp32's 24.
-        weight: (num_tokens,) fp32, not negative.
+        pivot: (features,) fp32, subtracted from every token. With a pivot near the mean, the covariance
+            gram/N - (total/N)(total/N)ᵀ keeps its digits where the mean is far larger than the spread. On a GPU,
+            differences and weighted values of bf16 inputs carry 16 bits, all others fp32's 24.
+        weight: w, (num_tokens,) fp32, not negative; None: 1.
 
     Raises:
-        ValueError: shapes or devices do not fit together.
-        TypeError: a dtype is none of those above.
+        ValueError: shapes or devices are inconsistent.
+        TypeError: a dtype is not one of those above.
     """
     check_tensors(gram=gram, total=total, x=x)
     if x.ndim != 2 or gram.shape != (x.shape[1], x.shape[1]) or total.shape != (x.shape[1],):
@@ -61,16 +61,16 @@ def gram_(
 
 
 def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
-    x = (4 * random(tokens, 192)).round()  # whole numbers, which no dtype rounds
-    pivot = (64 * random(192)).round() / 64  # differences from it have more digits than bf16: the low parts count
-    weights, few = random(tokens).abs(), x[:300]  # too few for a GPU to split them over programs
+    x = (4 * random(tokens, 192)).round()  # integers, which every dtype holds exactly
+    pivot = (64 * random(192)).round() / 64  # differences have more digits than bf16, so that low parts count
+    weights, few = random(tokens).abs(), x[:300]  # too few for a GPU to split over programs
     cases: list[tuple[torch.Tensor, dict[str, Any]]] = [(x, {})]
     cases += [(x, {"pivot": pivot}), (x, {"weight": weights}), (x, {"pivot": pivot, "weight": weights}), (few, {})]
     cases += [(few, {"pivot": pivot}), (x[:300, 1:], {}), (x[:192, :100].T, {})]
     results = []
     for dtype in ACTIVATIONS:
         for given, options in cases:
-            like = torch.empty_strided(given.shape, given.stride(), dtype=dtype, device=x.device)  # laid out as it is
+            like = torch.empty_strided(given.shape, given.stride(), dtype=dtype, device=x.device)  # same layout
             like.copy_(given)
             gram = torch.zeros(given.shape[1], given.shape[1], dtype=torch.float32, device=x.device)
             total = torch.zeros(given.shape[1], dtype=torch.float64, device=x.device)

@@ -9,30 +9,30 @@ from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.gram import gram_
 from slimllm.ops.registry import Random, operator
 
-_OUTPUTS = 256  # at a time, which bounds the memory beside the result
-CONTRIBUTIONS = 2**21  # of heads, that are made at once: as many as the caches of a CPU hold
+_OUTPUTS = 256  # outputs at a time; bounds the memory beyond the result
+CONTRIBUTIONS = 2**21  # numbers that streaming in torch computes at once; they fit the caches of a CPU
 
 
 def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Covariances of the heads' contributions to the attention output, without the contributions themselves.
+    """Compute the covariances of the heads' contributions to the attention output, without those contributions.
 
     With o_i = X_i W_iᵀ the output of head i:
 
         C[i, j, k] = cov(o_i[:, k], o_j[:, k]) = W_i[k, :] Cov(X)_ij W_j[k, :]ᵀ.
 
-    Work: D·(H·d)²·(1 + 1/H)/2 multiply-adds, a product and its mirror image made once, whatever the number of tokens.
+    Work: D·(H·d)²·(1 + 1/H)/2 multiply-adds for any number of tokens; each product also serves as its mirror image.
 
     Args:
         weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
         covariance: Cov(X) of the inputs of o_proj, (H·d, H·d), symmetric, fp64 or fp32.
-        num_heads: H, the number of units; with `kv-group` a unit is a KV group and d its query heads' width together.
+        num_heads: H, the number of units. With `kv-group` a unit is a KV group, and d the total width of its query heads.
 
     Returns:
         C, (H, H, D), of the dtype of `covariance`. The kernel computes in fp32, torch in that dtype.
 
     Raises:
-        ValueError: shapes or devices do not fit together.
-        TypeError: a dtype is none of those above.
+        ValueError: shapes or devices are inconsistent.
+        TypeError: a dtype is not one of those above.
     """
     check_tensors(weight=weight, covariance=covariance)
     check_heads(weight, num_heads)
@@ -79,40 +79,41 @@ def _head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: 
 def head_covariance_of_tokens(
     weight: torch.Tensor, x: torch.Tensor, num_heads: int, *, method: str | None = None
 ) -> torch.Tensor:
-    """The covariances of `head_covariance`, from one batch of the inputs of o_proj instead of their Gram.
+    """Compute the covariances of `head_covariance` from one batch of inputs of o_proj instead of their Gram.
 
-    Two ways, the same result, multiply-adds (symmetric halves counted once):
+    Two methods give the same result. Their multiply-adds, with symmetric halves counted once:
 
-        stream:  the contributions, a tile of outputs at a time, and their products over the tokens:  N·D·(H·d + H²/2)
-        gram:    the Gram of x, and `head_covariance`:                                (N + D·(1 + 1/H))/2·(H·d)²
+        stream:  contributions for a tile of outputs, then their products over the tokens:  N·D·(H·d + H²/2)
+        gram:    the Gram of x, then `head_covariance`:                                     (N + D·(1 + 1/H))/2·(H·d)²
 
-    The streaming kernel takes 16 heads at a time, and widths in steps of 16: with B = ⌈H/16⌉ blocks of heads it makes
-    N·D·(B²·16·16⌈d/16⌉ + 128·B·(B + 1)). Torch streams at two thirds of the rate of a large product, measured on a CPU, and
-    the sums over batches, (H, H, D), cost about as much as 1000·H²·D multiply-adds a batch; in the kernel 200·H²·D, by the
-    bytes. Streaming wins for few tokens: at 32 heads of 128 up to N = 1567 in torch and 1221 in the kernel.
+    The streaming kernel takes 16 heads at a time, and widths in steps of 16. With B = ⌈H/16⌉ blocks of heads it takes
+    N·D·(B²·16·16⌈d/16⌉ + 128·B·(B + 1)). Torch streams at two thirds of the rate of a large product (measured on a CPU).
+    Adding up the (H, H, D) results of batches costs about 1000·H²·D multiply-adds a batch in torch, and 200·H²·D in the
+    kernel, estimated from the bytes. Streaming wins for few tokens: with 32 heads of width 128, up to N = 1567 in torch and
+    1221 in the kernel.
 
-    Memory beside the result: the streaming kernel none, torch three tiles of 2²¹ numbers and two fp32 copies of x; `gram`
-    the (H·d, H·d) Gram and an fp32 copy of x.
+    Memory beyond the result: none for the streaming kernel; three tiles of 2²¹ numbers and two fp32 copies of x for
+    streaming in torch; the (H·d, H·d) Gram and an fp32 copy of x for `gram`.
 
     Args:
         weight: o_proj.weight (D, H·d), torch layout, any floating dtype.
-        x: Inputs of o_proj (N, H·d), bf16, fp16 or fp32; one token at least.
+        x: Inputs of o_proj (N, H·d), bf16, fp16 or fp32; at least one token.
         num_heads: H, the number of units.
-        method: `stream`, `gram` or None, the cheaper one.
+        method: `stream`, `gram`, or None for the cheaper of the two.
 
     Returns:
         C, (H, H, D) fp32, population covariances (1/N).
 
     Raises:
-        ValueError: shapes or devices do not fit together, or the method is unknown.
-        TypeError: a dtype is none of those above.
+        ValueError: shapes or devices are inconsistent, or the method is unknown.
+        TypeError: a dtype is not one of those above.
     """
     check_tensors(weight=weight, x=x)
     check_heads(weight, num_heads)
     if x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must be (N, H·d) with H·d = {weight.shape[1]}, the inputs of weight, got {tuple(x.shape)}.")
     if x.shape[0] == 0:
-        raise ValueError("x has no tokens; a covariance needs one at least.")
+        raise ValueError("x has no tokens; a covariance needs at least one.")
     check_dtype("x", x, ACTIVATIONS)
     weight, x = weight.detach(), x.detach()
     if method not in (None, "stream", "gram"):
@@ -145,9 +146,11 @@ def _head_covariance_of_tokens(weight: torch.Tensor, x: torch.Tensor, num_heads:
 def cheaper_method(
     num_tokens: int, out_features: int, in_features: int, num_heads: int, fused: bool, num_batches: int = 1
 ) -> str:
-    """`stream` or `gram`, by the multiply-adds and the rates in `head_covariance_of_tokens`; `fused`: by the kernel.
+    """Return the cheaper of `stream` and `gram`, by the multiply-adds and rates in `head_covariance_of_tokens`.
 
-    The tokens come in `num_batches`, whose results are summed.
+    Args:
+        fused: The kernel streams, not torch.
+        num_batches: Number of batches that the tokens come in; their results are summed.
     """
     per_output, per_sum = 1.5 * (in_features + num_heads**2 / 2), 1000
     if fused:
@@ -166,8 +169,8 @@ def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: in
         return kernel(weight if weight.dtype in ACTIVATIONS else weight.float(), x, mean, num_heads)
     num_tokens, out_features = x.shape[0], weight.shape[0]
     u = (x.float() - mean).view(num_tokens, num_heads, -1).permute(1, 2, 0).contiguous()  # (H, d, N)
-    u -= u.mean(-1, keepdim=True)  # to the last digit, so that every contribution has mean 0
-    by_head = weight.float().view(out_features, num_heads, -1).transpose(0, 1)  # (H, D, d), no copy of one in fp32
+    u -= u.mean(-1, keepdim=True)  # removes what rounding left, so that every contribution has mean 0
+    by_head = weight.float().view(out_features, num_heads, -1).transpose(0, 1)  # (H, D, d), not a copy if it is fp32
     result = x.new_empty(num_heads, num_heads, out_features, dtype=torch.float32)
     at_once = max(1, CONTRIBUTIONS // (num_tokens * num_heads))
     with full_precision(weight.device):
@@ -180,7 +183,7 @@ def _stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, num_heads: in
 
 
 def check_heads(weight: torch.Tensor, num_heads: int) -> None:
-    """Raise ValueError or TypeError if a weight (D, H·d) is not one of H heads."""
+    """Raise ValueError or TypeError if a weight is not (D, H·d) for H = num_heads, or not floating."""
     check_integer("num_heads", num_heads)
     if weight.ndim != 2 or num_heads < 1 or weight.shape[1] % num_heads:
         raise ValueError(

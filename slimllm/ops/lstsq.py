@@ -1,4 +1,4 @@
-"""Batches of ridge regressions from their normal equations: the extension for small systems, torch for all others."""
+"""Batched ridge regression from normal equations. The extension solves small systems, torch all others."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.registry import Random, operator
 
-# Where the extension is faster than the torch path below: up to so many unknowns and right-hand sides. A CPU takes eight
-# systems side by side, so of fewer than 6 only small ones; on a GPU a warp takes a system, as large as its memory holds.
+# Limits within which the extension is faster than the torch path below: unknowns by device, and right-hand sides. On a CPU
+# it solves eight systems side by side, so a batch of fewer than FEWEST systems must have at most SMALL unknowns. On a GPU
+# a warp solves a system, whose size its shared memory limits.
 LARGEST = {"cpu": 128, "cuda": 64}
 MOST_COLUMNS = 16
 FEWEST, SMALL = 6, 32
-# Ridges, relative to the mean diagonal, tried in turn where a system is singular; one that needs more is not semidefinite.
+# Ridges, relative to the mean diagonal, tried in turn for a singular system. A system that needs more is not semidefinite.
 RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
-# What `torch.ops.slimllm.lstsq` says of a system, added up: it was not solved; there are columns whose diagonal is 0, and
-# nobody has looked whether the rest of them is.
+# Bits of the status that `torch.ops.slimllm.lstsq` returns for a system. FAILED: it was not solved. ZEROS: it has columns
+# with a diagonal of 0, whose other elements were not checked.
 FAILED, ZEROS = 1, 2
 
 _log = logging.getLogger("slimllm.ops")
@@ -28,32 +29,32 @@ _log = logging.getLogger("slimllm.ops")
 def lstsq(
     gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor = 0.0, *, absolute: bool = False
 ) -> torch.Tensor:
-    """X_b = argmin tr(Xᵀ G_b X - 2 Xᵀ R_b) + λ_b ‖X‖²: a batch of least-squares problems from their normal equations.
+    """Solve a batch of least-squares problems from their normal equations: X_b = argmin tr(Xᵀ G_b X - 2 Xᵀ R_b) + λ_b ‖X‖².
 
-    With G = AᵀA and R = AᵀB it is the ridge regression of B on A:
+    With G = AᵀA and R = AᵀB this is the ridge regression of B on A:
 
         X = (G + λI)⁻¹ R.
 
-    Factored in fp64 whatever the dtype, or, small systems on a GPU, in fp32 and refined until the residual is that of fp64
-    work. A system that is singular to fp64's precision gets the least of the ridges 1e-12, 1e-10, … 1e-4 of its mean
-    diagonal that makes it regular, which a warning reports; `lstsq_ex` returns the ridges. Work: k³/6 + k²m multiply-adds a
-    system.
+    Systems are factored in fp64 whatever their dtype; small systems on a GPU are factored in fp32 and refined until the
+    residual is that of fp64 arithmetic. A system that is singular to fp64's precision gets the smallest of the ridges
+    1e-12, 1e-10, … 1e-4 of its mean diagonal that makes it regular. A warning reports this, and `lstsq_ex` returns the
+    ridges. Work: k³/6 + k²m multiply-adds a system.
 
     Args:
-        gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite, any strides; the lower half counts.
+        gram: G, (batch, k, k) fp32 or fp64, symmetric positive semidefinite, any strides; only the lower half is read.
         cross: R, (batch, k, m), of the same dtype.
-        ridge: λ, not negative; a number, or (batch,) one for each system. Relative to the mean of the system's diagonal,
-            or, if `absolute`, as it is.
-        absolute: See `ridge`.
+        ridge: λ, not negative: a number, or (batch,) with one for each system. It is relative to the mean of the
+            system's diagonal unless `absolute` is set.
+        absolute: Do not scale `ridge` by the diagonal.
 
     Returns:
-        X, (batch, k, m), of the arguments' dtype. Of a column whose diagonal is 0, of which nothing is known, it is 0.
+        X, (batch, k, m), of the arguments' dtype. An unknown whose diagonal is 0 is undetermined, and its solution is 0.
         No gradients are defined.
 
     Raises:
-        ValueError: shapes or devices do not fit together, a value is not finite, a ridge is negative, or a system is not
+        ValueError: shapes or devices are inconsistent, a value is not finite, a ridge is negative, or a system is not
             positive semidefinite.
-        TypeError: a dtype is none of those above.
+        TypeError: a dtype is not one of those above.
     """
     return lstsq_ex(gram, cross, ridge, absolute=absolute)[0]
 
@@ -61,7 +62,7 @@ def lstsq(
 def lstsq_ex(
     gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor = 0.0, *, absolute: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`lstsq`, and the ridge that each system was solved with: (batch,) fp64, absolute."""
+    """Return the solution of `lstsq` and the absolute ridge that each system was solved with, (batch,) fp64."""
     check_tensors(gram=gram, cross=cross)
     if gram.ndim != 3 or gram.shape[1] != gram.shape[2] or cross.ndim != 3 or cross.shape[:2] != gram.shape[:2]:
         raise ValueError(
@@ -83,7 +84,7 @@ def lstsq_ex(
         wanted = torch.full(gram.shape[:1], float(ridge), dtype=torch.float64, device=gram.device)
     gram, cross = gram.detach(), cross.detach()
     solution, used, status = _attempt(gram, cross, wanted, absolute)
-    if bool(status.any()):  # the only wait for the device
+    if bool(status.any()):  # the only synchronisation with the device
         _check_values(gram, cross, wanted, absolute)
         failed = (status & FAILED).nonzero()[:, 0]
         if len(failed):
@@ -92,30 +93,30 @@ def lstsq_ex(
 
 
 def _check_values(gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool) -> None:
-    """Raise the error that explains why a system may not have been solved, if there is one."""
-    sizes = gram.tril().abs_()  # one copy: this may be as large as memory allows
-    beside = torch.maximum(sizes.amax(-1), sizes.amax(-2))  # NaN and infinity reach it
+    """Raise an error if the arguments explain why a system was not solved."""
+    sizes = gram.tril().abs_()  # a single copy: gram may be as large as memory allows
+    beside = torch.maximum(sizes.amax(-1), sizes.amax(-2))  # propagates NaN and infinity
     for name, tensor in (("gram", beside), ("cross", cross)):
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{name} must be finite, got NaN or infinity.")
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if not bool((ridge if absolute else ridge * diagonal.double().mean(-1)).isfinite().all()):
-        raise ValueError(f"ridge must be finite, relative to the diagonal too, got {float(ridge.max()):g}.")
+        raise ValueError(f"ridge must be finite, also when scaled by the diagonal, got {float(ridge.max()):g}.")
     if bool((ridge < 0).any()):
         raise ValueError(f"ridge must not be negative, got {float(ridge.min()):g}.")
-    # Where a diagonal is 0, so are its row and column, or the system is not semidefinite.
+    # In a semidefinite system, the row and column of a diagonal of 0 are 0.
     bad = (diagonal < 0) | ((diagonal == 0) & (beside > 0))
     if bool(bad.any()):
         raise ValueError(
             f"{int(bad.any(-1).sum())} of {len(gram)} systems are not positive semidefinite: the diagonal of gram is "
-            "negative, or 0 beside other numbers."
+            "negative, or 0 in a row or column that is not."
         )
 
 
 def _solve_again(
     rows: torch.Tensor, gram: torch.Tensor, cross: torch.Tensor, solution: torch.Tensor, used: torch.Tensor
 ) -> None:
-    """Solve the systems `rows` in fp64, with the least ridge that does, into `solution` and `used`."""
+    """Solve the systems `rows` in fp64 with the smallest sufficient ridge; write to `solution` and `used`."""
     raised, most = 0, 0.0
     for least in RIDGES:
         few = len(rows) < len(gram)
@@ -146,7 +147,7 @@ def _solve_again(
 def _attempt(
     gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One attempt, which waits for no device: solutions, NaN where there is none, absolute ridges, status by system."""
+    """Solve once, without waiting for a GPU; return solutions (NaN where it failed), absolute ridges and statuses."""
     backend = choose("lstsq", gram.device).backend
     if ridge.shape != gram.shape[:1]:
         raise ValueError(f"ridge must have shape ({gram.shape[0]},), got {tuple(ridge.shape)}.")
@@ -163,9 +164,9 @@ def _attempt(
     with full_precision(gram.device):
         precise, failed = _factor_and_solve(gram, cross, used)
     solution = precise.to(gram.dtype)
-    # NaN and infinity reach the sum; so may large numbers, which are then looked at again.
+    # The sum propagates NaN and infinity. Large numbers may overflow it; their systems are then solved again.
     failed |= ~(ridge >= 0) | ~(diagonal >= 0).all(-1) | ~solution.sum((-2, -1)).isfinite()
-    if solution.is_cuda or bool(failed.any()):  # on a CPU looking is cheaper than writing
+    if solution.is_cuda or bool(failed.any()):  # on a CPU, reading is cheaper than writing
         solution.masked_fill_(failed[:, None, None], torch.nan)
     return solution, used, FAILED * failed.int() + ZEROS * (diagonal == 0).any(-1).int()
 
@@ -175,7 +176,7 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     for size, rights, dtype in ((64, 3, torch.float32), (33, 1, torch.float64), (8, 16, torch.float32)):
         a, b = random(50, 2 * size, size).to(dtype), random(50, 2 * size, rights).to(dtype)
         ridge = random(50).abs().double()
-        # Not by lstsq_ex, which would solve again what a kernel has failed to.
+        # Not lstsq_ex, which would solve a kernel's failed systems again and hide the failure.
         results += torch.ops.slimllm.lstsq(a.mT @ a, a.mT @ b, 1e-3 * ridge, False)
         results += torch.ops.slimllm.lstsq(a.mT @ a, a.mT @ b, ridge, True)
     return results
@@ -197,12 +198,12 @@ operator(
 
 
 def _factor_and_solve(gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """X in fp64, and which systems are singular to its precision.
+    """Return X in fp64 and a mask of the systems that are singular to its precision.
 
-    Of G the lower half is read. In memory beside it: G + λI in fp64, which its factor replaces, and twice X.
+    Only the lower half of G is read. Extra memory: G + λI in fp64, overwritten by its factor, and twice X.
     """
     cross = cross.double()
-    # By rows, so that for LAPACK, which reads by columns, it is the upper half and factored in place.
+    # Stored by rows: LAPACK, which reads by columns, sees the upper half and factors it in place.
     system = gram.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     known = diagonal > 0

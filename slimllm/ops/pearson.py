@@ -1,4 +1,4 @@
-"""Which heads to keep: Pearson similarity of the kept heads' output to the whole, and the greedy exchange on it."""
+"""Selection of heads: Pearson similarity of the kept heads' output to the full output, and greedy exchange."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from slimllm.ops.dispatch import choose
 from slimllm.ops.heads import head_covariance
 from slimllm.ops.registry import Random, forced, operator
 
-# What sums of D numbers in fp64 may differ by in another order, relative to the sum: no reason to exchange heads.
+# Relative change of an fp64 sum of D numbers that another order of summation can cause; too little to exchange heads.
 ROUNDING = 1e-12
 
 
 def pearson_similarity(cov_with_full: torch.Tensor, variance: torch.Tensor, full_variance: torch.Tensor) -> torch.Tensor:
-    """Σ_k |r_k| with r_k = cov(o_S, o)_k / (σ(o_S)_k σ(o)_k); the last dimension is k, a constant output counts 0.
+    """Return Σ_k |r_k| with r_k = cov(o_S, o)_k / (σ(o_S)_k σ(o)_k). k is the last dimension; constant outputs count as 0.
 
     Args:
         cov_with_full: cov(o_S[:, k], o[:, k]), (..., D).
@@ -22,8 +22,8 @@ def pearson_similarity(cov_with_full: torch.Tensor, variance: torch.Tensor, full
         full_variance: var(o[:, k]), (D,).
 
     Raises:
-        ValueError: shapes or devices do not fit together, or a number is not finite.
-        TypeError: a dtype is not a floating one.
+        ValueError: shapes or devices are inconsistent, or a number is not finite.
+        TypeError: a dtype is not a floating dtype.
     """
     arguments = {"cov_with_full": cov_with_full, "variance": variance, "full_variance": full_variance}
     check_tensors(**arguments)
@@ -44,16 +44,16 @@ def _pearson_similarity(cov_with_full: torch.Tensor, variance: torch.Tensor, ful
 
 
 def head_importance(covariance: torch.Tensor) -> torch.Tensor:
-    """Importance of every head: minus the Pearson similarity of the output without it to the output.
+    """Return the importance of every head: minus the Pearson similarity of the output without it to the full output.
 
     Args:
         covariance: C from `head_covariance`, (H, H, D).
 
     Returns:
-        (H,) fp64; the lowest goes first.
+        (H,) fp64; the lowest is removed first.
 
     Raises:
-        ValueError: the shape is another, or a covariance is not finite.
+        ValueError: the shape is wrong, or a covariance is not finite.
         TypeError: the dtype is neither fp64 nor fp32.
     """
     _check(covariance)
@@ -70,12 +70,11 @@ def _head_importance(covariance: torch.Tensor) -> torch.Tensor:
 
 
 def pearson_greedy(covariance: torch.Tensor, num_pruned: int, group_size: int = 1) -> torch.Tensor:
-    """Heads to keep: the least important go, then a greedy exchange search raises the Pearson similarity.
+    """Choose the heads to keep: remove the least important ones, then raise the Pearson similarity by greedy exchange.
 
-    For every pruned head, from the least important on, the best single exchange with a kept head is taken if it
-    raises the similarity of the kept heads' output to the full output, by more than rounding (1e-12 of it). One pass, as
-    published. With
-    T_i = Σ_j C[i,j] and R_i = Σ_{j∈S} C[i,j], putting p in the place of q changes
+    For every pruned head, from the least important on, the best single exchange with a kept head is made if it raises
+    the similarity of the kept heads' output to the full output by more than rounding (1e-12 of it). There is one pass, as
+    published. With T_i = Σ_j C[i,j] and R_i = Σ_{j∈S} C[i,j], keeping p instead of q changes
 
         cov(o_S, o) by T_p - T_q   and   var(o_S) by C_pp + 2(R_p - C_pq) + C_qq - 2R_q,
 
@@ -83,16 +82,16 @@ def pearson_greedy(covariance: torch.Tensor, num_pruned: int, group_size: int = 
 
     Args:
         covariance: C from `head_covariance`, (H, H, D), fp64 or fp32.
-        num_pruned: How many heads to remove, from 0 to H - 1 and divisible by the number of groups.
-        group_size: With more than 1, heads i·group_size … (i+1)·group_size - 1 form a group, every group loses the
-            same number of heads, and exchanges stay inside a group.
+        num_pruned: Number of heads to remove, from 0 to H - 1 and divisible by the number of groups.
+        group_size: If above 1, heads i·group_size … (i+1)·group_size - 1 form a group, every group loses the same
+            number of heads, and exchanges stay within a group.
 
     Returns:
         Sorted int64 indices of the kept heads, on the device of `covariance`.
 
     Raises:
-        ValueError: the shape is another, a covariance is not finite, or heads cannot be pruned so.
-        TypeError: a dtype is none of those above.
+        ValueError: the shape is wrong, a covariance is not finite, or num_pruned or group_size is impossible.
+        TypeError: a dtype is not one of those above.
     """
     _check(covariance)
     check_integer("num_pruned", num_pruned)
@@ -132,12 +131,12 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
 def _pearson_greedy(covariance: torch.Tensor, num_pruned: int, groups: int) -> torch.Tensor:
     num_heads = covariance.shape[0]
     group_of = torch.arange(num_heads, device=covariance.device) // (num_heads // groups)
-    # Least important first; a stable sort, as the published implementation's order among equals.
+    # Least important first. The sort is stable, to order equals like the published implementation.
     order = torch.argsort(_head_importance(covariance), stable=True)
     by_group = order[torch.argsort(group_of[order], stable=True)].view(groups, -1)
     kept = torch.ones(num_heads, dtype=torch.bool, device=covariance.device)
     kept[by_group[:, : num_pruned // groups].flatten()] = False
-    pruned = order[torch.argsort(kept[order].int(), stable=True)[:num_pruned]]  # in that order, over all groups
+    pruned = order[torch.argsort(kept[order].int(), stable=True)[:num_pruned]]  # least important first, over all groups
     if choose("pearson_greedy", covariance.device).backend == "triton":
         from slimllm.kernels.exchange import exchange_ as kernel
 
@@ -148,7 +147,7 @@ def _pearson_greedy(covariance: torch.Tensor, num_pruned: int, groups: int) -> t
 
 
 def _exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_of: torch.Tensor) -> None:
-    """The search itself; `kept` (H,) is updated in place. Every decision stays a tensor on the device."""
+    """Run the exchange search; `kept` (H,) is updated in place. Every decision stays a tensor on the device."""
     covariance = covariance.double()
     with_full = covariance.sum(1)  # T: (H, D)
     full_variance = with_full.sum(0)
@@ -157,7 +156,7 @@ def _exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tenso
     cov_kept, variance = (with_full * kept[:, None]).sum(0), (with_kept * kept[:, None]).sum(0)
     best = _pearson_similarity(cov_kept, variance, full_variance)
     for step in range(len(pruned)):
-        p = pruned[step : step + 1]  # (1,) rather than a number, whose use as an index would wait for the device
+        p = pruned[step : step + 1]  # (1,), since indexing with a number would wait for the device
         row = covariance[p][0]
         new_cov = cov_kept + with_full[p] - with_full
         new_variance = variance + own[p] + 2 * (with_kept[p] - row) + own - 2 * with_kept

@@ -1,4 +1,4 @@
-"""The operations: each is registered once, with all that dispatch, the self-check and `slimllm doctor` know of it."""
+"""Registry of the operations, with all that dispatch, the self-check and `slimllm doctor` know about each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-Random = Callable[..., torch.Tensor]  # of a shape: standard normal fp32 numbers on the device that is checked
+Random = Callable[..., torch.Tensor]  # shape → standard normal fp32 numbers on the device under test
 Cases = Callable[[Random, int], list[torch.Tensor]]
 
 _LIBRARY = torch.library.Library("slimllm", "DEF")
@@ -20,15 +20,15 @@ _forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
 @dataclass(frozen=True)
 class Operation:
-    """What is known of one operation.
+    """Description of one operation.
 
     Attributes:
-        name: As in `torch.ops.slimllm`.
-        kernel: Whether there is a Triton kernel of it.
-        extension: For what the compiled extension has it, in words, by type of device.
-        only_torch: Why it has neither.
-        cases: Runs it on small inputs, random ones of any shape, with so many tokens where a GPU would split them over
-            programs; what it returns must be alike on all backends.
+        name: Name in `torch.ops.slimllm`.
+        kernel: Whether it has a Triton kernel.
+        extension: Inputs that the compiled extension supports, in words, by device type.
+        only_torch: Why it has neither a kernel nor the extension.
+        cases: Runs the operation on small inputs; its results must agree across backends. Its arguments are a function
+            that makes random inputs, and a number of tokens that a GPU splits over programs.
     """
 
     name: str
@@ -42,28 +42,29 @@ OPERATIONS: dict[str, Operation] = {}
 
 
 def register(operation: Operation) -> None:
-    """Make an operation known.
+    """Register an operation.
 
     Raises:
-        ValueError: there is one of this name.
+        ValueError: the name is already registered.
     """
     if operation.name in OPERATIONS:
-        raise ValueError(f"there is an operation {operation.name} already.")
+        raise ValueError(f"an operation named {operation.name} is already registered; choose another name.")
     OPERATIONS[operation.name] = operation
 
 
 def operator(
     schema: str, shape: Callable[..., Any], cases: Cases, *, kernel: bool = False, extension: dict[str, str] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: the function becomes torch.ops.slimllm.NAME, for all devices; no gradients are defined.
+    """Return a decorator that registers a function as torch.ops.slimllm.NAME, for all devices; it defines no gradients.
 
-    torch.compile then sees it as one node, and `torch.library.opcheck` can test it. It runs without autograd and autocast,
-    whatever the caller has on, so that all backends give the same: no graph that would keep every batch alive, and no half
-    precision that was not asked for. `torch.library.custom_op` would cost 0.1 ms a call on a slow core, ten times as much.
+    torch.compile sees the function as one node, and `torch.library.opcheck` can test it. It runs without autograd and
+    autocast, whatever the caller has enabled, so that all backends give the same result: no graph keeps every batch in
+    memory, and half precision is used only on request. `torch.library.custom_op` would cost 0.1 ms a call on a slow core,
+    ten times as much.
 
     Args:
-        schema: As torch writes it, `name(Tensor a, …) -> Tensor`.
-        shape: A function of the same arguments that returns an empty result of the right shape and dtype.
+        schema: Schema in torch's syntax, `name(Tensor a, …) -> Tensor`.
+        shape: Function of the same arguments that returns an empty result of the right shape and dtype.
         cases, kernel, extension: See `Operation`.
     """
     name = schema.split("(")[0]
@@ -85,7 +86,7 @@ def operator(
 
 @contextmanager
 def forced(backend: str) -> Iterator[None]:
-    """Let all operations use one backend, whatever else has been asked for."""
+    """Make all operations use one backend, whatever the settings."""
     token = _forced.set(backend)
     try:
         yield
@@ -94,11 +95,11 @@ def forced(backend: str) -> Iterator[None]:
 
 
 def forced_backend() -> str | None:
-    """The backend that `forced` has set; None: none."""
+    """Return the backend set by `forced`, or None."""
     return _forced.get()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """No automatic half precision on the device."""
+    """Return a context without autocast on the device."""
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

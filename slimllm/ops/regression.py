@@ -12,20 +12,20 @@ from slimllm.ops.registry import Random, operator
 def affine_fit(
     mean_y: torch.Tensor, mean_y_hat: torch.Tensor, variance_y_hat: torch.Tensor, covariance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(a_k, b_k) = argmin E(y_k - a_k ŷ_k - b_k)², one regression for every output dimension.
+    """Fit one linear regression for every output dimension: (a_k, b_k) = argmin E(y_k - a_k ŷ_k - b_k)².
 
-    a_k = cov(y_k, ŷ_k) / var(ŷ_k), b_k = mean(y_k) - a_k mean(ŷ_k). Where ŷ_k is constant, up to rounding, the slope
-    is not determined and stays 1.
+    a_k = cov(y_k, ŷ_k) / var(ŷ_k), b_k = mean(y_k) - a_k mean(ŷ_k). Where ŷ_k is constant up to rounding, the slope
+    is undetermined and is set to 1.
 
     Args:
         mean_y, mean_y_hat, variance_y_hat, covariance: E y, E ŷ, var(ŷ) and cov(y, ŷ), each (D,), population (1/N).
 
     Returns:
-        slope and intercept, both (D,) of the arguments' dtype. Values are not looked at: what is NaN gives NaN.
+        slope and intercept, both (D,) of the arguments' dtype. Values are not checked: NaN gives NaN.
 
     Raises:
         ValueError: shapes are not equal.
-        TypeError: the dtypes are not one floating dtype.
+        TypeError: the arguments do not share one floating dtype.
     """
     arguments = {"mean_y": mean_y, "mean_y_hat": mean_y_hat, "variance_y_hat": variance_y_hat, "covariance": covariance}
     check_tensors(**arguments)

@@ -1,4 +1,4 @@
-"""One small comparison of every kernel with torch, made before a kernel is used on a GPU by default."""
+"""Self-check: a small comparison of a kernel with torch, made before the kernel is used on a GPU by default."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 from slimllm.ops.registry import OPERATIONS, forced
 
-# So many that a GPU splits them over programs.
+# Enough for a GPU to split them over programs.
 MANY_TOKENS = 2048
 
 
 def difference(operation: str, device: torch.device, backend: str) -> float:
-    """Largest difference between the kernel's results and torch's, relative to the largest result."""
+    """Return the largest difference between the backend's results and torch's, relative to torch's largest result."""
     with forced("torch"):
         wanted = _run(operation, device)
     with forced(backend):
@@ -20,7 +20,7 @@ def difference(operation: str, device: torch.device, backend: str) -> float:
         (a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30)
         for a, b in zip(got, wanted, strict=True)
     ]
-    return float(torch.stack(differences).max())  # NaN where one is, unlike Python's max
+    return float(torch.stack(differences).max())  # propagates NaN, unlike Python's max
 
 
 def _run(operation: str, device: torch.device) -> list[torch.Tensor]:

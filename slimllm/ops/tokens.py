@@ -10,9 +10,9 @@ from slimllm.ops.registry import Random, operator
 
 
 def token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """cos(a_t, b_t) for every token t; 0 where one of the two is zero.
+    """Return cos(a_t, b_t) for every token t, or 0 where a_t or b_t is zero.
 
-    The mean of it over tokens, with a and b the residual stream before and after a layer, is the layer's importance c.
+    If a and b are the residual stream before and after a layer, its mean over tokens is the layer's importance c.
 
     Args:
         a, b: (num_tokens, features), bf16, fp16 or fp32, any strides.
@@ -22,7 +22,7 @@ def token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: shapes or devices are not equal.
-        TypeError: a dtype is none of those above.
+        TypeError: a dtype is not one of those above.
     """
     check_tensors(a=a, b=b)
     if a.ndim != 2 or a.shape != b.shape:
