@@ -1,4 +1,7 @@
-"""Streaming statistics of activations: constant memory, any split into batches, safe when the mean dwarfs the spread."""
+"""Streaming statistics of activations: constant memory, any split into batches.
+
+They stay accurate where the mean is far larger than the spread.
+"""
 
 from slimllm.statistics.columns import ColumnStatistics, PairedMoments
 from slimllm.statistics.gram import TILE, GramStatistics

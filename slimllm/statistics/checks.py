@@ -1,4 +1,4 @@
-"""What all accumulators ask of the batches they are given."""
+"""Base class of the accumulators, and checks of their input."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Accumulator:
-    """Number of features, number of tokens seen, and the sum of their weights (`mass`)."""
+    """Base class: number of features, number of tokens seen, and the sum of the tokens' weights (`mass`)."""
 
     def __init__(self, features: int) -> None:
         if features < 1:
@@ -25,7 +25,7 @@ class Accumulator:
 
 
 def check_batch(x: torch.Tensor, features: int, name: str = "x") -> torch.Tensor:
-    """The batch without its autograd graph, in fp32 where it is in no half precision."""
+    """Check a batch and return it without its autograd graph, in fp32 unless it is in half precision."""
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a floating tensor, got {x.dtype if isinstance(x, torch.Tensor) else type(x)}.")
     if x.ndim != 2 or x.shape[1] != features:
@@ -34,7 +34,7 @@ def check_batch(x: torch.Tensor, features: int, name: str = "x") -> torch.Tensor
 
 
 def check_other(ours: object, other: object, features: int) -> None:
-    """Whether other statistics can be added to ours."""
+    """Raise TypeError or ValueError if other statistics cannot be merged into ours."""
     if type(other) is not type(ours):
         raise TypeError(f"only another {type(ours).__name__} can be merged, got {type(other).__name__}.")
     if other.features != features:  # type: ignore[attr-defined]
@@ -42,7 +42,7 @@ def check_other(ours: object, other: object, features: int) -> None:
 
 
 def check_weight(weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
-    """The weights of a batch's tokens, fp32."""
+    """Check the weights of a batch's tokens and return them in fp32."""
     if weight is None:
         return None
     if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
@@ -55,13 +55,13 @@ def check_weight(weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor |
 
 
 def check_mass(mass: float) -> None:
-    """Whether there is anything to divide by."""
+    """Raise ValueError if the sum of the weights is 0."""
     if mass <= 0:
-        raise ValueError("no tokens have been added yet, or none of a weight above 0; call update() first.")
+        raise ValueError("no tokens have been added yet, or none with a weight above 0; call update() first.")
 
 
 def weighted_mean(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Over the tokens of a batch, (features,) fp32; a batch without any weight counts as one without weights."""
+    """Return the mean over the tokens of a batch, (features,) fp32; unweighted if the weights sum to 0."""
     if weight is None or not float(weight.sum()) > 0:
         return x.mean(0, dtype=torch.float32)
     return (weight / weight.sum()) @ x.float()

@@ -1,4 +1,4 @@
-"""Streaming sums, feature by feature: what norms and the affine regression need, without a Gram."""
+"""Per-feature streaming sums, from which norms and the affine regression follow without a Gram."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from slimllm.statistics.checks import Accumulator, check_batch, check_mass, chec
 
 
 class ColumnStatistics(Accumulator):
-    """Mean, variance and Euclidean norm over tokens of every feature of a stream, weighted or not, in O(F) memory.
+    """Per-feature mean, variance and Euclidean norm over the tokens of a stream, weighted or not, in O(F) memory.
 
-    As in `GramStatistics` sums are about a pivot p, the mean of the first batch, so that the variance keeps its digits
-    where the mean is far larger than the spread. Sums of a batch are fp32, over batches fp64. Results are fp64.
+    As in `GramStatistics`, sums are about a pivot p, the mean of the first batch, so that the variance keeps its digits
+    where the mean is far larger than the spread. Sums within a batch are fp32, sums over batches and results fp64.
 
     Args:
         features: Number of features F.
-        device: Where the accumulators live.
+        device: Device of the accumulators.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
@@ -26,7 +26,7 @@ class ColumnStatistics(Accumulator):
         self.squares = torch.zeros(features, dtype=torch.float64, device=device)
 
     def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add a batch x (num_tokens, features), any floating dtype, with weights w (num_tokens,), not negative, or 1."""
+        """Add a batch x (num_tokens, features), any floating dtype; weights w (num_tokens,), not negative; None: 1."""
         x = check_batch(x, self.features)
         weight = check_weight(weight, x)
         if x.shape[0] == 0:
@@ -47,37 +47,37 @@ class ColumnStatistics(Accumulator):
         self._count_other(other)
 
     def move(self, pivot: torch.Tensor) -> None:
-        """Let the sums be about another pivot, (features,) fp32, in place, so that others about it can be added."""
+        """Shift the sums to another pivot, (features,) fp32, in place, so that other sums about it can be added."""
         self.total, self.squares = self._about(pivot)
         self.pivot = pivot.to(self.pivot)
 
     def sums(self) -> list[torch.Tensor]:
-        """What adds up between statistics about the same pivot."""
+        """Return the tensors that add up between statistics about the same pivot."""
         return [self.total, self.squares]
 
     def _about(self, pivot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Σ_t w_t (x_t - pivot) and Σ_t w_t (x_t - pivot)², on the pivot's device."""
+        """Return Σ_t w_t (x_t - pivot) and Σ_t w_t (x_t - pivot)², on the pivot's device."""
         total, shift = self.total.to(pivot.device), self.pivot.to(pivot).double() - pivot.double()
         squares = self.squares.to(pivot.device) + 2 * shift * total + self.mass * shift.square()
         return total + self.mass * shift, squares
 
     def mean(self) -> torch.Tensor:
-        """Mean over tokens: (features,) fp64."""
+        """Return the mean over tokens, (features,) fp64."""
         check_mass(self.mass)
         return self.pivot.double() + self.total / self.mass
 
     def variance(self) -> torch.Tensor:
-        """Population variance: (features,) fp64."""
+        """Return the population variance, (features,) fp64."""
         check_mass(self.mass)
         return (self.squares / self.mass - (self.total / self.mass).square()).clamp_(min=0)
 
     def norms(self) -> torch.Tensor:
-        """(Σ_t w_t x_tj²)^½, without weights ‖X[:,j]‖₂: (features,) fp64."""
+        """Return (Σ_t w_t x_tj²)^½, which is ‖X[:,j]‖₂ without weights: (features,) fp64."""
         return (self.mass * (self.variance() + self.mean().square())).sqrt()
 
 
 class PairedMoments(Accumulator):
-    """Variance of ŷ and covariance of y with ŷ, dimension by dimension, about given means.
+    """Per-dimension variance of ŷ and covariance of y with ŷ, about given means.
 
     Args:
         mean_y: (features,) fp64, mean of y over all tokens of the stream.
@@ -96,7 +96,7 @@ class PairedMoments(Accumulator):
         self.products = torch.zeros_like(mean_y)
 
     def update(self, y: torch.Tensor, y_hat: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add a batch: y and ŷ of the same tokens, both (num_tokens, features), and weights w (num_tokens,), or 1."""
+        """Add a batch: y and ŷ of the same tokens, both (num_tokens, features); weights w (num_tokens,); None: 1."""
         y, y_hat = check_batch(y, self.features, "y"), check_batch(y_hat, self.features, "y_hat")
         weight = check_weight(weight, y)
         centers = {"pivot_y": self._center_y, "pivot_y_hat": self._center_y_hat}
@@ -111,15 +111,15 @@ class PairedMoments(Accumulator):
         self._count_other(other)
 
     def sums(self) -> list[torch.Tensor]:
-        """What adds up between moments about the same means."""
+        """Return the tensors that add up between moments about the same means."""
         return [self.squares, self.products]
 
     def variance(self) -> torch.Tensor:
-        """var(ŷ_k): (features,) fp64."""
+        """Return var(ŷ_k), (features,) fp64."""
         check_mass(self.mass)
         return self.squares / self.mass
 
     def covariance(self) -> torch.Tensor:
-        """cov(y_k, ŷ_k): (features,) fp64."""
+        """Return cov(y_k, ŷ_k), (features,) fp64."""
         check_mass(self.mass)
         return self.products / self.mass

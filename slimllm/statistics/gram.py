@@ -1,4 +1,4 @@
-"""The streaming Gram of activations: constant memory, any split into batches, safe when the mean dwarfs the spread."""
+"""Streaming Gram of activations, accurate where the mean is far larger than the spread."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from slimllm import ops
 from slimllm.ops.dispatch import full_precision
 from slimllm.statistics.checks import Accumulator, check_batch, check_mass, check_other, check_weight, weighted_mean
 
-_ROWS = 256  # of a matrix at a time, where a copy of it is made
-TILE = 2048  # rows of a Gram at a time, where it goes from one device to another
+_ROWS = 256  # rows of a matrix that are copied at a time
+TILE = 2048  # rows of a Gram that are moved between devices at a time
 
 
 class GramStatistics(Accumulator):
     """Count, mean and (co)variance of a stream of token batches (num_tokens, features), weighted or not.
 
-    The Gram is accumulated about a pivot p, the mean of the first batch, which should be a typical one: with u_t = x_t - p,
+    The Gram is accumulated about a pivot p, the mean of the first batch, which should be typical. With u_t = x_t - p,
 
         gram = Σ_t w_t u_t u_tᵀ,  total = Σ_t w_t u_t,  Cov(x) = gram/m - δδᵀ,  δ = total/m,  mean = p + δ,
 
-    with m = Σ_t w_t, the number of tokens where they have no weights.
+    with m = Σ_t w_t, the number of tokens if they have no weights.
 
-    δ is then of the order of the spread and not of the mean, so the subtraction loses nothing even when
-    |mean| = 10⁴ σ, where the raw Gram in fp32 has lost every digit of the variance. A pivot makes products of
-    half-precision activations three times as costly, so there only features of |mean| > 4 σ get one: the raw Gram of
-    the others has 17 σ² at most on its diagonal, and loses a digit.
+    δ is of the order of the spread, not of the mean, so the subtraction loses nothing even at |mean| = 10⁴ σ, where the
+    raw Gram in fp32 has lost every digit of the variance. A pivot makes products of half-precision activations three
+    times as costly. For these, only features with |mean| > 4 σ get one; the raw Gram of the others has at most 17 σ² on
+    its diagonal and loses a digit.
+
+    The Gram is accumulated in fp32, the sums in fp64. Results are fp64.
 
     Args:
         features: Number of features F.
-        device: Where the accumulators live, which need not be where the tokens are.
-
-    The Gram is accumulated in fp32, the sums in fp64. Results are fp64.
+        device: Device of the accumulators; it may differ from that of the tokens.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
@@ -63,7 +63,7 @@ class GramStatistics(Accumulator):
         self._count(len(x), weight)
 
     def _add_tiles(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """What `ops.gram_` does, where the activations are on another device: made there row by row, and added here."""
+        """Do the work of `ops.gram_` for a batch on another device: multiply there, TILE rows at a time, and add here."""
         u = x.float() if self._plain else x.float() - self.pivot.to(x.device)
         weighted = u if weight is None else u * weight[:, None]
         with full_precision(x.device):
@@ -88,7 +88,7 @@ class GramStatistics(Accumulator):
         self._count_other(other)
 
     def move(self, pivot: torch.Tensor) -> None:
-        """Let the sums be about another pivot, (features,) fp32, in place, so that others about it can be added."""
+        """Shift the sums to another pivot, (features,) fp32, in place, so that other sums about it can be added."""
         total = self._total_about(pivot)
         for start in range(0, self.features, _ROWS):
             rows = slice(start, start + _ROWS)
@@ -97,30 +97,30 @@ class GramStatistics(Accumulator):
         self._plain = self._plain and not bool(pivot.any())
 
     def sums(self) -> list[torch.Tensor]:
-        """What adds up between statistics about the same pivot."""
+        """Return the tensors that add up between statistics about the same pivot."""
         return [self.gram, self.total]
 
     def _total_about(self, pivot: torch.Tensor) -> torch.Tensor:
-        """Σ_t w_t (x_t - pivot), on the pivot's device."""
+        """Return Σ_t w_t (x_t - pivot), on the pivot's device."""
         return self.total.to(pivot.device) + self.mass * (self.pivot.to(pivot).double() - pivot.double())
 
     def _gram_about(self, pivot: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Some rows of the Gram about a pivot, fp64, on its device: u about it is u about ours plus the shift."""
+        """Return rows of the Gram about another pivot, fp64, on its device: its u is our u plus a shift."""
         total, shift = self.total.to(pivot.device), self.pivot.to(pivot).double() - pivot.double()
         gram = self.gram[rows].to(pivot.device).double()
         return gram.addr_(total[rows], shift).addr_(shift[rows], total + self.mass * shift)
 
     def mean(self) -> torch.Tensor:
-        """Mean over tokens: (features,) fp64."""
+        """Return the mean over tokens, (features,) fp64."""
         check_mass(self.mass)
         return self.pivot.double() + self.total / self.mass
 
     def covariance(self) -> torch.Tensor:
-        """Population covariance: (features, features) fp64, symmetric to the last bit."""
+        """Return the population covariance, (features, features) fp64, symmetric to the last bit."""
         check_mass(self.mass)
         delta = self.total / self.mass
         covariance = torch.empty_like(self.gram, dtype=torch.float64)
-        for start in range(0, self.features, _ROWS):  # no second matrix of its size
+        for start in range(0, self.features, _ROWS):  # avoids a second matrix of this size
             stop = min(start + _ROWS, self.features)
             rows = self.gram[start:stop, :stop].double().add_(self.gram[:stop, start:stop].T).div_(2 * self.mass)
             rows.sub_(delta[start:stop, None] * delta[:stop])
@@ -129,23 +129,23 @@ class GramStatistics(Accumulator):
         return covariance
 
     def variance(self) -> torch.Tensor:
-        """Population variance: (features,) fp64."""
+        """Return the population variance, (features,) fp64."""
         check_mass(self.mass)
         return (self.gram.diagonal().double() / self.mass - (self.total / self.mass).square()).clamp_(min=0)
 
     def norms(self) -> torch.Tensor:
-        """(Σ_t w_t x_tj²)^½, without weights ‖X[:,j]‖₂: (features,) fp64."""
+        """Return (Σ_t w_t x_tj²)^½, which is ‖X[:,j]‖₂ without weights: (features,) fp64."""
         return (self.mass * (self.variance() + self.mean().square())).sqrt()
 
     def leading(self, features: int) -> GramStatistics:
-        """The statistics of the first features alone, which are part of these and change with them."""
+        """Return the statistics of the first features alone, as views that change with these statistics."""
         part = copy.copy(self)
         part.features = features
         part.pivot, part.total, part.gram = self.pivot[:features], self.total[:features], self.gram[:features, :features]
         return part
 
     def of_product(self, weight: torch.Tensor) -> torch.Tensor:
-        """Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64 on its device, computed in fp32."""
+        """Return Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64 on its device, computed in fp32."""
         check_mass(self.mass)
         single, delta = weight.float(), (self.total / self.mass).to(weight.device)
         moved = torch.cat([rows.double() @ delta for rows in weight.split(_ROWS)])
@@ -158,7 +158,7 @@ class GramStatistics(Accumulator):
         return (covariance + covariance.T).div_(2)
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Some rows and columns of the covariance, by index: (len(rows), len(columns)) fp64, without the whole of it."""
+        """Return rows and columns of the covariance without the rest: by index, (len(rows), len(columns)) fp64."""
         check_mass(self.mass)
         delta = self.total / self.mass
         block = self.gram[rows[:, None], columns].double().div_(self.mass)
@@ -166,7 +166,7 @@ class GramStatistics(Accumulator):
 
 
 def _pivot(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """The pivot of a stream, (features,) fp32, from its first batch."""
+    """Return the pivot of a stream, (features,) fp32, from its first batch."""
     if x.dtype == torch.float32:
         return weighted_mean(x, weight)
     single = x.float()

@@ -1,4 +1,4 @@
-"""Numbers of single tokens: their weights in the statistics, and how similar a layer leaves them."""
+"""Per-token quantities: weights in the statistics, and similarity before and after a layer."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import torch
 
 from slimllm import ops
 
-_EPSILON = 1e-6  # as in the norms: a token that is zero everywhere has a weight, too
+_EPSILON = 1e-6  # as in the norms, so that a token of zeros has a weight, too
 
 
 def token_weights(
     hidden: torch.Tensor, added: torch.Tensor, output: torch.Tensor | None = None, centered: bool = False
 ) -> torch.Tensor:
-    """1 / mean square of the residual stream after a sub-layer, by which the next norm divides a token's errors.
+    """Return 1 / mean square of the residual stream after a sub-layer, by token.
+
+    The next norm divides a token's squared errors by this mean square.
 
     Args:
-        hidden: The residual stream before it, (..., D).
-        added: What it adds, (num_tokens, D).
-        output: What it puts out, if that is not it because a norm lies between, which divides errors of the output, of
-            which the statistics are, by its root mean square; what the norm multiplies by is `Layer.gain`.
-        centered: The norm is a LayerNorm, which divides by the variance over the dimensions.
+        hidden: The residual stream before the sub-layer, (..., D).
+        added: Its residual update, (num_tokens, D).
+        output: Its output before a post-norm, (num_tokens, D); None: there is no post-norm. The statistics are of this
+            output, whose errors the post-norm divides by its root mean square. The gain of the post-norm is not part of
+            the weights; see `Sublayer.post_norm_gain`.
+        centered: The next norm is a LayerNorm: the variance over the dimensions replaces the mean square.
 
     Returns:
         (num_tokens,) fp32.
@@ -34,7 +37,7 @@ def token_weights(
 
 
 def layer_similarity(hidden_in: torch.Tensor, hidden_out: torch.Tensor) -> torch.Tensor:
-    """Σ_t cos(h_in[t], h_out[t]) over the tokens of a batch; its mean over all tokens is the layer's c.
+    """Return Σ_t cos(h_in[t], h_out[t]) over the tokens of a batch; the mean over all tokens is the layer's c.
 
     Args:
         hidden_in, hidden_out: (..., D), the residual stream before and after a decoder layer.

@@ -155,7 +155,7 @@ def test_weights_are_as_good_as_repetition() -> None:
     assert torch.allclose(weighted.covariance(), repeated.covariance(), rtol=1e-5, atol=1e-6)
     nothing = GramStatistics(9)
     nothing.update(x, torch.zeros(50))
-    with pytest.raises(ValueError, match="or none of a weight above 0"):
+    with pytest.raises(ValueError, match="or none with a weight above 0"):
         nothing.covariance()
     with pytest.raises(ValueError, match=r"weight must have shape \(50,\), one for each token"):
         nothing.update(x, torch.ones(49))
