@@ -1,8 +1,9 @@
-"""Sums over the tokens of a batch, feature by feature: Σ w u and Σ w u² of one stream, or Σ w v² and Σ w u v of two.
+"""Per-feature sums over the tokens of a batch: Σ w u and Σ w u² of one stream, or Σ w v² and Σ w u v of two.
 
 Source: the norms of channels and the moments of the affine recovery in SlimLLM (arXiv 2505.22689). u and v are fp32
-differences from a pivot. Limited by memory: every element is read once, 2 bytes each in half precision, for 4 operations.
-Each program sums some tokens in fp32, a lane at a time, and the few partial sums are added in fp64 in a fixed order.
+differences from a pivot. The kernel is limited by memory: it reads every element once, 2 bytes each in half precision, for
+4 operations. Each program sums part of the tokens in fp32, a lane at a time. The few partial sums are added in fp64 in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ NUM_WARPS = 4
 def column_sums_reference(
     x: torch.Tensor, pivot: torch.Tensor | None = None, weight: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ w u and Σ w u² in fp64."""
+    """Compute Σ w u and Σ w u² in fp64."""
     u = x.double() if pivot is None else x.double() - pivot.double()
     weighted = u if weight is None else u * weight.double()[:, None]
     return weighted.sum(0), (weighted * u).sum(0)
@@ -44,7 +45,7 @@ def columns_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Two sums of BLOCK_F features over one part of the tokens; of x alone where y is None."""
+    """Compute two sums for BLOCK_F features over one part of the tokens; of x alone if y is None."""
     cols = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     known = cols < features
     center_x = tl.zeros((BLOCK_F,), dtype=tl.float32)
@@ -90,10 +91,12 @@ def column_sums(
     weight: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """(2, features) fp64: Σ w u and Σ w u², or of two streams Σ w v² and Σ w u v; `slimllm.ops` checks the arguments.
+    """Return (2, features) fp64: Σ w u and Σ w u² of one stream, or Σ w v² and Σ w u v of two.
+
+    `slimllm.ops` checks the arguments.
 
     Args:
-        splits: Parts of the tokens that are summed apart; None: as many as fill the GPU.
+        splits: Number of parts of the tokens that are summed separately; None: as many as fill the GPU.
     """
     num_tokens, features = x.shape
     blocks = triton.cdiv(features, BLOCK_F)

@@ -1,6 +1,6 @@
 """Cosine of two streams for every token, from one read of both: 2·N·F elements in, 4·N bytes out, 6·N·F operations.
 
-Source: the layer importance of SlimLLM (arXiv 2505.22689). Limited by memory; accumulation in fp32.
+Source: the layer importance of SlimLLM (arXiv 2505.22689). The kernel is limited by memory and accumulates in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NUM_WARPS = 8
 
 
 def token_cosine_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The cosines in fp64."""
+    """Compute the cosines in fp64."""
     a, b = a.double(), b.double()
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)).clamp(min=1e-30)
 
@@ -35,7 +35,7 @@ def cosine_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """The cosines of BLOCK_N tokens."""
+    """Compute the cosines of BLOCK_N tokens."""
     tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     a_rows, b_rows = a + tokens[:, None].to(tl.int64) * stride_an, b + tokens[:, None].to(tl.int64) * stride_bn
     dot = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
@@ -49,13 +49,13 @@ def cosine_kernel(
         dot += u * v
         aa += u * u
         bb += v * v
-    # A root of each sum: their product may leave the range of fp32.
+    # One root for each sum: the product of the sums may leave the range of fp32.
     norms = tl.sqrt(tl.sum(aa, axis=1)) * tl.sqrt(tl.sum(bb, axis=1))
     tl.store(result + tokens, tl.sum(dot, axis=1) / tl.maximum(norms, 1e-30), mask=tokens < num_tokens)
 
 
 def token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(num_tokens,) fp32; arguments as in `slimllm.ops.token_cosine`, which checks them."""
+    """Return the cosines, (num_tokens,) fp32; `slimllm.ops.token_cosine` documents and checks the arguments."""
     result = a.new_empty(a.shape[0], dtype=torch.float32)
     if a.shape[0]:
         with torch.cuda.device(a.device) if a.is_cuda else nullcontext():

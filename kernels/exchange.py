@@ -1,13 +1,13 @@
-"""The greedy exchange search over heads, on the device: two launches for every pruned head, none of which is waited for.
+"""Greedy exchange search over heads on the device: two launches for every pruned head, without waiting for any.
 
-Source: SlimLLM (arXiv 2505.22689). With T_i = Σ_j C[i,j] and R_i = Σ_{j∈S} C[i,j], head p in the place of q gives
+Source: SlimLLM (arXiv 2505.22689). With T_i = Σ_j C[i,j] and R_i = Σ_{j∈S} C[i,j], keeping head p instead of q gives
 
     cov(o_S, o) + T_p - T_q   and   var(o_S) + C_pp + 2(R_p - C_pq) + C_qq - 2R_q,
 
-from which the similarity Σ_k |r_k|. A first kernel reads C once for T, R and its diagonal. Then, for every p, one scores
-all q at once, a program each, and one takes the best of them, if it is better than what there is, and brings R, cov and
-var up to date. For each p: 14·H·D operations; C[p] (in its dtype) and R, T, own (fp64) are read once, and R is written
-once where there is an exchange. Sums are fp64.
+and from these the similarity Σ_k |r_k|. `sums_kernel` reads C once and computes T, R and the diagonal. Then, for every p,
+`score_kernel` scores all q at once, one program each, and `exchange_kernel` makes the best exchange if it raises the
+similarity, and updates R, cov and var. Every p takes 14·H·D operations; C[p] (in its dtype) and R, T, own (fp64) are read
+once, and R is written once if there is an exchange. Sums are fp64.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUM_WARPS = 4
 def exchange_reference(
     kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_size: int, rounding: float
 ) -> None:
-    """The search by trying: every exchange's similarity from the whole of C, in fp64; `kept` is updated in place."""
+    """Search by brute force: every exchange's similarity from all of C, in fp64; `kept` is updated in place."""
 
     def similarity(chosen: torch.Tensor) -> float:
         inside = chosen.double()
@@ -55,7 +55,7 @@ def _similarity(cov, variance, full):
 
 @triton.jit
 def sums_kernel(covariance, kept, with_full, with_kept, own, features, num_heads, stride_i, stride_j, BLOCK: tl.constexpr):
-    """T, R and the variances of one head for BLOCK outputs."""
+    """Compute T, R and the variances of one head for BLOCK outputs."""
     i, k = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = k < features
     row = covariance + i.to(tl.int64) * stride_i + k
@@ -89,7 +89,7 @@ def score_kernel(
     stride_j,
     BLOCK: tl.constexpr,
 ):
-    """Similarity after the exchange of the step's head p with head q, this program's; -inf where it is not allowed."""
+    """Score the exchange of the step's head p with this program's head q: its similarity, or -inf if not allowed."""
     q = tl.program_id(0)
     p = tl.load(pruned + step).to(tl.int32)
     total = tl.zeros((BLOCK,), dtype=tl.float64)
@@ -130,7 +130,7 @@ def exchange_kernel(
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Make the step's best exchange if it raises best[step] by more than rounding; best[step + 1] is what there is then."""
+    """Make the step's best exchange if it raises best[step] by more than rounding; store the result in best[step + 1]."""
     heads = tl.arange(0, HEADS)
     score = tl.load(scores + heads, mask=heads < num_heads, other=float("-inf"))
     top = tl.max(score, axis=0)
@@ -163,14 +163,14 @@ def exchange_kernel(
 
 
 def exchange_(kept: torch.Tensor, covariance: torch.Tensor, pruned: torch.Tensor, group_size: int, rounding: float) -> None:
-    """The search; `kept` is updated in place.
+    """Run the search; `kept` is updated in place.
 
     Args:
         kept: (H,) bool.
-        covariance: C (H, H, D), fp64 or fp32, of unit stride along D.
+        covariance: C (H, H, D), fp64 or fp32; copied if its stride along D is not 1.
         pruned: Heads that are not kept, in the order in which they are tried, int64.
-        group_size: Heads are exchanged within groups of so many.
-        rounding: An exchange must raise the similarity by more than this part of itself.
+        group_size: Number of heads in a group; heads are exchanged within groups.
+        rounding: An exchange must raise the similarity by more than this fraction of it.
     """
     num_heads, features = covariance.shape[0], covariance.shape[2]
     if covariance.stride(2) != 1:

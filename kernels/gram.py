@@ -1,15 +1,14 @@
 """Gram accumulation in one pass over a batch: G += Σ_t w_t u_t u_tᵀ, total += Σ_t w_t u_t, with u_t = x_t - pivot.
 
 Source: the statistics of SlimLLM (arXiv 2505.22689) in Gram form. Only tiles on and below the diagonal are computed:
-N·F² floating-point operations, half of the full product; each tile writes its mirror image too. Bytes: G is read
-(lower half) and written once, 6·F²; X is read F / BLOCK_F times through L2 and, as neighbouring programs share tiles,
-F / (2·GROUP·BLOCK_F) times from memory. Accumulation in fp32. Few tiles and many tokens: the tokens are split
-over programs, whose partial tiles are then added in a fixed order (or, on request, at once and in any order, which
-needs memory for one set of them only).
+N·F² floating-point operations, half of the full product. Each tile also writes its mirror image. Bytes: G is read (lower
+half) and written once, 6·F². X is read F / BLOCK_F times through L2 and, because neighbouring programs share tiles,
+F / (2·GROUP·BLOCK_F) times from memory. Accumulation is in fp32. With few tiles and many tokens, the tokens are split over
+programs, whose partial tiles are then added in a fixed order.
 
-What the tensor cores cannot hold in x's dtype is carried in two parts, high and low: bf16 differences from a pivot take
-three products, bf16 weights two, both together three, with 16 bits of every factor. In fp16, whose range differences and
-weighted numbers may leave, both become fp32.
+Values that x's dtype cannot hold are split for the tensor cores into a high and a low part: bf16 differences from a pivot
+take three products, bf16 weights two, both together three, with 16 bits of every factor. In fp16, differences and weighted
+values may leave the range, so both become fp32.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 def gram_reference(
     x: torch.Tensor, pivot: torch.Tensor | None = None, weight: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ w u uᵀ (features, features) and Σ w u (features,) in fp64, plainly."""
+    """Compute Σ w u uᵀ (features, features) and Σ w u (features,) in fp64."""
     u = x.double() if pivot is None else x.double() - pivot.double()
     weighted = u if weight is None else u * weight.double()[:, None]
     return u.T @ weighted, weighted.sum(0)
@@ -36,7 +35,7 @@ def gram_reference(
 
 @dataclass(frozen=True)
 class Config:
-    """A launch configuration; the tile of the result is BLOCK_F × BLOCK_F, tokens go BLOCK_N at a time."""
+    """Launch configuration: result tiles of BLOCK_F × BLOCK_F, tokens BLOCK_N at a time."""
 
     block_f: int
     block_n: int
@@ -44,21 +43,21 @@ class Config:
     num_stages: int
 
 
-# Chosen from what ptxas says of registers and shared memory (tests/test_compile.py), not yet timed on a GPU.
+# Chosen by the registers and shared memory that ptxas reports (tests/unit/ops/test_compile.py), not yet timed on a GPU.
 TMA_CONFIG = Config(128, 64, 8, 4)
 PLAIN_CONFIG = Config(128, 64, 8, 3)
 PARTS_CONFIG = Config(64, 32, 8, 2)
 FLOAT_CONFIG = Config(64, 16, 8, 2)
 UNALIGNED_CONFIG = Config(64, 32, 8, 2)
 NARROW_CONFIG = Config(64, 16, 8, 1)
-GROUP = 8  # rows of tiles that are worked on together, so that neighbours find each other's input in L2
+GROUP = 8  # rows of tiles in a group, so that neighbouring programs share input in L2
 REDUCE_ROWS = 32
-# The interpreter would multiply the raw 16 bits of bf16.
+# The interpreter would multiply the raw 16 bits of bf16, so factors are converted to fp32 for it.
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def choose_config(dtype: torch.dtype, parts: bool, tma: bool, aligned: bool) -> Config:
-    """The configuration for an input dtype; `parts`: with a pivot or weights; `aligned`: reads of 16 bytes are possible."""
+    """Choose by input dtype. `parts`: there is a pivot or weights; `aligned`: reads of 16 bytes are possible."""
     full = dtype == torch.float32 or (dtype == torch.float16 and parts)
     if not aligned:
         return NARROW_CONFIG if full or parts else UNALIGNED_CONFIG
@@ -81,7 +80,7 @@ def _tile(
     BLOCK_F: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """u of some tokens and features: x itself, or fp32 differences from the pivot."""
+    """Load u for a tile of tokens and features: x itself, or fp32 differences from the pivot."""
     if TMA:
         u = x.load([start, column])
     else:
@@ -105,7 +104,7 @@ def _dot(left, right, tile):
 
 @triton.jit
 def _product(left, right, tile, DTYPE: tl.constexpr):
-    """tile + leftᵀ·right, each factor in DTYPE or fp32; fp32 ones in two parts where DTYPE is bf16."""
+    """Return tile + leftᵀ·right for factors in DTYPE or fp32; fp32 factors are split in two parts if DTYPE is bf16."""
     if left.dtype == DTYPE and right.dtype == DTYPE:
         tile = _dot(left, right, tile)
     elif DTYPE == tl.float16:  # noqa: SIM300
@@ -177,9 +176,9 @@ def gram_kernel(
     BLOCK_F: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """One tile of the lower half, over one part of the tokens; `partial` is None when there is one part.
+    """Accumulate one tile of the lower half over one part of the tokens.
 
-    Else it has a slot of tiles for each part.
+    `partial` is None if there is one part; otherwise it has a slot of tiles for each part.
     """
     pid, split = tl.program_id(0), tl.program_id(1)
     row, col = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
@@ -190,7 +189,7 @@ def gram_kernel(
         tile, sums = _accumulate(
             x, pivot, weight, row, col, first, last, num_tokens, features, stride_n, stride_f, True, BLOCK_N, BLOCK_F, TMA
         )
-        # A product need not round x_a·x_b and x_b·x_a alike: the half below the diagonal counts.
+        # x_a·x_b and x_b·x_a may round differently: the half below the diagonal is used for both.
         tile = tl.where(rows[:, None] >= cols[None, :], tile, tl.trans(tile))
         if partial is not None:
             here = partial_sums + (split * tl.cdiv(features, BLOCK_F) + row) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -233,7 +232,7 @@ def reduce_kernel(
     BLOCK_F: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Add the partial tiles of all slots to the Gram, in order; a program takes ROWS rows of one tile."""
+    """Add the partial tiles of all slots to the Gram, in order. One program adds ROWS rows of a tile."""
     pid, strip = tl.program_id(0), tl.program_id(1)
     row, col = tl.load(tiles + 2 * pid), tl.load(tiles + 2 * pid + 1)
     local = strip * ROWS + tl.arange(0, ROWS)
@@ -259,7 +258,7 @@ def reduce_kernel(
 
 @lru_cache(maxsize=64)
 def _tiles(blocks: int, device: torch.device) -> torch.Tensor:
-    """(row, col) of every tile on and below the diagonal, int32, column by column within groups of GROUP rows."""
+    """List (row, col) of every tile on and below the diagonal, int32, by columns within groups of GROUP rows."""
     order = [
         (row, col)
         for group in range(0, blocks, GROUP)
@@ -270,19 +269,19 @@ def _tiles(blocks: int, device: torch.device) -> torch.Tensor:
 
 
 def choose_splits(num_tiles: int, num_tokens: int, processors: int) -> int:
-    """Parts of the tokens, at least 512 in each: the fewest whose last wave of programs is within 10 % of the best."""
+    """Return the fewest parts, with 512 tokens or more each, whose waves of programs cost at most 10 % over the best."""
     most = max(1, min(num_tokens // 512, 8 * processors // num_tiles, 64))
     cost = {splits: triton.cdiv(num_tiles * splits, processors) / splits for splits in range(1, most + 1)}
     return min(splits for splits, waves in cost.items() if waves <= 1.1 * min(cost.values()))
 
 
 def _is_aligned(x: torch.Tensor) -> bool:
-    """Whether reads of 16 bytes are possible: rows of unit stride that begin at multiples of 16 elements."""
+    """Return whether reads of 16 bytes are possible: unit stride, and rows that begin at multiples of 16 elements."""
     return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
 
 
 def _can_use_tma(x: torch.Tensor) -> bool:
-    """Descriptors want Hopper and aligned rows that do not overlap."""
+    """Return whether tensor descriptors are possible: they need Hopper and aligned rows that do not overlap."""
     hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     return hopper and _is_aligned(x) and x.stride(0) >= x.shape[1]
 
@@ -295,14 +294,14 @@ def gram_(
     weight: torch.Tensor | None = None,
     splits: int | None = None,
 ) -> None:
-    """Add one batch in place; arguments as in `slimllm.ops.gram_`, which checks them.
+    """Add one batch in place. `slimllm.ops.gram_` documents and checks the other arguments.
 
     Args:
-        splits: Parts of the tokens that are summed apart; None: as many as fill the GPU.
+        splits: Number of parts of the tokens that are summed separately; None: as many as fill the GPU.
     """
     num_tokens, features = x.shape
     parts = pivot is not None or weight is not None
-    # The addresses of the result and its masks take registers too.
+    # Unaligned results need more registers too, for addresses and masks.
     aligned = _is_aligned(x) and _is_aligned(gram) and features % 16 == 0
     tma = aligned and x.dtype != torch.float32 and not parts and _can_use_tma(x)
     config = choose_config(x.dtype, parts, tma, aligned)

@@ -1,17 +1,17 @@
-"""Covariances of the heads' contributions, C[i, j, k] = cov(o_i[:, k], o_j[:, k]) with o_i = X_i W_iᵀ, two ways.
+"""Covariances of the heads' contributions, C[i, j, k] = cov(o_i[:, k], o_j[:, k]) with o_i = X_i W_iᵀ, by two methods.
 
-Source: the Pearson similarity of SlimLLM (arXiv 2505.22689), which follows from C. Products of a pair of heads are made
-once and written twice; the contributions (num_tokens, H, D) stay on the chip. Accumulation in fp32, products of TF32
-numbers in three parts (about fp32's digits).
+Source: the Pearson similarity of SlimLLM (arXiv 2505.22689), which follows from C. The product of a pair of heads is
+computed once and written twice. The contributions (num_tokens, H, D) stay on the chip. Accumulation is in fp32, and
+products are TF32 in three parts (about fp32's digits).
 
 From Gram blocks: C[i, j, k] = W_i[k, :] Ĝ_ij W_j[k, :]ᵀ. A program takes a tile of outputs k and a pair i ≥ j, and loops
 over tiles of Ĝ_ij: D·(H·d)²·(1 + 1/H) floating-point operations in all. Bytes: Ĝ's lower half is read D / BLOCK_K times
 through L2 and about once from memory, W (H + 1)/2 · (⌈d / BLOCK_B⌉ + 1) times through L2, C (4·H²·D) is written once.
 
-From tokens: a program takes a tile of outputs and a pair of blocks of heads, makes their contributions for some tokens at
-a time, and multiplies them over the tokens: N·D·(2·B·H·d + H²) operations, with B the number of blocks of BLOCK_H heads,
-for each of which a block's contributions are made again. Bytes: X is read B·D / BLOCK_K times, W B·N / BLOCK_N times
-through L2, C is written once.
+From tokens: a program takes a tile of outputs and a pair of blocks of heads, computes their contributions for BLOCK_N
+tokens at a time, and multiplies them over the tokens. With B blocks of BLOCK_H heads this takes N·D·(2·B·H·d + H²)
+operations, because a block's contributions are computed again for each of the B blocks. Bytes: X is read B·D / BLOCK_K
+times, W B·N / BLOCK_N times through L2, C is written once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import triton.language as tl
 
 
 def head_covariance_reference(weight: torch.Tensor, x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """C (H, H, D) in fp64 from the contributions themselves."""
+    """Compute C (H, H, D) in fp64 from the contributions themselves."""
     by_head = weight.double().view(weight.shape[0], num_heads, -1)
     outputs = torch.einsum("nhd,khd->hkn", x.double().view(x.shape[0], num_heads, -1), by_head)
     outputs = outputs - outputs.mean(-1, keepdim=True)
@@ -35,7 +35,7 @@ def head_covariance_reference(weight: torch.Tensor, x: torch.Tensor, num_heads: 
 
 @dataclass(frozen=True)
 class GramConfig:
-    """Tile of outputs, and tile (rows, columns) of Ĝ_ij."""
+    """Launch configuration: tile of outputs, and tile (rows, columns) of Ĝ_ij."""
 
     block_k: int
     block_a: int
@@ -46,7 +46,7 @@ class GramConfig:
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """Tiles of outputs, heads, tokens, and of a head's features."""
+    """Launch configuration: tiles of outputs, heads, tokens, and of a head's features."""
 
     block_k: int
     block_h: int
@@ -56,7 +56,7 @@ class StreamConfig:
     num_stages: int
 
 
-# Chosen from what ptxas says of registers and shared memory (tests/test_compile.py), not yet timed on a GPU.
+# Chosen by the registers and shared memory that ptxas reports (tests/unit/ops/test_compile.py), not yet timed on a GPU.
 HALF_GRAM_CONFIG = GramConfig(128, 32, 64, 8, 2)
 FLOAT_GRAM_CONFIG = GramConfig(128, 16, 64, 8, 2)
 UNALIGNED_GRAM_CONFIG = GramConfig(64, 16, 32, 8, 2)
@@ -64,7 +64,7 @@ STREAM_CONFIG = StreamConfig(16, 16, 16, 16, 8, 1)
 
 
 def choose_config(weight_dtype: torch.dtype, aligned: bool) -> GramConfig:
-    """The configuration of `gram_blocks_kernel`: both factors in fp32 take more registers, and so do single addresses.
+    """Choose the configuration of `gram_blocks_kernel`. fp32 weights and unaligned reads take more registers.
 
     Args:
         aligned: Reads of 16 bytes are possible.
@@ -92,8 +92,8 @@ def gram_blocks_kernel(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """C of one pair of heads for one tile of outputs."""
-    # Neighbours share a pair, whose block of the covariance then comes from memory once.
+    """Compute C of one pair of heads for one tile of outputs."""
+    # Neighbouring programs share a pair, so its block of the covariance is read from memory once.
     pair, tile = tl.program_id(0) // tl.cdiv(out_features, BLOCK_K), tl.program_id(0) % tl.cdiv(out_features, BLOCK_K)
     i, j = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
     outputs = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -149,7 +149,7 @@ def _contributions(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """o[h, t, k] of a block of heads, about the mean: (BLOCK_H, BLOCK_N, BLOCK_K)."""
+    """Compute o[h, t, k] of a block of heads, about the mean: (BLOCK_H, BLOCK_N, BLOCK_K)."""
     heads = head_block * BLOCK_H + tl.arange(0, BLOCK_H)[:, None, None]
     tokens = start + tl.arange(0, BLOCK_N)[None, :, None]
     columns = outputs[None, None, :]
@@ -196,7 +196,7 @@ def stream_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """C of one pair of blocks of heads for one tile of outputs, over all tokens."""
+    """Compute C of one pair of blocks of heads for one tile of outputs, over all tokens."""
     pair, tile = tl.program_id(0) // tl.cdiv(out_features, BLOCK_K), tl.program_id(0) % tl.cdiv(out_features, BLOCK_K)
     row, col = tl.load(pairs + 2 * pair), tl.load(pairs + 2 * pair + 1)
     outputs = tile * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -249,19 +249,19 @@ def stream_kernel(
     i = (row * BLOCK_H + tl.arange(0, BLOCK_H))[None, :, None]
     j = (col * BLOCK_H + tl.arange(0, BLOCK_H))[None, None, :]
     k = outputs[:, None, None]
-    inside = (k < out_features) & (i < num_heads) & (j <= i)  # a product and its mirror image need not round alike
+    inside = (k < out_features) & (i < num_heads) & (j <= i)  # a product and its mirror image may round differently
     tl.store(result + i.to(tl.int64) * stride_i + j.to(tl.int64) * stride_j + k, sums, mask=inside)
     tl.store(result + j.to(tl.int64) * stride_i + i.to(tl.int64) * stride_j + k, sums, mask=inside)
 
 
 @lru_cache(maxsize=64)
 def _pairs(count: int, device: torch.device) -> torch.Tensor:
-    """All (i, j) with i ≥ j, int32; copied there, which waits, so that any stream may use it."""
+    """Return all (i, j) with i ≥ j, int32. The copy to the device is synchronous, so that any stream may use it."""
     return torch.tril_indices(count, count, dtype=torch.int32).T.contiguous().to(device)
 
 
 def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """C (H, H, D) from the covariance of the inputs; arguments as in `slimllm.ops.head_covariance`, which checks them."""
+    """Compute C (H, H, D) from the inputs' covariance; `slimllm.ops.head_covariance` documents and checks arguments."""
     out_features, in_features = weight.shape
     width = in_features // num_heads
     aligned = all(t.stride(1) == 1 and t.stride(0) % 16 == 0 and t.data_ptr() % 16 == 0 for t in (weight, covariance))
@@ -289,7 +289,7 @@ def head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: i
 
 
 def stream_head_covariance(weight: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """C (H, H, D) from a batch of inputs and their mean (H·d,) fp32; `slimllm.ops` checks the arguments."""
+    """Compute C (H, H, D) from a batch of inputs and their mean (H·d,) fp32; `slimllm.ops` checks the arguments."""
     num_tokens, in_features = x.shape
     config = STREAM_CONFIG
     result = x.new_empty(num_heads, num_heads, weight.shape[0], dtype=torch.float32)
