@@ -1,4 +1,4 @@
-// The regression of one output on its pruned self, from their moments. No torch headers here.
+// Regression of each dense output on its pruned output, from their moments. No torch headers here.
 
 #pragma once
 
@@ -19,7 +19,7 @@ struct AffineFit {
   T* intercept;
   int64_t size;
 
-  // Output i. Where ŷ is constant, up to the rounding of fp32 activations, the slope is not determined and stays 1.
+  // Fits output i. Where ŷ is constant, up to the rounding of fp32 activations, the slope is undetermined and set to 1.
   SLIMLLM_HOST_DEVICE void fit(int64_t i) const {
     const T mean = mean_y_hat[i], variance = variance_y_hat[i];
     const T noise = static_cast<T>(1e-14) * (variance + mean * mean);

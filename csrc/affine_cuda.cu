@@ -1,4 +1,4 @@
-// slimllm_C::affine_fit on a GPU: one thread an output. Against torch's stable ABI and the CUDA runtime alone.
+// slimllm_C::affine_fit on a GPU: one thread per output. Uses only torch's stable ABI and the CUDA runtime.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

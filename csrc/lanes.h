@@ -1,5 +1,5 @@
-// Cholesky factorisation and solution of small systems, LANES of them at a time: element (i, j) of all systems lies side
-// by side, so that every operation is one vector operation, whatever the size of a system. No torch headers here.
+// Cholesky factorisation and solution of small systems, LANES at a time. Elements (i, j) of all systems are adjacent in
+// memory, so that every operation is one vector operation, whatever the size of a system. No torch headers here.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace slimllm {
 
-// Work space and results of LANES systems (K, K) with M right-hand sides, all in fp64, whose range needs no scaling.
+// Workspace and results of LANES systems (K, K) with M right-hand sides, all in fp64, whose range needs no scaling.
 template <int LANES>
 struct Lanes {
   explicit Lanes(int64_t size, int64_t columns)
@@ -25,11 +25,11 @@ struct Lanes {
 
   double* row(int64_t i) { return system.data() + i * k * LANES; }
 
-  // G + λI = L Lᵀ, column by column, each of which at once leaves the columns behind it.
+  // Factors G + λI = L Lᵀ column by column; each column is subtracted from the later columns at once.
   void factorise() {
     const double least = static_cast<double>(k) * std::numeric_limits<double>::epsilon();
     for (int lane = 0; lane < LANES; ++lane) regular[lane] = true;
-    for (int64_t i = 0; i < k; ++i) {  // until its turn, what the pivot has to exceed
+    for (int64_t i = 0; i < k; ++i) {  // until its column is factored, inverse holds the bound that the pivot must exceed
       for (int lane = 0; lane < LANES; ++lane) {
         double& diagonal = row(i)[i * LANES + lane];
         diagonal = diagonal > 0 || diagonal < 0 ? diagonal + ridge[lane] : diagonal;
@@ -41,7 +41,7 @@ struct Lanes {
       for (int lane = 0; lane < LANES; ++lane) {
         const double pivot = row(j)[j * LANES + lane];
         const bool zeros = inv[lane] == 0 && pivot == 0;
-        regular[lane] = regular[lane] && (zeros || pivot > inv[lane]);  // a NaN is not greater
+        regular[lane] = regular[lane] && (zeros || pivot > inv[lane]);  // a NaN compares false
         inv[lane] = zeros ? 0 : 1 / std::sqrt(pivot > 0 ? pivot : 1);
       }
       for (int64_t i = j + 1; i < k; ++i) {
@@ -51,7 +51,7 @@ struct Lanes {
         for (int lane = 0; lane < LANES; ++lane) ri[j * LANES + lane] = left[lane];
         for (int64_t r = j + 1; r <= i; ++r) {
           const double* from = row(r) + j * LANES;
-          double to[LANES];  // in registers: the compiler cannot know that the rows do not overlap
+          double to[LANES];  // keeps it in registers: the compiler cannot know that the rows do not overlap
           for (int lane = 0; lane < LANES; ++lane) to[lane] = ri[r * LANES + lane];
           for (int lane = 0; lane < LANES; ++lane) to[lane] -= left[lane] * from[lane];
           for (int lane = 0; lane < LANES; ++lane) ri[r * LANES + lane] = to[lane];
@@ -60,7 +60,7 @@ struct Lanes {
     }
   }
 
-  // right ← (L Lᵀ)⁻¹ right.
+  // Solves in place: right ← (L Lᵀ)⁻¹ right.
   void solve() {
     for (int64_t i = 0; i < k; ++i) {
       const double* li = row(i);

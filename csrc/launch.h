@@ -1,4 +1,4 @@
-// Launching a kernel as torch expects it: on the current stream of the tensor's device, its failure an exception.
+// Kernel launches as torch expects them: on the current stream of the tensor's device; a failure becomes an exception.
 
 #pragma once
 

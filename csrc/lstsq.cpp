@@ -1,5 +1,5 @@
-// slimllm_C::small_lstsq on a CPU: many small least-squares problems from their normal equations, LANES at a time, and
-// parallel over the batch. Written against torch's stable ABI, so that one build runs on several versions of torch.
+// slimllm_C::small_lstsq on a CPU: many small least-squares problems from their normal equations, LANES at a time and
+// parallel over the batch. Uses only torch's stable ABI, so that one build runs on several versions of torch.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,8 +14,8 @@
 #include "problem.h"
 #include "tensors.h"
 
-// The innermost loops run over lanes; a clone of the function for each vector length lets them use what the processor has.
-// It takes GCC 12, whose names for the processors these are, and a C library that chooses functions at load time.
+// The innermost loops run over lanes. A clone of the function for each instruction set lets them use the processor's
+// longest vectors. This needs GCC 12, which knows these architecture names, and a C library that picks a clone at load time.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
     !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define SLIMLLM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
@@ -30,7 +30,7 @@ using torch::stable::Tensor;
 
 constexpr int kLanes = 8;
 
-// Systems first … first + count - 1 in the lanes; the lanes beyond hold the first one again.
+// Loads systems first … first + count - 1 into the lanes; spare lanes hold the first system again.
 template <typename T>
 void load(const Problem<T>& p, Lanes<kLanes>& lanes, int64_t first, int64_t count) {
   const int64_t k = p.k, m = p.m;
@@ -56,7 +56,7 @@ void load(const Problem<T>& p, Lanes<kLanes>& lanes, int64_t first, int64_t coun
   }
 }
 
-// The solution of system b out of its lane, NaN where it is none.
+// Stores the solution of system b from its lane, or NaN if there is none.
 template <typename T>
 void store(const Problem<T>& p, const Lanes<kLanes>& lanes, int lane, int64_t b) {
   bool fine = lanes.regular[lane] && p.makes_sense(b, lanes.ridge[lane]);
@@ -77,7 +77,7 @@ SLIMLLM_CLONES void factorise_and_solve(Lanes<kLanes>& lanes) {
 
 template <typename T>
 void run(const Problem<T>& problem) {
-  // Whole groups of lanes, and at least some 100 000 operations for a thread.
+  // Whole groups of lanes, and at least about 100 000 operations per thread.
   const int64_t k = problem.k, m = problem.m, batch = problem.batch;
   const int64_t groups = (batch + kLanes - 1) / kLanes;
   const int64_t work = kLanes * (k * k * k / 3 + 2 * k * k * m + 1);

@@ -1,4 +1,4 @@
-// slimllm_C::small_lstsq on a GPU: one warp a system. Against torch's stable ABI and the CUDA runtime alone.
+// slimllm_C::small_lstsq on a GPU: one warp per system. Uses only torch's stable ABI and the CUDA runtime.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,4 +1,4 @@
-// The extension module slimllm._C: how it was built. Importing it also registers the operators of the other files.
+// The extension module slimllm._C, which reports how it was built. Importing it registers the operators of the other files.
 // No torch headers here.
 
 #include <pybind11/pybind11.h>
@@ -29,7 +29,7 @@ std::string compiler() {
 #endif
 }
 
-// The words of a list that setup.py hands over as `a;b`.
+// Splits a list that setup.py passes as `a;b`.
 std::vector<std::string> words(const std::string& list) {
   std::vector<std::string> found;
   std::istringstream stream(list);

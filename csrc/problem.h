@@ -1,4 +1,4 @@
-// A batch of least-squares problems from their normal equations, as both the CPU and the GPU see it. No torch headers here.
+// A batch of least-squares problems as normal equations, shared by the CPU and GPU code. No torch headers here.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace slimllm {
 
-// All arrays are contiguous: gram (B, K, K), of which the lower half counts, cross and solution (B, K, M), the others (B,).
+// All arrays are contiguous: gram (B, K, K), only the lower half is read; cross and solution (B, K, M); the others (B,).
 template <typename T>
 struct Problem {
   const T* gram;
@@ -25,7 +25,7 @@ struct Problem {
   int64_t batch, k, m;
   bool absolute;
 
-  // The ridge of system b; relative ones are multiples of the mean of its diagonal.
+  // The absolute ridge of system b; a relative ridge is a multiple of the mean of its diagonal.
   SLIMLLM_HOST_DEVICE double absolute_ridge(int64_t b) const {
     if (absolute) return ridge[b];
     const T* g = gram + b * k * k;
@@ -34,8 +34,8 @@ struct Problem {
     return ridge[b] * (sum / static_cast<double>(k));
   }
 
-  // Whether system b can be positive semidefinite, by its ridge, `absolute_ridge`, and its diagonal: where that is 0, so are
-  // the row and the column.
+  // Whether system b can be positive semidefinite, judged by its ridge (from `absolute_ridge`) and its diagonal: where the
+  // diagonal is 0, the row and the column must be 0.
   SLIMLLM_HOST_DEVICE bool makes_sense(int64_t b, double used_ridge) const {
     if (!(ridge[b] >= 0) || !std::isfinite(used_ridge)) return false;
     const T* g = gram + b * k * k;

@@ -1,5 +1,5 @@
-// One small system, solved by a team of threads that share memory: a warp on a GPU, threads with a barrier in a test. No
-// torch headers here.
+// Solver of one small system by a team of threads that share memory: a warp on a GPU, threads with a barrier in a test.
+// No torch headers here.
 
 #pragma once
 
@@ -16,14 +16,14 @@
 
 namespace slimllm {
 
-// Up to so many unknowns.
+// Largest number of unknowns.
 constexpr int kTeamUnknowns = 64;
 
-// Largest residual, relative to right-hand side and solution and to √k: what rounding leaves of work in fp64.
+// Largest residual, relative to √k · (right-hand side + solution), that rounding leaves in fp64.
 constexpr double kAccuracy = 4 * 2.220446049250313e-16;
 
-// The memory that a team shares, in the order in which it lies there. k unknowns; a row of the factor has an odd length, so
-// that threads on one column are on different banks.
+// Memory that a team shares for k unknowns, members in order of address. A row of the factor has an odd length, so that
+// threads on one column access different banks.
 struct TeamMemory {
   SLIMLLM_HOST_DEVICE TeamMemory(double* memory, int k)
       : row(k | 1),
@@ -39,15 +39,15 @@ struct TeamMemory {
 
   int row;
   double* scale;     // S: 1 / sqrt(G_ii + λ), 0 for a column of zeros
-  double* solution;  // U, of the scaled system: X = S U
+  double* solution;  // U, solution of the scaled system: X = S U
   double* residual;  // S (R - (G + λ) S U)
   float* factor;     // L of S (G + λ) S
   float* inverse;    // 1 / L_ii
-  float* forward;    // right-hand side on the way through L, and then what Lᵀ gives
-  float* backward;   // right-hand side on the way through Lᵀ
+  float* forward;    // right-hand side of forward substitution, then the result of backward substitution
+  float* backward;   // right-hand side of backward substitution
 };
 
-// Every thread works on the rows lane, lane + width, … and all take the same way through the program.
+// Every thread works on the rows lane, lane + width, …; all threads take the same branches.
 template <typename T, typename Team>
 class TeamSolver {
  public:
@@ -61,7 +61,7 @@ class TeamSolver {
         ridge(problem.absolute_ridge(system)),
         shared(memory, k) {}
 
-  // System b: its solution, NaN where there is none, the ridge, and its status.
+  // Solves system b and writes its solution (NaN if there is none), the ridge used, and its status.
   SLIMLLM_DEVICE void solve() {
     bool fine = p.makes_sense(b, ridge);
     fine = factorise() && fine;
@@ -80,7 +80,7 @@ class TeamSolver {
     return static_cast<double>(i >= j ? gram[i * k + j] : gram[j * k + i]);
   }
 
-  // S (G + λ) S = L Lᵀ in fp32, by columns; false where a pivot is lost in rounding.
+  // Factors S (G + λ) S = L Lᵀ in fp32, by columns; returns false if a pivot is lost in rounding.
   SLIMLLM_DEVICE bool factorise() {
     for (int i = team.lane(); i < k; i += team.width()) {
       const double diagonal = static_cast<double>(gram[i * k + i]);
@@ -111,7 +111,7 @@ class TeamSolver {
     return regular;
   }
 
-  // Column c of X by refinement in fp64; false where that does not converge, or leaves the range of T.
+  // Solves column c of X by refinement in fp64; returns false if it does not converge or leaves the range of T.
   SLIMLLM_DEVICE bool solve_column(int c) {
     for (int i = team.lane(); i < k; i += team.width()) {
       shared.residual[i] = shared.scale[i] * static_cast<double>(p.cross[(b * k + i) * m + c]);
@@ -134,13 +134,13 @@ class TeamSolver {
     return fine;
   }
 
-  // Whether the residual is as small as rounding, given the size of the right-hand side.
+  // Whether the residual `missing` is down to rounding, for a right-hand side of size `given`.
   SLIMLLM_DEVICE bool converged(double missing, double given) const {
     const double size = largest(shared.solution) + given;
     return std::isfinite(missing) && missing <= sqrt(static_cast<double>(k)) * kAccuracy * size;
   }
 
-  // U += (L Lᵀ)⁻¹ residual, whose largest element is `size`.
+  // Adds (L Lᵀ)⁻¹ residual to U; `size` is the residual's largest element.
   SLIMLLM_DEVICE void correct(double size) {
     const double inverse_size = 1 / size;
     for (int i = team.lane(); i < k; i += team.width()) {
@@ -176,7 +176,7 @@ class TeamSolver {
 
   SLIMLLM_DEVICE T value(int i) const { return static_cast<T>(shared.scale[i] * shared.solution[i]); }
 
-  // Largest size of k numbers; NaN where one is not finite.
+  // Largest absolute value of k numbers; NaN if one is not finite.
   SLIMLLM_DEVICE double largest(const double* numbers) const {
     double size = 0, nothing = 0;
     for (int i = 0; i < k; ++i) {

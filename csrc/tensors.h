@@ -1,4 +1,4 @@
-// What the operators do with tensors, the same on every device: check them, allocate results. Against torch's stable ABI.
+// Tensor handling of the operators, the same on every device: checks and allocation. Uses only torch's stable ABI.
 
 #pragma once
 
@@ -35,10 +35,10 @@ inline void check_precise(const Tensor& tensor, const char* name) {
                   " must be float32 or float64.");
 }
 
-// gram (B, K, K), cross (B, K, M), of one dtype, fp32 or fp64; ridge (B,) fp64, relative to the mean of the
-// diagonal unless `absolute`. Returns the solution (B, K, M), NaN of what failed, the ridge used (B,) fp64, absolute, and the status (B,) int32, 1
-// for a system that is singular to working precision or not to be solved, else 0. Arguments are checked for their meaning in Python
-// (slimllm.ops.lstsq).
+// gram (B, K, K) and cross (B, K, M), both fp32 or both fp64; ridge (B,) fp64, relative to the mean of the diagonal unless
+// `absolute`. Returns the solution (B, K, M), NaN for failed systems; the absolute ridge used (B,) fp64; and the status
+// (B,) int32: 1 for a system that is singular to working precision or cannot be solved, else 0. slimllm.ops.lstsq checks
+// the values of the arguments in Python.
 template <typename Solve>
 std::tuple<Tensor, Tensor, Tensor> small_lstsq_on(const Tensor& gram, const Tensor& cross, const Tensor& ridge,
                                                   bool absolute, const Solve& solve) {
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> small_lstsq_on(const Tensor& gram, const Tens
   return {solution, used, status};
 }
 
-// The moments (D,), of one dtype, fp32 or fp64. Returns slope and intercept (D,).
+// All moments are (D,), all fp32 or all fp64. Returns slope and intercept (D,).
 template <typename Fit>
 std::tuple<Tensor, Tensor> affine_fit_on(const Tensor& mean_y, const Tensor& mean_y_hat, const Tensor& variance_y_hat,
                                          const Tensor& covariance, const Fit& fit) {
