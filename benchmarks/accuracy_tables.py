@@ -1,4 +1,4 @@
-"""The tables and the picture of accuracy, from accuracy.jsonl."""
+"""Tables and plot of accuracy, from accuracy.jsonl."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from rows import Rows, newest, table
 
-# Of text that is measured on: of the same source as the calibration, or of the other.
 SHOWN = {"best": "best", "slimllm": "the paper's method (default)", "flap": "FLAP", "wanda-sp": "Wanda-sp"}
+# Evaluation text: from the same source as the calibration text, or from the other source.
 KINDS = ("own kind", "other kind")
 
 
 def accuracy_table() -> str:
-    """How much every method loses on held-out text of the calibration's own kind, and of another kind."""
+    """Make the table of what every method loses on held-out text of the calibration's own kind and of another kind."""
     settings = grouped(lambda row: row["samples"] == 32, ("mha", "calibration", "method"))
 
     def line(key: tuple[Any, ...], rows: Rows) -> list[str]:
@@ -29,7 +29,7 @@ def accuracy_table() -> str:
 
 
 def summary() -> dict[str, dict[tuple[float, str], tuple[float, float]]]:
-    """By method: perplexity in windows of 512 tokens and parameters of the layers, by ratio and kind of text.
+    """Return perplexity in windows of 512 tokens and parameters of the layers, by method, then by ratio and kind of text.
 
     SmolLM2-135M with grouped queries, calibrated on WikiText-2; geometric means over seeds.
     """
@@ -46,7 +46,7 @@ def summary() -> dict[str, dict[tuple[float, str], tuple[float, float]]]:
 
 
 def summary_table() -> str:
-    """Four methods at two ratios."""
+    """Make the table of four methods at two ratios."""
     found = summary()
     lines = [["dense", *(f"{found['dense'][0.0, kind][0]:.1f}" for _ in range(2) for kind in KINDS)]]
     lines += [
@@ -57,7 +57,7 @@ def summary_table() -> str:
 
 
 def draw(path: Path) -> None:
-    """Perplexity over parameters, for the four methods."""
+    """Plot perplexity over parameters for the four methods."""
     from matplotlib.figure import Figure
 
     found = summary()
@@ -76,7 +76,7 @@ def draw(path: Path) -> None:
 
 
 def calibration_table() -> str:
-    """What more calibration tokens give."""
+    """Make the table of losses by number of calibration tokens."""
     settings = grouped(lambda row: not row["mha"] and row["calibration"] == "wikitext", ("method", "samples"))
     with_more = {key[0] for key, _ in settings if key[1] > 32}
     lines = [
@@ -88,7 +88,7 @@ def calibration_table() -> str:
 
 
 def grouped(wanted: Callable[[dict[str, Any]], bool], keys: tuple[str, ...]) -> list[tuple[tuple[Any, ...], Rows]]:
-    """The rows of accuracy.jsonl by some of their settings, the best at 50 % first; of each setting the newest."""
+    """Group the newest row of each setting in accuracy.jsonl by some of its settings; the best at 50 % comes first."""
     every = ("model", "mha", "method", "ratio", "calibration", "samples", "seed")
     groups: dict[tuple[Any, ...], Rows] = {}
     for rows in newest("accuracy", every, wanted):
@@ -102,13 +102,13 @@ def grouped(wanted: Callable[[dict[str, Any]], bool], keys: tuple[str, ...]) -> 
 
 
 def increase(row: dict[str, Any], text: str, window: int) -> float:
-    """Of the logarithm of the perplexity over the dense model's."""
+    """Return the increase of log-perplexity over the dense model."""
     name = f"{text} {window}"
     return math.log(row["perplexity"][name] / row["perplexity_dense"][name])
 
 
 def increases(rows: Rows, ratios: tuple[float, ...]) -> list[str]:
-    """For each ratio, on the calibration's own kind of text and on the other: in windows of 128 / of 512."""
+    """Format the increases for each ratio, on the calibration's own kind of text and the other: windows of 128 / 512."""
     cells = []
     for ratio in ratios:
         here = [row for row in rows if row["ratio"] == ratio]

@@ -1,13 +1,14 @@
-"""Held-out perplexity of every method side by side, at the same number of parameters and from the same calibration text.
+"""Held-out perplexity of every method, at the same number of parameters and from the same calibration text.
 
     python benchmarks/bench_accuracy.py --wikitext wiki.valid.raw [MODEL]    (default: the demo's model)
-    … --mha                    its copy with repeated K/V heads, the same function without grouped queries
+    … --mha                    its copy with repeated K/V heads: the same function without grouped queries
     … --method best slimllm --ratio 0.2 0.5 --seed 0 1 2 --samples 32 128 512 --calibration bundled
 
-Of the bundled text one part calibrates and another is measured on; of WikiText-2's validation text the first half and the
-second. Every pruned model is measured on both, in windows of 128 and of 512 tokens: of each text the same 4,096, from 8
-places spread over all of it. Rows go to benchmarks/results/accuracy.jsonl; what is there already is not measured again (a
-minute each) without `--again`. `make tables` shows them. What pruning costs is measured by `slimllm bench`.
+The calibration text is one part of the bundled text, or the first half of WikiText-2's validation text. The evaluation text
+is another part of the bundled text, and the second half of the validation text. Every pruned model is evaluated on both, in
+windows of 128 and of 512 tokens: the same 4,096 tokens of each text, from 8 places spread over all of it. Rows go to
+benchmarks/results/accuracy.jsonl. Settings that have rows there are skipped unless `--again` is given; each takes a minute.
+`make tables` makes the tables. `slimllm bench` measures the cost of pruning.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from slimllm.experiments.bench.synthetic import as_mha
 from slimllm.experiments.methods import METHODS
 
 PLACES, LENGTHS = 8, (128, 512)
-# What single parts of the best method do.
+# Ablations: the best method with one part replaced.
 PARTS: dict[str, dict[str, Any]] = {
     "best, no token weights": {"preset": "best", "token_weights": "none"},
     "best, the paper's allocation": {"preset": "best", "allocation": "layer-importance"},
@@ -41,7 +42,7 @@ KEYS = ("model", "mha", "method", "ratio", "calibration", "samples", "seed")
 
 
 def measured(model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Perplexity by text and window."""
+    """Return the perplexity by text and window."""
     return {
         f"{name} {seq_len}": slimllm.perplexity(model, tokens, seq_len=seq_len)
         for name, tokens in texts.items()
@@ -50,13 +51,13 @@ def measured(model: PreTrainedModel, texts: dict[str, torch.Tensor]) -> dict[str
 
 
 def places(tokens: torch.Tensor) -> torch.Tensor:
-    """Windows of the greater length, spread evenly over a text."""
+    """Return windows of the greater length, spread evenly over a text."""
     windows = windows_of(tokens, max(LENGTHS))
     return windows[torch.linspace(0, len(windows) - 1, PLACES).long()].flatten()
 
 
 def there_already() -> set[tuple[Any, ...]]:
-    """The settings that were measured."""
+    """Return the settings that were measured already."""
     path = RESULTS / "accuracy.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return {tuple(row[key] for key in KEYS) for row in rows}
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
     if arguments.model is None:
-        parser.error("the demo's model is not there; run make demo, or give a model.")
+        parser.error("the demo's model is not installed; run make demo, or give a model.")
     dense, tokenizer = slimllm.load(arguments.model)
     dense = as_mha(dense) if arguments.mha else dense
     wikitext = tokenize(tokenizer, [arguments.wikitext.read_text(encoding="utf-8")])

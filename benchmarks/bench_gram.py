@@ -1,10 +1,10 @@
-"""The Gram of a batch at real widths: ours against the best that torch can do, and against the floor.
+"""Gram of a batch at real widths: ours against torch's fastest way and against the lower bound.
 
     python benchmarks/bench_gram.py [--shapes llama-7b …] [--tokens 4096] [--rounds 10]
 
-Results are checked against fp64 before anything is timed. On a GPU, bf16: the kernel (also without determinism, about a
-pivot, and with token weights), torch's product into an fp32 accumulator, and torch's plain bf16 product, whose rate is what
-the chip can do. On a CPU, fp32: the symmetric half against the whole product. Rows go to benchmarks/results/gram.jsonl.
+Results are checked against fp64 before timing. On a GPU, in bf16: the kernel (also about a pivot, and with
+token weights), torch's product into an fp32 accumulator, and torch's plain bf16 product, whose rate is the reachable peak.
+On a CPU, in fp32: the symmetric half against the whole product. Rows go to benchmarks/results/gram.jsonl.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slimllm.ops.registry import forced
 
 
 def check(x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor) -> dict[str, float]:
-    """Every contender against fp64 on some rows of the Gram: relative errors, ours within twice torch's and a floor."""
+    """Return relative errors against fp64 on some rows of the Gram; ours must be within twice torch's plus a floor."""
     rows = torch.randint(x.shape[1], (64,), device=x.device)
     gram = torch.empty(x.shape[1], x.shape[1], device=x.device)
     errors = {}
@@ -51,7 +51,7 @@ def check(x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor) -> dict[st
 def contenders(
     x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor, total: torch.Tensor
 ) -> dict[str, Callable[[], object]]:
-    """What is timed, by name; each adds the Gram of x to the fp32 accumulator, but for `gemm`."""
+    """Return the timed functions by name. Each adds the Gram of x to the fp32 accumulator, except `gemm`."""
     features = x.shape[1]
     found: dict[str, Callable[[], object]] = {"ours": lambda: ops.gram_(gram, total, x)}
     if x.device.type == "cpu":
@@ -66,7 +66,7 @@ def contenders(
 
 
 def bench(name: str, num_tokens: int, features: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One row: seconds of every contender and what follows from them."""
+    """Measure one row: seconds of every contender, and the derived ratios."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     x = torch.randn(num_tokens, features, generator=generator, device=device).to(dtype)

@@ -1,8 +1,8 @@
-"""A model that no machine's memory would hold, at its real layer sizes: peak memory against the plan, seconds by layer.
+"""Layers of a model larger than memory, at their real sizes: peak memory against the plan, and seconds by layer.
 
-Seeded random weights in sharded safetensors on disk, 32 x 128 tokens, so many of the model's layers as are asked for: twice
-as many layers must not take more memory. Rows are appended to results/large.jsonl; run it on an idle machine with room on
-the disk (1.1 GB a layer of LLaMA-33B, twice).
+Seeded random weights are in sharded safetensors on disk; calibration has 32 x 128 tokens. `--layers` sets how many of the
+model's layers there are: twice as many must not take more memory. Rows are appended to results/large.jsonl. Run it on an
+idle machine with space on the disk (twice 1.1 GB for each layer of LLaMA-33B).
 
     python benchmarks/bench_large.py                    LLaMA-33B, 2 and 4 layers
     python benchmarks/bench_large.py --model llama-7b --layers 2 --host-memory 3GiB
@@ -22,14 +22,14 @@ from slimllm.experiments.bench.run import Setting, measure
 
 
 def row_of(setting: Setting) -> dict[str, Any]:
-    """One run in a process of its own, and the plan for it."""
+    """Measure one run in a separate process, and add its plan."""
     row = measure(setting)
     predicted = sum(row["memory_gib"].values())
     return row | {"predicted_gib": predicted, "predicted_over_peak": predicted / row["peak_host_gib"]}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table."""
+    """Print the table."""
     table = Table(
         "model", "layers", "recovery", "budget", "s / layer", "s", "peak GiB", "plan GiB", "plan / peak", "GPU", box=None
     )
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--recovery", default="affine")
     parser.add_argument("--host-memory")
-    parser.add_argument("--gpu-memory", help="of which torch is allowed no more")
+    parser.add_argument("--gpu-memory", help="budget on the GPU, which torch enforces")
     arguments = parser.parse_args()
     rows = []
     for layers in arguments.layers:

@@ -1,9 +1,9 @@
-"""How fast a pruned model generates beside the dense one: the README's figures.
+"""Generation speed of pruned models and the dense one: the README's figures.
 
     python benchmarks/bench_latency.py [MODEL] [--rounds 5]     (default: the demo's model)
 
-Prunes it by 20 and by 50 %, with the default and the best preset, and times all five in turn, each in a process of its own.
-Rows go to benchmarks/results/latency.jsonl; `make tables` makes the README's table of them.
+Prunes the model by 20 and by 50 %, with the default and the best preset, and times all five models in turn, each in a
+separate process. Rows go to benchmarks/results/latency.jsonl; `make tables` makes the README's table from them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if arguments.model is None:
-        parser.error("the demo's model is not there; run make demo, or give a model.")
+        parser.error("the demo's model is not installed; run make demo, or give a model.")
     with TemporaryDirectory() as folder:
         names = {str(arguments.model): ("dense", 0.0)}
         for preset, ratio in SETTINGS:

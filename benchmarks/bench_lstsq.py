@@ -1,11 +1,11 @@
-"""Least squares: ours against torch's batched Cholesky, and the affine fit against a polynomial fit column by column.
+"""Least squares: ours against torch's batched Cholesky, and the affine fit against a polynomial fit of each column.
 
     python benchmarks/bench_lstsq.py [--rounds 15]
 
-Results are checked against fp64 before anything is timed. Systems are fp32; ours are factored in fp64. `torch` is
-cholesky_ex and cholesky_solve in fp32, `torch fp64` the same in fp64, `lstsq` torch.linalg.lstsq on as many equations as
-unknowns twice. The affine fit has 4096 outputs and 4096 tokens; ours starts from the moments, which streaming has
-gathered, `ours, with the moments` from the tokens. Rows go to benchmarks/results/lstsq.jsonl.
+Results are checked against fp64 before timing. Systems are fp32; ours are factored in fp64. `torch` is
+cholesky_ex and cholesky_solve in fp32, `torch fp64` the same in fp64, and `lstsq` torch.linalg.lstsq on twice as many
+equations as unknowns. The affine fit has 4096 outputs and 4096 tokens. `ours` starts from the streamed moments,
+`ours, with the moments` from the tokens. Rows go to benchmarks/results/lstsq.jsonl.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHAPES = [
 
 
 def bench_systems(batch: int, k: int, m: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One row: a batch of systems."""
+    """Measure one row: a batch of systems."""
     generator = torch.Generator(device).manual_seed(0)
     a = torch.randn(batch, 2 * k, k, generator=generator, device=device)
     b = torch.randn(batch, 2 * k, m, generator=generator, device=device)
@@ -75,7 +75,7 @@ def bench_systems(batch: int, k: int, m: int, device: torch.device, rounds: int)
 
 
 def bench_affine(device: torch.device, rounds: int, outputs: int = 4096, tokens: int = 4096) -> dict[str, Any]:
-    """One row: the paper's regression of every output on its pruned self."""
+    """Measure one row: the paper's regression of every dense output on the pruned output."""
     generator = torch.Generator(device).manual_seed(0)
     y = torch.randn(tokens, outputs, generator=generator, device=device)
     y_hat = 0.8 * y + 0.3 * torch.randn(tokens, outputs, generator=generator, device=device)
@@ -86,7 +86,7 @@ def bench_affine(device: torch.device, rounds: int, outputs: int = 4096, tokens:
         return mean_y, mean_y_hat, centered.square().mean(0), ((y - mean_y) * centered).mean(0)
 
     gathered = moments()
-    columns = 64  # of the polynomial fit, whose cost is the same for each
+    columns = 64  # that the polynomial fit is timed on; its cost is the same for each
     left, right = y[:, :columns].cpu().numpy().astype(np.float64), y_hat[:, :columns].cpu().numpy().astype(np.float64)
     started = time.perf_counter()
     fits = np.array([np.polyfit(right[:, k], left[:, k], 1) for k in range(columns)])

@@ -1,11 +1,11 @@
-"""The engine against the plain algorithm (naive.py): one layer, everything after its forward pass, the same choices.
+"""The engine against the plain algorithm (naive.py) on one layer: everything after its forward pass, the same choices.
 
     python benchmarks/bench_naive.py [--widths 256 512 1024 2048] [--tokens 1024 4096 16384 65536]
 
-Both get the same activations: inputs of o_proj and down_proj, of the FFN, and the outputs, of `tokens` tokens, with heads
-and channels of very different sizes as in real models. Both choose heads and channels and fit both regressions of the
-paper; they must choose the same ones. Widths are measured with 4096 tokens, numbers of tokens at a width of 512. Memory
-is the peak beyond what is there before the call. Rows go to benchmarks/results/naive.jsonl.
+Both get the same activations of `tokens` tokens: the inputs of o_proj, down_proj and the FFN, and the outputs. The
+magnitudes of heads and channels differ widely, as in real models. Both choose heads and channels and fit both regressions
+of the paper; they must make the same choices. Widths are measured with 4096 tokens, numbers of tokens at a width of 512.
+Memory is the increase of the peak over the memory before the call. Rows go to benchmarks/results/naive.jsonl.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Activations = tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch
 
 
 def make_layer(width: int, tokens: int, device: torch.device) -> tuple[Activations, dict[str, torch.Tensor]]:
-    """Activations with common directions and heavy tails over features, and weights."""
+    """Make activations with common directions and heavy tails over features, and weights."""
     heads, channels = SIZES[width]
     generator = torch.Generator(device).manual_seed(width + tokens)
 
@@ -48,7 +48,7 @@ def make_layer(width: int, tokens: int, device: torch.device) -> tuple[Activatio
 
     def activations(features: int, scales: torch.Tensor) -> torch.Tensor:
         x = normal(tokens, features)
-        x += normal(tokens, 32) @ normal(32, features) / 6  # heads and channels have something in common
+        x += normal(tokens, 32) @ normal(32, features) / 6  # correlates heads and channels
         return x.mul_(scales)
 
     per_head = (0.5 * normal(heads)).exp().repeat_interleave(width // heads)
@@ -71,7 +71,7 @@ def engine(
     pruned_channels: int,
     watch: Stopwatch,
 ) -> tuple[list[int], list[int]]:
-    """What `slimllm.pruning.sublayer` does with a layer's activations, batch by batch."""
+    """Do the work of `slimllm.pruning.sublayer` on a layer's activations, batch by batch; return kept heads, channels."""
     (inner, _), (x, z, y) = activations
     device, hidden_size = inner.device, weights["o"].shape[0]
     with watch("statistics"):
@@ -111,7 +111,7 @@ def engine(
 
 
 def measured(function: Callable[[], Any], device: torch.device) -> tuple[Any, float, float]:
-    """Result, seconds, and peak memory beyond what was there before, in GiB."""
+    """Return the result, seconds, and the increase of peak memory in GiB."""
     memory.trim()
     memory.reset_peak(device)
     on_gpu = device.type == "cuda"
@@ -125,11 +125,11 @@ def measured(function: Callable[[], Any], device: torch.device) -> tuple[Any, fl
 
 
 def bench(width: int, tokens: int, device: torch.device, rounds: int) -> dict[str, Any]:
-    """One row: both on the same layer, the engine `rounds` times before and as often after."""
+    """Measure one row: the plain algorithm once, and the engine `rounds` times before it and `rounds` times after."""
     heads, num_channels = SIZES[width]
     activations, weights = make_layer(width, tokens, device)
     numbers = (heads, round(RATIO * heads), round(RATIO * num_channels))
-    engine(activations, weights, *numbers, Stopwatch(device))  # threads and buffers of the libraries are there from now on
+    engine(activations, weights, *numbers, Stopwatch(device))  # warms up: creates the libraries' threads and buffers
     ours, stages = [], []
     for number in range(2 * rounds):
         if number == rounds:
@@ -157,7 +157,7 @@ def bench(width: int, tokens: int, device: torch.device, rounds: int) -> dict[st
 
 
 def main() -> None:
-    """Measure, append the rows, print the table and how the engine's stages grow with the tokens."""
+    """Measure, append the rows, print the table and the engine's stages over the number of tokens."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", nargs="*", type=int, default=[256, 512, 1024, 2048], choices=SIZES)
     parser.add_argument("--tokens", nargs="*", type=int, default=[1024, 4096, 16384, 65536])

@@ -1,8 +1,8 @@
-"""Covariances of the heads and the greedy exchange at real shapes: the kernels against the torch path of the same run.
+"""Head covariances and the greedy exchange at real shapes: the kernels against the torch path of the same run.
 
     python benchmarks/bench_pearson.py [--shapes llama-7b …] [--rounds 10]
 
-Results are checked against each other before anything is timed. `gram` starts from the covariance of o_proj's inputs,
+Results are checked against each other before timing. `gram` starts from the covariance of o_proj's inputs,
 `stream` from 1024 tokens, `exchange` prunes a quarter of the heads. Rows go to benchmarks/results/pearson.jsonl; on a CPU
 only the torch path is timed.
 """
@@ -26,7 +26,7 @@ TOKENS = 1024
 
 
 def with_backend(name: str, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The function, on one backend."""
+    """Return the function bound to one backend."""
 
     def run() -> torch.Tensor:
         with forced(name):
@@ -36,7 +36,7 @@ def with_backend(name: str, function: Callable[[], torch.Tensor]) -> Callable[[]
 
 
 def bench(shape: Shape, units: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """A row for each operation."""
+    """Measure a row for each operation."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     width = shape.attention_width

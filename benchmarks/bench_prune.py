@@ -1,11 +1,11 @@
-"""Whole models: the measurements that docs/benchmarks.md shows. `slimllm bench` measures any other.
+"""Pruning of whole models: the measurements in docs/benchmarks.md. `slimllm bench` measures other models.
 
     python benchmarks/bench_prune.py [MODEL] [--rounds 3]   a small real model (default: the demo's), presets and recoveries
-    python benchmarks/bench_prune.py --scaling              time over tokens, layers and width, at random weights
-    python benchmarks/bench_prune.py --large                LLaMA-7B and 33B shapes, for a GPU
+    python benchmarks/bench_prune.py --scaling              time over tokens, layers and width, with random weights
+    python benchmarks/bench_prune.py --large                LLaMA-7B shapes, for a GPU
 
-Every run is a process of its own, and settings take turns. Rows go to benchmarks/results/prune.jsonl; `make tables` makes
-the tables of them.
+Every run is a separate process, and settings take turns. Rows go to benchmarks/results/prune.jsonl; `make tables` makes
+the tables from them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TABLE = [
     *(("default", "lstsq", ratio) for ratio in (0.2, 0.5)),
     ("best", "lstsq", 0.2),
 ]
-# The layers of one model, the tokens of one model, and one layer of several.
+# Layers of one model, tokens of the same model, and four layers of other models.
 SCALING = [
     *(Setting("smollm2-360m", layers=layers) for layers in (4, 8, 16, 32)),
     *(Setting("smollm2-360m", layers=4, samples=samples) for samples in (8, 16, 64, 128)),
@@ -43,7 +43,7 @@ LARGE = [Setting("llama-7b", preset="paper", on_disk=True), Setting("llama-7b", 
 
 
 def as_safetensors(model: str | Path, folder: str) -> str:
-    """A GGUF file as a folder of safetensors in bfloat16, in which the model is usually had; a folder as it is."""
+    """Convert a GGUF file to a folder of bfloat16 safetensors, the usual form of a model; return a folder unchanged."""
     if Path(model).suffix != ".gguf":
         return str(model)
     loaded, tokenizer = slimllm.load(model, dtype="bfloat16")
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def run(stack: ExitStack) -> None:
-    """`main`, with what is to be deleted at the end."""
+    """Run `main`; `stack` deletes temporary files at the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?")
     parser.add_argument("--rounds", type=int)
@@ -71,7 +71,7 @@ def run(stack: ExitStack) -> None:
         settings, rounds = (SCALING if arguments.scaling else LARGE), 1
     else:
         if (model := arguments.model or find_demo_model()) is None:
-            parser.error("give a model; the demo's is not installed (make demo does it)")
+            parser.error("the demo's model is not installed; run make demo, or give a model.")
         folder = stack.enter_context(TemporaryDirectory())
         base = Setting(as_safetensors(model, folder))
         settings = [replace(base, preset=p, recovery=c, ratio=r) for p, c, r in TABLE]
@@ -86,7 +86,7 @@ def run(stack: ExitStack) -> None:
     if arguments.scaling:
         measured = read_rows(RESULTS / "prune.jsonl")[-len(settings) :]
         draw(measured, picture := Path(__file__).parent / "scaling.png")
-        console.print(f"The picture is {picture}.", highlight=False)
+        console.print(f"The plot is in {picture}.", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Recovery side by side: perplexity after pruning with none, affine and lstsq, on text that was not calibrated on.
+"""Comparison of recoveries: perplexity after pruning with none, bias, lstsq and affine, on held-out text.
 
     python benchmarks/bench_recovery.py [MODEL] [--ratio 0.2 0.5] [--samples 32] [--seq-len 128] [--ridge 0.1 0.3 1]
 
-The model (left out: the demo's) is pruned in memory, in float32; perplexity is that of 64 windows of 128 tokens of the
-bundled evaluation text. With --ridge it is lstsq alone at each of these ridges, validated on windows of the calibration
-text that were not drawn, so that the evaluation text plays no part in their choice. Rows go to
+The model (default: the demo's) is pruned in memory, in float32. Perplexity is measured on 64 windows of 128 tokens of the
+bundled evaluation text. With --ridge, lstsq alone is measured at each of these ridges, on windows of the calibration text
+that were not drawn, so that the evaluation text does not influence the choice of the ridge. Rows go to
 benchmarks/results/recovery.jsonl.
 """
 
@@ -29,19 +29,19 @@ def main() -> None:
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.2, 0.5])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--ridge", nargs="+", type=float, help="validate these ridges of lstsq")
+    parser.add_argument("--ridge", nargs="+", type=float, help="measure only lstsq, at these ridges")
     arguments = parser.parse_args()
     path = arguments.model
     if path is None:
         from slimllm.cli.demo_display import find_demo_model
 
-        path = find_demo_model() or parser.error("give a model; the demo's is not installed (make demo does it)")
+        path = find_demo_model() or parser.error("the demo's model is not installed; run make demo, or give a model.")
     dense, tokenizer = slimllm.load(str(path), dtype="float32")
     held_out = tokenize(tokenizer, [bundled_text("evaluation")])
     if arguments.ridge:
         text = tokenize(tokenizer, [bundled_text("calibration")])
         windows = draw_windows(text, samples=len(text) // arguments.seq_len, seq_len=arguments.seq_len, seed=0)
-        held_out = windows[-64 * 128 // arguments.seq_len :].flatten()  # the last of the permutation whose first are drawn
+        held_out = windows[-64 * 128 // arguments.seq_len :].flatten()  # the end of the permutation that pruning draws from
     before = slimllm.perplexity(dense, held_out, max_windows=64)
     table = Table("ratio", "recovery", "perplexity", "of the dense model", "prune s / dense pass s")
     choices = [(ridge, "lstsq") for ridge in arguments.ridge or []] or [

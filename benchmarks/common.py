@@ -1,4 +1,4 @@
-"""What every benchmark needs: timing side by side, and rows of results."""
+"""Shared code of the benchmarks: timing in turn, and rows of results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def append_results(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 def median_seconds(functions: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each function; they take turns, after one call each to warm up, so that noise meets all alike.
+    """Return the median seconds of each function; after one warm-up call each they take turns, so that noise affects all.
 
-    On a CPU each is called twice at its turn, and the second call counts: the first finds the caches and the threads as
-    another function has left them. On a GPU the caches are overwritten before each call and the time is that between two
-    events of the stream.
+    On a CPU each function is called twice in its turn, and the second call counts, because the first finds the caches and
+    threads in the state that another function left. On a GPU the caches are overwritten before each call, and the time is
+    that between two events of the stream.
     """
     for function in functions.values():
         function()
@@ -50,7 +50,7 @@ def median_seconds(functions: dict[str, Callable[[], object]], device: torch.dev
 
 
 def extra_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Peak GPU memory allocated during a call beyond what was there before; 0 on a CPU."""
+    """Return the bytes by which GPU memory peaks during a call above the level before it; 0 on a CPU."""
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""Every way in which the shipped kernels are launched, as the compiler sees it: types, constants, options."""
+"""All launch variants of the shipped kernels, as the compiler sees them: types, constants, options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is launched: the types of its arguments, its constants and its options."""
+    """Launch of a kernel: the types of its arguments, its constants and its options."""
 
     name: str
     kernel: Any
@@ -23,8 +23,8 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
-    tensor_cores: str | None = None  # instruction that must be there on sm_90: HGMMA, or HMMA where there is no other
-    aligned: tuple[str, ...] = ()  # integers that are multiples of 16, as for any real width
+    tensor_cores: str | None = None  # instruction required on sm_90: HGMMA, or HMMA if HGMMA is impossible
+    aligned: tuple[str, ...] = ()  # integers that are multiples of 16, as real widths are
 
 
 def _integers(*names: str) -> dict[str, str]:
@@ -32,7 +32,7 @@ def _integers(*names: str) -> dict[str, str]:
 
 
 def variants(arch: int) -> list[Variant]:
-    """All of them, for one architecture."""
+    """List all variants for one architecture."""
     return [*_gram(arch), *_gram_reduce(), *_pearson(), *_exchange(), *_cosine(), *_columns()]
 
 
@@ -108,7 +108,7 @@ def _pearson() -> list[Variant]:
         )
         constants = {"BLOCK_K": stream.block_k, "BLOCK_H": stream.block_h, "BLOCK_N": stream.block_n}
         constants |= {"BLOCK_D": stream.block_d, "stride_f": 1, "stride_wf": 1}
-        # Products batched over heads or outputs; wgmma has none.
+        # These products are batched over heads or outputs, which wgmma does not support.
         options = stream.num_warps, stream.num_stages, "HMMA", () if launch else aligned
         found.append(Variant(f"pearson stream {dtype} {launch}".strip(), pearson.stream_kernel, types, constants, *options))
     return found
@@ -149,7 +149,7 @@ def _columns() -> list[Variant]:
         DTYPES, ("sums", "sums pivot", "sums pivot weight", "products", "products weight"), ("", "unaligned", "transposed")
     ):
         if "weight" in launch and layout:
-            continue  # no other loads than those without weights
+            continue  # the loads are those without weights
         types = {"x": f"*{dtype}", "partial": "*fp32", **_integers("num_tokens", "features", "split_tokens")}
         constants: dict[str, Any] = {"BLOCK_N": columns.BLOCK_N, "BLOCK_F": columns.BLOCK_F}
         for name in ("x", "y"):

@@ -1,10 +1,10 @@
-"""Compile every shipped kernel configuration ahead of time, without a GPU, and say what ptxas made of it.
+"""Compile every shipped kernel configuration ahead of time, without a GPU, and report the resources it uses.
 
     python benchmarks/kernels_report.py [--arch 80 86 90] [--every 8] [--json]
 
-For each: registers, stack, spills, shared memory, and the tensor-core instructions in the machine code. A stack, a spill,
-too much shared memory or a missing tensor-core instruction is a fault, and the exit status is then 1. A second table has
-the work of each kernel at real shapes, and the least time it can take.
+The first table lists registers, stack, spills, shared memory, and tensor-core instructions in the machine code. A stack, a
+spill, too much shared memory or a missing tensor-core instruction is a fault; the exit status is then 1. The second table
+lists the work of each kernel at real shapes, and the lower bound of its time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 
 @dataclass
 class Compiled:
-    """What became of a variant on one architecture."""
+    """Compilation result of a variant on one architecture."""
 
     name: str
     arch: int
@@ -90,7 +90,7 @@ def compile_variant(name: str, arch: int) -> Compiled:
 
 
 def work_table() -> Table:
-    """Work, arithmetic intensity and floors of each kernel at the shapes of LLaMA-7B and 33B."""
+    """Make the table of work, arithmetic intensity and floors of each kernel at the shapes of LLaMA-7B and 33B."""
     tokens = 4096
     table = Table("kernel", "shape", "10⁹ operations", "10⁶ bytes", "operations/byte", "dtype", title=f"{tokens} tokens")
     for gpu in (shapes.A100, shapes.H100):
@@ -118,7 +118,7 @@ def main() -> None:
     """Compile all and print two tables, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT), choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--every", type=int, default=1, help="Only every so many-th configuration.")
+    parser.add_argument("--every", type=int, default=1, help="Compile only every Nth configuration.")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     jobs = [(variant.name, arch) for arch in arguments.arch for variant in variants(arch)[:: arguments.every]]
@@ -134,9 +134,9 @@ def main() -> None:
         console = Console(width=140)
         console.print(table)
         console.print(
-            "partial: one part of the tokens, tiles kept apart; atomic: added in any order; tma: read by tensor "
-            "descriptors; unaligned: rows that begin anywhere; transposed: features far apart.\n"
-            "A fault is a stack, a spill, too much shared memory, or no tensor-core instruction where there should be one.",
+            "partial: tokens are split over programs, whose tiles are stored separately; tma: input is read by tensor "
+            "descriptors; unaligned: rows begin at any address; transposed: features are not adjacent in memory.\n"
+            "A fault is a stack, a spill, too much shared memory, or a missing tensor-core instruction.",
             style="dim",
         )
         console.print(work_table())

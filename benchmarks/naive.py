@@ -1,9 +1,9 @@
-"""The cost model to compare with: SlimLLM as its description reads, step by step on the activations of all tokens.
+"""Baseline: SlimLLM step by step as in its description, on the activations of all tokens.
 
-Nothing is clever here, as in the description and what was published of it: every head's whole output is made, every
-exchange of heads is tried by adding up outputs, the output's scatter matrix goes to a decomposition that does not know
-that it is symmetric, and each output dimension is regressed on its own. Runs on any device; the general
-eigendecomposition and the polynomial fit are NumPy's, on the host.
+As in the description and the published code, nothing is optimised. Every head's whole output is computed, every exchange of
+heads is tried by adding up outputs, the output's scatter matrix is decomposed by a routine that ignores its symmetry, and
+each output dimension is regressed separately. Runs on any device; the general eigendecomposition and the polynomial fit are
+NumPy's, on the host.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def head_outputs(x: torch.Tensor, weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """o_i = X_i W_iᵀ of every head: (H, num_tokens, D)."""
+    """Compute o_i = X_i W_iᵀ of every head: (H, num_tokens, D)."""
     width = weight.shape[1] // num_heads
     return torch.stack(
         [x[:, i * width : (i + 1) * width] @ weight[:, i * width : (i + 1) * width].T for i in range(num_heads)]
@@ -21,14 +21,14 @@ def head_outputs(x: torch.Tensor, weight: torch.Tensor, num_heads: int) -> torch
 
 
 def similarity(part: torch.Tensor, full: torch.Tensor) -> float:
-    """Σ_k |r_k|, Pearson's r of two outputs (num_tokens, D)."""
+    """Return Σ_k |r_k|, with Pearson's r of two outputs (num_tokens, D)."""
     part, full = part - part.mean(0), full - full.mean(0)
     sizes = part.square().sum(0).sqrt() * full.square().sum(0).sqrt()
     return float(((part * full).sum(0) / sizes).nan_to_num(0.0).abs().sum())
 
 
 def choose_heads(x: torch.Tensor, weight: torch.Tensor, num_heads: int, num_pruned: int) -> list[int]:
-    """Kept heads: the least missed go, then every removed one is tried in every kept one's place."""
+    """Choose the heads to keep: remove the least important ones, then try each of them in every kept head's place."""
     outputs = head_outputs(x, weight, num_heads)
     full = outputs.sum(0)
     without = [similarity(full - outputs[i], full) for i in range(num_heads)]
@@ -49,7 +49,7 @@ def choose_heads(x: torch.Tensor, weight: torch.Tensor, num_heads: int, num_prun
 def choose_channels(
     x: torch.Tensor, z: torch.Tensor, y: torch.Tensor, weights: dict[str, torch.Tensor], num_pruned: int
 ) -> list[int]:
-    """Kept channels, from the FFN's inputs x (N, D), the channels z (N, I) and its outputs y (N, D)."""
+    """Choose the channels to keep, from the FFN's inputs x (N, D), the channels z (N, I) and its outputs y (N, D)."""
     centered = y - y.mean(0)
     values, vectors = np.linalg.eig((centered.T @ centered).double().cpu().numpy())
     strength = np.abs(np.real(values))
@@ -62,7 +62,7 @@ def choose_channels(
 
 
 def regress(y: torch.Tensor, y_hat: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and intercept of every output dimension on its pruned self, one polynomial fit each."""
+    """Fit slope and intercept of every dense output dimension on the pruned one, one polynomial fit each."""
     left, right = y.double().cpu().numpy(), y_hat.double().cpu().numpy()
     fits = np.array([np.polyfit(right[:, k], left[:, k], 1) for k in range(left.shape[1])])
     return fits[:, 0], fits[:, 1]
@@ -76,13 +76,13 @@ def prune_layer(
     pruned_heads: int,
     pruned_channels: int,
 ) -> tuple[list[int], list[int]]:
-    """Everything after a layer's forward pass: heads, channels and both regressions.
+    """Do everything after a layer's forward pass: choose heads and channels, and fit both regressions.
 
     Args:
         attention: Inputs of o_proj (N, H·d) and the attention's output (N, D).
         ffn: Inputs of the FFN (N, D), channels (N, I) and outputs (N, D).
         weights: o, gate, up and down, torch layout.
-        num_heads, pruned_heads, pruned_channels: What there is, and what goes.
+        num_heads, pruned_heads, pruned_channels: Number of heads, and numbers of heads and channels to remove.
 
     Returns:
         The kept heads and the kept channels.

@@ -1,4 +1,4 @@
-"""Rows of results, and what tables are made of."""
+"""Rows of results, and helpers for tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Rows = list[dict[str, Any]]
 
 
 def newest(name: str, keys: tuple[str, ...], wanted: Callable[[dict[str, Any]], bool]) -> list[Rows]:
-    """The rows of every setting, which `keys` tell apart: those of the last commit that measured it."""
+    """Return the rows of every setting, as told apart by `keys`: those of the last commit that measured it."""
     path = RESULTS / f"{name}.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     settings: dict[tuple[Any, ...], Rows] = {}
@@ -28,16 +28,16 @@ def newest(name: str, keys: tuple[str, ...], wanted: Callable[[dict[str, Any]], 
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
 
 
 def median(rows: Rows, value: Callable[[dict[str, Any]], float]) -> float:
-    """Over the runs of a setting."""
+    """Return the median of a value over the runs of a setting."""
     return statistics.median(map(value, rows))
 
 
 def spread(rows: Rows, key: str) -> str:
-    """The median, and the least and the most."""
+    """Format the median, and the smallest and largest value."""
     values = sorted(row[key] for row in rows)
     return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"

@@ -1,9 +1,10 @@
-"""The tables of the documentation, made from benchmarks/results: between `<!-- table NAME -->` and `<!-- end -->`.
+"""Tables of the documentation, made from benchmarks/results, between `<!-- table NAME -->` and `<!-- end -->`.
 
-    python benchmarks/tables.py            write them
-    python benchmarks/tables.py --check    say whether they are up to date, exit code 1 if not
+    python benchmarks/tables.py            write the tables
+    python benchmarks/tables.py --check    check that they are up to date; the exit code is 1 if not
 
-Of each setting the rows of the newest commit that measured it count, on a CPU and of a clean tree; medians over its runs.
+For each setting, the rows of the newest commit that measured it are used, on a CPU and of a clean tree; values are medians
+over its runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PICTURE = ROOT / "docs" / "perplexity.png"
 
 
 def whole_models() -> list[Rows]:
-    """The demo's model, all of it, on a CPU."""
+    """Return the rows of the demo's model, with all layers, on a CPU."""
 
     def wanted(row: dict[str, Any]) -> bool:
         of_demo = row["model"].startswith("SmolLM2-135M-Instruct") and row.get("layers", 0) is None
@@ -34,7 +35,7 @@ def whole_models() -> list[Rows]:
 
 
 def prune_table() -> str:
-    """Whole models, real weights."""
+    """Make the table of whole models with real weights."""
 
     settings = whole_models()
     return table(
@@ -71,7 +72,7 @@ def prune_table() -> str:
 
 
 def stages_table() -> str:
-    """Seconds of each stage and its floor."""
+    """Make the table of seconds of each stage and its floor."""
 
     settings = whole_models()
     stages = ("read", "dense pass", "forward", "statistics", "heads", "channels", "recovery", "write", "perplexity")
@@ -90,7 +91,7 @@ def stages_table() -> str:
 
 
 def naive_table() -> str:
-    """One layer against the plain algorithm."""
+    """Make the table of one layer against the plain algorithm."""
     settings = newest("naive", ("hidden_size", "tokens"), lambda row: row["device"] == "cpu")
     settings.sort(key=lambda rows: (rows[0]["hidden_size"], rows[0]["tokens"]))
     return table(
@@ -111,7 +112,7 @@ def naive_table() -> str:
 
 
 def recovery_table() -> str:
-    """Held-out perplexity and cost of the recoveries."""
+    """Make the table of held-out perplexity and cost of the recoveries."""
     settings = newest("recovery", ("recovery", "ratio", "samples"), lambda row: row.get("ridge") is None)
     found = {(rows[0]["recovery"], rows[0]["ratio"]): rows[-1] for rows in settings}
 
@@ -147,7 +148,7 @@ def lstsq_table() -> str:
 
 
 def large_table() -> str:
-    """Some layers of models that are larger than the machine's memory."""
+    """Make the table of layers of models that are larger than the machine's memory."""
     settings = newest("large", ("model", "layers", "recovery", "host_memory"), lambda row: row["device"] == "cpu")
     settings.sort(key=lambda rows: (rows[0]["model"], rows[0]["recovery"], rows[0]["layers"]))
 
@@ -182,7 +183,7 @@ def large_table() -> str:
 
 
 def latency_table() -> str:
-    """Generation of the dense and of pruned models, measured in turn."""
+    """Make the table of generation by the dense and pruned models, measured in turn."""
     settings = newest("latency", ("preset", "ratio", "batch_size", "prompt"), lambda row: row["device"] == "cpu")
     found = {tuple(rows[0][key] for key in ("preset", "ratio", "batch_size", "prompt")): rows for rows in settings}
     models = dict.fromkeys(key[:2] for key in found)
@@ -218,7 +219,7 @@ TABLES = {
 
 
 def fill(page: str) -> str:
-    """The page with its tables made anew."""
+    """Return the page with its tables updated."""
 
     def made(match: re.Match[str]) -> str:
         return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
