@@ -1,4 +1,4 @@
-"""FLAP's metric (arXiv 2312.11983) as a criterion: what hardly fluctuates can be replaced by its mean.
+"""FLAP's metric (arXiv 2312.11983) as a criterion: activations that hardly fluctuate can be replaced by their mean.
 
 slimllm prune MODEL --out OUT --ratio 0.2 --plugin examples/flap.py --criterion my-flap --recovery bias
 """
@@ -14,7 +14,7 @@ from slimllm.models.sublayer import Sublayer
 class MyFlap(Criterion):
     """Variance of the activations times squared weights, summed over the columns of a head or channel."""
 
-    attention_gram = False  # the norms and variances of columns are all that it reads
+    attention_gram = False  # uses only the norms and variances of columns
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight().double()

@@ -1,4 +1,4 @@
-"""A score of your own with an option of its own: the power that the activations' norm is raised to.
+"""Custom score with an option of its own: the power to which the activations' norm is raised.
 
 slimllm prune MODEL --out OUT --ratio 0.2 --plugin examples/own_score.py --criterion own-score --own-score.power 0.5
 """
@@ -16,11 +16,11 @@ from slimllm.models.sublayer import Sublayer
 class OwnScore(Criterion):
     """Norm of a unit's weights times the norm of its activations to some power."""
 
-    attention_gram = False  # the norms of columns are all that it reads
+    attention_gram = False  # uses only the norms of columns
 
     @dataclass(frozen=True)
     class Settings:
-        """power: 0 looks at the weights alone."""
+        """power: Power of the norm; 0 uses the weights alone."""
 
         power: float = 1.0
 

@@ -1,4 +1,4 @@
-"""Wanda-sp (arXiv 2306.11695, 2312.11983) as a criterion: mean weight times norm of the activations.
+"""Wanda-sp (arXiv 2306.11695, 2312.11983) as a criterion: mean absolute weight times norm of the activations.
 
 slimllm prune MODEL --out OUT --ratio 0.2 --plugin examples/wanda_sp.py --criterion my-wanda-sp
 """
@@ -14,9 +14,9 @@ from slimllm.models.sublayer import Sublayer
 class MyWandaSp(Criterion):
     """Wanda-sp, summed over the columns of a head or channel."""
 
-    attention_gram = False  # the norms and variances of columns are all that it reads
+    attention_gram = False  # uses only the norms of columns
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
-        weight = sublayer.effective_weight().double()  # (D, F), of the output projection
-        norms = statistics.columns.norms().to(weight.device)  # ‖z[:, c]‖₂ of its inputs, (F,)
+        weight = sublayer.effective_weight().double()  # (D, F), the output projection
+        norms = statistics.columns.norms().to(weight.device)  # ‖z[:, c]‖₂ of its inputs z, (F,)
         return (weight.abs().mean(0) * norms).view(sublayer.units, -1).sum(1)
