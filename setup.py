@@ -1,9 +1,9 @@
-"""Builds the optional extension; everything else is in pyproject.toml.
+"""Build of the optional extension; everything else is in pyproject.toml.
 
-SLIMLLM_BUILD_EXT: `auto` (default) builds it where there are a compiler and torch 2.11 or later (visible to the build with
---no-build-isolation) and says in one line what it did, `1` fails loudly if it cannot be built, `0` leaves it out.
-The CUDA part comes with a torch for CUDA and nvcc (CUDA_HOME), for the architectures in TORCH_CUDA_ARCH_LIST, or those of
-the visible GPUs, or else 8.0, 8.6 and 9.0.
+SLIMLLM_BUILD_EXT: `auto` (default) builds the extension if there are a compiler and torch 2.11 or later (visible to the
+build with --no-build-isolation), and prints the outcome in one line; `1` fails if it cannot be built; `0` leaves it out.
+The CUDA part needs a torch for CUDA and nvcc (CUDA_HOME). It is built for the architectures in TORCH_CUDA_ARCH_LIST, else
+for those of the visible GPUs, else for 8.0, 8.6 and 9.0.
 """
 
 import os
@@ -16,32 +16,32 @@ from setuptools import setup
 MODES = ("auto", "1", "0")
 SOURCES = ["csrc/module.cpp", "csrc/lstsq.cpp", "csrc/affine.cpp"]
 CUDA_SOURCES = ["csrc/lstsq_cuda.cu", "csrc/affine_cuda.cu"]
-# The part of torch's stable ABI that is used, that of 2.11: one build runs on that version and all later ones.
+# Target version of torch's stable ABI, 2.11: one build runs on that version and all later ones.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def extension_arguments() -> dict[str, Any]:
-    """The arguments of setup() that build the extension, or none."""
+    """Return the arguments of setup() that build the extension, or none."""
     mode = os.environ.get("SLIMLLM_BUILD_EXT", "auto")
     if mode not in MODES:
         sys.exit(f"SLIMLLM_BUILD_EXT must be one of {', '.join(MODES)}, got {mode!r}.")
     if mode == "0":
         old = sorted(str(path) for path in Path("slimllm").glob("_C.*"))
-        rest = f"; that of an earlier build is still there, delete it to be rid of it: {', '.join(old)}" if old else ""
+        rest = f"; delete that of an earlier build to stop using it: {', '.join(old)}" if old else ""
         print(f"slimllm: extension left out (SLIMLLM_BUILD_EXT=0){rest}")
         return {}
     missing = missing_for_build()
     if missing:
         if mode == "1":
             sys.exit(f"slimllm: the extension cannot be built: {missing}")
-        print(f"slimllm: extension not built, torch does its work ({missing})")
+        print(f"slimllm: extension not built; torch is used instead ({missing})")
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
     wanted = extension(cuda=has_cuda())
 
     class Build(BuildExtension):  # type: ignore[misc]
-        """Builds the extension, or says in one line why not."""
+        """Build step that makes the extension, or prints in one line why it could not."""
 
         def run(self) -> None:
             before = {name: getattr(self, name) for name in ("compiler", "inplace")}
@@ -51,14 +51,14 @@ def extension_arguments() -> dict[str, Any]:
             except (Exception, SystemExit) as error:
                 if mode == "1":
                     sys.exit(
-                        f"slimllm: the extension cannot be built: {reason(error)}. It needs a C++ compiler that works and, "
-                        "where torch is one for CUDA, the nvcc of its version, if any; SLIMLLM_BUILD_EXT=0 leaves it out."
+                        f"slimllm: the extension cannot be built: {reason(error)}. It needs a working C++ compiler and, "
+                        "for a torch with CUDA, nvcc of the same version or none; SLIMLLM_BUILD_EXT=0 leaves it out."
                     )
                 why = reason(error)
                 if not has_cuda():
                     self.give_up(why)
                     return
-                vars(wanted).update(vars(extension(cuda=False)))  # what distutils has noted of it stays
+                vars(wanted).update(vars(extension(cuda=False)))  # keeps the attributes that distutils set
                 self.__dict__.update(before)
                 try:
                     super().run()
@@ -67,22 +67,22 @@ def extension_arguments() -> dict[str, Any]:
                     self.give_up(reason(another))
 
         def give_up(self, why: str) -> None:
-            # Nothing of an earlier build may pass for this one's.
+            # Delete the result of an earlier build, so that it does not pass for this one's.
             old = Path(self.build_lib, *self.get_ext_filename("slimllm._C").split("/"))
             old.unlink(missing_ok=True)
             self.extensions: list[Any] = []
-            print(f"slimllm: extension not built, torch does its work ({why})")
+            print(f"slimllm: extension not built; torch is used instead ({why})")
 
     return {"ext_modules": [wanted], "cmdclass": {"build_ext": Build}}
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line."""
+    """Return an error's message on one line, at most 300 characters."""
     return " ".join(" ".join(map(str, error.args)).split())[:300]
 
 
 def extension(cuda: bool) -> Any:
-    """The extension, with or without its CUDA part."""
+    """Return the extension, with or without its CUDA part."""
     import pybind11
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
@@ -95,13 +95,13 @@ def extension(cuda: bool) -> Any:
         made = CUDAExtension("slimllm._C", SOURCES + CUDA_SOURCES, **arguments)
     else:
         made = CppExtension("slimllm._C", SOURCES, **arguments)
-    # Headers of others are theirs to keep clean of warnings.
+    # System headers: suppresses warnings from third-party headers.
     made.extra_compile_args["cxx"] += [f"-isystem{folder}" for folder in made.include_dirs]
     return made
 
 
 def has_cuda() -> bool:
-    """Whether there are a torch for CUDA and a compiler for it."""
+    """Return whether there are a torch for CUDA and nvcc."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -109,14 +109,14 @@ def has_cuda() -> bool:
 
 
 def cuda_version() -> str:
-    """The version of CUDA that torch was built for, which nvcc's fits."""
+    """Return the version of CUDA that torch was built for, which nvcc must match."""
     import torch
 
     return str(torch.version.cuda)
 
 
 def choose_architectures() -> str:
-    """TORCH_CUDA_ARCH_LIST, which torch's build reads, set where it is not."""
+    """Set TORCH_CUDA_ARCH_LIST, which torch's build reads, if it is unset or `native`; return it."""
     import torch
 
     if os.environ.get("TORCH_CUDA_ARCH_LIST", "native") in ("", "native"):
@@ -129,16 +129,16 @@ def choose_architectures() -> str:
 
 
 def missing_for_build() -> str:
-    """What the build of the extension lacks, or nothing."""
+    """Return what the build of the extension lacks, or an empty string."""
     try:
         import pybind11  # noqa: F401
         import torch.utils.cpp_extension
     except ImportError as error:
         return f"{error.name} cannot be imported while building; install it first and use --no-build-isolation"
-    except Exception as error:  # a torch that is broken is no reason to fail
+    except Exception as error:  # a broken torch must not make the installation fail
         return f"torch does not load: {type(error).__name__}: {error}"
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
-        return f"torch {torch.__version__} is older than 2.11, whose stable ABI it is written for"
+        return f"torch {torch.__version__} is older than 2.11, whose stable ABI the extension needs"
     return ""
 
 
