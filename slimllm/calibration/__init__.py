@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: from a file or a dataset to windows of token ids."""
+"""Calibration and evaluation text: reading files and datasets, and cutting them into windows of token ids."""
 
 from slimllm.calibration.bos import about_bos, window_bos
 from slimllm.calibration.files import check_regular, shown

@@ -1,4 +1,4 @@
-"""The beginning of sequence (BOS) that a window of a text begins with, or none."""
+"""The beginning-of-sequence token (BOS) at the start of each window of text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from slimllm.errors import InputError
 
 
 def window_bos(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
-    """Return the token that every window of a text begins with, or None.
+    """Return the token id that every window of a text begins with, or None.
 
-    A model whose tokenizer puts a BOS before every text has never seen a text without one: Gemma 3 270M has perplexity
-    323 on windows of WikiText-2 without and 32 with it.
+    A model whose tokenizer puts a BOS before every text has never seen a text without one. For example, the perplexity of
+    Gemma 3 270M on windows of WikiText-2 is 323 without a BOS and 32 with it.
 
     Args:
         tokenizer: The model's tokenizer.
-        choice: `auto`: the BOS if the tokenizer adds one to a text by itself. `always`: the BOS. `never`: None.
+        choice: `auto`: the BOS if the tokenizer itself adds one to a text. `always`: the BOS. `never`: None.
 
     Raises:
-        ValueError: (as InputError) the choice is not known, or it is `always` and the tokenizer has no BOS.
+        ValueError: (as InputError) the choice is unknown, or it is `always` and the tokenizer has no BOS.
     """
     check_choice("bos", choice, BOS_CHOICES)
     bos: int | None = tokenizer.bos_token_id
@@ -34,5 +34,5 @@ def window_bos(tokenizer: PreTrainedTokenizerBase, choice: str) -> int | None:
 
 
 def about_bos(bos_token_id: int | None) -> str:
-    """Say what windows begin with, beside a perplexity of theirs."""
+    """Return a label for a perplexity that says whether its windows begin with a BOS."""
     return "no BOS" if bos_token_id is None else "with BOS"

@@ -1,4 +1,4 @@
-"""Open files of text: decompress them as a stream, and say in a sentence why one cannot be read."""
+"""Reading of text files: streaming decompression, and errors that say why a file cannot be read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slimllm.errors import InputError
 
 _HEAD_BYTES = 2**16
 _COMPRESSIONS = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd"}
-# How files begin that are something else, and what to do with them.
+# First bytes of files that are not text, with what the file is and what to do with it.
 _OTHERS = {
     rb"PAR1": "a Parquet file; put it into a folder and give the folder, which is read as a dataset (extra: datasets)",
     rb"ARROW1": "an Arrow file; put it into a folder and give the folder, which is read as a dataset (extra: datasets)",
@@ -31,15 +31,15 @@ _UTF_16, _UTF_32 = (rb"\xff\xfe|\xfe\xff", "UTF-16"), (rb"\xff\xfe\x00\x00|\x00\
 
 
 def shown(name: object) -> str:
-    """A name as it can be printed: what is not valid Unicode, such as other bytes in a path, as escapes."""
+    """Return a printable form of a name: whatever is not valid Unicode, such as raw bytes in a path, is escaped."""
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def check_regular(path: Path) -> None:
-    """Check that a path is not a broken link, and not a device or a pipe, which could be read without an end.
+    """Check that a path is neither a broken link nor a device or pipe, which might never end.
 
     Raises:
-        ValueError: (as InputError) it is one of these.
+        ValueError: (as InputError) the path is one of these.
     """
     if path.is_symlink() and not path.exists():
         raise InputError(f"{shown(path)} is a link to {shown(path.readlink())}, which does not exist.")
@@ -48,7 +48,7 @@ def check_regular(path: Path) -> None:
 
 
 def compression_of(path: Path) -> str | None:
-    """How a file is compressed, by its first bytes: `gzip`, `zstd` or None.
+    """Return how a file is compressed, judged by its first bytes: `gzip`, `zstd` or None.
 
     Raises:
         ValueError: (as InputError) the file cannot be read.
@@ -59,20 +59,20 @@ def compression_of(path: Path) -> str | None:
 
 
 def head_of(path: Path, compression: str | None) -> bytes:
-    """The first bytes of a file of UTF-8 text, decompressed.
+    """Return the first 64 KiB of a file of UTF-8 text, decompressed.
 
     Raises:
-        ValueError: (as InputError) the file cannot be read, or is not UTF-8 text; the sentence says what it is instead.
+        ValueError: (as InputError) the file cannot be read, or is not UTF-8 text; the message says what it is instead.
     """
     with opened(path, compression) as stream:
         head = stream.read(_HEAD_BYTES)
-    for pattern, name in (_UTF_32, _UTF_16):  # the mark of UTF-32 begins with that of UTF-16
+    for pattern, name in (_UTF_32, _UTF_16):  # the byte order mark of UTF-32 begins with that of UTF-16
         if re.match(pattern, head):
             raise InputError(_convert(path, name))
     for pattern, what in _OTHERS.items():
         if re.match(pattern, head):
             raise InputError(f"{shown(path)} is {what}.")
-    # Without a mark: in most languages some characters have one byte that is NUL in UTF-16, and three in UTF-32.
+    # Without a byte order mark: most characters of many languages have one NUL byte in UTF-16, and three in UTF-32.
     nul = head.count(0)
     if 0.25 < (share := nul / max(len(head), 1)) < 0.8:
         odd = head[1::2].count(0) * 2 > nul
@@ -82,7 +82,7 @@ def head_of(path: Path, compression: str | None) -> bytes:
 
 
 def check_no_nul(path: Path, found: bool) -> None:
-    """Raise ValueError (as InputError) if NUL was found in a file: it is binary, or damaged."""
+    """Raise ValueError (as InputError) if a NUL byte was found: the file is binary or damaged."""
     if found:
         raise InputError(
             f"{shown(path)} holds NUL bytes, so it is not UTF-8 text; convert it if it is UTF-16 (iconv -f UTF-16 -t UTF-8 "
@@ -92,7 +92,7 @@ def check_no_nul(path: Path, found: bool) -> None:
 
 @contextmanager
 def opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
-    """A file as a stream of decompressed bytes; what fails while it is read is raised as a sentence.
+    """Open a file as a stream of decompressed bytes, and turn errors that occur while it is read into InputError.
 
     Raises:
         ValueError: (as InputError) the file cannot be opened, decompressed or decoded.
@@ -108,7 +108,7 @@ def opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise InputError(
-            f"The text in {shown(path)} cannot be read: it is not UTF-8 (there is a byte 0x{byte:02x}); convert it, for "
+            f"The text in {shown(path)} cannot be read: it is not UTF-8 (it has a byte 0x{byte:02x}); convert it, for "
             "example: iconv -f ISO-8859-1 -t UTF-8 FILE > NEW."
         ) from None
     except failures as error:
@@ -121,15 +121,15 @@ def _convert(path: Path, encoding: str) -> str:
 
 
 def _zstd(path: Path) -> tuple[Callable[[Path], Any], type[Exception]]:
-    """What opens a file as a stream of decompressed bytes, and what that raises where they are damaged."""
-    for name in ("compression.zstd", "zstandard"):  # the first is a part of Python since 3.14
+    """Return a function that opens a zstd file as a decompressed stream, and the error that it raises on damaged data."""
+    for name in ("compression.zstd", "zstandard"):  # the first is part of Python since 3.14
         try:
             module = importlib.import_module(name)
         except ImportError:
             continue
         return getattr(module, "ZstdFile", None) or _zstandard_open, module.ZstdError
     raise InputError(
-        f"{shown(path)} is compressed with zstd; install what reads it (pip install zstandard), or decompress it (unzstd)."
+        f"{shown(path)} is compressed with zstd; install a reader (pip install zstandard), or decompress it (unzstd)."
     )
 
 

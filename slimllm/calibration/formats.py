@@ -1,4 +1,4 @@
-"""What a text file holds, recognised by its content: plain text, JSON lines, a JSON document, or a table."""
+"""Formats of text files, recognised by content: plain text, JSON lines, a JSON document, or a table."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from slimllm.calibration.files import check_no_nul, compression_of, head_of, ope
 from slimllm.errors import InputError
 
 BLOCK_BYTES = 2**16
-# Of what must be held at once: a JSON document, a line, or a field of a table.
+# Longest JSON document, line, or field of a table, each of which is held in memory whole.
 _LONGEST = 2**26
-# At the border of a block a word ends within this many bytes; text without spaces is cut between any two characters.
+# A block drops a word that its border cuts, if the word ends within this many bytes. Otherwise the text, which may have no
+# spaces, is cut between two characters.
 _WORD_BYTES = 2**10
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".gzip", ".zst", ".zstd")
-_CONTINUED = bytes(range(0x80, 0xC0))  # what a character of UTF-8 does not begin with
+_CONTINUED = bytes(range(0x80, 0xC0))  # continuation bytes of UTF-8, with which no character begins
 _BYTE_ORDER_MARK = "\ufeff"
 
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file and what it holds.
+    """A file and its format.
 
     Attributes:
         path: The file.
-        kind: `text`: plain text. `lines`: a JSON value in every line. `document`: one JSON value, mostly a list of objects.
-            `table`: comma- or tab-separated values after a line with their names.
+        kind: `text`: plain text. `lines`: a JSON value in every line. `document`: one JSON value, usually a list of
+            objects. `table`: comma- or tab-separated values after a header with the column names.
         compression: `gzip`, `zstd` or None.
-        size: Bytes of the file.
+        size: Size of the file in bytes.
     """
 
     path: Path
@@ -47,16 +48,16 @@ class TextFile:
 
     @property
     def unit(self) -> str:
-        """What `entries` numbers."""
+        """Word for one numbered item of `entries`, for messages."""
         return "Line" if self.kind == "lines" else "Entry"
 
     @property
     def has_blocks(self) -> bool:
-        """Whether it can be entered in the middle."""
+        """Whether reading can start in the middle of the file."""
         return self.kind in ("text", "lines") and self.compression is None
 
     def text(self, characters: int | None = None) -> str:
-        """Read plain text from the beginning, at most so many characters if a number is given.
+        """Read plain text from the beginning, at most `characters` characters unless that is None.
 
         Raises:
             ValueError: (as InputError) the file cannot be read or is not UTF-8 text.
@@ -67,12 +68,12 @@ class TextFile:
         return text
 
     def entries(self) -> Iterator[tuple[int, Any]]:
-        """Yield what a file that is not plain text holds, from the beginning, each entry with its number.
+        """Yield the entries of a file that is not plain text, in order, each with its number.
 
-        They are numbered from 1: JSON lines with the blank lines, the rows of a table without the header.
+        Numbers start at 1. Blank lines of JSON lines are counted; the header and blank rows of a table are not.
 
         Raises:
-            ValueError: (as InputError) the file cannot be read, or is not what it seems to be.
+            ValueError: (as InputError) the file cannot be read, or does not have the format that was recognised.
         """
         with opened(self.path, self.compression) as binary:
             stream = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="" if self.kind == "table" else None)
@@ -87,34 +88,34 @@ class TextFile:
                 if len(content) > _LONGEST:
                     raise InputError(
                         f"{shown(self.path)} is one JSON document of more than {_LONGEST >> 20} MiB, which must be read at "
-                        "once; save it as JSON lines, an object a line (.jsonl)."
+                        "once; save it as JSON lines (.jsonl), with one object per line."
                     )
                 parsed = self._parsed(content, "") if content.strip() else []
                 for number, entry in enumerate(parsed if isinstance(parsed, list) else [parsed], 1):
                     yield number, entry
 
     def block_entries(self, block: int) -> Iterator[tuple[int, Any]]:
-        """Yield the JSON lines that begin in a block, from byte `block * BLOCK_BYTES`, each with the byte where it begins.
+        """Yield the JSON lines that begin in the block at byte `block * BLOCK_BYTES`, each with its byte offset.
 
         Raises:
-            ValueError: (as InputError) as `entries`.
+            ValueError: (as InputError) as for `entries`.
         """
         begin = block * BLOCK_BYTES
         with opened(self.path, None) as stream:
             if begin:
                 stream.seek(begin - 1)
                 if not stream.readline(BLOCK_BYTES).endswith(b"\n"):
-                    return  # one line goes through it all
+                    return  # a single line spans the whole block
             while (at := stream.tell()) < begin + BLOCK_BYTES and (raw := stream.readline(_LONGEST + 1)):
                 self._check_length(raw, f"at byte {at}")
                 if line := raw.decode("utf-8").strip().lstrip(_BYTE_ORDER_MARK):
                     yield at, self._parsed(line, f"The line at byte {at}")
 
     def block_text(self, block: int) -> str:
-        """The plain text of a block, from byte `block * BLOCK_BYTES`, without the words that its borders cut.
+        """Return the plain text of the block from byte `block * BLOCK_BYTES` on, without the words that its borders cut.
 
-        A word is what is between blanks and ends of lines (of ASCII); if there are none within 1 KiB of a border, only a
-        character that is cut is left out.
+        Words are separated by ASCII white space. If there is none within 1 KiB of a border, only a character that the
+        border cuts is left out.
 
         Raises:
             ValueError: (as InputError) the file cannot be read or is not UTF-8 text.
@@ -157,24 +158,24 @@ class TextFile:
             ) from None
         except (ValueError, RecursionError):
             raise InputError(
-                f"{where or 'The text'} of {shown(self.path)} is not valid JSON: it has numbers of thousands of digits, or "
-                "thousands of lists in each other."
+                f"{where or 'The text'} of {shown(self.path)} is not valid JSON: it has numbers with thousands of digits, "
+                "or is nested thousands of levels deep."
             ) from None
 
     def _rows(self, stream: io.TextIOWrapper) -> Iterator[tuple[int, dict[str, str | None]]]:
-        csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))  # it is one for the process
-        # What is quoted wrongly would silently swallow what comes after it, so it is an error.
+        csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))  # the limit is global to the process
+        # A wrong quote would silently swallow the rows after it, so strict parsing makes it an error.
         reader = csv.reader(self._lines(stream), delimiter=_DELIMITERS[_suffix(self.path)], strict=True)
         try:
             names = next(reader, [])
             for number, row in enumerate((row for row in reader if row), 1):
                 if len(row) > len(names):
                     raise InputError(
-                        f"Entry {number} of {shown(self.path)} has {len(row)} fields, but the header {len(names)}; quote "
-                        'the texts that hold the delimiter ("like, this").'
+                        f"Entry {number} of {shown(self.path)} has {len(row)} fields, but the header has {len(names)}; "
+                        'quote texts that contain the delimiter ("like, this").'
                     )
                 check_no_nul(self.path, any("\0" in field for field in row))
-                # A table has no other way to say that there is nothing.
+                # A table has no null, so an empty field stands for one.
                 yield number, {name: field or None for name, field in zip(names, row)}
         except csv.Error as error:
             check_no_nul(self.path, "NUL" in str(error))  # Python 3.10 refuses it by itself
@@ -182,10 +183,12 @@ class TextFile:
 
 
 def recognise(path: Path) -> TextFile:
-    """Recognise what a file holds by its content; only a table goes by its name, as does what must be JSON.
+    """Recognise the format of a file by its content.
+
+    The suffix decides only that a file is a table (.csv, .tsv) or must be JSON (.json, .jsonl, .ndjson).
 
     Raises:
-        ValueError: (as InputError) the file cannot be read, or holds something else than UTF-8 text.
+        ValueError: (as InputError) the file cannot be read, or is not UTF-8 text.
     """
     compression = compression_of(path)
     start = head_of(path, compression).decode("utf-8-sig", "ignore").lstrip()
@@ -206,13 +209,13 @@ def recognise(path: Path) -> TextFile:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix in small letters, that before one like .gz."""
+    """Return the suffix in lower case, without a compression suffix such as .gz after it."""
     name = Path(path.name.lower())
     return (name.with_suffix("") if name.suffix in _COMPRESSED else name).suffix
 
 
 def _begins_with_objects(file: TextFile) -> bool:
-    """Whether the first two lines, or the only one, are JSON objects; plain text may begin with a brace, too."""
+    """Return whether the first two lines, or the only one, are JSON objects; plain text may also begin with a brace."""
     try:
         return all(isinstance(entry, dict) for _, entry in itertools.islice(file.entries(), 2))
     except InputError:
@@ -220,7 +223,7 @@ def _begins_with_objects(file: TextFile) -> bool:
 
 
 def _is_list(file: TextFile) -> bool:
-    """Whether a file is a JSON list, of which the first object is enough if there is too much to be read at once."""
+    """Return whether a file is a JSON list. If it is too long to be read whole, its first object decides."""
     content = file.text(_LONGEST + 1)
     try:
         if len(content) > _LONGEST:
@@ -233,6 +236,6 @@ def _is_list(file: TextFile) -> bool:
 
 
 def _until_space(content: bytes) -> int | None:
-    """Bytes before the first blank or end of a line."""
+    """Return the number of bytes before the first white space, or None if there is none."""
     space = re.search(rb"\s", content)
     return space.start() if space else None

@@ -1,4 +1,4 @@
-"""The texts of records: a field "text", or a conversation in a field "messages"."""
+"""Text of a record: its field "text", or the conversation in its field "messages"."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from slimllm.errors import InputError
 
 _log = logging.getLogger("slimllm")
 
-# So many records are read before one that has neither field is refused: some writers leave out what is null.
+# Records read before one with neither field is refused: some writers leave out fields that are null.
 _READ_FIRST = 100
 _FIELDS_SHOWN = 12
 
 
 @dataclass
 class Records:
-    """Takes the texts out of the records of one source, and counts those that have none.
+    """Extractor of the texts in the records of one source, which counts the records without a usable text.
 
     Attributes:
-        source: The name of it, for sentences.
-        tokenizer: The model's; what renders conversations. None if there is none.
-        read: How many records there were so far.
+        source: Name of the source, for messages.
+        tokenizer: The model's tokenizer, which renders conversations; None if there is none.
+        read: Number of records so far.
     """
 
     source: str
@@ -38,10 +38,10 @@ class Records:
     _odd: list[tuple[set[str], str]] = field(default_factory=list)
 
     def text(self, place: str, record: Any) -> str | None:
-        """The text of the record at a place in the source, None if it has none or is not valid Unicode.
+        """Return the text of the record at a place in the source, or None if it has none or is not valid Unicode.
 
         Raises:
-            ValueError: (as InputError) the record is not what it should be.
+            ValueError: (as InputError) the record is malformed.
         """
         self.read += 1
         text = self._text(place, record)
@@ -56,7 +56,7 @@ class Records:
         """Log how many records were skipped.
 
         Raises:
-            ValueError: (as InputError) a record had neither field, and has others than those with a text.
+            ValueError: (as InputError) a record had neither field, and has fields that no record with a text has.
         """
         self._check_odd()
         for count, what in ((self._empty, "have no text"), (self._not_unicode, "are not valid Unicode")):
@@ -90,18 +90,21 @@ class Records:
 
 
 def rendered(messages: Any, tokenizer: PreTrainedTokenizerBase | None, where: str, *, answer: bool = False) -> str | None:
-    """A conversation as the model's chat template writes it, None if it has no messages, or one without content.
+    """Render a conversation with the model's chat template.
 
-    A BOS at the beginning is left out if the tokenizer adds one to every text by itself.
+    A BOS at the beginning is left out if the tokenizer itself adds one to every text.
 
     Args:
         messages: A list of objects with "role" and "content".
         tokenizer: The model's, with a chat template.
-        where: The place of the conversation, for sentences.
-        answer: Add what comes before an answer of the model.
+        where: Place of the conversation, for messages.
+        answer: Append the prompt that the template puts before an answer of the model.
+
+    Returns:
+        The text; None if there are no messages, or one has no content.
 
     Raises:
-        ValueError: (as InputError) the messages are not such a list, or the template is missing or does not take them.
+        ValueError: (as InputError) the messages are not such a list, or the template is missing or does not accept them.
     """
     if has_empty(messages):
         return None
@@ -110,25 +113,25 @@ def rendered(messages: Any, tokenizer: PreTrainedTokenizerBase | None, where: st
         return None
     if tokenizer is None or not getattr(tokenizer, "chat_template", None):
         raise InputError(
-            f'{where} has "messages", but the model\'s tokenizer has no chat template to write them with; give texts in a '
+            f'{where} has "messages", but the model\'s tokenizer has no chat template to render them; give texts in a '
             'field "text".'
         )
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
-    except Exception as error:  # a template is a program that comes with the model, and may raise anything
+    except Exception as error:  # a template is a program supplied with the model, and may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise InputError(f"The model's chat template does not take the messages of {where}: {shown(reason)}.") from error
     return text.removeprefix(tokenizer.bos_token) if window_bos(tokenizer, "auto") is not None else text
 
 
 def has_empty(messages: Any) -> bool:
-    """Whether a message of a conversation has no content, such as one that calls a tool."""
+    """Return whether a message of a conversation has null as content, such as one that calls a tool."""
     entries = messages if isinstance(messages, list) else []
     return any(isinstance(entry, dict) and "content" in entry and entry["content"] is None for entry in entries)
 
 
 def check_messages(messages: Any, where: str) -> None:
-    """Raise ValueError (as InputError) if these are not a list of objects with "role" and "content" as strings."""
+    """Raise ValueError (as InputError) unless `messages` is a list of objects with "role" and "content" as strings."""
     checked = isinstance(messages, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
         for message in messages
@@ -138,7 +141,7 @@ def check_messages(messages: Any, where: str) -> None:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a string is text at all: JSON can hold halves of surrogate pairs, at which tokenizers raise."""
+    """Return whether a string is valid Unicode. JSON can hold unpaired surrogates, at which tokenizers raise."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -147,14 +150,14 @@ def is_unicode(text: str) -> bool:
 
 
 def fields_of(record: dict[str, Any]) -> str:
-    """The fields of a record, in words."""
+    """List the fields of a record in words, for messages."""
     names = [f'"{shown(name)[:40]}"' for name in list(record)[:_FIELDS_SHOWN]]
     more = f" and {len(record) - len(names)} more" if len(record) > len(names) else ""
     return f"the fields {', '.join(names)}{more}" if names else "no fields"
 
 
 def kind_of(value: Any) -> str:
-    """What a value of JSON is, in words."""
+    """Name the type of a JSON value in words, for messages."""
     if isinstance(value, bool):
         return "true or false"
     names = {type(None): "null", str: "a string", int: "a number", float: "a number", list: "a list", dict: "an object"}

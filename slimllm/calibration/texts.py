@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: which source it is, and how much of it is taken."""
+"""Sources of calibration and evaluation text, and how much of each is read."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from slimllm.calibration.records import Records, fields_of
 from slimllm.checkpoints.tokenizer import encode
 from slimllm.errors import InputError
 
-# A source is read until it has given this many characters for every token asked for, and a file at least the second number.
+# Characters read for every token asked for, and the least number of characters read from a file.
 _CHARACTERS_PER_TOKEN = 20
 _FILE_CHARACTERS = 2**21
-# What is tokenized at once to see whether there are tokens enough, and by what factor more, since the count is rough.
+# Characters tokenized at once to count tokens, and the factor by which the count, which is rough, must exceed the need.
 _COUNTED_CHARACTERS = 2**16
 _COUNTED_SURPLUS = 1.01
-# The texts of the papers' perplexities, as LLM-Pruner and SlimLLM take them, by what they are called there; the second is
-# only to be had as the hub has converted it, since its own form is code.
+# Texts of the papers' perplexities, as LLM-Pruner and SlimLLM use them, by the names used there. PTB is read from the hub's
+# converted copy, since its own repository holds a loading script.
 NAMED = {
     "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:test:text",
     "ptb": "ptb-text-only/ptb_text_only@refs/convert/parquet:penn_treebank:validation:sentence",
@@ -34,39 +34,40 @@ NAMED = {
 
 
 def bundled_text(name: str) -> str:
-    """The text that comes with the package: `calibration` or `evaluation`, two separate parts of War and Peace."""
+    """Return a text that comes with the package: `calibration` or `evaluation`, two separate parts of War and Peace."""
     return (resources.files("slimllm") / "calibration" / "data" / f"war_and_peace.{name}.txt").read_text(encoding="utf-8")
 
 
 def read_texts(
     source: str | Path, tokens_wanted: float, *, seed: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[str]:
-    """Read the documents of a file or a dataset, as many as are needed.
+    """Read as many documents of a file or a dataset as are needed.
 
-    A file is recognised by its content, not by its suffix: plain text (one document), or JSON lines or a JSON list of
-    objects, each with a "text" or with "messages", which the model's chat template writes. It may be compressed with gzip
-    or zstd. A .csv or .tsv file has a column "text". A dataset is `NAME:CONFIG:SPLIT:COLUMN`, of which all but the name may
-    be left out (the split is then `train` and the column `text`, or else `messages`); `NAME@REVISION`, a folder of data
-    files, or a name in `NAMED`.
+    A file is recognised by its content, not by its suffix. It is plain text (one document), or JSON lines or a JSON list of
+    objects, each with a "text" or with "messages", which the model's chat template renders. It may be compressed with gzip
+    or zstd. A .csv or .tsv file has a column "text".
 
-    How much is taken of a file: let C be 20 * tokens_wanted, but at least 2 MiB (2**21).
+    A dataset is `NAME:CONFIG:SPLIT:COLUMN`. All parts but the name are optional: the default split is `train`, and the
+    default column `text`, or else `messages`. `NAME@REVISION`, a folder of data files, and a name in `NAMED` also work.
+
+    Let C be 20 * tokens_wanted, but at least 2 MiB (2**21). This much of a file is read:
 
     - A file of plain text or JSON lines of at most C bytes is read whole.
-    - A longer one is cut into blocks of 64 KiB (2**16 bytes, the last is shorter) if `seed` is given. They are read in the
-      order of `torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))` until their documents have C
-      characters, and the documents are returned in the order of the file. The documents of a block of JSON lines are those
-      of the lines that begin in it. A block of plain text is one document, without the words that its borders cut.
-    - Everything else is read from its beginning, until there are C characters of text: files without a `seed`, compressed
-      files, JSON lists, tables. So are datasets, until there are 20 * tokens_wanted characters.
+    - A longer one is cut into blocks of 64 KiB (2**16 bytes; the last may be shorter) if `seed` is given. Blocks are read
+      in the order of `torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed))` until their documents have
+      C characters, and the documents are returned in the order of the file. The documents of a block of JSON lines are
+      those of the lines that begin in it. A block of plain text is one document, without the words that its borders cut.
+    - Everything else (files without a `seed`, compressed files, JSON lists, tables) is read from its beginning until there
+      are C characters of text. A dataset is read until there are 20 * tokens_wanted characters.
 
-    If the tokenizer is given and makes fewer tokens of this than are wanted, C is doubled. Documents without a text, and
-    those that are not valid Unicode, are skipped; how many are is logged.
+    If a tokenizer is given and yields fewer tokens than are wanted, C is doubled. Documents without a text, and those that
+    are not valid Unicode, are skipped; their number is logged.
 
     Args:
         source: The file, or the dataset.
-        tokens_wanted: How many tokens the documents should give, if there are so many; infinity: all.
-        seed: Seed of the places in a long file; None: from its beginning.
-        tokenizer: The model's; "messages" need it.
+        tokens_wanted: Number of tokens that the documents should give, if there are that many; infinity: all.
+        seed: Seed of the blocks drawn from a long file; None: read from its beginning.
+        tokenizer: The model's tokenizer; required for "messages".
 
     Raises:
         ValueError: (as InputError) the file or dataset does not exist, cannot be read, or holds no text.
@@ -98,7 +99,7 @@ def read_texts(
 
 
 def _file(source: str | Path) -> TextFile | None:
-    """The file, None if the source is a dataset."""
+    """Return the file, or None if the source is a dataset."""
     path = Path(os.path.expanduser(source))
     if str(source) == "":
         raise InputError("The name of the text is empty; give a file or a dataset.")
@@ -113,7 +114,7 @@ def _file(source: str | Path) -> TextFile | None:
 
 
 def _drawn(file: TextFile, records: Records, characters: float, seed: int) -> tuple[list[str], bool]:
-    """Documents from drawn blocks, and whether there are more."""
+    """Return documents from randomly drawn blocks, and whether there are more."""
     count = -(-file.size // BLOCK_BYTES)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
     blocks: dict[int, list[str]] = {}
@@ -132,7 +133,7 @@ def _drawn(file: TextFile, records: Records, characters: float, seed: int) -> tu
 
 
 def _beginning(file: TextFile, characters: float) -> tuple[list[str], bool]:
-    """The plain text at the beginning up to the end of a word, and whether there is more."""
+    """Return the plain text at the beginning, cut at the end of a word, and whether there is more."""
     text = file.text(None if characters == math.inf else int(characters) + 1)
     if len(text) <= characters:
         return [text], False
@@ -141,7 +142,7 @@ def _beginning(file: TextFile, characters: float) -> tuple[list[str], bool]:
 
 
 def _first(entries: Iterator[tuple[int, Any]], unit: str, records: Records, characters: float) -> tuple[list[str], bool]:
-    """The first documents, and whether there are more."""
+    """Return the first documents, and whether there are more."""
     documents: list[str] = []
     length = 0
     for number, record in entries:
@@ -155,7 +156,7 @@ def _first(entries: Iterator[tuple[int, Any]], unit: str, records: Records, char
 
 
 def _has_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase, tokens_wanted: float) -> bool:
-    """Whether a text surely has so many tokens; no more of it is tokenized than that takes."""
+    """Return whether a text certainly has this many tokens; tokenize no more of it than necessary."""
     text, tokens = "\n\n".join(documents), 0
     for begin in range(0, len(text), _COUNTED_CHARACTERS):
         piece = text[begin : begin + _COUNTED_CHARACTERS]
@@ -166,7 +167,7 @@ def _has_tokens(documents: list[str], tokenizer: PreTrainedTokenizerBase, tokens
 
 
 def _dataset_entries(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a dataset, of each the column that is asked for as "text"."""
+    """Yield the numbered rows of a dataset; a column that was named stands in the field "text", or "messages"."""
     folder = Path(name).is_dir()
     missing = f"{shown(name)} is a folder" if folder else f"There is no file {shown(name)}"
     try:
@@ -191,10 +192,10 @@ def _dataset_entries(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, {"messages" if column == "messages" else "text": row[column]} if column else row
     except InputError:
         raise
-    except Exception as error:  # datasets raises many types for one fact: it cannot be had
+    except Exception as error:  # datasets raises many types when a dataset cannot be loaded
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if Path(parts[0]).is_dir():
             raise InputError(f"The folder {shown(parts[0])} cannot be read as a dataset: {shown(reason)}.") from error
         raise InputError(
-            f"There is no file {shown(name)}, and no dataset of that name can be had: {shown(reason)}."
+            f"There is no file {shown(name)}, and no dataset of that name can be loaded: {shown(reason)}."
         ) from error

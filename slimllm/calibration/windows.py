@@ -1,4 +1,4 @@
-"""Windows of token ids from documents, for every command: this is the only place that makes them."""
+"""Windows of token ids made from documents; every command gets its windows here."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _log = logging.getLogger("slimllm")
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], bos: str = "auto") -> torch.Tensor:
-    """Make one stream of token ids, (num_tokens,) int64: the documents joined by blank lines and tokenized at once.
+    """Join documents by blank lines and tokenize them into one stream of token ids, (num_tokens,) int64.
 
-    This is the usual protocol of perplexity on data sets by rows, such as WikiText-2.
+    This is the usual protocol for the perplexity on data sets made of rows, such as WikiText-2.
 
     Args:
         tokenizer: The model's tokenizer.
         documents: The texts.
-        bos: As for `PruneConfig`; with `never` the BOS that the tokenizer puts before the stream is left out.
+        bos: As for `PruneConfig`; with `never` the BOS that the tokenizer puts before the stream is removed.
     """
     ids = encode(tokenizer, "\n\n".join(documents))
     own = bos == "never" and ids[:1] == [window_bos(tokenizer, "auto")]
@@ -37,16 +37,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], bos: str 
 def draw_windows(
     tokens: torch.Tensor, samples: int, seq_len: int, seed: int, bos_token_id: int | None = None
 ) -> torch.Tensor:
-    """Draw calibration windows: `samples` of the windows that `windows_of` gives, without replacement.
+    """Draw `samples` of the windows that `windows_of` returns, without replacement.
 
-    Takes the first `samples` entries of `torch.randperm(num_windows)` by a CPU generator seeded with `seed`, in order.
+    They are the first `samples` entries of `torch.randperm(num_windows)`, drawn by a CPU generator seeded with `seed`, in
+    that order.
 
     Args:
         tokens: (num_tokens,) int64.
         samples: Number of windows.
         seq_len: Tokens per window.
         seed: Seed of the draw.
-        bos_token_id: The first token of every window; None: the stream is cut as it is.
+        bos_token_id: Token to put at the start of every window; None: nothing is added.
 
     Returns:
         (samples, seq_len) int64.
@@ -65,15 +66,15 @@ def draw_windows(
 
 
 def windows_of(tokens: torch.Tensor, seq_len: int, bos_token_id: int | None = None) -> torch.Tensor:
-    """Cut a stream into non-overlapping windows from its beginning; the incomplete one at the end is dropped.
+    """Cut a stream into non-overlapping windows from its beginning, and drop the incomplete one at the end.
 
-    With a BOS every window is that token and seq_len - 1 tokens of the text, so that a model never sees more than seq_len;
-    the one BOS that a tokenizer has put before the whole stream is left out.
+    With a BOS, every window is that token and seq_len - 1 tokens of the text, so that a model never sees more than seq_len
+    tokens. A BOS that the tokenizer put before the whole stream is removed first.
 
     Args:
         tokens: (num_tokens,) int64.
         seq_len: Tokens per window, at least 2.
-        bos_token_id: The first token of every window; None: the stream is cut as it is.
+        bos_token_id: Token to put at the start of every window; None: nothing is added.
 
     Returns:
         (num_windows, seq_len) int64.
@@ -87,13 +88,13 @@ def windows_of(tokens: torch.Tensor, seq_len: int, bos_token_id: int | None = No
 
 @dataclass(frozen=True)
 class Calibration:
-    """Calibration windows, and what they begin with.
+    """Calibration windows and held-out windows.
 
     Attributes:
-        token_ids: What the statistics are made of, (samples, seq_len) int64, on the CPU.
-        held_out: What they are not made of, (windows, seq_len) int64, on the CPU; the perplexities of a run are of these.
-        bos_token_id: The BOS that was put before every window; None: none was.
-        given: Whether the user gave the windows as token ids, with whatever they begin with.
+        token_ids: Windows that the statistics are computed from, (samples, seq_len) int64, on the CPU.
+        held_out: Windows that the perplexities of a run are computed on, (windows, seq_len) int64, on the CPU.
+        bos_token_id: BOS that was put before every window; None: no BOS was added.
+        given: Whether the user gave the windows as token ids, which may or may not begin with a BOS.
     """
 
     token_ids: torch.Tensor
@@ -103,23 +104,23 @@ class Calibration:
 
     @property
     def bos(self) -> str:
-        """What the windows begin with, in words."""
+        """Whether the windows begin with a BOS, in words."""
         return "as given" if self.given else about_bos(self.bos_token_id)
 
 
 def num_held_out(samples: int) -> int:
-    """How many windows are held out of the statistics of so many: a tenth, and two at least."""
+    """Return how many windows are held out in addition to `samples` calibration windows: a tenth of them, at least two."""
     return max(2, -(-samples // 10))
 
 
 def longest_input(model_config: PretrainedConfig) -> float:
-    """Tokens that a model takes at most; inf if it has no bound, like BLOOM."""
+    """Return the maximum number of tokens that a model accepts; inf if there is no limit, as for BLOOM."""
     longest: int | None = getattr(model_config, "max_position_embeddings", None)
     return math.inf if longest is None else longest
 
 
 def check_seq_len(seq_len: int, model_config: PretrainedConfig) -> None:
-    """Raise ValueError (as InputError) if a window is longer than the model takes."""
+    """Raise ValueError (as InputError) if a window has more tokens than the model accepts."""
     if seq_len > (longest := longest_input(model_config)):
         raise InputError(f"seq_len is {seq_len}, but the model takes at most {longest} tokens.")
 
@@ -127,13 +128,13 @@ def check_seq_len(seq_len: int, model_config: PretrainedConfig) -> None:
 def calibration_windows(
     config: PruneConfig, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig
 ) -> Calibration:
-    """Make the windows that the settings ask for, and those that are held out of the statistics.
+    """Make the calibration windows that the settings ask for, and the held-out windows.
 
-    Both are of one draw: the windows in the statistics are the same whether any are held out or not. Of windows that the
-    user gives none are, nor of a text that has no more than are asked for.
+    Both come from one draw, so the calibration windows do not depend on how many are held out. No windows are held out if
+    the user gives token ids, or if the text has no more windows than `samples`.
 
     Raises:
-        ValueError: (as InputError) the text cannot be had or is too short, or a window is longer than the model takes.
+        ValueError: (as InputError) the text cannot be read or is too short, or a window is longer than the model accepts.
     """
     if isinstance(config.calibration, torch.Tensor):
         return Calibration(_check_token_ids(config.calibration, model_config), given=True)
@@ -146,23 +147,23 @@ def calibration_windows(
     else:
         wanted: float = config.samples * config.seq_len
         if config.preset == "paper" and Path(config.calibration).expanduser().is_file():
-            wanted = math.inf  # its windows are drawn from the whole text
+            wanted = math.inf  # this preset draws its windows from the whole text
         documents = read_texts(config.calibration, wanted, seed=config.seed, tokenizer=tokenizer)
     as_published = config.preset == "paper" and config.bos == "auto"
     bos = window_bos(tokenizer, "never" if as_published else config.bos)
     if as_published and window_bos(tokenizer, "auto") is not None:
         _log.info(
-            "The preset paper puts no BOS before the calibration windows, as published, though this model's tokenizer adds "
-            "one to every text; --bos always puts it there."
+            "The preset paper puts no BOS before the calibration windows, as published, although this model's tokenizer "
+            "adds one to every text; give --bos always to add it."
         )
     tokens = tokenize(tokenizer, documents, config.bos)
     wanted = num_held_out(config.samples)
     held_out = min(wanted, max(0, len(windows_of(tokens, config.seq_len, bos)) - config.samples))
     if held_out < wanted:
-        none = "" if held_out else ", so that its perplexity is of windows it is fitted to"
+        none = "" if held_out else ", so perplexity is measured on the windows that the model is fitted to"
         _log.info(
-            f"The text has {held_out or 'no'} windows beside those for the statistics, where {wanted} would be held out to "
-            f"judge the result by{none}; give more text."
+            f"The text has {held_out or 'no'} windows beyond those for the statistics, but {wanted} should be held out to "
+            f"measure the result{none}; give more text."
         )
     windows = draw_windows(tokens, config.samples + held_out, config.seq_len, config.seed, bos)
     windows = _check_token_ids(windows, model_config)
@@ -170,10 +171,10 @@ def calibration_windows(
 
 
 def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) -> torch.Tensor:
-    """The token ids, if the model can take them.
+    """Return the token ids on the CPU after checking that the model accepts them.
 
     Raises:
-        ValueError: (as InputError) wrong shape or dtype, too long, or outside the vocabulary.
+        ValueError: (as InputError) wrong shape or dtype, windows too long, or ids outside the vocabulary.
     """
     if token_ids.ndim != 2 or token_ids.dtype != torch.int64 or min(token_ids.shape) < 1 or token_ids.shape[1] < 2:
         raise InputError(
@@ -191,5 +192,5 @@ def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) ->
 
 
 def calibration_name(config: PruneConfig) -> str:
-    """What the calibration text was, for reports."""
+    """Return the name of the calibration text, for reports."""
     return "bundled text (War and Peace)" if config.calibration is None else str(config.to_dict()["calibration"])

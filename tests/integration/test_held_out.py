@@ -50,9 +50,9 @@ def test_windows_in_the_statistics_do_not_depend_on_those_held_out(tokenizer: An
         assert torch.equal(calibration.token_ids, draw_windows(stream, samples, 32, 0))
         every = torch.cat([calibration.token_ids, calibration.held_out])
         assert torch.equal(every, draw_windows(stream, samples + held_out, 32, 0))
-        short = [sentence for sentence in told if "windows beside those for the statistics" in sentence]
+        short = [sentence for sentence in told if "windows beyond those for the statistics" in sentence]
         assert len(short) == (held_out < num_held_out(samples))
-    assert "no windows beside" in short[0] and "is of windows it is fitted to" in short[0]
+    assert "no windows beyond" in short[0] and "the windows that the model is fitted to" in short[0]
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])

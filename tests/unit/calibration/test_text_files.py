@@ -88,7 +88,7 @@ def test_content_decides(
         ("a.json", "[" * 100_000, "is not valid JSON"),
         ("a.jsonl", '{"text": ' + "1" * 5000 + "}", "is not valid JSON"),
         ("a.csv", "id,body\n1,One.\n", 'the fields "id", "body"; a field "text"'),
-        ("a.csv", "text\nOne, two.\n", "Entry 1 of .*has 2 fields, but the header 1"),
+        ("a.csv", "text\nOne, two.\n", "Entry 1 of .*has 2 fields, but the header has 1"),
         ("a.csv", 'text\n"One.\nTwo.\n', "not a row of a table"),
         ("a.json", '["One."]', 'Entry 1 of .*is a string, not a JSON object with a "text"'),
         ("a.jsonl", '{"text": 3.5}', 'Line 1 of .*has a number as "text"'),
