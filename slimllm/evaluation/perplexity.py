@@ -1,4 +1,4 @@
-"""Loading any model, pruned or not, and its perplexity. Called by `slimllm eval`, the demo and users."""
+"""Loading of any model, pruned or not, and its perplexity. Called by `slimllm eval`, the demo and users."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.runtime.memory import exhausted, free_bytes, release
 
 _DATASET_WINDOWS = 2048
-_LOGITS_BYTES = 2**30  # of the windows that go through a model together
-_SCORED_ROWS = 256  # of logits at a time, whose copies in float32 are as large again
+_LOGITS_BYTES = 2**30  # limit for the logits of one forward pass
+_SCORED_ROWS = 256  # rows of logits converted to float32 at a time, since a whole copy would take as much memory again
 
 
 def load(
@@ -30,17 +30,17 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer: a Hugging Face folder, pruned or not, a GGUF file or a hub id.
 
-    The native pruned format is known to this package and needs no remote code.
+    This package knows the native pruned format, which needs no remote code.
 
     Args:
-        model: The model; of any family that transformers knows.
+        model: A model of any family that transformers supports.
         dtype: `float32`, `float16` or `bfloat16`; None: float32 on a CPU, the checkpoint's own on a GPU.
         device: `cpu`, `cuda`, …; None: a GPU if there is one.
-        trust_remote_code: Run Python code that comes with the model. Without it nothing of the folder is executed.
+        trust_remote_code: Run Python code that comes with the model. Otherwise no code in the folder is executed.
 
     Raises:
-        ValueError: (as InputError) there is no such model, it cannot be loaded, or tensors are missing, reshaped or left
-            over.
+        ValueError: (as InputError) there is no such model, it cannot be loaded, or tensors are missing, left over or of
+            another shape.
     """
     where = parse_device(device)
     if dtype is not None:
@@ -56,7 +56,7 @@ def load(
 
 
 def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_code: bool) -> PreTrainedModel:
-    """Load the model of a folder by transformers, all of whose tensors have to be there and to be read."""
+    """Load the model of a folder with transformers, and check that every tensor was present and used."""
     settings = read_settings(path, trust_remote_code)
     quantised = quantisation_of(settings) is not None
     headers = Headers(weight_files(path))
@@ -66,7 +66,7 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         check_padding(config, path)
-        if stored_head_differs(config, headers):  # transformers 5 unties it then, and 4 would leave it out
+        if stored_head_differs(config, headers):  # transformers 5 then unties the head; 4 would ignore the stored one
             config.tie_word_embeddings = False
         loaded, found = AutoModelForCausalLM.from_pretrained(
             path,
@@ -75,11 +75,11 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # what does not match is said below
+            ignore_mismatched_sizes=True,  # mismatches are reported below
         )
     except InputError:
         raise
-    except Exception as error:  # transformers and its back ends raise many types for one fact: it cannot be loaded
+    except Exception as error:  # transformers and its back ends raise many types when a model cannot be loaded
         if exhausted(error):
             raise
         needs_code = bool(settings.get("auto_map")) and not trust_remote_code
@@ -98,16 +98,16 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
     if unexpected and not quantised:
         raise InputError(
             f"{name_some(unexpected, 'has', 'have')} no place in the model that the configuration in {path} describes; "
-            "left out, the result would be wrong."
+            "leaving out weights would make the result wrong."
         )
     return loaded
 
 
 def locate(model: str | Path, *, code: bool = False, only: tuple[str, ...] = ()) -> Path:
-    """The file, or the folder with a config.json, of a model; one of the hub is fetched as `download` has it.
+    """Return the file of a model, or its folder with a config.json; a model of the hub is fetched by `download`.
 
     Raises:
-        ValueError: (as InputError) there is none.
+        ValueError: (as InputError) there is no such model.
     """
     path = Path(model).expanduser()
     if not path.exists():
@@ -118,7 +118,7 @@ def locate(model: str | Path, *, code: bool = False, only: tuple[str, ...] = ())
 
 
 def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A model with the checkpoint's tensors, for files that are not in a format of transformers."""
+    """Build a model from the checkpoint's tensors, for files that transformers itself does not load."""
     model = meta_model(checkpoint.config)
     spec = family_of(checkpoint.config.model_type)
     names = expected_tensors(model, spec)
@@ -133,20 +133,20 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
 def evaluation_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str | None, seq_len: int, max_windows: int | None = None, bos: str = "auto"
 ) -> torch.Tensor:
-    """Read a text to measure on, as a stream of token ids.
+    """Read an evaluation text as a stream of token ids.
 
     Args:
-        tokenizer: The model's.
-        text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled one.
-        seq_len, max_windows: Windows that are wanted of it; None: all of a file, and 2048 of a dataset, which may have no
-            end.
+        tokenizer: The model's tokenizer.
+        text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled text.
+        seq_len, max_windows: Length and number of the windows needed; with None for the number, a file is read whole, and
+            a dataset, which may have no end, up to 2048 windows.
         bos: As for `PruneConfig`.
 
     Returns:
         (num_tokens,) int64.
 
     Raises:
-        ValueError: (as InputError) as `read_texts`.
+        ValueError: (as InputError) as for `read_texts`.
     """
     if text is None:
         return tokenize(tokenizer, [bundled_text("evaluation")], bos)
@@ -165,7 +165,7 @@ def perplexity_of(
     bos_token_id: int | None,
     device: str | None,
 ) -> float:
-    """`perplexity` of a model that is loaded for it, and let go again, its memory with it."""
+    """Load a model, compute its `perplexity`, and free its memory."""
     loaded, _ = load(model, device=device)
     value = perplexity(loaded, token_ids, seq_len=seq_len, max_windows=max_windows, bos_token_id=bos_token_id)
     del loaded
@@ -183,19 +183,20 @@ def perplexity(
     max_windows: int | None = None,
     bos_token_id: int | None = None,
 ) -> float:
-    """exp of the mean next-token negative log-likelihood over non-overlapping windows.
+    """Compute perplexity: exp of the mean negative log-likelihood of the next token over non-overlapping windows.
 
-    Each window is scored on its own, its first token only as context, so that seq_len - 1 tokens of each count: the
-    protocol of the SlimLLM paper with seq_len 128, and the common one with 2048. With a BOS, that is the first token.
+    Each window is scored on its own. Its first token (the BOS, if there is one) is only context, so seq_len - 1 tokens of
+    each window count. This is the protocol of the SlimLLM paper with seq_len 128, and the common one with 2048.
 
     Args:
         model: A causal language model.
-        token_ids: The text, (num_tokens,) int64; what does not fill a window at the end is left out.
-        seq_len: Tokens in a window, from 2 to the longest the model takes.
-        batch_size: Windows in a forward pass at most, fewer where their logits would take more than 1 GiB or a quarter of
-            the free memory; it changes the result by rounding only.
-        max_windows: Take only so many windows from the beginning.
-        bos_token_id: What every window begins with, as `slimllm.calibration.window_bos` finds it; None: the text alone.
+        token_ids: The text, (num_tokens,) int64; an incomplete window at the end is left out.
+        seq_len: Tokens in a window, from 2 to the longest input of the model.
+        batch_size: Maximum number of windows in a forward pass; fewer if their logits would take more than 1 GiB or a
+            quarter of the free memory. It changes the result by rounding only.
+        max_windows: Use only this many windows from the beginning.
+        bos_token_id: Token to put at the start of every window, from `slimllm.calibration.window_bos`; None: nothing is
+            added.
 
     Raises:
         ValueError: (as InputError) the text is shorter than a window, a setting is out of range, or the model gives NaN.
@@ -221,18 +222,18 @@ def perplexity(
             for rows, targets in zip(scores[:-1].split(_SCORED_ROWS), ids[1:].split(_SCORED_ROWS)):
                 loss = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
                 total += float(loss.double())
-        del logits, scores  # before the next ones are there
+        del logits, scores  # free them before the next ones are computed
     if math.isnan(total):
         dtype = str(model.dtype).removeprefix("torch.")
         advice = (
             "look for NaN in its weights" if dtype == "float32" else "compute in float32, or look for NaN in its weights"
         )
-        raise InputError(f"The model's outputs are not numbers when computed in {dtype}; {advice}.")
+        raise InputError(f"The model's outputs are NaN when computed in {dtype}; {advice}.")
     return math.exp(min(total / (len(windows) * (seq_len - 1)), 700.0))
 
 
 def _windows_at_once(model: PreTrainedModel, seq_len: int) -> int:
-    """How many windows go through a model together, by the memory that their logits take."""
+    """Return how many windows fit in one forward pass, given the memory that their logits take."""
     vocabulary = model.get_output_embeddings()
     entries = model.config.vocab_size if vocabulary is None else vocabulary.weight.shape[0]
     allowed = min(_LOGITS_BYTES, free_bytes(model.device) / 4)

@@ -1,4 +1,4 @@
-"""`slimllm eval`: several models measured on one text, the dense one first. Called by the command line and users."""
+"""Evaluation of several models on one text, the dense one first. Called by `slimllm eval` and users."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from slimllm.runtime.memory import release
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One model's figures.
+    """Results of one model.
 
     Attributes:
-        model: As it was given.
-        parameters: Number in the whole model; embeddings that are also the head count once.
-        perplexity: By tokens in a window.
-        log_increase: Increase of its logarithm over the first model's, by tokens in a window; empty where its tokenizer
-            gives other token ids, so that they cannot be compared.
-        windows: How many, by tokens in a window.
-        bos_token_id: What every window begins with; None: no BOS.
-        accuracy: From 0 to 1, by task.
-        mean_accuracy: Over the tasks; None: there are none.
-        retention: That mean in % of the first model's.
-        dtype, device: It was computed in, and on.
-        seconds: Time of loading and measuring.
+        model: The model, as given by the user.
+        parameters: Number of parameters of the whole model; embeddings shared with the head count once.
+        perplexity: Perplexity, by window length in tokens.
+        log_increase: Increase of the log perplexity over the first model's, by window length; empty if the two tokenizers
+            give different token ids, so that perplexities cannot be compared.
+        windows: Number of windows, by window length.
+        bos_token_id: BOS that every window begins with; None: no BOS.
+        accuracy: Accuracy from 0 to 1, by task.
+        mean_accuracy: Mean over the tasks; None if there are no tasks.
+        retention: Mean accuracy in % of the first model's.
+        dtype, device: Dtype and device of the computation.
+        seconds: Time to load and measure.
     """
 
     model: str
@@ -72,26 +72,26 @@ def evaluate(
     include_path: Path | None = None,
     on_model: Callable[[Evaluated], None] | None = None,
 ) -> list[Evaluated]:
-    """Perplexity of models on the same text and accuracy on the same tasks, one model in memory at a time.
+    """Measure the perplexity of models on one text and their accuracy on tasks, with one model in memory at a time.
 
-    Each model's own tokenizer cuts the text: between models of different tokenizers perplexities cannot be compared.
+    Each model's own tokenizer splits the text, so perplexities of models with different tokenizers cannot be compared.
 
     Args:
-        models: Folders, GGUF files or hub ids; the first is what the others are compared with.
-        text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled one.
+        models: Folders, GGUF files or hub ids; the others are compared with the first.
+        text: A file or a dataset, see `slimllm.calibration.read_texts`; None: the bundled text.
         seq_lens: Tokens in a window: 128 as in the paper, 2048 as is common now.
         batch_size, max_windows: As for `perplexity`.
         bos: As for `PruneConfig`.
         dtype, device, trust_remote_code: As for `load`.
         tasks, few_shot, limit, include_path: As for `zero_shot`; no tasks: only perplexity.
-        on_model: Called with every model's figures as soon as it is done.
+        on_model: Called with each model's results as soon as they are complete.
 
     Raises:
-        ValueError: (as InputError) a model is not there, before any is loaded, or what `load`, `perplexity`
-            and `zero_shot` raise.
+        ValueError: (as InputError) a model does not exist, which is checked before any is loaded; or an error of `load`,
+            `perplexity` or `zero_shot`.
     """
     if not models or not seq_lens:
-        raise InputError("Give at least one model and one length of windows.")
+        raise InputError("Give at least one model and one window length.")
     for model in models:
         locate(model, code=trust_remote_code, only=("config.json",))
     if tasks:
@@ -137,12 +137,12 @@ def evaluate(
         if on_model:
             on_model(done[-1])
         del loaded
-        release()  # or the next model would find this one still there
+        release()  # otherwise this model would still take memory while the next one is loaded
     return done
 
 
 def evaluation_table(lines: list[Evaluated]) -> Table:
-    """A line for each model, by the last part of its name; the increases are over the first one."""
+    """Make a table with a line for each model, named by the last part of its path; increases are over the first model."""
     begin = ", ".join(dict.fromkeys(about_bos(line.bos_token_id) for line in lines))
     title = f"perplexity in windows ({begin}) of …"
     table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left")
@@ -160,7 +160,7 @@ def evaluation_table(lines: list[Evaluated]) -> Table:
     return table
 
 
-# As the paper heads its columns.
+# Column titles of the paper.
 _TITLES = {
     "boolq": "BoolQ",
     "piqa": "PIQA",
@@ -173,7 +173,7 @@ _TITLES = {
 
 
 def accuracy_table(lines: list[Evaluated], limit: int | None = None) -> Table:
-    """Accuracies in %, their mean, and that in % of the first model's; a line for each model."""
+    """Make a table with a line for each model: accuracies in %, their mean, and the mean in % of the first model's."""
     title = f"accuracy, %, on the first {limit} questions of each" if limit else "accuracy, %"
     table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left")
     table.add_column("model", overflow="fold", min_width=12)
@@ -188,7 +188,7 @@ def accuracy_table(lines: list[Evaluated], limit: int | None = None) -> Table:
 
 
 def write_json(lines: list[Evaluated], text: str | None, path: Path, settings: dict[str, Any]) -> None:
-    """The figures, the text they are of, further settings of theirs and the versions, as a new file."""
+    """Write the results, the name of the text, further settings and the versions to a new JSON file."""
     content = {
         "text": text or "bundled",
         **settings,

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimllm.errors import InputError
 
-# The paper's seven, in the order of its tables.
+# The paper's seven tasks, in the order of its tables.
 PAPER_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 
 def task_manager(tasks: Sequence[str], include_path: Path | None = None) -> Any:
-    """lm-eval's catalogue of tasks, in which all of these are.
+    """Return lm-eval's catalogue of tasks after checking that it has all of `tasks`.
 
     Raises:
         ValueError: (as InputError) lm-eval is not installed, or does not know a task.
@@ -25,14 +25,15 @@ def task_manager(tasks: Sequence[str], include_path: Path | None = None) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise InputError(
-            "Tasks are run by lm-eval, which is not installed; pip install lm-eval, or this package with the extra eval."
+            "Tasks are run by lm-eval, which is not installed; run pip install lm-eval, or install this package with the "
+            "extra eval."
         ) from None
     if include_path is not None and not include_path.is_dir():
-        raise InputError(f"There is no folder {include_path} with descriptions of tasks.")
+        raise InputError(f"The folder {include_path} with task descriptions does not exist.")
     manager = TaskManager(include_path=str(include_path) if include_path else None)
     for task in tasks:
         if task not in manager.all_tasks:
-            raise InputError(f"lm-eval has no task {task!r}; lm-eval ls tasks lists those that it has.")
+            raise InputError(f"lm-eval has no task {task!r}; `lm-eval ls tasks` lists its tasks.")
     return manager
 
 
@@ -46,22 +47,22 @@ def zero_shot(
     include_path: Path | None = None,
     batch_size: int = 8,
 ) -> dict[str, float]:
-    """Accuracy of a model on tasks: normalised by the answers' lengths where lm-eval has that, as the paper reports it.
+    """Measure the accuracy of a model on tasks; it is normalised by answer length if lm-eval has that, as in the paper.
 
     Args:
-        model, tokenizer: As `slimllm.load` gives them.
-        tasks: Names in lm-eval. Their data come from the hub, or from the cache of `datasets` where that is told to be
-            offline (HF_DATASETS_OFFLINE=1).
-        few_shot: So many solved examples before each question.
-        limit: Only so many questions of each task.
-        include_path: A folder with descriptions of other tasks, or of the same on data of one's own, as lm-eval has them.
+        model, tokenizer: As returned by `slimllm.load`.
+        tasks: Names in lm-eval. Their data come from the hub, or from the cache of `datasets` if that is set to offline
+            (HF_DATASETS_OFFLINE=1).
+        few_shot: Number of solved examples before each question.
+        limit: Number of questions of each task; None: all.
+        include_path: A folder with lm-eval descriptions of further tasks, or of the same tasks on your own data.
         batch_size: Answers in a forward pass.
 
     Returns:
-        From 0 to 1, by task.
+        Accuracy from 0 to 1, by task.
 
     Raises:
-        ValueError: (as InputError) lm-eval is not installed or does not know a task, its data cannot be had, or a task
+        ValueError: (as InputError) lm-eval is not installed or does not know a task, its data cannot be loaded, or a task
             has no accuracy.
     """
     for name, value, least in (("few_shot", few_shot, 0), ("limit", limit, 1), ("batch_size", batch_size, 1)):

@@ -1,4 +1,4 @@
-"""How fast models generate, dense and pruned in turn: what `slimllm latency` measures."""
+"""Generation speed of dense and pruned models, measured in turns by `slimllm latency`."""
 
 from slimllm.evaluation.latency.measure import Latency, Timed, measure_latency
 from slimllm.evaluation.latency.worker import Shape

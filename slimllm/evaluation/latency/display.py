@@ -1,4 +1,4 @@
-"""What `slimllm latency` prints."""
+"""Output of `slimllm latency`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slimllm.evaluation.latency.measure import Latency
 
 
 def model_table(found: Latency) -> Table:
-    """A line for each model: its size, its work for a token at the first shape, its memory."""
+    """Make a table with a line for each model: its parameters, its work per token at the first shape, and its memory."""
     lines = [line for line in found.lines if line.shape == found.lines[0].shape]
     table = _table("parameters", f"MMAC/prompt token ({lines[0].shape.prompt})", "new token", "GiB")
     for line, memory in zip(lines, found.memory_gib):
@@ -25,7 +25,7 @@ def model_table(found: Latency) -> Table:
 
 
 def speed_table(found: Latency) -> Table:
-    """A line for each model and shape: medians over the rounds, and how many times as fast as the first model."""
+    """Make a table with a line for each model and shape: medians over the rounds, and speed-ups over the first model."""
     several = len(found.memory_gib) > 1
     times = ["×"] if several else []
     table = _table("prompts", "first token", "prefill/s", *times, "decode/s", *times)
@@ -44,12 +44,12 @@ def speed_table(found: Latency) -> Table:
 
 
 def about_speeds(found: Latency) -> str:
-    """What the two tables are of."""
+    """Describe the conditions and the units of the two tables."""
     rounds = len(found.lines[0].first_token_s)
     words = f"{found.dtype} on {found.device}, {found.threads} threads, {found.lines[0].shape.new_tokens} new tokens: "
     words += f"medians of {rounds} rounds, ± half of their range" if rounds > 1 else "of a single round"
-    words += "; × the first model, in turns" if len(found.memory_gib) > 1 else ""
-    return f"{words}. Millions of multiply-adds a token; memory with the weights."
+    words += "; ×: speed-up over the first model, measured in turns" if len(found.memory_gib) > 1 else ""
+    return f"{words}. MMAC: millions of multiply-adds per token; GiB: memory including the weights."
 
 
 def _table(*titles: str) -> Table:
@@ -61,7 +61,7 @@ def _table(*titles: str) -> Table:
 
 
 def _spread(values: list[float]) -> str:
-    """Half of the range in % of the median; nothing of a single one."""
+    """Return half of the range in % of the median; empty for a single value."""
     if len(values) == 1:
         return ""
     return f"±{50 * (max(values) - min(values)) / statistics.median(values):.0f}%"
@@ -69,7 +69,7 @@ def _spread(values: list[float]) -> str:
 
 @contextmanager
 def latency_progress(console: Console, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar over all measurements, gone when they are done; gives what `measure_latency` tells."""
+    """Show a progress bar until all measurements are done; yield the `progress` callback for `measure_latency`."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),

@@ -1,7 +1,7 @@
-"""How fast models generate, dense and pruned in turn. Called by `slimllm latency` and users.
+"""Measurement of generation speed, dense and pruned models in turns. Called by `slimllm latency` and users.
 
-Every model is in a process of its own, so that its memory can be seen; they take turns, so that whatever else the machine
-does meets all alike. What is timed is `generate` of transformers, greedy, from random prompts: what a user of it gets.
+Every model has a process of its own, so that its memory can be measured. The models take turns, so that other load on the
+machine affects all of them alike. The measurement times `generate` of transformers, greedy, on random prompts.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from slimllm.pruning.report import versions
 
 @dataclass(frozen=True)
 class Timed:
-    """One model at one shape.
+    """Results of one model at one shape.
 
     Attributes:
-        model: As it was given.
-        shape: What was generated.
-        first_token_s: Seconds to the first token of every round: the prompt's pass.
-        next_tokens_s: Seconds for all other tokens of every round.
-        parameters: Number in the whole model; embeddings that are also the head count once.
-        prefill_macs, decode_macs: Multiply-adds for a token of the prompt, whose last one alone passes the head, and for
-            a new token after it.
+        model: The model, as given by the user.
+        shape: Prompts and new tokens.
+        first_token_s: Seconds to the first token (the pass of the prompt), by round.
+        next_tokens_s: Seconds for all other tokens, by round.
+        parameters: Number of parameters of the whole model; embeddings shared with the head count once.
+        prefill_macs: Multiply-adds for a token of the prompt, of which only the last token passes the head.
+        decode_macs: Multiply-adds for a new token.
     """
 
     model: str
@@ -48,24 +48,24 @@ class Timed:
 
     @property
     def prefill_rates(self) -> list[float]:
-        """Tokens of all prompts a second, by round."""
+        """Tokens per second over all prompts, by round."""
         return [self.shape.batch_size * self.shape.prompt / seconds for seconds in self.first_token_s]
 
     @property
     def decode_rates(self) -> list[float]:
-        """New tokens of all prompts a second, by round, without the first ones."""
+        """New tokens per second over all prompts, without the first token of each, by round."""
         return [self.shape.batch_size * (self.shape.new_tokens - 1) / seconds for seconds in self.next_tokens_s]
 
 
 @dataclass(frozen=True)
 class Latency:
-    """What was measured: a line for each shape and model, and each model's memory.
+    """Results: a line for each shape and model, and each model's memory.
 
     Attributes:
-        lines: For every shape those of all models, in the order in which they were given.
-        memory_gib: The most that each took to generate, with its weights: of a GPU what torch had allocated, of the host
-            what came on top of Python and the libraries.
-        dtype, device, threads: What computed.
+        lines: For every shape, the lines of all models in the order in which these were given.
+        memory_gib: Peak memory of each model during generation, with its weights: on a GPU what torch had allocated, on the
+            host what was used in addition to Python and the libraries.
+        dtype, device, threads: Dtype, device and number of CPU threads of the computation.
     """
 
     lines: list[Timed]
@@ -75,15 +75,16 @@ class Latency:
     threads: int
 
     def speedup(self, line: Timed, rates: str) -> float:
-        """Speed-up of a line over the first model at the same shape.
+        """Return the speed-up of a line over the first model at the same shape.
 
-        The median over the rounds of the ratio of `prefill_rates` or `decode_rates`, which were taken one after the other.
+        It is the median over the rounds of the ratio of `rates` (`prefill_rates` or `decode_rates`), which were measured
+        one after the other in each round.
         """
         first = next(other for other in self.lines if other.shape == line.shape)
         return statistics.median(own / dense for own, dense in zip(getattr(line, rates), getattr(first, rates)))
 
     def write(self, path: Path) -> None:
-        """Everything, and the medians, as a new JSON file."""
+        """Write all results, and their medians, to a new JSON file."""
         content = dataclasses.asdict(self) | {"versions": versions()}
         for row, line in zip(content["lines"], self.lines):
             for name in ("prefill", "decode"):
@@ -107,21 +108,21 @@ def measure_latency(
 ) -> Latency:
     """Time prefill and decoding of models, one after the other, round by round.
 
-    The models' processes are started anew, as `multiprocessing` does by "spawn": a script that calls this from its top
-    level needs `if __name__ == "__main__":` around the call.
+    The models' processes are started with the "spawn" method of `multiprocessing`, so a script that calls this function at
+    its top level must put the call inside `if __name__ == "__main__":`.
 
     Args:
-        models: Folders, GGUF files or hub ids; the first is what the others are compared with. All are in memory at once.
-        batch_sizes: Prompts at once.
-        prompts: Tokens of a prompt.
-        new_tokens: Tokens that are generated for each, 2 at least.
-        rounds: Figures are medians over them; one more comes before them and does not count.
+        models: Folders, GGUF files or hub ids; the others are compared with the first. All are in memory at once.
+        batch_sizes: Numbers of prompts in a batch.
+        prompts: Prompt lengths in tokens.
+        new_tokens: Tokens generated for each prompt, at least 2.
+        rounds: Number of rounds whose medians are reported, after one warm-up round.
         dtype, device, trust_remote_code: As for `load`.
-        progress: Called with the number of measurements done, of how many, and what comes next.
+        progress: Called with the number of measurements done, their total number, and a description of the next one.
 
     Raises:
-        ValueError: (as InputError) a setting is out of range, a model cannot be loaded or takes fewer tokens, or memory ran
-            out.
+        ValueError: (as InputError) a setting is out of range, a model cannot be loaded or accepts fewer tokens, or memory
+            ran out.
     """
     check_shapes(batch_sizes, prompts, new_tokens, rounds)
     if not models:
@@ -156,7 +157,7 @@ def measure_latency(
 
 
 def check_shapes(batch_sizes: Sequence[int], prompts: Sequence[int], new_tokens: int, rounds: int) -> None:
-    """Raise ValueError (as InputError) where there is nothing to be timed."""
+    """Raise ValueError (as InputError) if a setting is missing or too small."""
     settings = {"batch_sizes": batch_sizes, "prompts": prompts, "new_tokens": [new_tokens], "rounds": [rounds]}
     for name, values in settings.items():
         least = 2 if name == "new_tokens" else 1
@@ -165,7 +166,7 @@ def check_shapes(batch_sizes: Sequence[int], prompts: Sequence[int], new_tokens:
 
 
 class _Worker:
-    """A model in a process of its own."""
+    """Handle of a process that holds one model."""
 
     def __init__(self, model: str, dtype: str | None, device: str, trust_remote_code: bool) -> None:
         self.model = model
@@ -177,7 +178,7 @@ class _Worker:
         theirs.close()
 
     def end(self) -> None:
-        """By itself, as nobody asks any more; by force if it is at work."""
+        """Close the connection, at which an idle process exits by itself; terminate one that is busy."""
         self._connection.close()
         self.process.join(2)
         self.process.terminate()
@@ -191,7 +192,7 @@ class _Worker:
         except (EOFError, OSError):
             self.process.join(10)
             code = self.process.exitcode
-            reason = "killed, probably because memory ran out; take fewer models or tokens"
+            reason = "killed, probably because memory ran out; use fewer models or tokens"
             if code != -signal.SIGKILL:
                 reason = f"ended (exit code {code}); a script that calls this needs if __name__ == '__main__'"
             raise InputError(f"The process with {self.model} was {reason}.") from None

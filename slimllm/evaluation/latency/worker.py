@@ -1,4 +1,4 @@
-"""A process with one model, which times and counts what it is asked to."""
+"""Worker process that holds one model, and times generation and counts operations on request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from slimllm.runtime.interrupts import leave_interrupts_to_parent
 
 @dataclass(frozen=True)
 class Shape:
-    """What is generated: so many prompts of so many tokens at once, and so many new tokens for each."""
+    """Size of a generation: prompts in a batch, tokens of each prompt, and new tokens for each."""
 
     batch_size: int
     prompt: int
@@ -30,7 +30,7 @@ class Shape:
 
 
 def serve(connection: Connection, name: str, dtype: str | None, device: str, trust_remote_code: bool) -> None:
-    """The life of a worker: load the model, and answer until nobody asks any more."""
+    """Load the model, and answer requests until the connection is closed."""
     leave_interrupts_to_parent()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -40,8 +40,8 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
         runtime = memory.resident_gib()
         model, _ = load(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         memory.release()
-        memory.reset_peak(where)  # loading may take more, and how much depends on the form of the files
-        model.generation_config = GenerationConfig()  # nothing of the model's own: every token is generated, greedily
+        memory.reset_peak(where)  # loading may take more memory than generation, depending on the format of the files
+        model.generation_config = GenerationConfig()  # not the model's own, so that every token is generated, greedily
         parameters = sum(parameter.numel() for parameter in model.parameters())
         used = str(next(model.parameters()).dtype).removeprefix("torch.")
         connection.send(("done", {"parameters": parameters, "dtype": used, "threads": torch.get_num_threads()}))
@@ -62,19 +62,19 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
         connection.send(("refused", str(error)))
     except EOFError:
         pass
-    except Exception as error:  # of the model's own code, or torch's
+    except Exception as error:  # raised by the model's own code, or by torch
         if memory.exhausted(error):
-            connection.send(("refused", f"The memory of {device} is not enough for {name}; take fewer models or tokens."))
+            connection.send(("refused", f"The memory of {device} is not enough for {name}; use fewer models or tokens."))
             return
         connection.send(("refused", f"{name} cannot be timed: {type(error).__name__}: {first_line(error)}"))
 
 
 def check_length(config: PretrainedConfig, name: str, shape: Shape) -> None:
-    """Raise ValueError (as InputError) where a model takes fewer tokens."""
+    """Raise ValueError (as InputError) if a shape has more tokens than the model accepts."""
     if shape.prompt + shape.new_tokens > (longest := longest_input(config)):
         raise InputError(
             f"A prompt of {shape.prompt} tokens and {shape.new_tokens} new ones are more than {name} takes, which is "
-            f"{longest}; give shorter ones (--prompt, --new-tokens)."
+            f"{longest}; give fewer (--prompt, --new-tokens)."
         )
 
 
@@ -86,7 +86,7 @@ def _prompts(model: PreTrainedModel, shape: Shape) -> torch.Tensor:
 
 
 class _Clock(BaseStreamer):
-    """Notes when every token is there: `generate` brings it to the host, so that a GPU is done with it."""
+    """Streamer that records the time of every token; `generate` copies it to the host, so a GPU has finished it."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -105,7 +105,7 @@ def _timed(model: PreTrainedModel, shape: Shape) -> dict[str, float]:
     _generate(model, ids, shape.new_tokens, clock)
     started, *tokens = clock.times  # the prompt comes first
     if len(tokens) != shape.new_tokens:
-        raise InputError(f"{len(tokens)} tokens were generated instead of {shape.new_tokens}; the model stops by itself.")
+        raise InputError(f"{len(tokens)} tokens were generated instead of {shape.new_tokens}; the model stopped by itself.")
     return {"first_token_s": tokens[0] - started, "next_tokens_s": tokens[-1] - tokens[0]}
 
 
@@ -123,7 +123,7 @@ def _generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, stream
 
 
 def _counted(model: PreTrainedModel, shape: Shape) -> dict[str, float]:
-    """Multiply-adds a token, counted while it runs: one pass of the prompt, and one more token."""
+    """Count multiply-adds per token in two runs: the pass of the prompt alone, and with one more token."""
     ids = _prompts(model, shape)[:1]
     by_tokens = []
     for new_tokens in (1, 2):
