@@ -1,4 +1,4 @@
-"""Pruned models in formats of others, one file for each: a stock architecture, padded, or GGUF."""
+"""Export of pruned models to formats of other programs, with one file per format: `stock`, `padded` and `gguf`."""
 
 from slimllm.export.api import export
 from slimllm.export.base import Exporter, ExportJob, register_exporter

@@ -1,4 +1,4 @@
-"""`export`: a model in another form, which more programs load. Called by the command line and users."""
+"""`export`: writing a model in a format that more programs can load. Called by the command line and users."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ def export(
     overwrite: bool = False,
     progress: ProgressCallback | None = None,
 ) -> str:
-    """Write a model in another form, a layer in memory at a time.
+    """Write a model in another format, with one layer in memory at a time.
 
-    `stock`: an architecture of transformers itself, for models whose layers are alike (`slimllm prune --uniform`).
-    `padded`: the same for any, every layer brought to the sizes of the largest by zeros, which is exact and gives the
-    speed and the memory of pruning back. `gguf`: a file for llama.cpp, with sizes by layer, tokenizer and chat template,
-    in the dtype of the model.
+    `stock`: a folder of an architecture of transformers itself, for models whose layers have equal sizes (`slimllm prune
+    --uniform`). `padded`: the same for any model; zeros pad every layer to the sizes of the largest. This is exact, but
+    loses the speed and the memory gained by pruning. `gguf`: a file for llama.cpp, with sizes by layer, tokenizer and chat
+    template, in the dtype of the model.
 
-    Tensors that change nothing are left out where the form has no place for them: a copy of the embeddings as the head of a
-    tied model, biases that are 0 in every layer.
+    Tensors that have no effect are left out if the format has no place for them: a copy of the embeddings as the head of a
+    tied model, and biases that are 0 in every layer.
 
-    What is worth knowing is logged: for `stock` and `padded` over how many devices tensor parallelism can split the model,
-    for `gguf` which matrices llama.cpp cannot quantise as it is told to.
+    For `stock` and `padded`, a log message says over how many devices tensor parallelism can split the model. For `gguf`,
+    a warning says which matrices llama.cpp cannot quantise to the type asked for.
 
     Args:
         model: A Hugging Face folder, pruned or not, or a hub id.
-        out: The folder, or for `gguf` the file, to make. It appears when it is complete.
+        out: The folder, or for `gguf` the file, to write. It appears only when it is complete.
         to: `stock`, `padded`, `gguf`, or another `slimllm.export.Exporter` or its name.
-        overwrite: Replace what is in its place already, if that is a model.
+        overwrite: Replace an existing model at `out`.
         progress: Called with a `PartWritten` after every part that is written.
 
     Returns:
         The architecture that was written.
 
     Raises:
-        ValueError: (as InputError) the model cannot be written so without a loss; says which form keeps all. Or the
-            model or the place to write to is not fit.
+        ValueError: (as InputError) the format cannot hold the model without loss (the message says which one can), the
+            model cannot be read, or `out` cannot be written.
     """
     exporter: Exporter = EXPORTERS.make(to)
     out = destination(out)

@@ -1,4 +1,4 @@
-"""What an exporter is: a form of a model that other programs load."""
+"""Base class of exporters, each of which writes one format that other programs load."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ register_exporter = EXPORTERS.register
 
 @dataclass(frozen=True)
 class ExportJob:
-    """One export.
+    """Arguments of one export.
 
     Attributes:
-        source: The model; `weights(index)` reads one layer, `sizes()` has the sizes of all.
-        out: The folder or file to make; it must appear when it is complete, and not before.
-        overwrite: Whether to replace a model that is there.
-        progress: Called with a `PartWritten` after every part; None: nobody.
+        source: The model; `weights(index)` reads one layer, `sizes()` returns the sizes of all layers.
+        out: The folder or file to write; it must not appear before it is complete.
+        overwrite: Whether to replace an existing model.
+        progress: Called with a `PartWritten` after every part; None: no callback.
     """
 
     source: ExportSource
@@ -32,11 +32,11 @@ class ExportJob:
 
 
 class Exporter(Method, ABC):
-    """Writes a model in one form, without any loss, or not at all.
+    """Writer of models in one format, which either loses nothing or refuses the model.
 
     Attributes:
-        checks_destination: Whether `write` itself sees to it that nothing is overwritten unasked. Otherwise it is not
-            called where something is in its place, unless `overwrite` is given.
+        checks_destination: Whether `write` itself refuses to overwrite without `overwrite`. If not, it is called only if
+            `out` does not exist or `overwrite` is given.
     """
 
     checks_destination: ClassVar[bool] = False
@@ -46,5 +46,6 @@ class Exporter(Method, ABC):
         """Write the model, and return the name of the architecture that was written.
 
         Raises:
-            ValueError: (as InputError) the form cannot hold the model; says which one can. Nothing is written.
+            ValueError: (as InputError) the format cannot hold the model; the message says which one can. Nothing is
+                written.
         """

@@ -1,4 +1,4 @@
-"""Models as folders of an architecture of transformers: what `stock` and `padded` share."""
+"""Folders of an architecture of transformers: code shared by `stock` and `padded`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _log = logging.getLogger("slimllm")
 
 
 class FolderExporter(Exporter):
-    """Writes a folder of an architecture of transformers itself."""
+    """Writer of a folder of an architecture of transformers itself."""
 
     checks_destination = True
 
     @abstractmethod
     def padded_sizes(self, source: CheckpointModel) -> LayerSizes | None:
-        """The sizes that every layer is padded to; None: layers stay as they are."""
+        """Return the sizes that every layer is padded to, or None for no padding."""
 
     def write(self, job: ExportJob) -> str:
         source, checkpoint = job.source, job.source.checkpoint
@@ -47,10 +47,12 @@ class FolderExporter(Exporter):
         return form.name
 
     def _form(self, source: ExportSource) -> tuple[OutputFormat, LayerSizes | None]:
-        """The format, and the sizes that layers are padded to; of the source it leaves out what has no place in it.
+        """Return the format, and the sizes that layers are padded to.
+
+        Zero biases that the format has no place for are left out of the source.
 
         Raises:
-            ValueError: (as InputError) no format holds the model without a loss; says why it does not hold the whole.
+            ValueError: (as InputError) no format holds the model without loss; the message says why.
         """
         refused = None
         for _ in source.fewer_and_fewer():
@@ -65,16 +67,16 @@ class FolderExporter(Exporter):
 
 
 def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputFormat:
-    """The architecture of transformers that holds layers of these sizes.
+    """Return the architecture of transformers that holds layers of these sizes.
 
     Raises:
-        ValueError: (as InputError) there is none, or it has no place for a bias, or for so many heads.
+        ValueError: (as InputError) there is none, or it does not support a bias or the number of heads.
     """
     first, family = sizes[0], source.spec.name
     if source.spec.slopes:
         raise InputError(
-            f"transformers' {family} computes the slopes of its position bias from the number of heads, and would give "
-            "heads that are left other ones; only the native format, which slimllm prune writes, keeps them."
+            f"transformers' {family} computes the slopes of its position bias from the number of heads, and would change "
+            "those of the kept heads; only the native format, which slimllm prune writes, keeps them."
         )
     dtype = source.checkpoint.storage_dtype(f"{source.spec.embedding}.weight")
     form = output_format(source.config, sizes, dtype)
@@ -86,15 +88,15 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
         some = ", ".join(word for name, word in words.items() if getattr(biases, name))
         raise InputError(
             f"The model has biases of these projections: {some}. transformers' {family} has no place for them, and leaving "
-            "them out would change the model; the native format that it is in keeps them, and --recovery none makes none."
+            "them out would change the model; keep the native format, or prune with --recovery none, which adds no biases."
         )
     if any(_alike(size) != _alike(first) for size in sizes):
         raise InputError(
-            "The layers have sizes of their own, which no architecture of transformers holds; give --to padded, or prune "
+            "The layers have different sizes, which no architecture of transformers supports; give --to padded, or prune "
             "with --uniform."
         )
     raise InputError(
-        f"transformers' {family} does not take {first.num_heads} heads beside a hidden size of "
+        f"transformers' {family} does not take {first.num_heads} heads with a hidden size of "
         f"{source.config.hidden_size}; give --to padded."
     )
 
@@ -104,7 +106,7 @@ def _alike(size: LayerSizes) -> tuple[int, int, int]:
 
 
 def _bytes(source: CheckpointModel, sizes: list[LayerSizes], wanted: LayerSizes | None) -> int:
-    """What the weights take when they are written."""
+    """Return the bytes that the weights take on disk."""
     total = 0
     for name, shape in source.shapes().items():
         if not name.startswith(f"{source.spec.layers}."):
@@ -124,7 +126,7 @@ def _bytes(source: CheckpointModel, sizes: list[LayerSizes], wanted: LayerSizes 
 def _write(job: ExportJob, sizes: list[LayerSizes], wanted: LayerSizes | None, form: OutputFormat) -> None:
     source, out = job.source, job.out
     checkpoint = source.checkpoint
-    if "export" in begun_with(partial_folder(out)):  # one that was killed at its very end; there is nothing to resume
+    if "export" in begun_with(partial_folder(out)):  # left by an export that was killed at its very end; cannot be resumed
         shutil.rmtree(partial_folder(out))
     with CheckpointWriter(out, source.num_layers + 1, job.overwrite, {"export": form.name}, {}) as writer:
         for index, size in enumerate(sizes):

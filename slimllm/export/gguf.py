@@ -1,6 +1,7 @@
-"""A model as a GGUF file for llama.cpp, one tensor in memory at a time.
+"""Export to a GGUF file for llama.cpp, with one tensor in memory at a time.
 
-Layers alike and without biases are written as `llama`, others as `deci`, LLaMA's mathematics with sizes by layer.
+Layers of equal sizes without biases are written as architecture `llama`; others as `deci`, which is LLaMA's mathematics
+with sizes by layer.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _TYPES = {
 
 @register_exporter("gguf")
 class Gguf(Exporter):
-    """A file for llama.cpp, with sizes by layer, tokenizer and chat template, in the dtype of the model."""
+    """Writer of a file for llama.cpp, with sizes by layer, tokenizer and chat template, in the dtype of the model."""
 
     checks_destination = True
 
@@ -53,7 +54,7 @@ class Gguf(Exporter):
 
 
 def _write_file(job: ExportJob) -> str:
-    """Write the file, and give the architecture."""
+    """Write the file, and return the architecture."""
     source, out, overwrite, progress = job.source, job.out, job.overwrite, job.progress
     source.leave_out(set().union(*source.zero_biases()))
     sizes = source.sizes()
@@ -73,12 +74,12 @@ def _write_file(job: ExportJob) -> str:
             os.replace(path, out)
             sync(out.parent)
     except OSError as error:
-        raise OutputError(f"The disk failed while {out} was being made: {error}.") from error
+        raise OutputError(f"The disk failed while {out} was being written: {error}.") from error
     return architecture
 
 
 def _about_row_lengths(source: CheckpointModel) -> str | None:
-    """Which matrices llama.cpp's quantisation will not take as it is told to: its k-quants have blocks of 256 in a row."""
+    """Warn about matrices that llama.cpp cannot quantise to the type asked for: k-quants have blocks of 256 in a row."""
     rows = {name: shape[-1] for name, shape in source.shapes().items() if len(shape) > 1}
     odd = {name: length for name, length in rows.items() if length % 256}
     if not odd:
@@ -91,21 +92,19 @@ def _about_row_lengths(source: CheckpointModel) -> str | None:
         sentence += f", and leaves {unquantised}, whose rows are not a multiple of 32 either, in 16 bits"
     helped = sum(f".{source.spec.down_proj}." in name and length > 256 for name, length in odd.items())
     if helped:
-        sentence += (
-            f"; --round-to 256 when pruning keeps the widths of the FFNs multiples of it, which helps {helped} of them"
-        )
+        sentence += f"; --round-to 256 when pruning keeps the FFN widths multiples of 256, which helps {helped} of them"
     return f"{sentence}."
 
 
 def _dtype(source: CheckpointModel, name: str) -> torch.dtype:
-    """In what a tensor is written: matrices as they are stored, the others in fp32, as llama.cpp has it."""
+    """Return the dtype a tensor is written in: that of the checkpoint for matrices, fp32 for others, as llama.cpp does."""
     stored = source.checkpoint.storage_dtype(name)
     return stored if len(source.shapes()[name]) > 1 and stored in _TYPES else torch.float32
 
 
 def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrite: bool) -> None:
     if out.suffix != ".gguf":
-        raise InputError(f"{out} is to be a GGUF file, so give it a name that ends with .gguf.")
+        raise InputError(f"The name of a GGUF file must end with .gguf, got {out}.")
     if out.is_dir():
         raise InputError(f"{out} is a folder; give the name of a file.")
     if out.exists() and not overwrite:
@@ -113,11 +112,11 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
     if out.exists():
         with out.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise InputError(f"{out} is no GGUF file, so it will not be overwritten.")
+                raise InputError(f"{out} is not a GGUF file, so it will not be overwritten; give another name.")
     if not source.spec.fits_llama(source.config):
         raise InputError(
-            f"GGUF can be written for LLaMA's mathematics, which {source.spec.name} with its norms or windows is not; "
-            "the native format keeps all, and of a stock model llama.cpp's own convert_hf_to_gguf.py makes the file."
+            f"GGUF can be written only for LLaMA's mathematics, from which {source.spec.name} differs by its norms or "
+            "windows; keep the native format, or convert a stock model with llama.cpp's own convert_hf_to_gguf.py."
         )
     if source.config.hidden_act not in ("silu", "swish"):
         raise InputError(
@@ -167,7 +166,7 @@ def _write(
 
 
 def _names(source: CheckpointModel) -> Iterator[tuple[str, str]]:
-    """Our tensors' names and GGUF's."""
+    """Yield the name of every tensor in the checkpoint and in GGUF."""
     assert LLAMA.gguf is not None
     layer_names = {ours: theirs for theirs, ours in LLAMA.gguf.layer.items()}
     model_names = {ours: theirs for theirs, ours in LLAMA.gguf.model.items()}
@@ -211,11 +210,11 @@ def _add_settings(writer: gguf.GGUFWriter, source: CheckpointModel, sizes: list[
 
 
 def _rope_factors(writer: gguf.GGUFWriter, source: CheckpointModel) -> np.ndarray[Any, Any] | None:
-    """Settings of the rotary embedding; and by what each frequency is divided, if the rule for it has none in GGUF."""
+    """Write the settings of the rotary embedding; return divisors of its frequencies if GGUF has no such setting."""
     config = source.config
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     theta = float(rope.get("rope_theta") or config.rope_theta)
-    kind = rope.get("rope_type") or rope.get("type", "default")  # as older configurations have it
+    kind = rope.get("rope_type") or rope.get("type", "default")  # older configurations use "type"
     writer.add_rope_freq_base(theta)
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)

@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as the vocabulary of a GGUF file."""
+"""Conversion of a Hugging Face tokenizer to the vocabulary of a GGUF file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slimllm.errors import InputError
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What llama.cpp calls a way to cut a text before the merges: the type and what matters of every step.
+# llama.cpp's names of pre-tokenizers, by the type and the relevant option of every step.
 _PRE_TOKENIZERS = {
     (("Split", _LLAMA3), ("ByteLevel", False)): "llama-bpe",
     (("Split", _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")), ("ByteLevel", False)): "qwen2",
@@ -35,20 +35,20 @@ _BPE = {
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
-    """Tokens, merges, special tokens and chat template of the tokenizer in a folder.
+    """Add tokens, merges, special tokens and chat template of the tokenizer in a folder.
 
     Args:
         writer: The file's writer.
-        folder: With tokenizer.json.
-        vocab_size: Rows of the embedding; what the tokenizer leaves free is filled up.
+        folder: The folder with tokenizer.json.
+        vocab_size: Rows of the embedding; ids that the tokenizer does not use are filled with unused tokens.
 
     Raises:
-        ValueError: (as InputError) llama.cpp would cut text in another way than this tokenizer does.
+        ValueError: (as InputError) the tokenizer is missing or unsupported, or has more tokens than the embedding.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(
-            "The model has no tokenizer.json, of which the file's vocabulary is made; save a fast tokenizer there."
+            "The model has no tokenizer.json, from which the file's vocabulary is made; save a fast tokenizer there."
         )
     tokenizer = _read_bpe(path)
     model = tokenizer["model"]
@@ -56,14 +56,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
     texts = {index: text for text, index in model["vocab"].items()} | {i: entry["content"] for i, entry in added.items()}
     if max(texts) >= vocab_size:
-        raise InputError(f"The tokenizer has token {max(texts)}, but the model's embedding only {vocab_size} rows.")
+        raise InputError(f"The tokenizer has token {max(texts)}, but the model's embedding has only {vocab_size} rows.")
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     types = [_token_type(index, texts, added, bool(model.get("byte_fallback"))) for index in range(vocab_size)]
-    if model.get("byte_fallback"):  # SentencePiece: llama.cpp merges what has the highest score
+    if model.get("byte_fallback"):  # SentencePiece: llama.cpp merges the pair with the highest score first
         scores = {"".join(merge): -float(rank + 1) for rank, merge in reversed(list(enumerate(merges)))}
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        # What no merge makes must not be made; of single letters the score does not matter.
+        # A token that no merge produces must never be merged; the scores of single characters do not matter.
         writer.add_token_scores([scores.get(token, 0.0 if len(token) == 1 else -1e9) for token in tokens])
         writer.add_add_space_prefix("Prepend" in json.dumps(tokenizer.get("normalizer")) or _metaspace_prefix(tokenizer))
     else:
@@ -91,7 +91,7 @@ def _read_bpe(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _silent_about_pairs() -> Iterator[None]:
-    """Without gguf's warnings about how a tokenizer joins two texts, which no causal language model is given."""
+    """Suppress gguf's warnings about how a tokenizer joins two texts, which a causal language model never needs."""
 
     def matters(record: logging.LogRecord) -> bool:
         return "TemplateProcessing<pair>" not in record.getMessage()
@@ -131,7 +131,7 @@ def _pre_tokenizer(tokenizer: dict[str, Any]) -> str:
     name = _PRE_TOKENIZERS.get(tuple(steps))
     if name is None:
         raise InputError(
-            f"The tokenizer cuts text in a way ({', '.join(str(kind) for kind, _ in steps)}) that llama.cpp may know, but "
-            "this package does not; convert the padded export with llama.cpp's own convert_hf_to_gguf.py."
+            f"This package cannot map the tokenizer's pre-tokenizer ({', '.join(str(kind) for kind, _ in steps)}) to one "
+            "of llama.cpp's; convert the padded export with llama.cpp's own convert_hf_to_gguf.py."
         )
     return name

@@ -1,4 +1,4 @@
-"""Models of any layer sizes as an architecture of transformers itself: smaller layers are padded by zeros."""
+"""Export of any model to an architecture of transformers itself: smaller layers are padded with zeros."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from slimllm.models.slicing import LayerSizes
 
 @register_exporter("padded")
 class Padded(FolderExporter):
-    """Transformers' own architecture, every layer brought to the sizes of the largest by zeros: exact, and no faster."""
+    """Writer of a transformers architecture with every layer zero-padded to the largest sizes: exact, but not faster."""
 
     def padded_sizes(self, source: CheckpointModel) -> LayerSizes | None:
-        """Sizes that hold every layer, with as many heads as the architecture asks for."""
+        """Return sizes that hold every layer, with a number of heads that the architecture accepts."""
         wanted = padded_sizes(source.sizes())
-        if source.spec.fits_llama(source.config):  # seed_oss takes any number
+        if source.spec.fits_llama(source.config):  # seed_oss accepts any number of heads
             return wanted
         for more in range(source.config.hidden_size):
             kv_heads = wanted.num_kv_heads + more

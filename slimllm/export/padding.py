@@ -1,4 +1,4 @@
-"""Layers of different sizes made alike by zeros, which changes nothing that they compute."""
+"""Zero padding that gives all layers equal sizes without changing their outputs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from slimllm.models.slicing import LayerSizes, Tensors
 
 
 def padded_sizes(sizes: list[LayerSizes]) -> LayerSizes:
-    """The least sizes that hold every layer: the most KV heads, query heads per KV head, and channels of any.
+    """Return the smallest sizes that hold every layer: the maxima of KV heads, query heads per KV head, and channels.
 
-    `params` is that of a layer before it.
+    `params` is not recounted; it is the first layer's.
     """
     kv_heads, group = max(size.num_kv_heads for size in sizes), max(size.group_size for size in sizes)
     return dataclasses.replace(
@@ -27,16 +27,16 @@ def padded_sizes(sizes: list[LayerSizes]) -> LayerSizes:
 
 
 def pad_layer(tensors: Tensors, spec: Family, size: LayerSizes, wanted: LayerSizes, head_dim: int) -> Tensors:
-    """A layer with more heads and channels, all of whose weights and biases are 0.
+    """Return a layer with added heads and channels, whose weights and biases are all 0.
 
-    A new head's values are 0 and so is what it puts out; a new channel's product of gate and up is 0. New query heads go to
-    the end of their KV group, so that those that were there keep their keys and values.
+    The values of an added head are 0, and so is its output. The product of gate and up of an added channel is 0. Query
+    heads are added at the end of their KV group, so that the existing ones keep their keys and values.
 
     Args:
-        tensors: The layer's tensors, by names relative to it.
-        spec: The names in it.
-        size, wanted: Its sizes, and those to bring it to.
-        head_dim: The model's.
+        tensors: The layer's tensors, by names relative to the layer.
+        spec: The family, which has the names of the projections.
+        size, wanted: The layer's sizes, and the sizes to pad it to.
+        head_dim: The model's head dimension.
     """
     queries = (size.num_kv_heads, size.group_size, head_dim), (wanted.num_kv_heads, wanted.group_size, head_dim)
     keys = (size.num_kv_heads, 1, head_dim), (wanted.num_kv_heads, 1, head_dim)
@@ -57,7 +57,7 @@ def pad_layer(tensors: Tensors, spec: Family, size: LayerSizes, wanted: LayerSiz
 
 
 def _pad_rows(tensor: torch.Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> torch.Tensor:
-    """Zeros after the rows of a tensor, which are numbered by three indices of the sizes `old`, brought to `new`."""
+    """Pad the rows of a tensor with zeros: viewed as three dimensions of sizes `old`, they are padded to sizes `new`."""
     whole = tensor.new_zeros(*new, *tensor.shape[1:])
     whole[: old[0], : old[1], : old[2]] = tensor.reshape(*old, *tensor.shape[1:])
     return whole.flatten(0, 2)

@@ -1,4 +1,4 @@
-"""The model that is exported: what of it would be lost in another form, and what is there but changes nothing."""
+"""The model to export, without zero biases where a format has no place for them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from slimllm.checkpoints.source import CheckpointModel
 
 
 class ExportSource(CheckpointModel):
-    """A checkpoint whose zero biases can be left out where a form has no place for them."""
+    """A checkpoint whose zero biases can be left out if a format has no place for them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint, torch.device("cpu"), torch.float32)
         self._all = self._shapes
 
     def zero_biases(self) -> list[set[str]]:
-        """Biases that are 0 in every layer; those in one set are there together or not at all."""
+        """Return sets of biases that are 0 in every layer; an architecture has all biases of a set, or none."""
         spec = self.spec
         groups = ((spec.q_proj, spec.k_proj, spec.v_proj), (spec.o_proj,), spec.into_ffn, (spec.down_proj,))
         prefixes = [self.layer_prefix(index) for index in range(self.num_layers)]
@@ -31,11 +31,11 @@ class ExportSource(CheckpointModel):
         return result
 
     def leave_out(self, names: set[str]) -> None:
-        """From now on be the model without these tensors, and with all others."""
+        """Hide these tensors from now on, and no others."""
         self._shapes = {name: shape for name, shape in self._all.items() if name not in names}
 
     def fewer_and_fewer(self) -> Iterator[None]:
-        """Be the whole model, and then, one after the other, what is the same without some of its zero biases."""
+        """Present the whole model, and then every variant without some of its zero biases; yield after each change."""
         yield
         zero = self.zero_biases()
         for number in range(1, len(zero) + 1):

@@ -1,4 +1,4 @@
-"""Models whose layers are alike, as an architecture of transformers itself."""
+"""Export of models whose layers have equal sizes to an architecture of transformers itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slimllm.models.slicing import LayerSizes
 
 @register_exporter("stock")
 class Stock(FolderExporter):
-    """Transformers' own architecture, for models whose layers are alike (`slimllm prune --uniform`)."""
+    """Writer of a transformers architecture, for models whose layers have equal sizes (`slimllm prune --uniform`)."""
 
     def padded_sizes(self, source: CheckpointModel) -> LayerSizes | None:
         return None

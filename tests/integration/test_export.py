@@ -51,9 +51,7 @@ def test_padding_to_a_number_of_heads_that_is_taken(family: str, tmp_path: Path)
     assert len({one["num_heads"] for one in report.layers}) == 1
     heads = report.layers[0]["num_heads"]
     if family == "opt":
-        with pytest.raises(
-            InputError, match=f"opt does not take {heads} heads beside a hidden size of 48; give --to padded"
-        ):
+        with pytest.raises(InputError, match=f"opt does not take {heads} heads with a hidden size of 48; give --to padded"):
             export(tmp_path / "out", tmp_path / "stock", "stock")
     assert export(tmp_path / "out", tmp_path / "padded", "padded") == family
     pruned, padded = (AutoModelForCausalLM.from_pretrained(tmp_path / name).double() for name in ("out", "padded"))
@@ -84,7 +82,7 @@ def test_biases_are_kept_or_the_export_is_refused(tmp_path: Path) -> None:
                 match=rf"these projections: .*o, .*down\. transformers' {family} has no place.*the native format",
             ):
                 export(tmp_path / family, tmp_path / "other", form)
-        with pytest.raises(InputError, match=f"which {family} with its norms or windows is not"):
+        with pytest.raises(InputError, match=f"from which {family} differs by its norms or windows"):
             export(tmp_path / family, tmp_path / "m.gguf", "gguf")
         assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".*"))
 
@@ -158,13 +156,13 @@ def test_nothing_is_overwritten_unasked(stories_path: Path, tmp_path: Path) -> N
     (tmp_path / "there.gguf").write_text("mine")
     refused = [
         ("there.gguf", "gguf", "exists already"),
-        ("model", "gguf", "ends with .gguf"),
+        ("model", "gguf", "must end with .gguf"),
         ("x", "onnx", "exporter must be one of gguf, padded, stock"),
     ]
     for place, to, words in refused:
         with pytest.raises(InputError, match=words):
             export(stories_path, tmp_path / place, to)
-    with pytest.raises(InputError, match="is no GGUF file, so it will not be overwritten"):
+    with pytest.raises(InputError, match="is not a GGUF file, so it will not be overwritten"):
         export(stories_path, tmp_path / "there.gguf", "gguf", overwrite=True)
     assert (tmp_path / "there.gguf").read_text() == "mine"
     (tmp_path / "there.gguf").write_bytes(b"GGUF, an old one")
