@@ -1,4 +1,4 @@
-"""A short training of a pruned model by LoRA: what `slimllm finetune` does."""
+"""Short LoRA training of a pruned model, run by `slimllm finetune`."""
 
 from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.report import FinetuneReport

@@ -1,4 +1,4 @@
-"""What the user decides about a training."""
+"""Settings of a training."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from slimllm.errors import InputError
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Settings of a training by LoRA (arXiv 2106.09685); the defaults are SlimLLM's, and LLM-Pruner's where it has none,
-    but for the warm-up and the held-out examples.
+    """Settings of a LoRA training (arXiv 2106.09685).
+
+    The defaults are SlimLLM's, or LLM-Pruner's where SlimLLM gives none, except for the warm-up and the held-out examples.
 
     Attributes:
-        rank: r of the two factors of every projection's update.
+        rank: Rank r of the two factors of every projection's update.
         alpha: The update is multiplied by alpha / rank.
-        dropout: Dropout of what enters the factors.
-        learning_rate: AdamW's at its highest: it rises linearly over the first `warmup` of all steps and falls linearly
-            to 0.
-        warmup: A share of all steps.
-        epochs: How often every example is seen.
-        batch_size: Examples of a step.
-        micro_batch: Examples that pass the model at once; it changes memory, the last digits, and what the dropout
-            draws.
-        seq_len: Tokens of an example at most; text is cut into windows of so many.
-        held_out: Examples, of the end of a seeded permutation, that are not trained on but measured; a tenth at most.
-        max_steps: End after so many steps, with the learning rate at 0 then; None: after the last epoch.
-        save_every: Steps from one state on the disk, from which an interrupted training is resumed, to the next.
-        seed: Seed of the held-out examples, their order, the factors and the dropout.
-        dtype: `float32` or `bfloat16`, what the model computes in, the factors always being float32 (float16 has no room
-            for gradients); None: float32 on a CPU, bfloat16 on a GPU.
+        dropout: Dropout rate at the input of the factors.
+        learning_rate: Peak learning rate of AdamW. It rises linearly during the warm-up, and then falls linearly to 0.
+        warmup: Share of all steps that the warm-up takes.
+        epochs: Number of passes over the examples.
+        batch_size: Examples in a step.
+        micro_batch: Examples in a forward pass. It changes memory, the last digits, and the random draws of the dropout.
+        seq_len: Maximum number of tokens in an example; text is cut into windows of this length.
+        held_out: Number of examples, from the end of a seeded permutation, that are measured and not trained on; at most a
+            tenth of all.
+        max_steps: Number of steps after which the training ends, with the learning rate at 0; None: all epochs.
+        save_every: Steps between two states on the disk, from which an interrupted training is resumed.
+        seed: Seed of the choice of held-out examples, the order of examples, the factors and the dropout.
+        dtype: `float32` or `bfloat16`: dtype of the model's computation; None: float32 on a CPU, bfloat16 on a GPU. The
+            factors are always float32. The range of float16 is too small for gradients.
         device: `cpu`, `cuda`, …; None: a GPU if there is one.
 
     Raises:
@@ -74,7 +74,7 @@ class FinetuneConfig:
         for name in ("dropout", "learning_rate", "warmup"):
             check_number(name, getattr(self, name), (int, float), 0)
         if not self.learning_rate:
-            raise InputError("learning_rate must be above 0, or nothing is learnt.")
+            raise InputError("learning_rate must be above 0, or nothing is learnt; got 0.")
         for name in ("dropout", "warmup"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name} is a share and must be below 1, got {getattr(self, name)}.")
@@ -82,5 +82,5 @@ class FinetuneConfig:
             check_choice("dtype", self.dtype, ("float32", "bfloat16"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON types."""
+        """Return the settings as plain JSON types."""
         return dataclasses.asdict(self)

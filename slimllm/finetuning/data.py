@@ -1,4 +1,4 @@
-"""Examples to train on: instructions with answers, or windows of text."""
+"""Training examples: instructions with answers, conversations, or windows of text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from slimllm.checkpoints.tokenizer import encode
 from slimllm.errors import InputError
 
 _log = logging.getLogger("slimllm")
-# Stanford Alpaca's, on which LLM-Pruner and SlimLLM train.
+# Templates of Stanford Alpaca, on which LLM-Pruner and SlimLLM train.
 _ALONE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -43,7 +43,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, of which the first `given` are not learnt: the instruction."""
+    """Token ids of an example; the first `given`, the instruction, are not learnt."""
 
     ids: tuple[int, ...]
     given: int = 0
@@ -53,17 +53,18 @@ def read_examples(data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len:
     """Read the examples of a file.
 
     Args:
-        data: A file of JSON lines, a JSON list, a table (.csv, .tsv) or plain text, also compressed with gzip or zstd. The
-            objects have "instruction", "output" and, if there is one, "input", as Alpaca has them, and each is an example,
-            whose answer alone is learnt; or "messages", of which the last one of the role "assistant" is learnt, and what
-            comes before it is given, as the model's chat template writes it; or "text". Text is cut into windows, all of
-            whose tokens are learnt.
-        tokenizer: The model's.
-        seq_len: Tokens of an example at most. Longer answers are cut off; what leaves no room for its answer, or has none,
-            is left out, as is what is not valid Unicode; how many are is logged.
+        data: A file of JSON lines, a JSON list, a table (.csv, .tsv) or plain text, also compressed with gzip or zstd. All
+            objects have fields of one kind:
+            "instruction", "output" and optionally "input", as in Alpaca: only the output is learnt;
+            "messages": the last message of the role "assistant" is learnt, and those before it are given, all as the
+            model's chat template renders them;
+            "text": all texts are cut into windows, all of whose tokens are learnt.
+        tokenizer: The model's tokenizer.
+        seq_len: Maximum number of tokens in an example. Longer answers are cut off. Examples without an answer or without
+            room for it, and those that are not valid Unicode, are left out; their number is logged.
 
     Raises:
-        ValueError: (as InputError) there is no such file, it cannot be read, or gives no example.
+        ValueError: (as InputError) there is no such file, it cannot be read, or it yields no example.
     """
     path, name = Path(os.path.expanduser(data)), shown(data)
     try:
@@ -104,7 +105,7 @@ def read_examples(data: str | Path, tokenizer: PreTrainedTokenizerBase, seq_len:
 
 
 def batch_of(examples: list[Example], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids, attention mask and labels, (examples, tokens) int64 each, padded on the right."""
+    """Return token ids, attention mask and labels, each (examples, tokens) int64, padded on the right."""
     length = max(len(example.ids) for example in examples)
     ids, mask = torch.zeros(2, len(examples), length, dtype=torch.int64)
     labels = torch.full_like(ids, _IGNORED)
@@ -116,7 +117,7 @@ def batch_of(examples: list[Example], device: torch.device) -> tuple[torch.Tenso
 
 
 def learnt(labels: torch.Tensor) -> torch.Tensor:
-    """Which positions are predicted, (examples, tokens - 1): those whose next token is learnt."""
+    """Return a mask, (examples, tokens - 1) bool, of the positions whose next token is learnt."""
     return labels[:, 1:] != _IGNORED
 
 
@@ -125,7 +126,7 @@ def _kind(record: dict[str, Any]) -> str:
 
 
 def _checked(numbered: list[tuple[int, Any]], name: str) -> list[tuple[int, dict[str, Any]]]:
-    """The records, if they are objects of a known kind; an answer may be missing, but not all of them."""
+    """Check that the records are objects of a known kind, and return them. Some answers may be missing, but not all."""
     if not numbered:
         raise InputError(f"{name} holds no list of JSON objects.")
     answered = any(isinstance(record, dict) and "output" in record for _, record in numbered)
@@ -134,20 +135,20 @@ def _checked(numbered: list[tuple[int, Any]], name: str) -> list[tuple[int, dict
         # Messages are checked where they are rendered.
         wanted = {"text": ("text",), "messages": (), "instruction": ("instruction",)}[_kind(fields)]
         optional = ("input", "output") if wanted == ("instruction",) else ()
-        # A text may be null, and is left out then.
+        # A text may be null; it is then left out.
         strings = all(isinstance(fields.get(field), str | None if field == "text" else str) for field in wanted)
         strings = strings and all(isinstance(fields.get(field), str | None) for field in optional)
         if not strings or not isinstance(record, dict) or (optional and not answered):
             has = f" (it has {fields_of(record)})" if isinstance(record, dict) else ""
             raise InputError(
-                f'Entry {number} of {name} is not a JSON object with "instruction" and "output", or with "text", as text, '
-                f'or with "messages"{has}.'
+                f'Entry {number} of {name} is not a JSON object with the strings "instruction" and "output", or with the '
+                f'string "text", or with "messages"{has}.'
             )
     return numbered
 
 
 def _everything(record: dict[str, Any]) -> str:
-    """What is read of a record, as one string."""
+    """Join all strings that are read from a record."""
     fields = ("text", "instruction", "input", "output")
     messages = record.get("messages")
     parts = [record.get(field) for field in fields] + [
@@ -176,7 +177,8 @@ def _conversation(record: dict[str, Any], where: str, tokenizer: PreTrainedToken
         return None
     given = rendered(messages[:last], tokenizer, where, answer=True) or ""
     whole = rendered(messages[: last + 1], tokenizer, where) or ""
-    # With what the template writes after an answer, which the model must learn; some templates change what comes before it.
+    # Include what the template writes after an answer, which the model must learn. Some templates also change the text
+    # before the answer; the answer then stays as given.
     if whole.startswith(given):
         answer = whole[len(given) :].rstrip()
     return _example(given, answer.removesuffix(tokenizer.eos_token or ""), tokenizer, seq_len)
@@ -184,7 +186,7 @@ def _conversation(record: dict[str, Any], where: str, tokenizer: PreTrainedToken
 
 def _example(prompt: str, output: str, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Example | None:
     given = encode(tokenizer, prompt)
-    # Apart from the instruction, so that where it ends is known; the end, if the tokenizer has one, is learnt too.
+    # Tokenized apart from the instruction, so that the border is known. The end token, if there is one, is learnt too.
     answer = encode(tokenizer, output, special_tokens=False)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if len(given) >= seq_len or not answer:

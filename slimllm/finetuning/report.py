@@ -1,4 +1,4 @@
-"""finetune.json: everything about a training, for people and programs."""
+"""finetune.json: the report of a training, for people and programs."""
 
 from __future__ import annotations
 
@@ -40,21 +40,22 @@ _SHAPE = {
 
 @dataclass
 class FinetuneReport:
-    """What a training did. Keys of finetune.json are the names of these fields.
+    """Record of a training. The keys of finetune.json are the names of these fields.
 
     Attributes:
-        model, data, out: As they were given.
+        model, data, out: The arguments, as given by the user.
         config: The settings (`FinetuneConfig.to_dict`).
-        examples: How many were trained on, and `held_out_examples` only measured.
-        trainable: Parameters of the factors, of `parameters` of the model.
-        loss: Loss before every step, in nats a learnt token.
-        held_out: Pairs of a step, after which it was, and the mean loss of the held-out examples: before the first one,
-            every `save_every` steps, and at the end; before the factors are merged and rounded to the checkpoint's dtype.
-        tokens: That passed the model in training.
-        elapsed_s: Seconds in all, those before an interruption included.
+        examples, held_out_examples: Numbers of examples trained on, and only measured.
+        trainable, parameters: Numbers of parameters of the factors, and of the model.
+        loss: Loss before every step, in nats per learnt token.
+        held_out: Pairs of a number of steps done and the mean loss of the held-out examples after them: for 0 steps, every
+            `save_every` steps, and at the end. The losses are measured before the factors are merged into the weights and
+            rounded to the checkpoint's dtype.
+        tokens: Number of tokens that passed the model in training.
+        elapsed_s: Total seconds, including those before an interruption.
         peak_host_gib, peak_gpu_gib: Peak memory since the last interruption.
-        device, compute_dtype, versions: What ran.
-        identity: What another training must have in common with this one to be the same.
+        device, compute_dtype, versions: Device, dtype and software versions of the computation.
+        identity: Everything that two trainings must have in common for one to resume the other.
     """
 
     model: str
@@ -86,17 +87,17 @@ class FinetuneReport:
         """Read the report of a trained checkpoint.
 
         Raises:
-            ValueError: (as InputError) the folder holds no finetune.json, or none of ours.
+            ValueError: (as InputError) the folder has no finetune.json, or the file is not a report of a training.
         """
         path = Path(folder) / FINETUNE_NAME
         report = read_report(cls, path, "a training", _SHAPE)
         if any(len(pair) != 2 for pair in report.held_out):
-            raise InputError(f"{path} is not the report of a training: held_out is not of pairs.")
+            raise InputError(f"{path} is not the report of a training: held_out is not a list of pairs.")
         return report
 
 
 def add_to_model_card(report: FinetuneReport, folder: Path) -> None:
-    """Say in the README.md of a folder, if there is one, that the model has been trained; nothing depends on the clock."""
+    """Describe the training in the README.md of a folder, if there is one; the text does not depend on the clock."""
     card, config = folder / "README.md", report.config
     if not card.is_file():
         return

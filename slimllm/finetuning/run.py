@@ -1,4 +1,4 @@
-"""One training: checks, steps with states on the disk, and the result, merged, in the format of the model."""
+"""One training: checks, steps with saved states, and the merged result in the format of the model."""
 
 from __future__ import annotations
 
@@ -45,25 +45,25 @@ def finetune(
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> FinetuneReport:
-    """Train a model, pruned or not, by LoRA on all projections of its layers, and write it, merged, in its own format.
+    """Train a model, pruned or not, by LoRA on all projections of its layers; write it with merged factors in its format.
 
     Args:
-        model: A Hugging Face folder, such as `prune` writes.
-        data: What to train on, see `read_examples`.
-        out: The folder to make. It appears when it is complete.
+        model: A Hugging Face folder, such as one written by `prune`.
+        data: A file of training examples, see `read_examples`.
+        out: The folder to write. It appears only when it is complete.
         config: The settings; None: the defaults.
-        overwrite: Replace a model that is in `out` already.
-        resume: Resume the interrupted training, if there is one: the result becomes what it would have been.
-        trust_remote_code: Run Python code that comes with the model, such as that of its tokenizer.
-        progress: Called after every step (`StepTrained`) and, in the end, every layer that is written (`PartWritten`). An
-            exception that it raises stops the training there, with its state on the disk.
+        overwrite: Replace an existing model in `out`.
+        resume: Resume the interrupted training, if there is one. The result is the same as without the interruption.
+        trust_remote_code: Run Python code that comes with the model, such as its tokenizer's.
+        progress: Called after every step (`StepTrained`) and, at the end, after every layer that is written
+            (`PartWritten`). An exception that it raises stops the training there, with its state on the disk.
 
     Returns:
         The report, which is also written to `out`/finetune.json.
 
     Raises:
-        ValueError: (as InputError) something about the input is wrong; (as OutputError) the disk is full or failed.
-        TypeError: config is no FinetuneConfig.
+        ValueError: (as InputError) the input is wrong; (as OutputError) the disk is full or failed.
+        TypeError: config is not a FinetuneConfig.
     """
     started = time.perf_counter()
     config = FinetuneConfig() if config is None else config
@@ -75,7 +75,8 @@ def finetune(
         if error.name != "peft":
             raise
         raise InputError(
-            "LoRA is peft's, which is not installed; pip install peft, or this package with the extra finetune."
+            "LoRA needs peft, which is not installed; run pip install peft, or install this package with the extra "
+            "finetune."
         ) from None
     out, device = destination(out), parse_device(config.device)
     in_place = check_interrupted(out, resume)
@@ -88,7 +89,7 @@ def finetune(
     if config.rank > source.config.hidden_size:
         raise InputError(
             f"rank is {config.rank}, but the model's matrices have only {source.config.hidden_size} rows or columns; "
-            "give less."
+            "give a smaller rank."
         )
     examples, held_out = _examples(data, checkpoint.tokenizer(trust_remote_code), config, source)
     compute_dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
@@ -110,7 +111,10 @@ def finetune(
         training = Training(loaded, source.spec.layers, examples, config)
         missing = [name for name in training.projections if f"{name}.weight" not in source.shapes()]
         if missing:
-            raise InputError(f"{missing[0]} of {model} is stored in a form of its own; prune the model first.")
+            raise InputError(
+                f"{missing[0]} of {model} combines several projections in one matrix; prune the model first, which "
+                "separates them."
+            )
         memory.reset_peak(device)
         curve = _train(training, held_out, config, writer.journal, started, progress)
         _write(training, source, writer, progress)
@@ -141,7 +145,7 @@ def finetune(
 def _examples(
     data: str | Path, tokenizer: PreTrainedTokenizerBase, config: FinetuneConfig, source: CheckpointModel
 ) -> tuple[list[Example], list[Example]]:
-    """Those to train on, and those held out."""
+    """Return the examples to train on, and the held-out ones."""
     check_seq_len(config.seq_len, source.config)
     every = read_examples(data, tokenizer, config.seq_len)
     if max(max(example.ids) for example in every) >= source.config.vocab_size:
@@ -155,7 +159,7 @@ def _examples(
 def _identity(
     source: CheckpointModel, examples: list[Example], config: FinetuneConfig, compute_dtype: str
 ) -> dict[str, Any]:
-    """What two trainings must have in common for one to resume the other."""
+    """Return everything that two trainings must have in common for one to resume the other."""
     settings = config.to_dict()
     del settings["device"], settings["dtype"]
     checksums = [fingerprint(source.weights(index)) for index in range(source.num_layers)]
@@ -177,7 +181,7 @@ def _train(
     started: float,
     progress: ProgressCallback | None,
 ) -> dict[str, Any]:
-    """All steps that are left: the curve, as the report has it."""
+    """Do all remaining steps, and return the curve as fields of the report."""
     curve: dict[str, Any] = {"loss": [], "held_out": [], "tokens": 0, "elapsed_s": 0.0}
     if steps := journal.done("train"):
         training.restore(journal.state(), len(steps[-1]["loss"]))
@@ -190,7 +194,7 @@ def _train(
 
     def record() -> None:
         curve["elapsed_s"] = time.perf_counter() - started
-        journal.record("train", training.state(), **copy.deepcopy(curve))  # it is written beside the next steps
+        journal.record("train", training.state(), **copy.deepcopy(curve))  # written in parallel with the next steps
 
     while training.done < training.num_steps:
         loss, tokens = training.step()
@@ -212,7 +216,7 @@ def _train(
 
 
 def _write(training: Any, source: CheckpointModel, writer: CheckpointWriter, progress: ProgressCallback | None) -> None:
-    """The model's files, with the factors in its weights."""
+    """Write the model's files with the factors merged into the weights."""
     checkpoint = source.checkpoint
     for index in range(source.num_layers):
         prefix, tensors = source.layer_prefix(index), {}
@@ -221,7 +225,7 @@ def _write(training: Any, source: CheckpointModel, writer: CheckpointWriter, pro
             if name.endswith(".weight") and projection in training.projections:
                 tensor = (tensor.float() + training.update(projection)).to(tensor.dtype)
                 if not bool(tensor.isfinite().all()):
-                    raise HopelessError(f"{prefix}{name} is not finite any more; give a smaller learning_rate.")
+                    raise HopelessError(f"{prefix}{name} is not finite after training; give a smaller learning_rate.")
             tensors[prefix + name] = tensor
         writer.write_shard(index + 1, tensors)
         if progress:

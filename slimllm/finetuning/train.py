@@ -1,4 +1,4 @@
-"""The training itself: steps of AdamW on the factors of LoRA, each a function of its number and the state before it."""
+"""The training loop: AdamW steps on the LoRA factors. Each step depends only on its number and the state before it."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.data import Example, batch_of, learnt
 from slimllm.runtime.hidden_states import State
 
-MAX_NORM = 1.0  # of the gradient, as transformers' Trainer has it, which LLM-Pruner trains with
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+MAX_NORM = 1.0  # gradient clipping, the default of transformers' Trainer, which LLM-Pruner uses
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's moments
 
 
 class Training:
-    """A model with its factors, and the steps that train them.
+    """A model with LoRA factors, and the steps that train them.
 
     Args:
-        model: The model, whose weights stay as they are.
+        model: The model, whose weights stay unchanged.
         layers: The name of its list of layers, in which all projections get factors.
-        examples: To train on.
+        examples: The examples to train on.
         config: The settings.
 
     Attributes:
-        num_steps: How many there are.
-        done: How many of them are done.
-        device: Where the model is.
-        projections: Those with factors, by their names in the model.
+        num_steps: Total number of steps.
+        done: Number of steps done.
+        device: The model's device.
+        projections: Projections with factors, by their names in the model.
     """
 
     def __init__(self, model: PreTrainedModel, layers: str, examples: list[Example], config: FinetuneConfig) -> None:
@@ -55,8 +55,8 @@ class Training:
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng([]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # of peft to transformers
-            torch.manual_seed(config.seed)  # of the factors, which are made on the CPU
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # caused by peft, not by us
+            torch.manual_seed(config.seed)  # for the factors, which are initialised on the CPU
             self.model: PeftModel = get_peft_model(model, lora)
         base: Any = self.model.base_model.model
         self.projections = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
@@ -65,16 +65,16 @@ class Training:
 
     @property
     def trainable(self) -> int:
-        """Parameters of the factors."""
+        """Number of parameters of the factors."""
         return sum(factor.numel() for factor in self._factors.values())
 
     def step(self) -> tuple[float, int]:
-        """One more step: the loss before it, in nats a learnt token, and how many tokens passed the model.
+        """Do one step; return the loss before it, in nats per learnt token, and the number of tokens in its examples.
 
         Raises:
             ValueError: (as HopelessError) the loss or its gradient is not finite.
         """
-        self.model.eval()  # a model's own dropout, which OPT has, stays off
+        self.model.eval()  # keeps the model's own dropout off, such as OPT's
         for layer in self.projections.values():
             layer.lora_dropout.train()
         for group in self._optimizer.param_groups:
@@ -83,8 +83,8 @@ class Training:
         number = sum(len(example.ids) - max(example.given, 1) for example in batch)
         total, tokens = 0.0, 0
         self._optimizer.zero_grad()
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the caller's is left alone
-            torch.manual_seed((self._config.seed + 1) * 1_000_003 + self.done)  # of the dropout
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # the caller's state is kept
+            torch.manual_seed((self._config.seed + 1) * 1_000_003 + self.done)  # for the dropout
             for start in range(0, len(batch), self._config.micro_batch):
                 some = batch[start : start + self._config.micro_batch]
                 loss = self._loss(some) / number
@@ -102,14 +102,14 @@ class Training:
         return total, tokens
 
     def learning_rate(self, step: int) -> float:
-        """That of a step, from 0: linearly up, and linearly down to 0 after the last one."""
+        """Return the learning rate of a step, counted from 0: linear warm-up, then linear decay to 0 past the last step."""
         rising = max(1, round(self._config.warmup * self.num_steps))
         share = (step + 1) / rising if step < rising else (self.num_steps - step) / (self.num_steps - rising + 1)
         return self._config.learning_rate * share
 
     @torch.no_grad()
     def mean_loss(self, examples: list[Example]) -> float:
-        """Mean loss of examples, in nats a learnt token."""
+        """Return the mean loss of examples, in nats per learnt token."""
         self.model.eval()
         total, number = 0.0, sum(len(example.ids) - max(example.given, 1) for example in examples)
         for start in range(0, len(examples), self._config.micro_batch):
@@ -119,20 +119,20 @@ class Training:
         return total / number
 
     def update(self, projection: str) -> torch.Tensor:
-        """What the factors add to a projection's weight, (out, in) fp32 on the CPU."""
+        """Return the update that the factors add to a projection's weight, (out, in) fp32 on the CPU."""
         layer: Any = self.projections[projection]
         (adapter,) = layer.active_adapters
         change: torch.Tensor = layer.get_delta_weight(adapter)
         return change.detach().float().cpu()
 
     def state(self) -> State:
-        """What the training is resumed from: the factors and their moments, which `restore` takes."""
+        """Return the state that `restore` resumes from: the factors and their moments."""
         tensors = dict(self._tensors())
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         return State(layout, (tensor.detach().cpu() for tensor in tensors.values()))
 
     def restore(self, state: Any, done: int) -> None:
-        """Resume after a step, with an open safetensors file of `state`."""
+        """Resume after `done` steps, from an open safetensors file of what `state` returned."""
         self.done = done
         for factor in self._factors.values():
             zeros = {moment: torch.zeros_like(factor) for moment in _MOMENTS}
@@ -148,7 +148,7 @@ class Training:
                 yield f"{name}.{moment}", self._optimizer.state[factor][moment]
 
     def _batch(self, step: int) -> list[Example]:
-        """The examples of a step; those of an epoch are all, in an order of its own."""
+        """Return the examples of a step. Each epoch goes through all examples, in its own order."""
         size, number = self._config.batch_size, len(self._examples)
         epoch, start = divmod(step, math.ceil(number / size))
         generator = torch.Generator().manual_seed((self._config.seed + 1) * 1009 + epoch)
@@ -156,10 +156,10 @@ class Training:
         return [self._examples[index] for index in order[start * size : (start + 1) * size]]
 
     def _loss(self, examples: list[Example]) -> torch.Tensor:
-        """Loss summed over all learnt tokens, in nats.
+        """Return the loss summed over all learnt tokens, in nats.
 
         Raises:
-            ValueError: (as InputError) the GPU's memory is not enough.
+            ValueError: (as InputError) the GPU ran out of memory.
         """
         ids, mask, labels = batch_of(examples, self.device)
         try:
