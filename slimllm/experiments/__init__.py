@@ -1,1 +1,1 @@
-"""Several runs beside each other: methods, ratios, and the benchmark."""
+"""Experiments of several runs: comparison of methods, sweep over ratios, and benchmark."""

@@ -1,7 +1,7 @@
-"""`slimllm compare`: the same model pruned by several methods at the same ratios, and the perplexity of each.
+"""`slimllm compare`: one model pruned by several methods at the same ratios, and the perplexity of each result.
 
-What the methods have in common is done once: the windows, and the dense pass of those that need the same of it. From the
-first pruned layer on their activations differ.
+Work that methods have in common is done once: the windows, and the dense pass of methods that need the same from it. From
+the first pruned layer on, activations differ.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ class Compared:
     """One line of the comparison.
 
     Attributes:
-        method: Its name, or `dense` for the model as it is.
-        ratio: What was asked for; 0 for the dense model.
-        perplexity: On the text.
-        log_increase: Increase of its logarithm over the dense model's.
-        parameters: Number in the whole model.
-        seconds: Time of pruning, as if it were alone: with the dense pass, which another one may have made (`shared`).
-        dense_pass_s: Time of computing in one dense pass.
-        bos_token_id: What the windows of the text begin with; None: no BOS.
+        method: Name of the method, or `dense` for the unpruned model.
+        ratio: The ratio asked for; 0 for the dense model.
+        perplexity: Perplexity on the text.
+        log_increase: Increase of the log perplexity over the dense model's.
+        parameters: Number of parameters of the whole model.
+        seconds: Seconds of pruning including the dense pass, even if another run made it.
+        dense_pass_s: Seconds of computation in one dense pass.
+        shared: Whether another run's dense pass was used.
+        bos_token_id: BOS that the windows of the text begin with; None: no BOS.
         methods: Criterion, allocation and recovery, with their options, in words; empty for the dense model.
     """
 
@@ -69,27 +70,28 @@ def compare(
     progress: ProgressCallback | None = None,
     on_line: Callable[[Compared], None] | None = None,
 ) -> list[Compared]:
-    """Prune a model by every method at every ratio, and measure each on the same text.
+    """Prune a model by every method at every ratio, and measure each result on the same text.
 
     Args:
         model: A folder, a GGUF file or a hub id.
         ratios: Fractions of the layers' parameters to remove.
-        config: The settings that all have in common: calibration, memory, device. A method sets the criterion, the
-            allocation, the recovery and the token weights.
-        token_ids: The text to measure on, (num_tokens,) int64; not the calibration's.
+        config: The common settings: calibration, memory, device. A method sets the criterion, the allocation, the recovery
+            and the token weights.
+        token_ids: The evaluation text, (num_tokens,) int64; not the calibration text.
         methods: Names, see `slimllm.experiments.methods.row_of`; or settings of `PruneConfig` by a name for the table.
         seq_len: Tokens per window of the text.
-        max_windows: So many windows from its beginning; None: all.
+        max_windows: Number of windows from the beginning of the text; None: all.
         bos_token_id: As for `perplexity`.
-        workdir: Where the model at work is written, and deleted again; None: the system's temporary folder.
+        workdir: Folder for the current pruned model, which is deleted after it is measured; None: the system's temporary
+            folder.
         progress: As for `prune`.
-        on_line: Called with every line as soon as it is there.
+        on_line: Called with every line as soon as it is complete.
 
     Returns:
-        The lines, that of the dense model first.
+        The lines, the dense model's first.
 
     Raises:
-        ValueError: (as InputError) a method is not known, or what `prune` and `perplexity` raise.
+        ValueError: (as InputError) a method is unknown, or an error of `prune` or `perplexity`.
     """
     if not methods or not ratios:
         raise InputError("Give at least one method and one ratio.")
@@ -112,14 +114,14 @@ def compare(
     dense = measure(model)
     with tempfile.TemporaryDirectory(prefix="slimllm-compare-", dir=workdir) as folder:
         jobs = [(Path(folder) / str(number), one) for number, one in enumerate(configs.values())]
-        # The preset paper draws other windows, see `calibration_windows`.
+        # The preset paper draws different windows, see `calibration_windows`.
         groups = [[job for job in jobs if (job[1].preset == "paper") == paper] for paper in (False, True)]
         names = dict(zip((out for out, _ in jobs), configs))
 
         def on_report(report: PruneReport, out: Path) -> None:
             name, ratio = names[out]
             value = measure(out)
-            shutil.rmtree(out)  # the next one may be as large
+            shutil.rmtree(out)  # free the disk space for the next model
             if not lines:
                 before = report.parameters["before"]
                 add(Compared("dense", 0.0, dense, 0.0, before, 0.0, report.dense_pass_s, False, bos_token_id))

@@ -1,4 +1,4 @@
-"""Methods by the names that tables have: rows of settings for comparisons and sweeps."""
+"""Settings of methods by the names used in tables, for comparisons and sweeps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from slimllm.config import METHODS as KINDS
 from slimllm.config import PRESETS, PruneConfig
 from slimllm.errors import InputError
 
-# The settings of each method, by its name in a table. Those that measure most come first, so that others can use it.
+# Settings of each method, by its name in a table. Methods that need most from the dense pass come first, so that later ones
+# can reuse it.
 METHODS: dict[str, dict[str, Any]] = {
     "best": {"preset": "best"},
     "flap": {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
@@ -24,19 +25,19 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a row may set; all else is common to a comparison.
+# Settings that a row may have; all others are common to a comparison.
 _SETTINGS = ("preset", "criterion", "allocation", "recovery", "token_weights", "round_to")
 
 
 def rows_of(methods: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings of methods, by name.
+    """Return the settings of methods, by name.
 
     Args:
-        methods: Names, see `row_of`; or, by a name of the caller's, some of the settings `preset`, `criterion`,
-            `allocation`, `recovery`, `token_weights` and `round_to` of `PruneConfig`.
+        methods: Names, see `row_of`; or a mapping from names of the caller's choice to any of the settings `preset`,
+            `criterion`, `allocation`, `recovery`, `token_weights` and `round_to` of `PruneConfig`.
 
     Raises:
-        ValueError: (as InputError) a name is unknown, or cannot be that of a folder; or a row sets something else.
+        ValueError: (as InputError) a name is unknown, or cannot name a folder; or a row has another setting.
     """
     if not isinstance(methods, Mapping):
         return {_spaced(name): row_of(name) for name in methods}
@@ -49,10 +50,11 @@ def rows_of(methods: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[st
 
 
 def row_of(name: str) -> dict[str, Any]:
-    """The settings of a method: a name in `METHODS`, a preset, or one of yours; or such joined by `+`, as `mine + lstsq`.
+    """Return the settings of a method by its name.
 
-    The first part may be a whole method, and those after it take the place of its criterion, allocation or recovery. What
-    is not named is the default preset's.
+    The name is one in `METHODS`, a preset, or a registered criterion, allocation or recovery; or several joined by `+`,
+    such as `mine + lstsq`. The first part may be a whole method; later parts replace its criterion, allocation or recovery.
+    Settings that are not named are those of the default preset.
 
     Raises:
         ValueError: (as InputError) the name is unknown.
@@ -78,15 +80,15 @@ def row_of(name: str) -> dict[str, Any]:
 
 
 def _spaced(name: str) -> str:
-    """A joined name as tables have it."""
+    """Return a joined name as it appears in tables, with a space on each side of `+`."""
     return " + ".join(part.strip() for part in name.split("+"))
 
 
 def config_of(config: PruneConfig, row: Mapping[str, Any], ratio: float) -> PruneConfig:
-    """Settings that several methods have in common, with those of one of them."""
+    """Combine the common settings with those of one method and a ratio."""
     return config.with_preset(**{"preset": "default", **row}, ratio=ratio)
 
 
 def identity_of(config: PruneConfig) -> dict[str, Any]:
-    """Which methods settings have: their code, and their options."""
+    """Return what identifies the methods in the settings: their code and their options."""
     return {kind: [getattr(config, kind).code(), getattr(config, kind).describe()] for kind in KINDS}

@@ -1,4 +1,4 @@
-"""`slimllm sweep`: a model pruned at many ratios; what each costs in perplexity, and gains in parameters and speed."""
+"""`slimllm sweep`: a model pruned at many ratios, with the perplexity, parameters and speed of each result."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ class Swept:
     """One point of the sweep.
 
     Attributes:
-        preset: The preset, or another method, that it was pruned by; `dense` for the model as it is.
-        ratio: What was asked for; 0 for the dense model.
-        parameters: Number in the whole model.
-        perplexity: On the text.
-        log_increase: Increase of its logarithm over the dense model's.
-        prefill_per_s, decode_per_s: Tokens a second, medians over the rounds; of the dense model those beside the first
-            point.
-        prefill_speedup, decode_speedup: Over the dense model, in turns one after the other.
-        prune_s: Seconds of pruning, as if it were alone.
+        preset: The preset, or another method, used for pruning; `dense` for the unpruned model.
+        ratio: The ratio asked for; 0 for the dense model.
+        parameters: Number of parameters of the whole model.
+        perplexity: Perplexity on the text.
+        log_increase: Increase of the log perplexity over the dense model's.
+        prefill_per_s, decode_per_s: Tokens per second, medians over the rounds; the dense model's were measured together
+            with the first point.
+        prefill_speedup, decode_speedup: Speed-ups over the dense model, measured in turns.
+        prune_s: Seconds of pruning including the dense pass, even if another run made it.
     """
 
     preset: str
@@ -60,10 +60,10 @@ class Swept:
 
 
 def parse_ratios(words: Sequence[str]) -> list[float]:
-    """Ratios from `0.1:0.6:0.1` (first, last, step) or single numbers, or several of either; ascending.
+    """Parse words such as `0.1:0.6:0.1` (first, last, step) or single numbers into ascending ratios.
 
     Raises:
-        ValueError: (as InputError) it is neither, a ratio is not between 0 and 1, or there are more than 100.
+        ValueError: (as InputError) a word is neither, a ratio is not between 0 and 1, or a word gives more than 100.
     """
     found: set[float] = set()
     for word in words:
@@ -73,7 +73,7 @@ def parse_ratios(words: Sequence[str]) -> list[float]:
         first, *rest = (float(Decimal(part.rstrip("%")) / (100 if part.endswith("%") else 1)) for part in parts)
         last, step = rest or (first, 1.0)
         if step <= 0 or last < first or (last - first) / step > 100:
-            raise InputError(f"ratio {word} gives no ratios, or more than 100; give FIRST:LAST:STEP.")
+            raise InputError(f"ratio {word} gives no ratios, or more than 100; give another FIRST:LAST:STEP.")
         count = math.floor((last - first) / step + 1e-9)
         found |= {round(first + step * index, 9) for index in range(count + 1)}
     if not found or min(found) <= 0 or max(found) >= 1:
@@ -100,27 +100,27 @@ def sweep(
     progress: ProgressCallback | None = None,
     on_point: Callable[[Swept], None] | None = None,
 ) -> list[Swept]:
-    """Prune a model at every ratio, and measure each: its perplexity on a text, and its speed beside the dense model's.
+    """Prune a model at every ratio; measure each result's perplexity on a text, and its speed against the dense model's.
 
     Args:
         model: A folder, a GGUF file or a hub id.
         ratios: Fractions of the layers' parameters to remove.
         config: Calibration, memory, device; the preset sets criterion, allocation, recovery and token weights.
-        token_ids: The text to measure on, (num_tokens,) int64; not the calibration's.
+        token_ids: The evaluation text, (num_tokens,) int64; not the calibration text.
         presets: Names of presets or other methods, as for `compare`. Each prunes at all ratios, with one dense pass.
-        seq_len, max_windows, bos_token_id: Windows of that text, as for `perplexity`.
+        seq_len, max_windows, bos_token_id: Windows of the evaluation text, as for `perplexity`.
         prompt, new_tokens, rounds: As for `measure_latency`.
-        keep: A folder for the pruned models, PRESET/RATIO; None: each is deleted when it has been measured.
-        workdir: Where the one at work is otherwise written; None: the system's temporary folder.
+        keep: Folder in which pruned models are kept as PRESET/RATIO; None: each is deleted after it is measured.
+        workdir: Folder for the current model if `keep` is None; None: the system's temporary folder.
         done: Points of an earlier sweep with the same settings, which are not measured again.
         progress: As for `prune`.
-        on_point: Called with every point as soon as it is there.
+        on_point: Called with every point as soon as it is complete.
 
     Returns:
         The points, the dense model's first, then by preset and ratio.
 
     Raises:
-        ValueError: (as InputError) what `prune`, `perplexity` and `measure_latency` raise.
+        ValueError: (as InputError) an error of `prune`, `perplexity` or `measure_latency`.
     """
     if not ratios or not presets:
         raise InputError("Give at least one ratio and one preset.")
@@ -173,7 +173,7 @@ def sweep(
             )
         )
         if keep is None:
-            shutil.rmtree(out)  # the next one may be as large
+            shutil.rmtree(out)  # free the disk space for the next model
 
     names: dict[Path, tuple[str, float]] = {}
     dense = next((point.perplexity for point in points if point.preset == "dense"), None) or measured(model)
@@ -189,7 +189,10 @@ def sweep(
 
 
 def on_front(points: Sequence[Swept]) -> set[tuple[str, float]]:
-    """The points that no other one beats: none has fewer parameters and a perplexity that is not higher, or the reverse."""
+    """Return the Pareto front of parameters and perplexity, as (preset, ratio).
+
+    A point is beaten by another that is not higher in either quantity, and lower in at least one.
+    """
 
     def beaten(point: Swept) -> bool:
         return any(

@@ -193,7 +193,7 @@ def test_curves_keep_apart_what_differs(rows: list[dict[str, Any]]) -> None:
         (Setting("smollm2-135m", samples=0), "samples must be at least 1, got 0"),
         (Setting("llama-7b", ratio=1.5, on_disk=True), "must lie between 0 and 1, got 1.5"),
         (Setting(str(STORIES), on_disk=True), "is on disk already"),
-        (Setting("nowhere/at-all"), "Names of shapes are llama-7b, "),
+        (Setting("nowhere/at-all"), "The names of shapes are llama-7b, "),
     ],
 )
 def test_settings_that_cannot_be(setting: Setting, message: str) -> None:

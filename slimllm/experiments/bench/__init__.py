@@ -1,4 +1,4 @@
-"""Throughput of pruning: what `slimllm bench` measures, counts and draws."""
+"""Throughput of pruning: measurements, counted work and plots of `slimllm bench`."""
 
 from slimllm.experiments.bench.run import Setting, append_rows, measure
 

@@ -1,4 +1,4 @@
-"""`slimllm bench`: all combinations of settings, rows into a file, a table, pictures. Called by the command line."""
+"""`slimllm bench`: runs of all combinations of settings, with a file of results, a table and a picture."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def run_bench(
     plot: Path | None,
     **common: Any,
 ) -> None:
-    """Measure every combination, `rounds` times in turn; rows are in the file as soon as they are there.
+    """Measure every combination `rounds` times, in turns, and append each row to the file as soon as it is measured.
 
     Args:
-        console: Where the table goes.
-        models, layers, ratio, methods, samples: What is combined; methods are settings such as `criterion`.
+        console: Console for the table.
+        models, layers, ratio, methods, samples: Values to combine; methods are settings such as `criterion`.
         rounds: Runs of each combination.
         workdir, out, plot: Folder for models, file of results, picture.
         common: The other fields of `Setting`.
 
     Raises:
-        ValueError: (as InputError) a setting is wrong, or there is nothing to do.
+        ValueError: (as InputError) a setting is wrong, or there is neither a model nor a picture to draw.
     """
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, got {rounds}.")
     if not models and plot is None:
-        raise InputError("Give a model or the name of a shape to measure, or --plot FILE to draw what was measured.")
+        raise InputError("Give a model or the name of a shape to measure, or --plot FILE to draw earlier results.")
     check_results_file(out)
     if plot is not None:
         check_picture(plot)
@@ -55,7 +55,7 @@ def run_bench(
     for setting in settings:
         check_setting(setting)
     rows: list[list[dict[str, Any]]] = [[] for _ in settings]
-    for number in range(rounds):  # in turn, so that a busy machine meets all alike
+    for number in range(rounds):  # in turns, so that other load on the machine affects all settings alike
         for position, setting in enumerate(settings):
             method = getattr(setting.recovery, "name", setting.recovery) or setting.preset
             about = f"{setting.model}, {setting.ratio:g}, {method}, {setting.samples} × {setting.seq_len}"
@@ -68,8 +68,8 @@ def run_bench(
     if settings:
         console.print(results_table(rows))
         console.print(
-            "Medians (and the range of × dense): seconds; their ratio to one dense pass of the layers, and to the floor of "
-            "the counted work; calibration tokens, layers and millions of their parameters a second; peak memory. "
+            "Medians (and the range of × dense): seconds; time relative to one dense pass of the layers, and to the floor "
+            "of the counted work; calibration tokens, layers and millions of layer parameters per second; peak memory. "
             f"All rows: {out}",
             style="dim",
             highlight=False,
@@ -80,7 +80,7 @@ def run_bench(
 
 
 def results_table(rows: list[list[dict[str, Any]]]) -> Table:
-    """A line for each setting, medians over its runs."""
+    """Make a table with a line for each setting: medians over its runs."""
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for title in ("setting", "s", "× dense", "× floor", "tokens/s", "layers/s", "M par./s", "GiB"):
         table.add_column(title, justify="left" if title == "setting" else "right", no_wrap=title != "setting")

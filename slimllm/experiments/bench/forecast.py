@@ -1,4 +1,4 @@
-"""What `slimllm plan` says: the plan of a run before anything but the configuration is read, and a guess at its time."""
+"""Forecast for `slimllm plan`: the plan of a run, made from the configuration alone, and an estimate of its time."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.pruning.shapes import streams_heads
 from slimllm.runtime.memory import resident_gib
 
-# Between the counted operations at the machine's rates and a run lie norms, activations and copies (benchmarks/NOTES.md).
+# A run's time divided by that of the counted operations, which leave out norms, activations and copies
+# (benchmarks/NOTES.md).
 _TIMES_FLOOR = 1.6
-_LOADED_LATER = GIB / 10  # by a run, before it makes its own plan: libraries' buffers, the tokenizer
+_LOADED_LATER = GIB / 10  # memory that a run takes before it makes its own plan: libraries' buffers, the tokenizer
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan, the seconds it may take on this machine, and what it is of; with several ranks, of each, and its traffic."""
+    """Plan of a run, its estimated seconds on this machine, and its inputs.
+
+    With several ranks, plan and seconds are those of each rank, and `traffic` is the number of bytes that ranks exchange.
+    """
 
     model: str
     num_layers: int
@@ -51,13 +55,13 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
 
     Args:
         model: A folder with a config.json, a GGUF file, a hub id (its config.json is fetched), or the name of a shape.
-        config: The settings; `samples` and `seq_len` count, whatever the text.
+        config: The settings; the number of tokens is `samples` times `seq_len`, whatever the calibration text.
         ranks: Processes that share the windows, each on a machine or a GPU like this one.
-        for_gpu: Plan for a GPU, whether this machine has one or not; its time is not known then.
+        for_gpu: Plan for a GPU, even if this machine has none; the time is then unknown.
 
     Raises:
-        ValueError: (as InputError) there is no such model, or it cannot be done within the budgets, or its heads
-            are not a multiple of what was asked for.
+        ValueError: (as InputError) there is no such model, the run does not fit the budgets, or the model's number of heads
+            is not a multiple of `heads_multiple_of`.
     """
     check_config(config)
     if not 1 <= ranks <= config.samples:
@@ -71,7 +75,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     shapes = expected_tensors(meta_model(model_config), spec)
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     for layer in layers:
-        layer.unit_step(config.head_unit, config.heads_multiple_of)  # refuses what the run would refuse
+        layer.unit_step(config.head_unit, config.heads_multiple_of)  # raises the errors that the run would raise
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
     dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
     windows = (config.samples, config.seq_len, num_held_out(config.samples))
@@ -100,7 +104,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
 
 
 def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype]:
-    """The configuration, and the dtypes in which weights are stored and, once read, in memory."""
+    """Return the configuration, the dtype in which weights are stored, and the dtype they have in memory."""
     if model in SHAPES:
         return SHAPES[model].config(), torch.bfloat16, torch.bfloat16
     path = Path(model).expanduser()
@@ -119,7 +123,7 @@ def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype
 def _report(
     layers: list[LayerSizes], config: PruneConfig, device: torch.device, shape: tuple[int, int]
 ) -> dict[str, object]:
-    """As much of a report as the count of operations needs, with the ratio spread evenly.
+    """Return the part of a report that the count of operations needs, with the ratio spread evenly.
 
     Args:
         shape: hidden_size and head_dim.

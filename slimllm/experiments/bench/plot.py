@@ -1,4 +1,4 @@
-"""Pictures of measured runs: stacked bars by stage, and how time grows with tokens, width and layers."""
+"""Plots of measured runs: stacked bars by stage, and curves of time over tokens, width and layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from slimllm.errors import InputError
 
-# In the order of the run; colours by name, so that a stage looks alike in every picture.
+# Stages in the order of the run, with fixed colours, so that a stage looks the same in every picture.
 STAGES = {
     "read": "#9aa0a6",
     "dense pass": "#1f5fa8",
@@ -42,24 +42,24 @@ _MOST_BARS = 16
 
 
 def check_picture(path: Path) -> None:
-    """Whether a picture can be drawn into a file of that name.
+    """Check that a file name is one of a picture.
 
     Raises:
-        ValueError: (as InputError) it is neither .png nor .svg.
+        ValueError: (as InputError) the name ends neither with .png nor with .svg.
     """
     if path.suffix not in (".png", ".svg"):
-        raise InputError(f"A picture is a .png or .svg file, got {path.name}.")
+        raise InputError(f"The picture must be a .png or .svg file, got {path.name}.")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the median run of every setting, of its newest commit, into a PNG or SVG file.
+    """Draw the median run of every setting at its newest commit into a PNG or SVG file.
 
     Args:
         rows: Rows of `measure`, oldest first.
-        path: Where to; `.png` or `.svg`.
+        path: The file to write, `.png` or `.svg`.
 
     Raises:
-        ValueError: (as InputError) there is nothing to draw, or another kind of file is asked for.
+        ValueError: (as InputError) there is nothing to draw, or the file has another suffix.
     """
     check_picture(path)
     rows = [row for row in rows if "stages_s" in row and "floors_s" in row]
@@ -90,7 +90,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _fit(points: list[tuple[float, float]], unit: str) -> str:
-    """The straight line through three points or more, and how much of the variance it leaves."""
+    """Label three or more points with the straight line fitted to them and its R²; empty for fewer points."""
     if len(points) < 3:
         return ""
     x, y = np.array(points).T
@@ -101,7 +101,7 @@ def _fit(points: list[tuple[float, float]], unit: str) -> str:
 
 
 def _medians(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For every setting, the run of median time among those of the commit that measured it last."""
+    """Return for every setting the run of median time among those of its newest commit."""
     settings: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         same = settings.setdefault(tuple(str(row.get(name)) for name in _FIXED), [])
@@ -143,7 +143,7 @@ def _width(row: dict[str, Any]) -> float:
     return float((row["parameters"]["layers_before"] / row["num_layers"]) ** 0.5)
 
 
-# Title of the curve, what varies, and the label of its axis.
+# Title of the plot, name of the quantity that varies, and label of its axis.
 _CURVES = (
     ("tokens", "tokens", "calibration tokens"),
     ("width, of one layer", "width", "√(parameters of a layer)"),
@@ -152,7 +152,7 @@ _CURVES = (
 
 
 def _series(rows: list[dict[str, Any]], varying: str) -> dict[str, list[tuple[float, float]]]:
-    """Curves of at least two points along which only one thing varies; over width, time is that of a layer."""
+    """Return curves of at least two points along which only `varying` changes; over width, time is that of one layer."""
     found: dict[str, dict[float, float]] = defaultdict(dict)
     about = ("preset", "seq_len", "compute_dtype", "device", "weights", "machine")
     differing = [name for name in about if len({str(row[name]) for row in rows}) > 1]
@@ -164,7 +164,7 @@ def _series(rows: list[dict[str, Any]], varying: str) -> dict[str, list[tuple[fl
             "width": ([f"of {layers}", tokens], _width(row)),
         }[varying]
         label = ", ".join([*parts, f"{row['ratio']:.0%}", row["recovery"], *(str(row[name]) for name in differing)])
-        # The output head, which the perplexity takes, is not part of a layer.
+        # Perplexity needs the output head, which is not part of a layer.
         outside = row["stages_s"].get("perplexity", 0.0) if varying == "width" else 0.0
         found[label][at] = (row["elapsed_s"] - outside) / (row["num_layers"] if varying == "width" else 1)
     return {label: sorted(points.items()) for label, points in found.items() if len(points) > 1}

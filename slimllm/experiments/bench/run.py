@@ -1,4 +1,4 @@
-"""Measured runs: each in a process of its own, as a row of numbers. Called by `slimllm bench` and benchmarks/."""
+"""Measured runs, each in its own process and returned as a row of numbers. Called by `slimllm bench` and benchmarks/."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ _COPIED = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """Settings of a measured run.
 
     Attributes:
         model: A Hugging Face folder, a GGUF file, a hub id, or the name of a shape (see `SHAPES`).
-        layers: Only the first so many decoder layers; None: all.
+        layers: Number of decoder layers, from the first on; None: all.
         ratio, preset, recovery, criterion, allocation: As in `PruneConfig`, names or methods.
         samples, seq_len, device, compute_dtype, host_memory, gpu_memory: As in `PruneConfig`.
         plugins: Modules or files with methods, see `slimllm.plugins.import_plugin`.
-        on_disk: Write the weights of a named shape to disk before the run, and read them from there; otherwise they are
-            made when they are read, which takes about as long as reading.
+        on_disk: Write the weights of a named shape to disk before the run, and read them from there. Otherwise they are
+            generated when they are read, which takes about as long as reading.
         seed: Seed of random weights and of the calibration.
     """
 
@@ -83,16 +83,16 @@ class Setting:
 
 
 def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, Any]:
-    """Prune once, in a new process, so that neither memory nor caches of another run count.
+    """Prune once in a new process, so that memory and caches of other runs do not count.
 
     Args:
-        setting: What to measure.
-        workdir: Where the pruned model, and weights on disk, are written and deleted again; None: the system's temporary
-            folder.
+        setting: The run to measure.
+        workdir: Folder for the pruned model and for weights on disk, which are deleted afterwards; None: the system's
+            temporary folder.
 
     Returns:
-        The setting; seconds in all, by stage and of one dense pass; tokens, layers and parameters a second; peaks of
-        memory; the ratio to the dense pass; the floors by stage, and how often they fit into the time; device, versions.
+        The setting; total seconds, seconds by stage and of one dense pass; tokens, layers and parameters per second; peak
+        memory; time divided by that of the dense pass; the lower bound by stage, and time divided by it; device, versions.
 
     Raises:
         ValueError: (as InputError) a setting is wrong.
@@ -101,8 +101,8 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
     workdir = None if workdir is None else Path(workdir)
     if workdir is not None and not workdir.is_dir():
         raise InputError(f"The working folder {workdir} does not exist; make it first.")
-    others = multiprocessing.active_children()  # of the caller's own
-    # Made and removed here, and not by the other process, which may be killed.
+    others = multiprocessing.active_children()  # the caller's own processes
+    # The folder is made and removed here, since the other process may be killed.
     with tempfile.TemporaryDirectory(prefix="slimllm-bench-", dir=workdir) as folder:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(1, context, initializer=_begin, initargs=(setting.plugins,))
@@ -110,7 +110,7 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
             return pool.submit(_run, setting, Path(folder)).result()
         except BrokenProcessPool:
             raise InputError(
-                f"The process that pruned {setting.model} was killed, probably because memory ran out; take fewer layers "
+                f"The process that pruned {setting.model} was killed, probably because memory ran out; use fewer layers "
                 "or tokens."
             ) from None
         finally:
@@ -121,14 +121,14 @@ def measure(setting: Setting, workdir: str | Path | None = None) -> dict[str, An
 
 
 def _begin(plugins: tuple[str, ...]) -> None:
-    """In the new process, before it is given a setting, which may have methods of the plug-ins."""
+    """Import plug-ins in the new process before it receives a setting, which may contain their methods."""
     leave_interrupts_to_parent()
     for plugin in plugins:
         import_plugin(plugin)
 
 
 def check_setting(setting: Setting) -> None:
-    """Whether a setting can be measured, as far as can be seen without opening the model.
+    """Check whether a setting can be measured, as far as possible without opening the model.
 
     Raises:
         ValueError: (as InputError) a field is out of range.
@@ -142,7 +142,7 @@ def check_setting(setting: Setting) -> None:
     if shape and setting.layers is not None and setting.layers > shape.num_layers:
         raise InputError(f"layers must be from 1 to {shape.num_layers}, got {setting.layers}.")
     if shape is None and setting.on_disk:
-        raise InputError(f"on_disk is for shapes, whose weights are random; {setting.model} is on disk already.")
+        raise InputError(f"on_disk is only for shapes, whose weights are random; {setting.model} is on disk already.")
 
 
 def _config(setting: Setting, calibration: torch.Tensor | None) -> PruneConfig:
@@ -172,7 +172,7 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
         windows = (setting.samples, setting.seq_len)
         calibration = torch.randint(checkpoint.config.vocab_size, windows, generator=generator)
     device = parse_device(setting.device)
-    if setting.gpu_memory and device.type == "cuda":  # the budget is then the truth
+    if setting.gpu_memory and device.type == "cuda":  # enforce the budget
         whole = torch.cuda.get_device_properties(device).total_memory
         budget = parse_bytes("gpu_memory", setting.gpu_memory)
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / whole), device.index)
@@ -221,7 +221,7 @@ def _checkpoint(setting: Setting, folder: Path) -> Checkpoint:
     try:
         whole = open_checkpoint(setting.model)
     except InputError as error:
-        raise InputError(f"{error} Names of shapes are {', '.join(SHAPES)}.") from None
+        raise InputError(f"{error} The names of shapes are {', '.join(SHAPES)}.") from None
     return whole if setting.layers is None else FirstLayers(whole, setting.layers)
 
 
@@ -235,35 +235,37 @@ def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def check_results_file(path: Path) -> None:
-    """Whether rows can be appended to a file.
+    """Check that rows can be appended to a file.
 
     Raises:
-        ValueError: (as InputError) it is a folder, or cannot be written.
+        ValueError: (as InputError) the path is a folder, or cannot be written.
     """
     existing = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
     if path.is_dir() or (existing != path and not existing.is_dir()) or not os.access(existing, os.W_OK):
-        raise InputError(f"The file of results {path} cannot be written; give another one.")
+        raise InputError(f"The results file {path} cannot be written; give another one.")
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file.
+    """Read the rows of a JSONL file.
 
     Raises:
         ValueError: (as InputError) there is no such file, or a line is not a JSON object.
     """
     if not path.is_file():
-        raise InputError(f"There is no file {path}; give one that slimllm bench has written.")
+        raise InputError(f"There is no file {path}; give one written by slimllm bench.")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             rows.append(dict(json.loads(line)))
         except (ValueError, TypeError, RecursionError):
-            raise InputError(f"Line {number} of {path} is not a row of results.") from None
+            raise InputError(
+                f"Line {number} of {path} is not a row of results; give a file written by slimllm bench."
+            ) from None
     return rows
 
 
 def _commit() -> str:
-    """The commit that was measured, in a checkout; changes to the results and to documents do not make it dirty."""
+    """Return the measured commit, or "" outside a checkout; changes to results and documents do not make it dirty."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return ""
@@ -287,7 +289,7 @@ def _commit() -> str:
 
 
 def machine(device: str | None = None) -> str:
-    """The name of the GPU, or of the processor where there is none or `device` is cpu."""
+    """Return the name of the GPU, or of the processor if there is no GPU or `device` is cpu."""
     if torch.cuda.is_available() and device != "cpu":
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

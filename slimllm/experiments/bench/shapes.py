@@ -1,4 +1,4 @@
-"""Sizes of published models, by which a model of random weights can be had without downloading anything."""
+"""Sizes of published models, from which models of random weights are made without any download."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class Shape:
 
     @property
     def units(self) -> int:
-        """What is pruned as one: KV groups, or heads where there are no groups."""
+        """Number of units of attention: KV groups, or heads if there are no groups."""
         return self.num_kv_heads
 
     @property
     def attention_width(self) -> int:
-        """Inputs of o_proj."""
+        """Number of inputs of o_proj."""
         return self.num_heads * self.head_dim
 
     def config(self, num_layers: int | None = None) -> LlamaConfig:
-        """The configuration of such a model, of all its layers or only so many."""
+        """Return the configuration of such a model, with `num_layers` layers, or all of them."""
         return LlamaConfig(
             hidden_size=self.hidden_size,
             num_attention_heads=self.num_heads,

@@ -1,4 +1,4 @@
-"""Models to measure with: seeded random weights of a shape, a model's first layers, or its copy without grouped queries."""
+"""Models for measurements: random weights of a shape, the first layers of a model, or a copy without grouped queries."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from slimllm.experiments.bench.shapes import Shape
 from slimllm.models.families import family_of
 from slimllm.models.meta import expected_tensors, meta_model
 
-# A prime, so that no two rows of a matrix begin at the same place of the numbers that are repeated.
+# A prime, so that no two rows of a matrix begin at the same position in the repeated numbers.
 _PERIOD = 4_194_301
 
 
 class RandomCheckpoint(Checkpoint):
-    """Seeded normal weights in bfloat16 at the speed of a copy: windows of 4 million numbers, repeated.
+    """Checkpoint of seeded normal weights in bfloat16, made at the speed of a copy by repeating 4 million numbers.
 
-    Matrices have full rank, norms are 1, and the spread of a matrix is 1/√inputs, less where the residual stream is added
-    to, so that activations neither vanish nor grow.
+    Matrices have full rank, and norms are 1. The standard deviation of a matrix is 1/√inputs, and less for matrices whose
+    output is added to the residual stream, so that activations neither vanish nor grow.
 
     Args:
         shape: The sizes.
-        num_layers: Only so many layers; None: all.
+        num_layers: Number of layers; None: all.
         seed: Seed of the numbers.
     """
 
@@ -74,10 +74,10 @@ class RandomCheckpoint(Checkpoint):
         raise InputError(f"{self.name} has random weights and no tokenizer; give token ids, (samples, seq_len), instead.")
 
     def write_companions(self, folder: Path) -> None:
-        """Nothing comes along."""
+        """Write nothing, since there are no other files."""
 
     def write(self, folder: Path) -> None:
-        """Write it as a Hugging Face folder, one shard a layer and one for the rest."""
+        """Write a Hugging Face folder with one shard per layer, and one for the rest."""
         prefix = f"{family_of(self.config.model_type).layers}."
         by_shard: dict[int, list[str]] = {}
         for name in self._shapes:
@@ -94,10 +94,10 @@ class RandomCheckpoint(Checkpoint):
 
 
 class FirstLayers(Checkpoint):
-    """A checkpoint of which only the first layers are taken.
+    """The first layers of another checkpoint.
 
     Raises:
-        ValueError: (as InputError) it has not so many.
+        ValueError: (as InputError) the checkpoint has fewer layers.
     """
 
     def __init__(self, whole: Checkpoint, num_layers: int) -> None:
@@ -141,7 +141,7 @@ def _shortened(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 
 def as_mha(model: PreTrainedModel) -> LlamaForCausalLM:
-    """A LLaMA that computes the same without grouped queries: every KV head repeated for each of its query heads."""
+    """Return an equivalent LLaMA without grouped queries: every KV head is repeated for each of its query heads."""
     config, state = model.config, model.state_dict()
     group = config.num_attention_heads // config.num_key_value_heads
     for name in [name for name in state if "k_proj" in name or "v_proj" in name]:

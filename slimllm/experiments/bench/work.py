@@ -1,4 +1,4 @@
-"""What a run has to do: operations and bytes of its algorithm by stage, counted from the sizes, and the machine's rates."""
+"""Work of a run: operations and bytes of its algorithm by stage, counted from the sizes, and the machine's rates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from slimllm.ops.dispatch import full_precision
 
 @dataclass(frozen=True)
 class Work:
-    """Operations (a multiply-add is two; a symmetric result's half counts once) by kind, and bytes moved.
+    """Numbers of operations by precision, and bytes moved.
 
-    `operations` are those of the forward passes and Grams, in the dtype of the computation; `single` those in fp32 whatever
-    that is; `precise` those in fp64.
+    A multiply-add counts as two operations; a symmetric result counts for only one of its halves. `operations` counts the
+    forward passes and Grams, in the dtype of the computation; `single` counts operations that are always in fp32, and
+    `precise` those in fp64.
     """
 
     operations: float = 0.0
@@ -36,7 +37,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does, measured: operations per second in the computation's dtype, fp32 and fp64, and bytes."""
+    """Measured rates of the machine: operations per second in the dtype of the computation, fp32 and fp64, and bytes."""
 
     operations_per_s: float
     single_per_s: float
@@ -44,7 +45,7 @@ class Rates:
     bytes_per_s: float
 
     def floor_s(self, work: Work) -> float:
-        """Seconds that a piece of work takes at these rates: its operations, or its bytes where those take longer."""
+        """Return the least seconds for work at these rates: the time of its operations or bytes, whichever is longer."""
         computing = (
             work.operations / self.operations_per_s + work.single / self.single_per_s + work.precise / self.precise_per_s
         )
@@ -54,13 +55,13 @@ class Rates:
 def stage_work(
     report: dict[str, Any], sizes: list[LayerSizes], hidden_size: int, head_dim: int, read_bytes: float
 ) -> dict[str, Work]:
-    """The work of every stage of a run, by the names in `stages_s`.
+    """Count the work of every stage of a run, by the stage's name in `stages_s`.
 
     Args:
         report: The run's report (`PruneReport` as a dict).
         sizes: Sizes of the dense layers.
-        hidden_size, head_dim: The model's.
-        read_bytes: What a parameter takes where it is read from.
+        hidden_size, head_dim: The model's sizes.
+        read_bytes: Bytes that a parameter takes in the files that are read.
     """
     tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
     held_out = report["calibration"].get("held_out", 0) * seq_len
@@ -70,7 +71,7 @@ def stage_work(
     probed = probed_layers(len(sizes)) if config["by_sensitivity"] else []
     for index, (size, layer) in enumerate(zip(sizes, report["layers"])):
         found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, config, on_gpu)
-        if probed:  # a window, and copies of it that were damaged before, or are in this layer
+        if probed:  # one window, and two damaged copies of it for each probed layer up to this one
             passing = (1 + 2 * sum(at <= index for at in probed)) * min(TOKENS, seq_len)
             found["sensitivity"] = Work(found["dense pass"].operations * passing / tokens)
         both_passes = found["dense pass"].operations + found["forward"].operations
@@ -94,7 +95,7 @@ def _layer_work(
     width, kv_width, channels = size.num_heads * head_dim, size.num_kv_heads * head_dim, size.intermediate_size
     kept_width, kept_channels = layer["num_heads"] * head_dim, layer["intermediate_size"]
     attention_pruned, ffn_pruned = kept_width < width, kept_channels < channels
-    into_attention = 2 * tokens * hidden_size * (width + 2 * kv_width) + 2 * tokens * seq_len * width  # causal: half of it
+    into_attention = 2 * tokens * hidden_size * (width + 2 * kv_width) + 2 * tokens * seq_len * width  # causal: half counts
     into_ffn = 2 * (1 + size.gated) * tokens * hidden_size * channels
     out = 2 * tokens * hidden_size
     forward = into_attention + into_ffn + out * (kept_width + kept_channels)
@@ -119,7 +120,7 @@ def _layer_work(
             recover += _regression(width, kept_width, hidden_size)
     if ffn_pruned:
         if by_output:
-            # Eigenvectors of a symmetric matrix: reduction to three diagonals, and back; on a GPU the matrix function.
+            # Eigenvectors of a symmetric matrix: tridiagonal reduction and transformation back; on a GPU a matrix function.
             axes = Work(single=26 * hidden_size**3) if on_gpu else Work(precise=(4 / 3 + 2) * hidden_size**3)
             selection += axes + Work(single=2 * hidden_size**2 * channels)
         if obs or lstsq:
@@ -131,7 +132,7 @@ def _layer_work(
             recover += _regression(channels, kept_channels, hidden_size)
         if not (obs or lstsq):
             statistics += Work(tokens * hidden_size**2 if by_output else 0.0)
-            forward += out * channels  # y, beside ŷ
+            forward += out * channels  # y, in addition to ŷ
     return {
         "dense pass": Work(into_attention + into_ffn + out * (width + channels)),
         "forward": Work(forward),
@@ -145,19 +146,19 @@ def _layer_work(
 
 
 def _regression(features: int, kept: int, hidden_size: int) -> Work:
-    """Regression of the removed features' output on the kept ones: cross moments, a factor, and two triangular solves."""
+    """Count the regression of removed features' output on kept ones: cross moments, a factor, and two triangular solves."""
     removed = features - kept
     return Work(precise=2 * removed * hidden_size * (kept + removed) + kept**3 / 3 + 2 * kept**2 * hidden_size)
 
 
 def _elimination(features: int, kept: int, hidden_size: int) -> Work:
-    """An inverse, and the updates of it and of the weights by all features that go."""
+    """Count an inverse, and the updates of the inverse and of the weights for all removed features."""
     updates = 2 / 3 * (features**3 - kept**3) + hidden_size * (features**2 - kept**2)
     return Work(single=features**3 + updates)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Rates of large products and of a copy on the device, the best of several."""
+    """Measure the rates of large products and of a copy on the device, as the best of several."""
     a = torch.randn((2048, 2048) if device.type == "cpu" else (8192, 8192), device=device)
     target = torch.empty_like(a)
     copying = _best_seconds(lambda: target.copy_(a), device)
@@ -167,7 +168,7 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
 
 
 def _product_rate(a: torch.Tensor, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations per second, at the largest size that takes no more than about a second."""
+    """Measure operations per second of square products; sizes double until one takes more than 0.1 s."""
     rate, size = 0.0, 512
     while size <= len(a):
         factor = a[:size, :size].to(dtype)
