@@ -2,15 +2,15 @@
 
 The public interface; everything else may change:
 
-    prune(model, out, config)               a model on disk, written as a new folder
+    prune(model, out, config)               prune a model on disk, and write it to a new folder
     prune_ratios(model, out, config, ratios)  the same at several ratios, with one dense pass
-    prune_model(model, tokenizer, config)   a model in memory, in place
-    PruneConfig(ratio=0.2, ...)             the settings
-    PruneReport.read(folder)                what a run did: report.json
-    load(model)                             any model, pruned or not, and its tokenizer
-    perplexity(model, token_ids)            of a loaded model
-    ops                                     the operations, for pruning code of your own
-    InputError                              what was wrong, what was got and what to do, in one sentence
+    prune_model(model, tokenizer, config)   prune a model in memory, in place
+    PruneConfig(ratio=0.2, ...)             settings of a run
+    PruneReport.read(folder)                report of a run, from report.json
+    load(model)                             load any model, pruned or not, and its tokenizer
+    perplexity(model, token_ids)            perplexity of a loaded model
+    ops                                     operations, for your own pruning code
+    InputError                              error of the input: what was wrong, what was got and what to do
 """
 
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""What the user decides about a pruning run: one frozen, validated object."""
+"""Settings of a pruning run, in one frozen, validated object, and checks of settings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from slimllm.errors import InputError
 from slimllm.plugins import ALLOCATIONS, CRITERIA, RECOVERIES
 
-# What a preset makes of the settings that are not given; `settings` are the options of methods, by kind and name. The
-# preset `paper` also puts no BOS before the windows, unless it is asked for, and draws them from all of a file.
+# Values that a preset gives to settings that are not given; `settings` are options of methods, by kind and name. The preset
+# `paper` also puts no BOS before the windows, unless asked to, and draws them from the whole file.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "criterion": "slimllm",
@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "settings": {},
     },
 }
-# The settings that are methods, and where those are known by name.
+# The settings that are methods, and the registries that find them by name.
 METHODS = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "recovery": RECOVERIES}
 HEAD_UNITS = ("kv-group", "query")
 TOKEN_WEIGHTS = ("none", "norm")
@@ -61,53 +61,54 @@ class PruneConfig:
 
     Attributes:
         ratio: Fraction of the decoder layers' parameters to remove, in (0, 1).
-        preset: What is taken for settings that are not given: `default`, `paper` (the published ones) or `best` (most
-            accurate at high ratios). `default`: the SlimLLM method with an exact target, clamped ratios and rounded widths.
-            `paper`: the published r, n and alpha (the target is then r * n / num_layers, which the report states),
-            round(r_l * H) heads and round(r_l * I) channels, and the published implementation's rule that always keeps the
-            lowest 1 % of channels. With grouped queries, which the paper has not, channels make up for whole groups.
-            `best`: `obs` with `auto`, `lstsq` and `norm`. It decides the next four settings, and `round_to`, where they are
-            None.
+        preset: Values of settings that are not given: `default`, `paper` (the published values) or `best` (most accurate at
+            high ratios). It decides the next four settings, and `round_to`, if they are None. `default`: the SlimLLM method
+            with an exact target, clamped ratios and rounded widths. `paper`: the published r, n and alpha (the target is
+            then r * n / num_layers, which the report states), round(r_l * H) heads and round(r_l * I) channels, and the
+            published implementation's rule that always keeps the lowest 1 % of channels. With grouped queries, which the
+            paper does not cover, channels compensate for the rounding to whole groups. `best`: `obs` with `auto`, `lstsq`
+            and `norm`.
         criterion: Which units are removed: `slimllm` (the paper's), `obs` (lowest output error after refit), `wanda-sp`,
-            `flap`, `magnitude` or `random`. Or a `slimllm.methods.criteria.Criterion`, which it always is afterwards.
-        allocation: What every layer gives: `layer-importance` (the paper's softmax), `uniform`, `auto` (by measured error)
-            or `flap`. `auto` removes where `obs` measures the least error for a parameter, weighted by
-            output sensitivity; `flap` at one threshold for that paper's scores, standardised in every sub-layer. Or a
-            `slimllm.methods.allocation.Allocation`, which it always is afterwards.
+            `flap`, `magnitude` or `random`. Or a `slimllm.methods.criteria.Criterion`, which the attribute always is.
+        allocation: How much each layer loses: `layer-importance` (the paper's softmax), `uniform`, `auto` (by measured
+            error) or `flap`. `auto` removes where `obs` measures the least error per parameter, weighted by output
+            sensitivity. `flap` uses one threshold for the FLAP paper's scores, standardised in every sub-layer. Or a
+            `slimllm.methods.allocation.Allocation`, which the attribute always is.
         recovery: How the rest makes up for what is removed: `affine` (the paper's), `lstsq` (all kept weights by least
-            squares), `bias` or `none`. `affine` is a regression of every output dimension on its pruned self; `lstsq` of
-            the removed output on all kept columns, with a ridge; `bias` the mean of what is removed, as in FLAP. Or a
-            `slimllm.methods.recovery.Recovery`, which it always is afterwards.
-        token_weights: How tokens count in all statistics: `none` (all alike, as published) or `norm` (by what the next norm
-            divides them by). With `norm` the weight is 1 / mean square of the residual stream after the sub-layer: errors
-            are those that the rest of the model sees, and the few enormous tokens of large models do not dominate the
-            statistics.
-        head_unit: What is removed from attention: `kv-group` (a KV head with all its query heads) or `query` (as many query
-            heads from every group). Both are the single head when the group size is 1.
+            squares), `bias` or `none`. `affine` regresses every dense output dimension on the pruned one; `lstsq` regresses
+            the removed output on all kept columns, with a ridge; `bias` adds the mean of the removed output, as in FLAP. Or
+            a `slimllm.methods.recovery.Recovery`, which the attribute always is.
+        token_weights: Weights of tokens in all statistics: `none` (all equal, as published) or `norm` (by what the next
+            norm divides them by). With `norm` the weight is 1 / mean square of the residual stream after the sub-layer.
+            Errors then count as the rest of the model sees them, and the few very large tokens of large models do not
+            dominate the statistics.
+        head_unit: Unit removed from attention: `kv-group` (a KV head with all its query heads) or `query` (the same number
+            of query heads from every group). Both are a single head if the group size is 1.
         calibration: A file (text, JSON lines, CSV, .gz) or a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]]; the default is bundled
-            text. A part of a long file is drawn by `seed`, see `slimllm.calibration.read_texts` (the preset `paper` draws
-            its windows from all of it); a folder of data files is a dataset, too. Or token ids (samples, seq_len) int64,
-            which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
-        bos: BOS before every calibration window: `auto` (where the tokenizer adds one to a text), `always` or `never`. The
-            preset `paper` takes `auto` as `never`, as published.
-        samples: Calibration windows.
+            text. Parts of a long file are drawn by `seed`, see `slimllm.calibration.read_texts`; the preset `paper` draws
+            its windows from the whole file. A folder of data files is a dataset, too. Or token ids (samples, seq_len)
+            int64, which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
+        bos: BOS before every calibration window: `auto` (if the tokenizer adds one to a text), `always` or `never`. The
+            preset `paper` treats `auto` as `never`, as published.
+        samples: Number of calibration windows.
         seq_len: Tokens per window, the BOS included.
         seed: Seed of the draw of the windows, and of the criterion random. Nothing else in a run is random.
         batch_size: Windows in a forward pass; the default is about 1024 tokens.
         heads_multiple_of: Keep a multiple of this many KV heads in every layer, to split them over as many GPUs. With
-            `head_unit` `query` it is of kept query heads. The model's own number must be a multiple. The default of
-            `round_to` becomes a multiple of it, too. Not with the preset `paper`, whose numbers of heads are the published
-            ones.
+            `head_unit` `query` this applies to the kept query heads. The model's own number must be a multiple. The default
+            of `round_to` becomes a multiple of it, too. Not with the preset `paper`, which uses the published numbers of
+            heads.
         round_to: FFN widths are multiples of this; the default is the largest power of two up to 64 that the target allows.
-            It is met within 0.5 % (paper: 1).
-        dtype: dtype of the written weights, float32, float16 or bfloat16; the default is the checkpoint's own. It is
-            bfloat16 for a quantised GGUF file.
+            A step is allowed if the error that remains, half a step, is within 0.5 % of the target. The preset `paper`
+            uses 1.
+        dtype: dtype of the written weights, float32, float16 or bfloat16; the default is the checkpoint's own. For a
+            quantised GGUF file the default is bfloat16.
         compute_dtype: dtype of the forward passes; the default is float32 on a CPU and the checkpoint's own on a GPU.
         device: cpu, cuda, cuda:1, …; the default is a GPU if there is one.
         host_memory, gpu_memory: Memory budget, such as 16GiB: slimllm chooses the cheapest offloading that fits it.
 
     Raises:
-        ValueError: (as InputError) a value is out of range; the sentence says which and what to give.
+        ValueError: (as InputError) a value is out of range; the message says which and what to give.
         TypeError: a value has the wrong type.
     """
 
@@ -166,13 +167,12 @@ class PruneConfig:
             self.allocation.name != "layer-importance" or not self.allocation.settings.published
         ):
             raise InputError(
-                f"allocation {self.allocation!r} is not the paper's; leave it out, or take another preset (of "
-                "layer-importance, give published=True; settings that were made for another preset are changed by "
-                "with_preset)."
+                f"allocation {self.allocation!r} is not the paper's; leave it out, or choose another preset (for "
+                "layer-importance, give published=True; with_preset converts settings that were made for another preset)."
             )
         if self.criterion.needs_recovery and not self.recovery.adds_bias:
             raise InputError(
-                f"criterion {self.criterion.name} chooses what the rest can stand in for; give a recovery: lstsq, affine "
+                f"criterion {self.criterion.name} removes what a recovery can make up for; give a recovery: lstsq, affine "
                 "or bias."
             )
         if self.calibration is not None and not isinstance(self.calibration, (str, Path, torch.Tensor)):
@@ -187,17 +187,17 @@ class PruneConfig:
 
     @property
     def needs(self) -> Any:
-        """What the criterion and the recovery need of the activations: `slimllm.methods.statistics.Needs`."""
+        """Statistics of activations that the criterion and the recovery need: `slimllm.methods.statistics.Needs`."""
         return self.criterion.needs | self.recovery.needs
 
     def with_preset(self, preset: str, **changes: Any) -> PruneConfig:
-        """The same settings with another preset, which decides anew what presets decide, and with other changes."""
+        """Return a copy with another preset, which decides again all settings that presets decide, and with changes."""
         decided: dict[str, Any] = dict.fromkeys(("criterion", "allocation", "recovery", "token_weights"))
         decided["round_to"] = None if self.round_to == PRESETS[self.preset]["round_to"] else self.round_to
         return dataclasses.replace(self, **{**decided, "preset": preset, **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as plain JSON types; token ids appear as their shape."""
+        """Return the settings as plain JSON types; token ids appear as their shape."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if isinstance(self.calibration, torch.Tensor):
             settings["calibration"] = f"token ids {tuple(self.calibration.shape)}"
@@ -213,15 +213,15 @@ class PruneConfig:
 
 
 def _names(needs: Any) -> list[str]:
-    """Names of the flags of what a method needs."""
+    """Return the names of the flags that are set in a method's needs."""
     return [] if needs is None else [flag.name for flag in type(needs) if flag in needs]
 
 
 def parse_bytes(name: str, value: str | None) -> float:
-    """A number of bytes such as `8GiB`, which `8G` is too, or `24 GB`; infinity for None.
+    """Parse an amount of memory such as `8GiB`, `8G` (the same) or `24 GB` into bytes; None gives infinity.
 
     Raises:
-        ValueError: (as InputError) it is none.
+        ValueError: (as InputError) the value is not an amount of memory, or is 0.
     """
     if value is None:
         return math.inf
@@ -233,7 +233,7 @@ def parse_bytes(name: str, value: str | None) -> float:
 
 
 def parse_device(name: str | None) -> torch.device:
-    """A device by name; None: a GPU if there is one.
+    """Return a device by name; None: a GPU if there is one, otherwise the CPU.
 
     Raises:
         ValueError: (as InputError) there is no device of that name.
@@ -250,19 +250,19 @@ def parse_device(name: str | None) -> torch.device:
 
 
 def check_config(config: object) -> None:
-    """Raise TypeError if settings are given as anything but a PruneConfig."""
+    """Raise TypeError if settings are not a PruneConfig."""
     if not isinstance(config, PruneConfig):
         raise TypeError(f"config must be a PruneConfig, such as PruneConfig(ratio=0.2), got {type(config).__name__}.")
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Raise InputError if the value of a setting is none of the choices."""
+    """Raise InputError if the value of a setting is not one of the choices."""
     if value not in choices:
         raise InputError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def check_number(name: str, value: Any, kind: type | tuple[type, ...], least: float | None = None) -> None:
-    """Raise TypeError if the value of a setting is not a finite number of a kind, InputError if it is less than `least`."""
+    """Raise TypeError if the value of a setting is not of a kind, InputError if it is not finite or less than `least`."""
     fits: bool = isinstance(value, kind) and not isinstance(value, bool)
     if not fits:
         wanted = "an integer" if kind is int else "a number"

@@ -1,19 +1,19 @@
-"""Exceptions that mean "not our fault": the command line prints them as a sentence and exits with 2."""
+"""Exceptions for errors of the input and the environment: the command line prints them as a sentence and exits with 2."""
 
 import unicodedata
 
-_LONGEST_REASON = 400  # characters; some errors repeat all of what they did not like
+_LONGEST_REASON = 400  # characters; some errors repeat their whole input
 _ORDER = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-_LONGEST = 1000  # characters: names and values out of files have any length, and any characters
+_LONGEST = 1000  # characters; names and values read from files may have any length
 
 
 def _acts(character: str) -> bool:
-    """Whether a character does something to a terminal instead of being seen: control, line ends, the order of writing."""
+    """Return whether a character controls a terminal instead of being visible: controls, line ends, writing direction."""
     return unicodedata.category(character) in ("Cc", "Zl", "Zp") or unicodedata.bidirectional(character) in _ORDER
 
 
 class InputError(ValueError):
-    """What was wrong, what was got and what to do, in one sentence."""
+    """Error of the input, with one sentence that says what was wrong, what was got and what to do."""
 
     def __init__(self, sentence: str) -> None:
         shown = sentence.encode("utf-8", "backslashreplace").decode()
@@ -24,28 +24,28 @@ class InputError(ValueError):
 
 
 class HopelessError(InputError):
-    """The input is at fault in a way that only a whole run shows: resuming it would fail again."""
+    """Error of the input that shows only during a run, so that resuming the run would fail again."""
 
 
 class OutputError(InputError):
-    """The disk did not take what was written; what is there already is good."""
+    """Failure to write to the disk; what was written before is intact."""
 
 
 class OtherRankError(InputError):
-    """Another rank of the run has met an error, and tells the user itself."""
+    """Error of another rank of the run, which that rank reports itself."""
 
 
 class LostRankError(InputError):
-    """Another rank of the run is gone; what is written already is good."""
+    """Loss of another rank of the run; what was written before is intact."""
 
 
 def first_line(error: BaseException) -> str:
-    """Give an error of another library as the end of a sentence."""
+    """Return the message of another library's error as the end of a sentence."""
     return f"{reason(error)}."
 
 
 def reason(error: BaseException) -> str:
-    """Give an error of another library within a sentence; it may say what matters in its second line."""
+    """Return the first two lines of another library's error, for use within a sentence; the second may matter most."""
     text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     words = "".join(character if character.isprintable() else " " for character in " ".join(lines[:2])).rstrip(".")

@@ -1,8 +1,9 @@
-"""How methods are found by name: those of the package, those of others, and those of a module that is named.
+"""Registries that find methods by name: built-in methods, methods of other packages, and methods of an imported module.
 
-A method is a class that registers itself. Files of the package are found by being in their folder, methods of other
-packages by an entry point (`slimllm.criteria`, `slimllm.recoveries`, `slimllm.allocations`, `slimllm.exporters`), whose
-value is the class, and all others by importing the module that registers them (`--plugin MODULE`).
+A method is a class that registers itself. Built-in methods are found because their files are in the folder for their kind.
+Methods of other packages are found by an entry point (`slimllm.criteria`, `slimllm.recoveries`, `slimllm.allocations`,
+`slimllm.exporters`), whose value is the class. All others are found by importing the module that registers them
+(`--plugin MODULE`).
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ _log = logging.getLogger("slimllm")
 
 
 class MethodError(HopelessError):
-    """A method from outside the package has failed or given something that cannot be."""
+    """Failure or invalid result of a method from outside the package."""
 
 
 class Method:
-    """A method with a name and options of its own.
+    """Base class of methods, each with a name and its own options.
 
-    `MyScore(power=3.0)` makes one; its options are the fields of its `Settings`, a frozen dataclass whose fields are
+    `MyScore(power=3.0)` makes a method. Its options are the fields of its `Settings`, a frozen dataclass whose fields are
     booleans, integers, numbers, strings or None, with defaults. Two methods are equal if their classes and settings are.
 
     Raises:
@@ -49,7 +50,7 @@ class Method:
     """
 
     name: ClassVar[str] = ""
-    version: ClassVar[str] = "1"  # part of a run's identity: change it when the same settings give another result
+    version: ClassVar[str] = "1"  # part of a run's identity: change it when the same settings give a different result
 
     @dataclasses.dataclass(frozen=True)
     class Settings:
@@ -72,22 +73,22 @@ class Method:
         self.settings: Any = self.Settings(**settings)
 
     def describe(self) -> dict[str, Any]:
-        """The options as plain JSON types, by name."""
+        """Return the options as plain JSON types, by name."""
         return dataclasses.asdict(self.settings)
 
     @property
     def is_foreign(self) -> bool:
-        """Whether it is from outside the package."""
+        """Whether the method is from outside the package."""
         return type(self).__module__.partition(".")[0] != "slimllm"
 
     def code(self) -> str:
-        """Which code this is: the class, and for one from outside a checksum of the files that it and its bases are in."""
+        """Identify the code: the class, its version, and for a foreign method a checksum of its and its bases' files."""
         crc = 0
         for kind in type(self).__mro__:
             if kind.__module__.partition(".")[0] not in ("slimllm", "builtins", "abc"):
                 try:
                     crc = zlib.crc32(Path(inspect.getfile(kind)).read_bytes(), crc)
-                except (OSError, TypeError):  # made in a session, of which there is no file
+                except (OSError, TypeError):  # defined in an interactive session, so there is no file
                     pass
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         return f"{name} {self.version}{f' {crc:08x}' if crc else ''}"
@@ -109,14 +110,14 @@ class Method:
 
 @contextmanager
 def calling(method: Method, where: str) -> Iterator[None]:
-    """Turn what a method from outside raises into a sentence that names it; its traceback is logged.
+    """Turn an exception of a foreign method into a sentence that names the method, and log its traceback.
 
     Args:
-        method: What is called.
-        where: What it is called for, after "in".
+        method: The method that is called.
+        where: Where it is called, as in "failed in …".
 
     Raises:
-        ValueError: (as MethodError) the method has raised something else than an InputError.
+        ValueError: (as MethodError) the method raised something other than an InputError.
     """
     try:
         yield
@@ -133,12 +134,12 @@ _Method = TypeVar("_Method", bound=Method)
 
 
 class Registry(Generic[_Method]):
-    """The methods of one kind, by name.
+    """Registry of the methods of one kind, by name.
 
     Args:
-        kind: What one of them is called, as in the settings: `criterion`.
-        folder: The package whose files register the built-in ones; its module `base` has their base class.
-        group: The group of entry points that others use.
+        kind: Name of the kind, as in the settings, such as `criterion`.
+        folder: The package whose files register the built-in methods; its module `base` has their base class.
+        group: The group of entry points for other packages.
     """
 
     def __init__(self, kind: str, folder: str, group: str) -> None:
@@ -149,11 +150,11 @@ class Registry(Generic[_Method]):
         self._builtins_loaded = self._loaded = False
 
     def register(self, name: str) -> Callable[[type[_Method]], type[_Method]]:
-        """Decorator: make a class known by a name.
+        """Return a decorator that registers a class under a name.
 
         Raises:
             ValueError: the name has other characters than a-z, 0-9 and -, or another class has it.
-            TypeError: it is not a class of this kind, or its `Settings` are none.
+            TypeError: it is not a class of this kind, or its `Settings` are not a frozen dataclass of such fields.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"the name of a {self.kind} has the characters a-z, 0-9 and -, got {name!r}.")
@@ -195,7 +196,7 @@ class Registry(Generic[_Method]):
                 importlib.import_module(f"{self._folder}.{module.name}")
 
     def all(self) -> dict[str, type[_Method]]:
-        """Every method that is known and can be imported, by name."""
+        """Return every registered method that can be imported, by name."""
         with self._lock:
             self._load_builtins()
             if not self._loaded:
@@ -206,18 +207,18 @@ class Registry(Generic[_Method]):
                         if "name" not in vars(method):
                             self.register(entry.name)(method)
                         elif method.name != entry.name:
-                            raise ValueError(f"it is registered as {method.name}; name the entry point so")
+                            raise ValueError(f"it is registered as {method.name}; give the entry point that name")
                     except Exception as error:
                         self._broken[entry.name] = f"{entry.value}: {type(error).__name__}: {error}"
                         _log.warning("The %s %s cannot be used (%s).", self.kind, entry.name, self._broken[entry.name])
             return dict(sorted(self._found.items()))
 
     def make(self, given: object, settings: Mapping[str, Any] | None = None) -> _Method:
-        """A method from its name and options; one that is made already stays as it is.
+        """Make a method from its name and options, or return `given` if it is a method already.
 
         Raises:
-            ValueError: (as InputError) no method has the name, or that of the name cannot be imported.
-            TypeError: it is neither a name nor a method of this kind, or an option is unknown or of another type.
+            ValueError: (as InputError) no method has the name, or the method cannot be imported.
+            TypeError: `given` is neither a name nor a method of this kind, or an option is unknown or of another type.
         """
         known = self.all()
         if isinstance(given, Method):
@@ -232,10 +233,10 @@ class Registry(Generic[_Method]):
         if given not in known:
             if given in self._broken:
                 raise InputError(
-                    f"The {self.kind} {given} cannot be imported ({self._broken[given]}); mend or uninstall its package."
+                    f"The {self.kind} {given} cannot be imported ({self._broken[given]}); repair or uninstall its package."
                 )
             raise InputError(
-                f"{self.kind} must be one of {', '.join(known)}, got {given!r}; one of your own is imported by --plugin."
+                f"{self.kind} must be one of {', '.join(known)}, got {given!r}; import your own with --plugin."
             )
         return known[given](**(settings or {}))
 
@@ -245,10 +246,12 @@ def _address(method: type) -> tuple[str, str]:
 
 
 def import_plugin(module: str) -> None:
-    """Import a module that registers methods, by its name (in the working directory, too) or as a path that ends in .py.
+    """Import a module that registers methods, given by its name or by a path that ends in .py.
+
+    A name may also be that of a module in the working directory.
 
     Raises:
-        ValueError: (as InputError) it cannot be imported.
+        ValueError: (as InputError) the module cannot be imported.
     """
     try:
         if module.endswith(".py"):
@@ -266,12 +269,12 @@ def import_plugin(module: str) -> None:
 
 
 def _import_file(path: Path) -> None:
-    name = f"slimllm_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # of no other module's name
+    name = f"slimllm_plugin_{path.stem}_{zlib.crc32(str(path).encode()):08x}"  # unique
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ImportError(f"there is no file {path}")
     checksum = zlib.crc32(path.read_bytes())
-    if getattr(sys.modules.get(name), "_checksum", None) == checksum:  # it is there, as it is
+    if getattr(sys.modules.get(name), "_checksum", None) == checksum:  # loaded and unchanged
         return
     loaded = importlib.util.module_from_spec(spec)
     loaded._checksum = checksum  # type: ignore[attr-defined]

@@ -28,12 +28,12 @@ class FinetuneConfig:
         seq_len: Maximum number of tokens in an example; text is cut into windows of this length.
         held_out: Number of examples, from the end of a seeded permutation, that are measured and not trained on; at most a
             tenth of all.
-        max_steps: Number of steps after which the training ends, with the learning rate at 0; None: all epochs.
+        max_steps: Number of steps after which the training ends, with the learning rate at 0; the default is all epochs.
         save_every: Steps between two states on the disk, from which an interrupted training is resumed.
         seed: Seed of the choice of held-out examples, the order of examples, the factors and the dropout.
-        dtype: `float32` or `bfloat16`: dtype of the model's computation; None: float32 on a CPU, bfloat16 on a GPU. The
-            factors are always float32. The range of float16 is too small for gradients.
-        device: `cpu`, `cuda`, …; None: a GPU if there is one.
+        dtype: dtype of the model's computation, `float32` or `bfloat16`; the default is float32 on a CPU and bfloat16 on a
+            GPU. The factors are always float32. The range of float16 is too small for gradients.
+        device: cpu, cuda, …; the default is a GPU if there is one.
 
     Raises:
         ValueError: (as InputError) a value is out of range.

@@ -126,7 +126,7 @@ def test_everything_goes_with_everything(
     stories: PreTrainedModel, token_ids: torch.Tensor, criterion: str, allocation: str, recovery: str
 ) -> None:
     if (criterion, recovery) == ("obs", "none"):
-        with pytest.raises(InputError, match="criterion obs chooses what the rest can stand in for"):
+        with pytest.raises(InputError, match="criterion obs removes what a recovery can make up for"):
             PruneConfig(ratio=RATIO, criterion=criterion, allocation=allocation, recovery=recovery)
         return
     config = PruneConfig(ratio=RATIO, criterion=criterion, allocation=allocation, recovery=recovery)

@@ -254,7 +254,7 @@ def test_a_broken_entry_point_is_said_when_it_is_asked_for(monkeypatch: pytest.M
     assert registry.make("good").name == "good" and registry.make("flap").name == "flap"
     with pytest.raises(InputError, match="The criterion broken cannot be imported"):
         registry.make("broken")
-    with pytest.raises(InputError, match="it is registered as obs; name the entry point so"):
+    with pytest.raises(InputError, match="it is registered as obs; give the entry point that name"):
         registry.make("renamed")
 
 
