@@ -1,4 +1,4 @@
-"""The command line, called in the test's own process."""
+"""Calls of the command line in the test's own process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import pytest
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """The same in this process, which spares seconds of importing; exit code, stdout, stderr without line breaks."""
+    """Call the command line in this process, which saves seconds of importing.
+
+    Returns:
+        Exit code, stdout, and stderr without line breaks.
+    """
     from slimllm import cli
 
     saved = sys.argv

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["SLIMLLM_BACKEND"] = "auto"
-os.environ["COLUMNS"] = "200"  # what is printed is not broken into lines
-# Kernels run under the interpreter where there is no GPU; it must be chosen before triton is imported.
+os.environ["COLUMNS"] = "200"  # keeps printed lines unbroken
+# Without a GPU, kernels run under the interpreter, which must be chosen before triton is imported.
 import torch
 
 if not torch.cuda.is_available():
@@ -38,7 +38,7 @@ from slimllm.runtime.hidden_states import Placement
 from slimllm.runtime.progress import LayerMeasured, LayerPruned, PartWritten, Progress, ProgressCallback, StepTrained
 from slimllm.runtime.stopwatch import Stopwatch
 
-# The models are tiny: more threads only make the tests slow where other work runs beside them.
+# The models are tiny: more threads only slow the tests down on a busy machine.
 torch.set_num_threads(1)
 
 
@@ -48,7 +48,7 @@ needs_kernels = pytest.mark.skipif(bool(triton_is_missing()), reason=f"no kernel
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory that torch hands out uninitialised is full of NaN (or the largest integer), instead of what lay there."""
+    """Fill uninitialised memory of torch with NaN (or the largest integer) instead of leftover values."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def stories_path() -> Path:
-    """The bundled, trained LLaMA: 5 layers, 8 heads in 4 KV groups, hidden 64, intermediate 172."""
+    """Return the folder of the bundled, trained LLaMA: 5 layers, 8 heads in 4 KV groups, hidden 64, intermediate 172."""
     return STORIES
 
 
@@ -79,13 +79,13 @@ def stories(stories_path: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def token_ids(stories_path: Path) -> torch.Tensor:
-    """Real text as windows, (16, 64)."""
+    """Return windows of real text, (16, 64)."""
     tokens = tokenize(open_checkpoint(stories_path).tokenizer(), [bundled_text("calibration")[:60_000]])
     return draw_windows(tokens, samples=16, seq_len=64, seed=0)
 
 
 def random_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
-    """A seeded random LLaMA whose activations are hard on statistics: large means, dead and dominating channels."""
+    """Make a seeded random LLaMA whose activations are hard for statistics: large means, dead and dominating channels."""
     settings: dict[str, object] = {
         "vocab_size": 128,
         "hidden_size": 48,
@@ -112,7 +112,7 @@ def random_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
                 parameter.normal_(0, 0.3)
         for layer in model.model.layers:
             if layer.self_attn.v_proj.bias is not None:
-                layer.self_attn.v_proj.bias.normal_(0, 30.0)  # inputs of o_proj with mean ≫ spread
+                layer.self_attn.v_proj.bias.normal_(0, 30.0)  # makes inputs of o_proj with mean ≫ spread
                 layer.self_attn.o_proj.bias.normal_()
             if layer.mlp.up_proj.bias is not None:
                 layer.mlp.gate_proj.bias.normal_(0, 2.0)
@@ -120,7 +120,7 @@ def random_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
                 layer.mlp.up_proj.bias[3] = 0.0
                 layer.mlp.down_proj.bias.normal_()
             layer.mlp.up_proj.weight[3] = 0.0  # a dead channel
-            layer.mlp.down_proj.weight[:, 7] *= 30.0  # a dominating one
+            layer.mlp.down_proj.weight[:, 7] *= 30.0  # a dominating channel
     return model
 
 
@@ -134,7 +134,7 @@ def logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def pruned(model: Any, calibration: Calibration, config: PruneConfig, placement: Placement | None = None) -> Pruning:
-    """What the engine makes of a model in memory, in place, without writing or converting anything."""
+    """Prune a model in memory, in place, with the engine alone: nothing is written or converted."""
     watch = Stopwatch(torch.device("cpu"))
     run = RunContext(InMemoryModel(model), calibration, config, placement or Placement(), watch)
     dense = run_dense_pass(run)
@@ -147,7 +147,7 @@ def pruned(model: Any, calibration: Calibration, config: PruneConfig, placement:
 
 @contextmanager
 def logged() -> Iterator[list[str]]:
-    """What the package logs meanwhile."""
+    """Collect the messages that the package logs inside the `with` block."""
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
@@ -163,19 +163,19 @@ def logged() -> Iterator[list[str]]:
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """What the package logs in a test."""
+    """Collect the messages that the package logs during a test."""
     with logged() as sentences:
         yield sentences
 
 
 def part_of(event: Progress) -> tuple[str, int]:
-    """The stage of an event, and the index of the part that is complete."""
+    """Return the stage of an event, and the index of the part that is complete."""
     stages = {LayerMeasured: "dense", LayerPruned: "prune", StepTrained: "train", PartWritten: "export"}
     return stages[type(event)], event.done - 1
 
 
 def stop_at(stage: str, index: int) -> ProgressCallback:
-    """Interrupt a run after a part of it."""
+    """Return a progress callback that interrupts a run after one of its parts."""
 
     def progress(event: Progress) -> None:
         if part_of(event) == (stage, index):
@@ -186,7 +186,7 @@ def stop_at(stage: str, index: int) -> ProgressCallback:
 
 @pytest.fixture
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test registers is gone after it."""
+    """Remove everything that a test registers after the test."""
     for registry in (CRITERIA, RECOVERIES, ALLOCATIONS, EXPORTERS):
         monkeypatch.setattr(registry, "_found", dict(registry.all()))
     yield
@@ -195,7 +195,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a result but the report, which has times in it."""
+    """Return the contents of every file of a result except the report, which contains times."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")

@@ -1,10 +1,10 @@
-"""Damaged and hostile files, one after the other: every one is refused in a sentence, or read as it is.
+"""Fuzzer of input files: every damaged or hostile file must be refused with a sentence, or read correctly.
 
     python tests/fuzz.py [--seconds 600] [--seed 0] [--trial NUMBER]
 
-A trial changes one file of a good input, seeded by its number, and has slimllm read it, with a bound of time and memory.
-What is accepted has to be right by another reading of the same file: that of transformers of the model and the tokenizer,
-that of gguf-py of the tensors. A table counts what was tried, refused, and accepted and right; every fault is printed with
+A trial changes one file of a good input, seeded by its number, and makes slimllm read it within limits of time and memory.
+An accepted file must agree with another reader of the same file: transformers for models and tokenizers, gguf-py for the
+tensors of GGUF files. A table counts trials, refusals, and files that were accepted and right. Every fault is printed with
 the number of its trial, and the exit status is then 1.
 """
 
@@ -58,7 +58,7 @@ from slimllm.pruning.report import PruneReport
 from slimllm.report import write_page
 
 STORIES = Path(str(resources.files("slimllm") / "calibration" / "data" / "stories260k"))
-SECONDS, MEMORY = 20, 2 * 2**30  # of a trial: alarm, and bytes of address space beyond what is there at the start
+SECONDS, MEMORY = 20, 2 * 2**30  # limits of a trial: seconds, and bytes of address space on top of those at the start
 LONGEST_SENTENCE = 1010
 
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -93,7 +93,7 @@ ODD: list[Any] = [
 
 
 class Fault(BaseException):
-    """What should not have happened; nobody catches it on the way."""
+    """Failure of a trial; a BaseException, so that the code under test does not catch it."""
 
 
 # --- changing files
@@ -108,10 +108,10 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def change_json(content: Any, draw: random.Random) -> str:
-    """A JSON text with something of it left out, replaced, renamed or added; now and then no JSON at all."""
+    """Return a JSON text with parts removed, replaced, renamed or added; sometimes it is not JSON at all."""
     text = json.dumps(content)
     kind = draw.randrange(12)
-    if kind == 2:  # the same in another order, with more white space
+    if kind == 2:  # the same content in another order, with more white space
         names = list(content)
         draw.shuffle(names)
         return json.dumps({name: content[name] for name in names}, indent=draw.choice([None, 1, 4]))
@@ -141,7 +141,7 @@ def change_json(content: Any, draw: random.Random) -> str:
 
 
 def change_bytes(content: bytes, draw: random.Random, most: int | None = None) -> bytes:
-    """Bytes with some flipped, cut off, doubled, put in, or with a number of eight bytes in their place."""
+    """Return the bytes with some replaced, cut off, doubled, or overwritten by a number of four or eight bytes."""
     changed = bytearray(content)
     for _ in range(draw.choice([1, 1, 2, 8])):
         at = draw.randrange(min(len(changed), most or len(changed)) or 1)
@@ -161,11 +161,11 @@ def change_bytes(content: bytes, draw: random.Random, most: int | None = None) -
     return bytes(changed)
 
 
-# --- what is read, and whether it is right
+# --- reading files, and checking what was read
 
 
 def check_model(folder: Path) -> None:
-    """Plan it and prune it; the dense model's perplexity has to be that of transformers' model."""
+    """Plan a run and prune the model; the dense model's perplexity must equal that of transformers' model."""
     with contextlib.suppress(InputError):  # plan reads config.json alone
         forecast(str(folder), PruneConfig(ratio=0.2, samples=2, seq_len=16), for_gpu=True)
     out = folder.parent / "out"
@@ -176,13 +176,13 @@ def check_model(folder: Path) -> None:
     finally:
         left = [path.name for path in folder.parent.iterdir() if path.name.startswith(".out")]
         if left:
-            raise Fault(f"it leaves {left}")
+            raise Fault(f"it leaves {left} on the disk")
     try:
         model, about = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, torch_dtype=torch.float32)
     except Exception:
         if not (folder / "model.safetensors.index.json").is_file():
             raise
-        # Of an index transformers wants more than where the tensors are, which is all that counts.
+        # transformers needs more from an index than the files of tensors, which alone matter here.
         model, about = AutoModelForCausalLM.from_pretrained(STORIES, output_loading_info=True, torch_dtype=torch.float32)
     if about["missing_keys"] or about["mismatched_keys"]:
         raise Fault(f"transformers misses {sorted(about['missing_keys'])[:3]}")
@@ -195,7 +195,7 @@ def check_model(folder: Path) -> None:
 
 
 def check_gguf(path: Path) -> None:
-    """All tensors have to be those that gguf-py reads."""
+    """Check that all tensors equal those that gguf-py reads."""
     checkpoint = open_checkpoint(path)
     CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
     tensors = checkpoint.read(checkpoint.shapes())
@@ -206,39 +206,39 @@ def check_gguf(path: Path) -> None:
     )
     ours = sorted(float(tensor.double().abs().sum()) for tensor in tensors.values())
     if not np.allclose(stored, ours, rtol=1e-6):
-        raise Fault("other tensors than gguf-py's")
+        raise Fault("the tensors differ from gguf-py's")
 
 
 def check_tokenizer(folder: Path) -> None:
-    """It has to give the tokens that transformers' own loading of it gives."""
+    """Check that the tokenizer gives the same tokens as when transformers loads it."""
     text = "Once upon a time, there was a [/b] :smile: little girl.\n"
     ours = load_tokenizer(folder)
     try:
         right = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception:
-        if tokenizer_code(folder) is None:  # only without the code that it asks for may another class read it
+        if tokenizer_code(folder) is None:  # only a tokenizer whose own code is not run may be read by a generic class
             raise
         right = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
     if encode(ours, text) != right(text)["input_ids"]:
-        raise Fault("other tokens than transformers'")
+        raise Fault("the tokens differ from those of transformers")
 
 
 def check_report(folder: Path) -> None:
-    """It is shown on the terminal and, now and then, as a page, which takes seconds."""
+    """Show a report on the terminal and, for one in twelve, as a page, which takes seconds."""
     report = PruneReport.read(folder)
     print_summary(Console(file=io.StringIO(), markup=False, emoji=False), report)
     if zlib.crc32(folder.joinpath("report.json").read_bytes()) % 12:
         return
     page = write_page(folder).read_text()
     if "<script" in page.lower():
-        raise Fault("a script is in the page")
+        raise Fault("the page has a script")
 
 
 def check_text(path: Path) -> None:
-    """Documents are texts in clean Unicode, and not the notation of something else."""
+    """Check that documents are valid Unicode, and not JSON or other notation read as text."""
     documents = read_texts(path, 2000, seed=0)
     if not documents or not all(isinstance(document, str) and is_unicode(document) for document in documents):
-        raise Fault("what is read is no text")
+        raise Fault("the result is not text")
     if path.suffix == ".jsonl" and any(document.lstrip().startswith(('{"text"', "None")) for document in documents):
         raise Fault(f"the notation is read as text: {documents[0][:60]!r}")
 
@@ -247,7 +247,7 @@ def check_text(path: Path) -> None:
 
 
 class Inputs:
-    """Good files, made once, and how each is changed."""
+    """Good files, made once, and the changes made to them."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -276,7 +276,7 @@ class Inputs:
         }
 
     def trial(self, number: int) -> tuple[str, Callable[[], None]]:
-        """What a trial changes, and the check of it."""
+        """Return what a trial changes, and a function that checks the changed file."""
         draw = random.Random(number)
         work = self.place / "work"
         shutil.rmtree(work, ignore_errors=True)
@@ -285,7 +285,7 @@ class Inputs:
         return target, TARGETS[target](self, work, draw)
 
     def json_of(self, source: Path, work: Path, file: str, draw: random.Random) -> Path:
-        """A copy of a folder in which a JSON file is changed."""
+        """Return a copy of a folder in which one JSON file is changed."""
         folder = work / "model"
         shutil.copytree(source, folder)
         text = change_json(json.loads((folder / file).read_text()), draw)
@@ -354,14 +354,14 @@ TARGETS: dict[str, Callable[..., Callable[[], None]]] = {
 
 
 def _what_is_wrong_with(error: InputError) -> str:
-    """Of a refusal: that it is no sentence, or is one about memory that ran out."""
+    """Return what is wrong with a refusal: it is not a sentence, or memory ran out; empty if nothing is."""
     text, cause = str(error), error.__cause__ or error.__context__
     while cause is not None:
         if isinstance(cause, MemoryError) or "allocate" in str(cause):
-            return f"it takes more than {MEMORY >> 20} MiB"
+            return f"it needs more than {MEMORY >> 20} MiB"
         cause = cause.__cause__ or cause.__context__
     if "\n" in text or not text.rstrip().endswith((".", "?", ")")) or len(text) > LONGEST_SENTENCE:
-        return f"that is no sentence: {text[:300]!r}"
+        return f"the message is not a sentence: {text[:300]!r}"
     return ""
 
 
@@ -370,7 +370,7 @@ def _alarm(number: int, frame: object) -> None:
 
 
 def run_trial(inputs: Inputs, number: int) -> tuple[str, str, str]:
-    """What was changed, what came of it (refused, accepted, fault), and the fault."""
+    """Run a trial; return what was changed, the outcome (refused, accepted, fault), and the message."""
     target, check = inputs.trial(number)
     signal.alarm(SECONDS)
     try:
@@ -380,7 +380,7 @@ def run_trial(inputs: Inputs, number: int) -> tuple[str, str, str]:
         return target, "fault" if fault else "refused", fault or str(error)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of a library is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         return target, "fault", f"{type(error).__name__}: {str(error)[:300]}"
     finally:
         signal.alarm(0)
@@ -391,7 +391,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0, help="The number of the first trial.")
-    parser.add_argument("--trial", type=int, help="Only this one, with what came of it.")
+    parser.add_argument("--trial", type=int, help="Run only this trial, and print its outcome.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()

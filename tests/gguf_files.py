@@ -1,4 +1,4 @@
-"""GGUF files, as llama.cpp stores models."""
+"""Writer of GGUF files as llama.cpp stores models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ def write_gguf(
     tensors_in_a_part: int = 0,
     architecture: str = "llama",
 ) -> Path:
-    """A LLaMA as llama.cpp stores it: other names, rotary rows of q and k side by side; with more settings and tensors."""
+    """Write a LLaMA as llama.cpp stores it: with its names, and rotary rows of q and k interleaved.
+
+    Args:
+        model: The model.
+        path: The file to write.
+        kind: Type of the matrices whose rows are multiples of 32; all other tensors are fp32.
+        settings: Additional metadata, by key.
+        more: Additional tensors, by name.
+        tensors_in_a_part: Maximum number of tensors in each of several files; 0: one file.
+        architecture: Name of the architecture.
+    """
     config, state = model.config, model.state_dict()
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_in_a_part)
     adders = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}

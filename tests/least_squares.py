@@ -1,4 +1,4 @@
-"""Systems of normal equations, and their solution in fp64."""
+"""Test systems of normal equations, and their solution in fp64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 def normal_equations(
     batch: int, k: int, m: int, condition: float = 10.0, dtype: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Systems AᵀA and AᵀB of about the given condition, whose columns differ in size by its root."""
+    """Make systems AᵀA (batch, k, k) and AᵀB (batch, k, m) of about the given condition number.
+
+    The columns of A differ in size by up to the root of it.
+    """
     generator = torch.Generator().manual_seed(1000 * k + m)
     a = torch.randn(batch, 3 * k, k, generator=generator, dtype=torch.float64)
     a = a * torch.logspace(0, -0.5 * torch.log10(torch.tensor(condition)).item(), k, dtype=torch.float64)

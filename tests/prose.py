@@ -1,6 +1,6 @@
-"""Old turns of phrase that the text of this project must not have: `make lint` runs this.
+"""Search for phrases that the text of this project must not use, run by `make lint`.
 
-    python tests/prose.py [ROOT]    prints every place, and exits with 1 if there is one
+    python tests/prose.py [ROOT]    prints every match, and exits with 1 if there is one
 
 It reads the documents, and the comments, docstrings and messages of the package. CONTRIBUTING.md has the glossary.
 """
@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-# What is written instead, by a pattern.
+# What to write instead, by pattern.
 RULES = {
     r"\bbehind\b": "after (for order)",
     r"\bgone on with\b|\bgo(es)? on (with|behind)\b|\b[Gg]oing on (with|behind)\b": "resume, continue",
@@ -32,7 +32,7 @@ TEXTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "slimll
 
 
 def found(root: Path) -> list[str]:
-    """Every place, as `file:line: words (what to write)`."""
+    """Return every match as `file:line: words; better: replacement`."""
     places = []
     for path in sorted({path for pattern in TEXTS for path in root.glob(pattern)}):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

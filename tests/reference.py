@@ -1,7 +1,7 @@
-"""The authors' algorithm written plainly in fp64 on the raw activations, as the yardstick for the engine.
+"""The authors' algorithm, written plainly in fp64 on raw activations, as the reference for the engine.
 
-It works on the (num_tokens, D, H) tensor of per-head outputs, tries every exchange by summing outputs anew, takes a
-non-symmetric eigendecomposition and one polynomial fit for every output dimension. Nothing here is shared with slimllm.
+It works on the (num_tokens, D, H) tensor of per-head outputs, sums outputs again for every exchange, and uses a
+non-symmetric eigendecomposition and one polynomial fit per output dimension. It shares no code with slimllm.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 
 
 def head_outputs(x: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tensor:
-    """(num_tokens, D, units): o_i = X_i W_iᵀ for every unit."""
+    """Return o_i = X_i W_iᵀ for every unit, (num_tokens, D, units)."""
     blocks = x.double().view(len(x), units, -1)
     weights = weight.double().view(weight.shape[0], units, -1)
     return torch.einsum("nhd,khd->nkh", blocks, weights)
 
 
 def similarity(part: torch.Tensor, full: torch.Tensor) -> float:
-    """Σ_k |r_k| of two outputs (num_tokens, D)."""
+    """Return Σ_k |r_k| of two outputs (num_tokens, D), with r_k the correlation in dimension k."""
     part, full = part - part.mean(0), full - full.mean(0)
     covariance = (part * full).mean(0)
     sigma = part.square().mean(0).sqrt() * full.square().mean(0).sqrt()
@@ -30,7 +30,7 @@ def similarity(part: torch.Tensor, full: torch.Tensor) -> float:
 
 
 def choose_heads(outputs: torch.Tensor, num_pruned: int, group_size: int = 1) -> list[int]:
-    """Kept units: the least important go, then one pass of greedy exchanges."""
+    """Return the kept units: remove the least important ones, then do one pass of greedy exchanges."""
     full = outputs.sum(-1)
     num_units = outputs.shape[-1]
     groups = num_units // group_size if group_size > 1 else 1
@@ -59,11 +59,11 @@ def choose_heads(outputs: torch.Tensor, num_pruned: int, group_size: int = 1) ->
 def channel_importance(
     x: torch.Tensor, inner: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor
 ) -> torch.Tensor:
-    """I_gate + I_up + I_down of every channel, from x (N, D), Z (N, I) and the weights."""
+    """Return I_gate + I_up + I_down of every channel, from x (N, D), Z (N, I) and the weights."""
     x, inner, gate, up, down = (t.double() for t in (x, inner, gate, up, down))
     y = inner @ down.T
     y = y - y.mean(0)
-    # eig is what the authors call; of a singular matrix (fewer tokens than dimensions) its vectors are not orthogonal.
+    # The authors call eig. For a singular matrix (fewer tokens than dimensions) its vectors are not orthogonal.
     decompose = np.linalg.eig if len(y) > y.shape[1] else np.linalg.eigh
     eigenvalues, vectors = decompose((y.T @ y).numpy())
     scale = torch.from_numpy(np.abs(eigenvalues))
@@ -79,7 +79,7 @@ def choose_channels(importance: torch.Tensor, num_pruned: int, keep_lowest: int 
 
 
 def fit(y: torch.Tensor, y_hat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slope and intercept of y on ŷ, dimension by dimension."""
+    """Return slope and intercept of y on ŷ, dimension by dimension."""
     pairs = [np.polyfit(y_hat[:, k].double().numpy(), y[:, k].double().numpy(), 1) for k in range(y.shape[1])]
     a, b = np.array(pairs).T
     return torch.from_numpy(a), torch.from_numpy(b)
@@ -98,12 +98,13 @@ def prune(
     keep_lowest: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> Any:
-    """Prune a LLaMA, in order, with the numbers of units and channels in `removals`.
+    """Prune a LLaMA layer by layer, with the numbers of units and channels in `removals`.
 
-    Everything that a forward pass computes, outputs of the projections included, is in `dtype`, the rest in fp64.
+    Everything that a forward pass computes, including outputs of the projections, is in `dtype`; the rest is in fp64.
 
     Returns:
-        The kept heads, KV heads and channels, (a, b, max|y|) of both sub-layers, and the layer outputs (N, D), by layer.
+        For each layer: the kept heads, KV heads and channels, (a, b, max|y|) of both sub-layers, and the layer's output
+        (windows, tokens, D).
     """
     model = copy.deepcopy(model).to(dtype).eval()
     hidden = model.model.embed_tokens(token_ids)

@@ -1,4 +1,4 @@
-"""A tiny seeded model of every family, with all its peculiarities switched on."""
+"""Tiny seeded models of every family, with all its special features switched on."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
-    kind = "slim_bloom" if family == "bloom" else family  # what it is read as, with separate projections
+    kind = "slim_bloom" if family == "bloom" else family  # BLOOM is read as slim_bloom, with separate projections
     config = AutoConfig.for_model(kind, **of_this_version({**COMMON, **PECULIAR[family], **changes}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -16,9 +16,9 @@ def assert_close(
     floor: float,
     scale: torch.Tensor | float | None = None,
 ) -> None:
-    """`got` against the fp64 reference `wanted`, with `plain` the straightforward computation in the same dtype.
+    """Compare `got` with the fp64 reference `wanted`; `plain` is the straightforward computation in the same dtype.
 
-    Where rounding is amplified, one plain computation may be lucky; of several equally good ones the worst counts.
+    If rounding is amplified, a single plain computation may be accurate by chance; of several, the worst counts.
     """
     assert got.shape == wanted.shape
     assert not got.isnan().any()
