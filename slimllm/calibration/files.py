@@ -72,7 +72,7 @@ def head_of(path: Path, compression: str | None) -> bytes:
     for pattern, what in _OTHERS.items():
         if re.match(pattern, head):
             raise InputError(f"{shown(path)} is {what}.")
-    # Without a byte order mark: most characters of many languages have one NUL byte in UTF-16, and three in UTF-32.
+    # Without a byte order mark: text in most languages has characters with one NUL byte in UTF-16, and three in UTF-32.
     nul = head.count(0)
     if 0.25 < (share := nul / max(len(head), 1)) < 0.8:
         odd = head[1::2].count(0) * 2 > nul

@@ -23,8 +23,8 @@ def export(
 ) -> str:
     """Write a model in another format, with one layer in memory at a time.
 
-    `stock`: a folder of an architecture of transformers itself, for models whose layers have equal sizes (`slimllm prune
-    --uniform`). `padded`: the same for any model; zeros pad every layer to the sizes of the largest. This is exact, but
+    `stock`: a folder of an architecture of transformers itself, for models whose layers have equal sizes (pruned with
+    `--uniform`). `padded`: the same for any model; zeros pad every layer to the sizes of the largest. This is exact, but
     loses the speed and the memory gained by pruning. `gguf`: a file for llama.cpp, with sizes by layer, tokenizer and chat
     template, in the dtype of the model.
 

@@ -18,7 +18,7 @@ from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.data import Example, batch_of, learnt
 from slimllm.runtime.hidden_states import State
 
-MAX_NORM = 1.0  # gradient clipping, the default of transformers' Trainer, which LLM-Pruner uses
+MAX_NORM = 1.0  # largest norm of the gradient: the default of transformers' Trainer, which LLM-Pruner uses
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's moments
 
 
@@ -55,7 +55,7 @@ class Training:
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng([]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # caused by peft, not by us
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # raised because of peft
             torch.manual_seed(config.seed)  # for the factors, which are initialised on the CPU
             self.model: PeftModel = get_peft_model(model, lora)
         base: Any = self.model.base_model.model
