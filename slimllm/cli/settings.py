@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import typer
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
-_ENTRY = re.compile(r"^ {8}(\w+(?:, \w+)*): ((?:.|\n(?= {9,}))*)", re.MULTILINE)
+_ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): ((?:.|\n(?= {5,}))*)", re.MULTILINE)
 
 
 def with_settings(kind: type, only: tuple[str, ...] = (), **names: str) -> Callable[[_Command], _Command]:
@@ -52,7 +52,8 @@ def with_settings(kind: type, only: tuple[str, ...] = (), **names: str) -> Calla
 
 def help_of(kind: type) -> dict[str, str]:
     """The first sentence on every field, without the marks of code."""
-    text = (kind.__doc__ or "").partition("Attributes:")[2].partition("\n\n")[0]
+    text = inspect.cleandoc(kind.__doc__ or "")  # from Python 3.13 on, docstrings have no indentation
+    text = text.partition("Attributes:")[2].partition("\n\n")[0]
     found = {}
     for names, about in _ENTRY.findall(text):
         sentence = re.split(r"(?<=\.)\s", " ".join(about.split()), maxsplit=1)[0]

@@ -26,7 +26,7 @@ class Plan:
     """Plan of a run, and its memory estimate.
 
     Attributes:
-        config: The settings, including those that were chosen to fit the budgets.
+        config: The settings.
         placement: Where token-sized tensors are stored.
         gpu, host: Parts of the two peaks, in bytes; `runtime` is the memory of Python and the libraries.
         gpu_phase, host_phase: Names of the phases with these peaks.
@@ -79,7 +79,7 @@ def make_plan(
 
     Args:
         sizes: Sizes of the model and its calibration.
-        config: The settings; those that are None are chosen.
+        config: The settings.
         runtime, gpu_runtime: Bytes that Python and the libraries take on the host and on a GPU.
         folder: Where files of hidden states are made, if any.
         begun: The values of `ROUNDINGS` with which the resumed run began; None: they are chosen to fit.
@@ -100,20 +100,18 @@ def make_plan(
         steps = [step for step in steps if step.field not in ROUNDINGS]
 
     def planned(taken: list[_Step]) -> Plan:
-        changed, placement = config, start
-        for step in taken:
-            changed, placement = step.take(changed, placement)
-        every = list(phases(sizes, changed, placement))
+        placement = dataclasses.replace(start, **{step.field: step.value for step in taken})
+        every = list(phases(sizes, config, placement))
         gpu = max(every, key=lambda phase: sum(phase.gpu.values()))
         host = max(every, key=lambda phase: sum(phase.host.values()))
         return Plan(
-            config=changed,
+            config=config,
             placement=placement,
             gpu=_account(gpu.gpu, gpu_runtime) if sizes.on_gpu else {},
             host=_account(host.host, runtime),
             gpu_phase=gpu.name,
             host_phase=host.name,
-            disk=_disk(sizes, changed, placement),
+            disk=_disk(sizes, config, placement),
             choices=[step.words for step in taken],
         )
 
@@ -147,7 +145,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Step:
-    """A measure that saves memory: its description, and the field and value that it sets."""
+    """A measure that saves memory: its description, and the field of the placement and the value that it sets."""
 
     words: str
     field: str
@@ -156,13 +154,7 @@ class _Step:
 
     def applies(self, sizes: Sizes, config: PruneConfig) -> bool:
         needed = self.field != "gram" or Needs.COLUMN_GRAM in config.needs or measures_gram(config)
-        return needed and getattr(config, self.field, None) is None and (sizes.on_gpu or not self.gpu_only)
-
-    def take(self, config: PruneConfig, placement: Placement) -> tuple[PruneConfig, Placement]:
-        change: dict[str, Any] = {self.field: self.value}
-        if hasattr(placement, self.field):
-            return config, dataclasses.replace(placement, **change)
-        return dataclasses.replace(config, **change), placement
+        return needed and (sizes.on_gpu or not self.gpu_only)
 
 
 # In the order of the time that they cost, least first.

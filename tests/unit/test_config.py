@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from slimllm import InputError, PruneConfig
+from slimllm.cli.settings import help_of
 from slimllm.methods.allocation.layer_importance import LayerImportance
 from slimllm.methods.criteria.slimllm import SlimLLM
 from slimllm.methods.recovery.lstsq import LeastSquares
@@ -81,3 +84,11 @@ def test_a_name_is_the_method_with_the_options_of_the_preset() -> None:
 def test_settings_as_json() -> None:
     settings = PruneConfig(ratio=0.2, calibration=torch.zeros(3, 4, dtype=torch.int64)).to_dict()
     assert json.loads(json.dumps(settings))["calibration"] == "token ids (3, 4)"
+
+
+def test_every_option_has_help_whatever_the_indentation_of_docstrings() -> None:
+    class Dedented:  # as the compiler of Python 3.13 stores it
+        __doc__ = inspect.cleandoc(PruneConfig.__doc__ or "")
+
+    fields = {field.name for field in dataclasses.fields(PruneConfig)}
+    assert set(help_of(PruneConfig)) == fields and help_of(Dedented) == help_of(PruneConfig)

@@ -23,6 +23,7 @@ from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, sizes_by_layer
 from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traffic
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
+from slimllm.pruning.run import weight_dtype
 from slimllm.pruning.shapes import streams_heads
 from slimllm.runtime.memory import resident_gib
 
@@ -110,7 +111,7 @@ def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype
     path = Path(model).expanduser()
     if path.is_file():
         checkpoint = open_checkpoint(path)
-        return checkpoint.config, torch.bfloat16, checkpoint.dtype_in_memory()
+        return checkpoint.config, weight_dtype(checkpoint), checkpoint.dtype_in_memory()
     config = read_config(path if path.is_dir() else download(model, only=("config.json",)))
     config = read_as(config)
     dtype = getattr(config, "dtype", None) or torch.float32

@@ -11,6 +11,8 @@ import pytest
 import torch
 from commands import call
 from conftest import STORIES, config
+from gguf_files import write_gguf
+from transformers import PreTrainedModel
 
 from slimllm import InputError, PruneConfig, prune, prune_model
 from slimllm.config import GIB, parse_bytes
@@ -176,14 +178,20 @@ def test_the_plan_is_near_the_truth(recovery: str) -> None:
     assert sum(row["memory_gib"].values()) == pytest.approx(row["peak_host_gib"], rel=0.15)
 
 
-def test_forecast_needs_the_configuration_alone(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((STORIES / "config.json").read_text())
-    found = forecast(str(tmp_path), PruneConfig(ratio=0.3))
-    report = prune(STORIES, tmp_path / "out", PruneConfig(ratio=0.3))
+@pytest.mark.parametrize("form", ["configuration alone", "GGUF in float32"])
+def test_the_forecast_is_the_plan_of_the_run(form: str, tmp_path: Path, stories: PreTrainedModel) -> None:
+    model = STORIES
+    (described := tmp_path / "described").mkdir()
+    (described / "config.json").write_text((STORIES / "config.json").read_text())
+    if form == "GGUF in float32":
+        model = described = write_gguf(stories, tmp_path / "model.gguf")
+    found = forecast(str(described), PruneConfig(ratio=0.3))
+    report = prune(model, tmp_path / "out", PruneConfig(ratio=0.3))
     assert found.num_layers == 5 and found.params == report.parameters["before"] and found.seconds
     ours = {name: size / GIB for name, size in found.plan.host.items() if name != "runtime"}
     theirs = {name: size for name, size in report.memory_gib.items() if name != "runtime"}
     assert ours == pytest.approx(theirs, rel=1e-5)
+    assert found.plan.describe()["disk_gib"] == pytest.approx(report.plan["disk_gib"], rel=1e-5)
 
 
 def test_plan_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
