@@ -13,15 +13,37 @@ The public interface; everything else may change:
     InputError                              error of the input: what was wrong, what was got and what to do
 """
 
-import importlib.metadata
+from typing import TYPE_CHECKING
 
-from slimllm import ops
-from slimllm.config import PruneConfig
-from slimllm.errors import InputError
-from slimllm.evaluation.perplexity import load, perplexity
-from slimllm.pruning.api import prune, prune_model, prune_ratios
-from slimllm.pruning.report import PruneReport
+from slimllm._lazy import lazily
 
-__version__ = importlib.metadata.version("slimllm-engine")
+if TYPE_CHECKING:
+    from slimllm import ops
+    from slimllm.config import PruneConfig
+    from slimllm.errors import InputError
+    from slimllm.evaluation.perplexity import load, perplexity
+    from slimllm.pruning.api import prune, prune_model, prune_ratios
+    from slimllm.pruning.report import PruneReport
+
+    __version__: str
 
 __all__ = ["InputError", "PruneConfig", "PruneReport", "load", "ops", "perplexity", "prune", "prune_model", "prune_ratios"]
+
+# torch and transformers take seconds to import; `slimllm --help` and a wrong argument need neither.
+__getattr__ = lazily(
+    __name__,
+    {
+        "InputError": "slimllm.errors",
+        "PruneConfig": "slimllm.config",
+        "PruneReport": "slimllm.pruning.report",
+        "load": "slimllm.evaluation.perplexity",
+        "perplexity": "slimllm.evaluation.perplexity",
+        "prune": "slimllm.pruning.api",
+        "prune_model": "slimllm.pruning.api",
+        "prune_ratios": "slimllm.pruning.api",
+    },
+)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from slimllm.errors import InputError
 from slimllm.plugins import ALLOCATIONS, CRITERIA, RECOVERIES
+
+if TYPE_CHECKING:  # where it is needed it is imported: wrong settings are refused before that
+    import torch
 
 # Values that a preset gives to settings that are not given; `settings` are options of methods, by kind and name. The preset
 # `paper` also puts no BOS before the windows, unless asked to, and draws them from the whole file.
@@ -52,7 +54,7 @@ TOKEN_WEIGHTS = ("none", "norm")
 BOS_CHOICES = ("auto", "always", "never")
 GIB = 2**30
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": GIB, "TIB": 2**40}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -145,16 +147,12 @@ class PruneConfig:
         for name in ("criterion", "allocation", "recovery", "token_weights", "round_to"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, row[name])
-        for kind, registry in METHODS.items():
-            given = getattr(self, kind)
-            settings = row["settings"].get((kind, given)) if isinstance(given, str) else None
-            object.__setattr__(self, kind, registry.make(given, settings))
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         check_choice("bos", self.bos, BOS_CHOICES)
         for name in ("dtype", "compute_dtype"):
             if getattr(self, name) is not None:
-                check_choice(name, getattr(self, name), tuple(DTYPES))
+                check_choice(name, getattr(self, name), DTYPES)
         for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("heads_multiple_of", 1)):
             check_number(name, getattr(self, name), int, least)
         if self.seed >= 2**63:
@@ -162,6 +160,23 @@ class PruneConfig:
         for name in ("batch_size", "round_to"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), int, 1)
+        if self.calibration is not None and not (isinstance(self.calibration, (str, Path)) or self.token_ids is not None):
+            raise TypeError(
+                "calibration must be a path, the name of a dataset or a tensor of token ids, "
+                f"got {type(self.calibration).__name__}."
+            )
+        if self.device is not None:
+            parse_device(self.device)
+        for name in ("host_memory", "gpu_memory"):
+            parse_bytes(name, getattr(self, name))
+        self._make_methods(row["settings"])
+
+    def _make_methods(self, settings: dict[tuple[str, str], dict[str, Any]]) -> None:
+        """Make methods of their names, with the preset's settings by kind and name, and check that they go together."""
+        for kind, registry in METHODS.items():
+            given = getattr(self, kind)
+            of_preset = settings.get((kind, given)) if isinstance(given, str) else None
+            object.__setattr__(self, kind, registry.make(given, of_preset))
         self.allocation.check(self.heads_multiple_of)
         if self.preset == "paper" and (
             self.allocation.name != "layer-importance" or not self.allocation.settings.published
@@ -175,15 +190,12 @@ class PruneConfig:
                 f"criterion {self.criterion.name} removes what a recovery can make up for; give a recovery: lstsq, affine "
                 "or bias."
             )
-        if self.calibration is not None and not isinstance(self.calibration, (str, Path, torch.Tensor)):
-            raise TypeError(
-                "calibration must be a path, the name of a dataset or a tensor of token ids, "
-                f"got {type(self.calibration).__name__}."
-            )
-        if self.device is not None:
-            parse_device(self.device)
-        for name in ("host_memory", "gpu_memory"):
-            parse_bytes(name, getattr(self, name))
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """The calibration windows, if they are given as token ids."""
+        torch = sys.modules.get("torch")  # without it nobody has a tensor
+        return self.calibration if torch and isinstance(self.calibration, torch.Tensor) else None
 
     @property
     def needs(self) -> Any:
@@ -199,8 +211,8 @@ class PruneConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON types; token ids appear as their shape."""
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if isinstance(self.calibration, torch.Tensor):
-            settings["calibration"] = f"token ids {tuple(self.calibration.shape)}"
+        if (token_ids := self.token_ids) is not None:
+            settings["calibration"] = f"token ids {tuple(token_ids.shape)}"
         elif self.calibration is not None:
             settings["calibration"] = str(self.calibration)
         methods = {kind: getattr(self, kind) for kind in METHODS}
@@ -232,12 +244,22 @@ def parse_bytes(name: str, value: str | None) -> float:
     return float(match[1]) * _UNITS[unit if len(unit) > 1 else f"{unit}IB"]
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the dtype of one of the names in `DTYPES`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
 def parse_device(name: str | None) -> torch.device:
     """Return a device by name; None: a GPU if there is one, otherwise the CPU.
 
     Raises:
         ValueError: (as InputError) there is no device of that name.
     """
+    import torch
+
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:

@@ -14,9 +14,7 @@ from slimllm.cli import prune, export, eval, compare, sweep, latency, finetune, 
 from slimllm.cli.options import REMOVED, app
 from slimllm.cli.terminal import console, errors, lost, open_closed_streams
 from slimllm.errors import InputError, OtherRankError
-from slimllm.runtime.distributed import end
 from slimllm.runtime.interrupts import SIGNALS, leave
-from slimllm.runtime.memory import exhausted
 
 __all__ = ["app", "main"]
 
@@ -67,9 +65,6 @@ def main() -> None:
     for number in SIGNALS:
         signal(number, _interrupted)
     try:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
         app()
     except SystemExit as leaving:
         code = leaving.code
@@ -79,6 +74,8 @@ def main() -> None:
         _say(str(error))
         code = 2
     except (MemoryError, RuntimeError, OSError) as error:
+        from slimllm.runtime.memory import exhausted
+
         memory = exhausted(error)
         if memory is not None:
             _say(f"The memory of the {memory} is not enough; {_LESS_MEMORY.get(sys.argv[1], 'free some')}.")
@@ -91,4 +88,8 @@ def main() -> None:
         done = "" if code else "; all else is done"
         _say(f"What was to be printed is lost ({reason.strerror}){done}.")
         code = code or 2
-    end(code)
+    if "torch" in sys.modules:
+        from slimllm.runtime.distributed import end
+
+        end(code)
+    sys.exit(code)

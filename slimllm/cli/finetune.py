@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,9 +12,10 @@ from slimllm.cli.options import OUT, REMOVED, Quiet, TrustRemoteCode, app, write
 from slimllm.cli.settings import with_settings
 from slimllm.cli.terminal import console, errors
 from slimllm.finetuning.config import FinetuneConfig
-from slimllm.finetuning.report import FinetuneReport
-from slimllm.pruning.report import REPORT_NAME
 from slimllm.runtime.progress import Progress, StepTrained
+
+if TYPE_CHECKING:
+    from slimllm.finetuning.report import FinetuneReport
 
 
 @app.command("finetune")
@@ -36,14 +37,16 @@ def finetune_command(
 
     Interrupt it once to stop after the present step, with its state on the disk.
     """
+    config = FinetuneConfig(**settings)  # wrong settings are refused before torch is imported
+
     from slimllm.checkpoints.writer import can_resume
     from slimllm.cli.display import PruneDisplay
     from slimllm.errors import OutputError
     from slimllm.finetuning import finetune
+    from slimllm.pruning.report import REPORT_NAME
     from slimllm.runtime.distributed import Ranks
     from slimllm.runtime.interrupts import SafeStop
 
-    config = FinetuneConfig(**settings)
     with watch_for_other_work(quiet, settings["device"]), PruneDisplay(console, quiet) as display:
         stop = SafeStop(lambda sentence: errors.print(sentence.replace("layer", "step")), Ranks())
 

@@ -119,6 +119,8 @@ class _Options:
 
 def with_methods(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a run, with the options of its methods."""
+    if not context.meta[_KEY]:
+        return settings  # methods are made of their names, after the other settings have been checked
     chosen = chosen_methods(context, settings["preset"], **{kind: settings[kind] for kind in METHODS})
     return {**settings, **chosen}
 
@@ -159,9 +161,11 @@ def _flag(method: str, option: str) -> str:
 def _meant(name: str, context: Any) -> str:
     """What may have been meant by an unknown option, as a sentence."""
     known = [option for parameter in context.command.params for option in parameter.opts]
-    of_methods = [_flag(method.name, option) for method in _methods() for option in get_type_hints(method.Settings)]
-    close = [option for option in of_methods if option.endswith(f".{name.lstrip('-')}")]
-    close += difflib.get_close_matches(name, [*known, *of_methods], 1, cutoff=0.75)
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.75)
+    if not close:
+        of_methods = [_flag(method.name, option) for method in _methods() for option in get_type_hints(method.Settings)]
+        close = [option for option in of_methods if option.endswith(f".{name.lstrip('-')}")]
+        close += difflib.get_close_matches(name, of_methods, 1, cutoff=0.75)
     return f" Did you mean {close[0]}?" if close else " Options of a method are written --METHOD.OPTION VALUE."
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from slimllm.cli.settings import with_settings
 from slimllm.cli.terminal import console, errors
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError, LostRankError, OutputError
-from slimllm.runtime.distributed import Ranks, launched
 from slimllm.runtime.interrupts import SafeStop
 from slimllm.runtime.progress import Progress
 
@@ -49,14 +49,18 @@ def prune_command(
 
     Under torchrun (torchrun --nproc-per-node 4 -m slimllm prune …) the processes share the calibration windows.
     """
-    from slimllm.checkpoints.writer import can_resume
-    from slimllm.cli.display import PruneDisplay
-    from slimllm.pruning.api import prune, prune_ratios
-
     if uniform:
         if (given := settings["allocation"]) not in (None, "uniform"):
             raise InputError(f"--uniform is --allocation uniform, but --allocation {given} was given; leave one out.")
         settings["allocation"] = "uniform"
+    if not os.environ.get("WORLD_SIZE"):  # wrong settings are refused before torch is imported; ranks check them together
+        PruneConfig(ratio=ratio[0], **with_methods(context, settings))
+
+    from slimllm.checkpoints.writer import can_resume
+    from slimllm.cli.display import PruneDisplay
+    from slimllm.pruning.api import prune, prune_ratios
+    from slimllm.runtime.distributed import Ranks, launched
+
     results = [out] if len(ratio) == 1 else [out / str(one) for one in ratio]
     command = shlex.join(["slimllm", *(argument for argument in sys.argv[1:] if argument != "--resume")])
     with launched(settings["device"]) as group:
@@ -111,12 +115,13 @@ def plan_command(
     **settings: Any,
 ) -> None:
     """What a run would take, from config.json alone: memory by its parts, disk, time, and how it would fit a budget."""
-    from slimllm.cli.display import print_forecast
-    from slimllm.experiments.bench.forecast import forecast
-
     device = settings["device"]
     settings["device"] = None if device == "cuda" else device  # of another machine, perhaps
     config = PruneConfig(ratio=ratio, **with_methods(context, settings))
+
+    from slimllm.cli.display import print_forecast
+    from slimllm.experiments.bench.forecast import forecast
+
     print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))
 
 

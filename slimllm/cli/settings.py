@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -25,14 +25,14 @@ def with_settings(kind: type, only: tuple[str, ...] = (), **names: str) -> Calla
 
     def decorate(command: _Command) -> _Command:
         own = list(inspect.signature(command, eval_str=True).parameters.values())
-        taken, hints, helps = {parameter.name for parameter in own}, get_type_hints(kind), help_of(kind)
+        taken, helps = {parameter.name for parameter in own}, help_of(kind)
         made = [
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
                 annotation=Annotated[
-                    _simple(hints[field.name]),
+                    _simple(str(field.type)),
                     typer.Option(*[names[field.name]] if field.name in names else [], help=helps.get(field.name, "")),
                 ],
             )
@@ -61,8 +61,8 @@ def help_of(kind: type) -> dict[str, str]:
     return found
 
 
-def _simple(hint: Any) -> Any:
-    """The type of an option: what is more than a number, a text or a switch is given as a text."""
-    kinds = get_args(hint) or (hint,)
-    simple = next((one for one in (bool, int, float, str) if one in kinds), str)
-    return simple | None if type(None) in kinds or hint is Any else simple
+def _simple(hint: str) -> Any:
+    """Return the type of an option from an annotation as it is written: a switch, a number, or else a text."""
+    kinds = hint.split(" | ")
+    simple = next((one for one in (bool, int, float, str) if one.__name__ in kinds), str)
+    return simple | None if "None" in kinds or hint == "Any" else simple

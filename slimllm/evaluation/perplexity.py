@@ -14,7 +14,7 @@ from slimllm.checkpoints.folder import check_padding, name_some, quantisation_of
 from slimllm.checkpoints.headers import Headers, stored_head_differs
 from slimllm.checkpoints.opening import download, open_checkpoint
 from slimllm.checkpoints.tokenizer import load_tokenizer
-from slimllm.config import DTYPES, check_choice, parse_device
+from slimllm.config import DTYPES, check_choice, parse_device, torch_dtype
 from slimllm.errors import InputError, first_line
 from slimllm.models.families import family_of
 from slimllm.models.meta import expected_tensors, meta_model
@@ -44,8 +44,8 @@ def load(
     """
     where = parse_device(device)
     if dtype is not None:
-        check_choice("dtype", dtype, tuple(DTYPES))
-    wanted = DTYPES[dtype] if dtype else (torch.float32 if where.type == "cpu" else None)
+        check_choice("dtype", dtype, DTYPES)
+    wanted = torch_dtype(dtype) if dtype else (torch.float32 if where.type == "cpu" else None)
     path = locate(model, code=trust_remote_code)
     if path.is_file():
         checkpoint = open_checkpoint(path)

@@ -22,7 +22,7 @@ from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.tokenizer import tokenizer_code
 from slimllm.checkpoints.writer import CheckpointWriter, can_resume, check_interrupted, partial_folder, remove_leftover
-from slimllm.config import DTYPES, GIB, PruneConfig, parse_device
+from slimllm.config import GIB, PruneConfig, parse_device, torch_dtype
 from slimllm.pruning.dense_pass import DensePass
 from slimllm.pruning.identity import WEIGHTS, checksum_of, compare_identities, environment_of, identity_of
 from slimllm.pruning.model_card import write_model_card
@@ -137,7 +137,7 @@ def _prune_one(
     """Prune and write one result; return its report and the dense pass, which the next job may use."""
     config, source, ranks = run.config, run.source, run.ranks
     assert isinstance(source, CheckpointModel)
-    checkpoint, dtype = source.checkpoint, DTYPES[config.dtype] if config.dtype else None
+    checkpoint, dtype = source.checkpoint, torch_dtype(config.dtype) if config.dtype else None
     writer: CheckpointWriter | None = None
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -213,7 +213,7 @@ def _told(report: PruneReport | None, ranks: Ranks) -> PruneReport | None:
 
 def _compute_dtype(config: PruneConfig, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if config.compute_dtype:
-        return DTYPES[config.compute_dtype]
+        return torch_dtype(config.compute_dtype)
     if device.type == "cpu":
         return torch.float32  # exact, and half precision is slow on many CPUs
     return weight_dtype(checkpoint)

@@ -18,7 +18,7 @@ from slimllm.checkpoints.journal import Journal
 from slimllm.checkpoints.output_format import OutputFormat, output_format
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
-from slimllm.config import DTYPES, GIB, PruneConfig
+from slimllm.config import GIB, PruneConfig, torch_dtype
 from slimllm.errors import InputError
 from slimllm.methods.allocation.removal import LayerRemoval
 from slimllm.methods.allocation.spending import Curves
@@ -126,7 +126,7 @@ class Run:
             size.without(removal.units, removal.channels, self.config.head_unit, new_bias)
             for size, removal in zip(self.sizes, allocated.removals)
         ]
-        dtype = DTYPES[self.config.dtype] if self.config.dtype else _config_dtype(self.source)
+        dtype = torch_dtype(self.config.dtype) if self.config.dtype else _config_dtype(self.source)
         return allocated, output_format(self.source.config, sizes, dtype)
 
     def _curves(self, dense: DensePass) -> list[Curves] | None:
@@ -221,7 +221,7 @@ def plan_of(
     """Plan how to prune a model with windows (samples, seq_len, held out) within the budgets of the settings."""
     stored = source.checkpoint.dtype_in_memory() if isinstance(source, CheckpointModel) else source.dtype
     params = sum(torch.Size(shape).numel() for shape in source.shapes().values())
-    dtypes = stored, source.dtype, DTYPES[config.dtype] if config.dtype else _config_dtype(source)
+    dtypes = stored, source.dtype, torch_dtype(config.dtype) if config.dtype else _config_dtype(source)
     sizes = sizes_of(source.config, source.sizes(), source.head_dim, params, dtypes, windows, source.device, num_ranks)
     return make_plan(sizes, config, runtime, GPU_RUNTIME, folder, begun)
 

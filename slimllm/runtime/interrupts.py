@@ -5,10 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import LayerMeasured, Progress
+
+if TYPE_CHECKING:
+    from slimllm.runtime.distributed import Ranks
 
 # Those that end a run: SIGHUP when its terminal goes, unless nohup has it ignored.
 SIGNALS = [signal.SIGINT, signal.SIGTERM]

@@ -128,7 +128,7 @@ def measure_latency(
     if not models:
         raise InputError("Give at least one model.")
     if dtype is not None:
-        check_choice("dtype", dtype, tuple(DTYPES))
+        check_choice("dtype", dtype, DTYPES)
     where = str(parse_device(device))
     for model in models:
         locate(model, code=trust_remote_code, only=("config.json",))

@@ -14,7 +14,7 @@ from slimllm.calibration import num_held_out
 from slimllm.checkpoints.folder import read_config
 from slimllm.checkpoints.fused import read_as
 from slimllm.checkpoints.opening import download, open_checkpoint
-from slimllm.config import DTYPES, GIB, PruneConfig, check_config, parse_device
+from slimllm.config import GIB, PruneConfig, check_config, parse_device, torch_dtype
 from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.work import measure_rates, stage_work
@@ -71,14 +71,14 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     there = device.type == "cpu" or torch.cuda.is_available()
     model_config, stored, in_memory = _description(model)
     default = torch.float32 if device.type == "cpu" else stored
-    computed = DTYPES[config.compute_dtype] if config.compute_dtype else default
+    computed = torch_dtype(config.compute_dtype) if config.compute_dtype else default
     spec, head_dim = family_of(model_config.model_type), head_dim_of(model_config)
     shapes = expected_tensors(meta_model(model_config), spec)
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     for layer in layers:
         layer.unit_step(config.head_unit, config.heads_multiple_of)  # raises the errors that the run would raise
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
-    dtypes = in_memory, computed, DTYPES[config.dtype] if config.dtype else stored
+    dtypes = in_memory, computed, torch_dtype(config.dtype) if config.dtype else stored
     windows = (config.samples, config.seq_len, num_held_out(config.samples))
     sizes = sizes_of(model_config, layers, head_dim, params, dtypes, windows, device, ranks)
     plan = make_plan(sizes, config, resident_gib() * GIB + _LOADED_LATER, GPU_RUNTIME)

@@ -21,7 +21,7 @@ import torch
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
-from slimllm.config import DTYPES, METHODS, PruneConfig, parse_bytes, parse_device
+from slimllm.config import METHODS, PruneConfig, parse_bytes, parse_device, torch_dtype
 from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint
@@ -177,7 +177,7 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
         budget = parse_bytes("gpu_memory", setting.gpu_memory)
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / whole), device.index)
     report = dataclasses.asdict(prune(checkpoint, folder / "out", _config(setting, calibration)))
-    dtype = DTYPES[report["compute_dtype"]]
+    dtype = torch_dtype(report["compute_dtype"])
     sizes = CheckpointModel(checkpoint, device, dtype).sizes()
     gguf = checkpoint.path.is_file()
     read_bytes = checkpoint.path.stat().st_size / report["parameters"]["before"] if gguf else 2.0

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PretrainedConfig
+
+if TYPE_CHECKING:  # families are known without transformers, which takes seconds to import
+    from transformers import PretrainedConfig
 
 Rows = slice | torch.Tensor
 FAMILIES: dict[str, Family] = {}  # by `model_type` of config.json

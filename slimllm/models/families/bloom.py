@@ -1,12 +1,16 @@
 """BLOOM: no gate, biases everywhere, ALiBi with slopes stored for each head, and q, k and v interleaved by head."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PretrainedConfig
-from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
 from slimllm.errors import InputError
 from slimllm.models.families.base import Family, ReadAs, Rows, register_family, register_reading
-from slimllm.models.modeling.modeling_slim_bloom import SlimBloomConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 BLOOM = register_family(
     Family(
@@ -30,6 +34,8 @@ BLOOM = register_family(
 
 
 def _config(config: PretrainedConfig) -> PretrainedConfig:
+    from slimllm.models.modeling.modeling_slim_bloom import SlimBloomConfig
+
     if config.apply_residual_connection_post_layernorm:
         raise InputError(
             "This BLOOM model is not supported: its residual connections start after the norms "
@@ -49,6 +55,8 @@ def _rows(config: PretrainedConfig) -> dict[str, dict[str, Rows]]:
 
 def _slopes(config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """Return the slopes of the position bias, one for each head."""
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
     heads = config.num_attention_heads
     biases = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)  # slope times position
     return {BLOOM.slopes: biases.view(heads, 2)[:, 1].clone()}

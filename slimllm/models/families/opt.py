@@ -1,8 +1,13 @@
 """OPT: no gate, biases everywhere, learned positions."""
 
-from transformers import PretrainedConfig
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from slimllm.models.families.base import Family, head_dim_of, register_family
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _why_not(config: PretrainedConfig) -> str | None:

@@ -1,13 +1,17 @@
 """Phi-3 and Phi-3.5-mini: fused projections; read as Mistral, which computes the same."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import MistralConfig, PretrainedConfig
 
 from slimllm.errors import InputError
 from slimllm.models.families.base import ReadAs, Rows, head_dim_of, register_reading
 from slimllm.models.families.mistral import MISTRAL
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 # Settings of Phi-3 that Mistral's configuration takes over.
 _KEPT = (
@@ -37,6 +41,8 @@ _KEPT = (
 
 
 def _config(config: PretrainedConfig) -> PretrainedConfig:
+    from transformers import MistralConfig
+
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     if rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) not in (None, 1.0):
         raise InputError(
