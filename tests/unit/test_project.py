@@ -12,6 +12,7 @@ import slimllm
 PACKAGE = Path(slimllm.__file__).parent
 # The way of the data: a folder imports only from those before it.
 ORDER = [
+    "_lazy",
     "errors",
     "plugins",
     "config",
