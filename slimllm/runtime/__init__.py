@@ -1,1 +1,1 @@
-"""Where and how the work runs: processes, memory, signals, progress, and the place of hidden states."""
+"""Execution of the work: processes, memory, signals, progress, and storage of hidden states."""

@@ -1,7 +1,7 @@
-"""The ranks of one run: how many processes there are, and the few things they tell each other.
+"""Ranks of one run, and the communication between them.
 
-Every rank has its share of the calibration windows and all of the layer at work. Sums over windows are added up over the
-ranks, the first one's choices hold for all, and rows of large solves are shared out. Messages are JSON, never pickles.
+Every rank holds its share of the calibration windows and all of the current layer. Sums over windows are added up over the
+ranks, the first rank's choices apply to all, and rows of large solves are distributed. Messages are JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slimllm.errors import InputError, LostRankError, OtherRankError, OutputErro
 
 
 class Sums(Protocol):
-    """Statistics that add up: sums over tokens, how many tokens they are of, and the sum of their weights."""
+    """Additive statistics: sums over tokens, the number of tokens, and the sum of the token weights."""
 
     count: int
     mass: float
@@ -30,19 +30,19 @@ class Sums(Protocol):
 
 
 class Ranks:
-    """This process among those of the run.
+    """The rank of this process, and communication with the other ranks of the run.
 
-    All ranks call the same methods in the same order, but for `share` and `rows`, and those that say so.
+    All ranks call the same methods in the same order, except `share`, `rows`, and methods documented otherwise.
 
     Args:
-        group: The processes; None: this one alone.
+        group: The process group; None: this process alone.
 
     Attributes:
-        rank: Which of them this one is, from 0.
-        size: How many there are.
+        rank: Rank of this process, from 0.
+        size: Number of ranks.
 
     Raises:
-        ValueError: (as InputError) the group cannot send tensors that are on a CPU; (as LostRankError, of every method that
+        ValueError: (as InputError) the group has no backend for CPU tensors; (as LostRankError, in every method that
             communicates) another rank has ended or does not answer.
     """
 
@@ -57,12 +57,12 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that chooses, writes and talks."""
+        """Whether this is the first rank, which makes choices, writes files and prints."""
         return self.rank == 0
 
     @contextmanager
     def one_log(self) -> Iterator[None]:
-        """Let this process log no more than errors about the run meanwhile, unless it is the first one."""
+        """Suppress this process's log records below ERROR within the block, unless it is the first rank."""
         logger = logging.getLogger("slimllm")
 
         def drop(record: logging.LogRecord) -> bool:
@@ -75,17 +75,17 @@ class Ranks:
             logger.removeFilter(drop)
 
     def share(self, total: int, rank: int | None = None) -> range:
-        """The part of `total` things that a rank (this one) has: contiguous, in order, and as even as can be."""
+        """Return a rank's part of `total` items (default: this rank's): contiguous, in order, and as even as possible."""
         rank = self.rank if rank is None else rank
         return range(total * rank // self.size, total * (rank + 1) // self.size)
 
     def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's share of the rows of a tensor."""
+        """Return this rank's share of the rows of a tensor."""
         share = self.share(len(tensor))
         return tensor[share.start : share.stop]
 
     def join(self, rows: torch.Tensor, total: int) -> torch.Tensor:
-        """The whole tensor, with `total` rows, of which every rank has made its share."""
+        """Return the whole tensor of `total` rows, of which every rank has computed its share."""
         if self.size == 1:
             return rows
         whole = rows.new_empty(total, *rows.shape[1:])
@@ -106,7 +106,7 @@ class Ranks:
                     distributed.all_reduce(tensor, group=self._group)
 
     def add_up(self, *statistics: Sums) -> None:
-        """Let statistics of this rank's tokens become those of all tokens."""
+        """Turn statistics of this rank's tokens into statistics of all tokens, in place."""
         if self.size == 1:
             return
         for one in statistics:
@@ -119,7 +119,7 @@ class Ranks:
             one.count, one.mass = sum(count for count, _ in of_ranks), sum(mass for _, mass in of_ranks)
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first rank's tensor, of the same shape and dtype on all."""
+        """Return the first rank's tensor; shape and dtype are the same on all ranks."""
         if self.size == 1:
             return tensor
         sent = tensor.cpu()
@@ -127,11 +127,11 @@ class Ranks:
         return sent.to(tensor.device)
 
     def tell(self, value: Any) -> Any:
-        """What the first rank says; plain JSON data."""
+        """Return the first rank's value on every rank; plain JSON data."""
         return value if self.size == 1 else self._say(value, 0)
 
     def made_by_first(self, make: Callable[[], Any]) -> Any:
-        """What the first rank makes, plain JSON data, while the others wait: work that is not worth sharing out."""
+        """Return what `make` returns on the first rank, plain JSON data; for work that is not worth distributing."""
         made = None
         with self.together():
             if self.first:
@@ -139,16 +139,16 @@ class Ranks:
         return self.tell(made)
 
     def everyone(self, value: Any) -> list[Any]:
-        """What every rank says, in their order; plain JSON data."""
+        """Return the values of all ranks, in rank order; plain JSON data."""
         return [value] if self.size == 1 else [self._say(value, rank) for rank in range(self.size)]
 
     def send(self, rank: int, tensor: torch.Tensor) -> None:
-        """Send a tensor to a rank that receives it. No collective one."""
+        """Send a tensor to a rank that calls `receive`. Not a collective operation."""
         with self._talking():
             distributed.send(tensor.cpu().contiguous(), self._global(rank), group=self._group)
 
     def receive(self, rank: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor that another rank sends to this one, on the CPU. No collective one."""
+        """Receive a tensor from another rank, on the CPU. Not a collective operation."""
         tensor = torch.empty(shape, dtype=dtype)
         with self._talking():
             distributed.recv(tensor, self._global(rank), group=self._group)
@@ -156,13 +156,14 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """An error of the input or the output that one rank meets in this block ends it on all of them.
+        """Raise an input or output error on all ranks if one rank meets it in the block.
 
-        A rank that leaves the block early must not be waited for in it: whatever is said there has to be said by all.
+        Ranks inside the block must not wait for one that has left it early. So a rank that meets an error must still do
+        its part of any communication in the block.
 
         Raises:
-            ValueError: (as OtherRankError) another one has met it, and tells the user; (as OutputError) in place of an
-                OSError.
+            ValueError: (as OtherRankError) another rank met the error, and reports it to the user; (as OutputError) in
+                place of an OSError.
         """
         error: InputError | None = None
         try:
@@ -205,21 +206,21 @@ class Ranks:
             raise
         except RuntimeError as error:
             raise LostRankError(
-                f"Another process of this run has ended or does not answer, as rank {self.rank} finds."
+                f"Another process of this run has ended or does not answer, as seen from rank {self.rank}."
             ) from error
 
 
 @contextmanager
 def launched(device: str | None) -> Iterator[distributed.ProcessGroup | None]:
-    """The process group of the processes that torchrun has started; None when this one is alone.
+    """Yield the process group of the processes started by torchrun; None if this process is alone.
 
-    Each gets a GPU of its own, and they talk over NCCL, where there are enough on every machine; otherwise over gloo.
+    If every machine has enough GPUs, each process gets its own GPU and they communicate over NCCL; otherwise over gloo.
 
     Args:
-        device: The device that was asked for, if one was.
+        device: The requested device; None: not given.
 
     Raises:
-        ValueError: (as InputError) some would have a GPU of their own, and others not.
+        ValueError: (as InputError) only some of the processes would have their own GPU.
     """
     alone = not distributed.is_available() or not distributed.is_torchelastic_launched()
     if alone or int(os.environ["WORLD_SIZE"]) == 1:
@@ -235,13 +236,13 @@ def launched(device: str | None) -> Iterator[distributed.ProcessGroup | None]:
         torch.cuda.set_device(local)
         group = distributed.new_group(backend="cpu:gloo,cuda:nccl")
     yield group
-    distributed.barrier(group)  # nobody leaves while another one still has something to say
+    distributed.barrier(group)  # no process leaves while another still communicates
 
 
 def end(code: Any) -> NoReturn:
-    """End this process with an exit code; at once where `launched` has made a group.
+    """Exit with a code, and without interpreter shutdown if `launched` has made a group.
 
-    The interpreter's own end would take down gloo's threads in any order, and now and then abort.
+    A normal shutdown stops gloo's threads in arbitrary order, and occasionally aborts.
     """
     if distributed.is_available() and distributed.is_initialized():
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""`slimllm doctor`: what this machine has, and which backend each operation would use on it, and why."""
+"""`slimllm doctor`: versions and devices of this machine, and the backend of each operation with the reason."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PACKAGES = ("torch", "triton", "transformers", "safetensors", "gguf", "datasets"
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What `diagnose` found.
+    """Result of `diagnose`.
 
     Attributes:
-        versions: By package; `not installed` where one is missing.
-        devices: By the name that `--device` takes.
-        extension: Whether slimllm._C was built, and by what.
+        versions: Versions by package; `not installed` if it is missing.
+        devices: Descriptions by the name that `--device` takes.
+        extension: Whether slimllm._C is built, by which compiler and for which devices.
         operations: (operation, device, backend, reason) for every operation and device.
     """
 
@@ -36,10 +36,12 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine; on a GPU every kernel is compiled and compared with torch, which takes some seconds once.
+    """Inspect the machine.
+
+    On a GPU every kernel is compiled and compared with torch, which takes some seconds the first time.
 
     Raises:
-        ValueError: (as InputError) SLIMLLM_BACKEND names something unknown.
+        ValueError: (as InputError) SLIMLLM_BACKEND names an unknown backend.
     """
     check_setting()
     versions = {"slimllm": _version("slimllm-engine"), "python": platform.python_version()}
@@ -55,7 +57,7 @@ def diagnose() -> Diagnosis:
 
 
 def settings() -> dict[str, str]:
-    """The environment variables that matter here, as they are set."""
+    """Return the environment variables that affect slimllm and are set."""
     names = ("SLIMLLM_BACKEND", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
     return {name: os.environ[name] for name in names if name in os.environ}
 
@@ -63,7 +65,7 @@ def settings() -> dict[str, str]:
 def _choice(operation: str, device: str) -> tuple[str, str]:
     try:
         choice = choose(operation, device)
-    except InputError as error:  # SLIMLLM_BACKEND asks for what this machine lacks: what a doctor is there to say
+    except InputError as error:  # SLIMLLM_BACKEND requests a backend that this machine lacks: report it
         return "none", str(error)
     except torch.OutOfMemoryError:
         return "undecided", "not enough free memory on this GPU for the comparison with torch"

@@ -1,4 +1,4 @@
-"""Where the hidden states of all tokens live between their uses: on the device, in host memory, or in a file; as a file."""
+"""Hidden states of all tokens: storage between uses (on the device, in host memory or in a file), and writing to a file."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Placement:
     """Where token-sized tensors are stored.
 
     Attributes:
-        states: The residual stream and the outputs of the sub-layer at work: one of `PLACES`.
-        keep_inner_bytes: How much the inputs of a sub-layer's output projection may take on the device, if they are to be
-            kept until the pruned output is made of them; otherwise the layer makes them again.
-        read_ahead: Whether the next layer's weights are read while the present one computes.
-        gram: Where the Gram of all FFN channels is, and what follows from it is solved: `device` or `host`.
-        folder: For the files of `disk`.
+        states: Place of the residual stream and of the current sub-layer's outputs: one of `PLACES`.
+        keep_inner_bytes: Largest size of a sub-layer's inner activations, the inputs of its output projection, that are
+            kept on the device until the pruned output is computed from them. Larger ones are computed again.
+        read_ahead: Whether the next layer's weights are read while the current layer computes.
+        gram: Where the Gram matrix of all FFN channels is stored and its systems are solved: `device` or `host`.
+        folder: Folder for the files of `disk`.
     """
 
     states: str = "device"
@@ -42,15 +42,16 @@ class Placement:
 
 
 class Stored:
-    """A tensor that is computed with on a device and lives at a place of its own in between.
+    """A tensor that is used on a device, and stored in another place between uses.
 
-    On `device` it is the tensor itself, and changing it in place is enough; elsewhere `load` makes a copy of it.
+    With place `device` it is the tensor itself, so in-place changes suffice. Elsewhere `load` may return a copy, and
+    changes have to be stored with `save`.
 
     Args:
-        tensor: What it holds at first, on the device; at `device` it is kept as it is.
+        tensor: Initial value, on the device; with place `device` it is not copied.
         place: `device`, `host` or `disk`.
-        folder: Where the file of `disk` is made; if it does not exist, in its parent, or in the system's temporary folder.
-            It has no name any more when it is there, so nothing of it can be left.
+        folder: Folder of the file of `disk`; if it does not exist, its parent or the system's temporary folder. The file
+            is unlinked as soon as it is mapped, so it is never left on the disk.
     """
 
     def __init__(self, tensor: torch.Tensor, place: str = "device", folder: Path | None = None) -> None:
@@ -61,7 +62,7 @@ class Stored:
         elif place == "disk":
             folder = folder and next((existing for existing in (folder, folder.parent) if existing.is_dir()), None)
             with tempfile.NamedTemporaryFile(dir=folder) as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # a full disk shows here, and not as a crash
+                os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # raises here if the disk is full
                 mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
             self._tensor, self._mapped = mapped.view(tensor.shape), True
         else:
@@ -69,7 +70,7 @@ class Stored:
         self.save(tensor)
 
     def load(self) -> torch.Tensor:
-        """The tensor, on the device."""
+        """Return the tensor on the device."""
         if not self._mapped:
             return self._tensor.to(self._device, non_blocking=True)
         loaded = self._tensor.to(self._device, copy=True)
@@ -77,24 +78,24 @@ class Stored:
         return loaded
 
     def save(self, tensor: torch.Tensor) -> None:
-        """Let it hold this, of the same shape and dtype."""
+        """Store a tensor of the same shape and dtype."""
         if tensor is not self._tensor:
             self._tensor.copy_(tensor)
             self.release()
 
     def stored(self) -> torch.Tensor:
-        """The tensor where it lives, to be read; of a file its pages stay in memory until `release`."""
+        """Return the tensor in its place, for reading; the pages of a file stay in memory until `release`."""
         return self._tensor
 
     def release(self) -> None:
-        """Let the system have the memory of a file's pages, which it writes back when it likes."""
+        """Let the system reclaim the memory of a file's pages, which it writes back in its own time."""
         if self._mapped:
-            pages = ctypes.c_void_p(self._tensor.data_ptr())  # from_file maps whole pages
+            pages = ctypes.c_void_p(self._tensor.data_ptr())  # page-aligned, as from_file maps whole pages
             ctypes.CDLL(None).madvise(pages, ctypes.c_size_t(self._tensor.nbytes), mmap.MADV_DONTNEED)
 
 
 class Batch:
-    """Windows that go through a layer together: the residual stream (batch, seq_len, D), and how each layer is called."""
+    """Windows that pass a layer together: their residual stream (batch, seq_len, D), and each layer's keyword arguments."""
 
     def __init__(self, hidden: Stored, kwargs: list[dict[str, Any]]) -> None:
         self.hidden, self.kwargs = hidden, kwargs
@@ -113,19 +114,19 @@ class Batch:
 class Stream:
     """The residual stream of this rank's calibration windows, in batches, in order.
 
-    To iterate over it gives the windows that the statistics are made of. Those that are held out of them pass the same
-    layers, so that the result can be judged by windows that nothing was fitted to.
+    Iteration yields the batches that contribute to the statistics. Held-out windows pass the same layers, so that the
+    result can be judged by windows to which nothing was fitted.
 
     Args:
-        samples: Calibration windows of all ranks.
-        batch_size: Windows of a batch, the last one of a rank has the rest.
-        placement: Where it is stored.
+        samples: Number of calibration windows on all ranks, without those held out.
+        batch_size: Windows per batch; a rank's last batch has the rest.
+        placement: Where the residual stream is stored.
         ranks: The processes of the run.
-        num_held_out: Windows held out, of all ranks; they are numbered after the others.
+        num_held_out: Number of held-out windows on all ranks; they are numbered after the others.
 
     Attributes:
-        batches: The windows in the statistics.
-        held_out: The windows that are not; a rank may have none.
+        batches: Batches in the statistics.
+        held_out: Batches of held-out windows; a rank may have none.
     """
 
     def __init__(self, samples: int, batch_size: int, placement: Placement, ranks: Ranks, num_held_out: int = 0) -> None:
@@ -145,20 +146,20 @@ class Stream:
 
     @property
     def most_tokens(self) -> int:
-        """The number of the rank that has most."""
+        """Largest number of tokens on any rank."""
         return math.ceil(self.samples / self.ranks.size) * self.shape[1]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(samples, seq_len, D) of all ranks, without those held out."""
+        """(samples, seq_len, D) of all ranks, without held-out windows."""
         return (self.samples, *self[0].hidden.shape[1:])
 
     def windows(self, rank: int) -> list[range]:
-        """The windows of every batch of a rank."""
+        """Return the window numbers of every batch of a rank."""
         return self._batched(self.ranks.share(self.samples, rank))
 
     def held_out_windows(self, rank: int) -> list[range]:
-        """The same of those held out, whose numbers begin at `samples`."""
+        """Return the window numbers of every held-out batch of a rank; they begin at `samples`."""
         share = self.ranks.share(self.num_held_out, rank)
         return self._batched(range(self.samples + share.start, self.samples + share.stop))
 
@@ -166,8 +167,10 @@ class Stream:
         return [share[start : start + self.batch_size] for start in range(0, len(share), self.batch_size)]
 
     def of_all_ranks(self) -> Iterator[tuple[int, range, Batch | None]]:
-        """All batches, those held out last, in the order of their windows: the rank, the windows, and the batch where it is
-        this rank's."""
+        """Yield (rank, windows, batch) in the order of the windows, held-out batches last.
+
+        The batch is None if it belongs to another rank.
+        """
         for rank in range(self.ranks.size):
             for number, windows in enumerate(self.windows(rank)):
                 yield rank, windows, self[number] if rank == self.ranks.rank else None
@@ -177,34 +180,34 @@ class Stream:
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """(windows, seq_len, D) of all ranks, with those held out."""
+        """(windows, seq_len, D) of all ranks, with held-out windows."""
         return (self.samples + self.num_held_out, *self.shape[1:])
 
     def store(self, tensor: torch.Tensor) -> Stored:
-        """Keep a tensor of a batch where those of all batches are kept."""
+        """Store a tensor of a batch in the place of the residual stream."""
         return Stored(tensor, self.placement.states, self.placement.folder)
 
 
 @dataclass(frozen=True)
 class State:
-    """Tensors that are written piece by piece, so that they need not be in memory at once.
+    """Named tensors that are written piece by piece, so that they need not be in memory at once.
 
     Attributes:
-        layout: The shape and dtype of each, by name.
-        pieces: Their contents in that order, one tensor after the other, in pieces of any size on the CPU.
+        layout: Shape and dtype of each tensor, by name.
+        pieces: Contents in that order, one tensor after the other, as CPU tensors of any size.
     """
 
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]]
     pieces: Iterable[torch.Tensor]
 
     def write(self, path: Path) -> None:
-        """Write a safetensors file: the length of the header, the header, the bytes of all tensors."""
+        """Write a safetensors file: the length of the header, the header, and the bytes of all tensors."""
         header, end = {}, 0
         for name, (shape, dtype) in self.layout.items():
             begin, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
-        text += b" " * (-(8 + len(text)) % 64)  # so that the numbers are aligned
+        text += b" " * (-(8 + len(text)) % 64)  # aligns the tensors' bytes
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for piece in self.pieces:

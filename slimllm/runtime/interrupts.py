@@ -1,4 +1,4 @@
-"""Stop on Ctrl-C, SIGTERM or a closed terminal: at a safe point, from which the run can be resumed, or at once."""
+"""Stopping on Ctrl-C, SIGTERM or a closed terminal: at a point from which the run can be resumed, or at once."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from slimllm.runtime.progress import LayerMeasured, Progress
 if TYPE_CHECKING:
     from slimllm.runtime.distributed import Ranks
 
-# Those that end a run: SIGHUP when its terminal goes, unless nohup has it ignored.
+# Signals that end a run. SIGHUP, sent when the terminal closes, is left out if nohup has set it to be ignored.
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
     SIGNALS.append(signal.SIGHUP)
 
 
 def leave(number: int, frame: object = None) -> NoReturn:
-    """Leave by an exception, so that partial output is deleted, or kept to be resumed, on the way out."""
+    """Exit by an exception, so that partial output is deleted, or kept for resuming, on the way out."""
     heard_once(number)
     sys.exit(128 + number)
 
 
 def heard_once(number: int) -> None:
-    """Ignore more of them if a signal is SIGHUP: of a closed terminal the shell sends one, and the system another."""
+    """Ignore further signals if this one is SIGHUP: when a terminal closes, the shell sends one and the system another."""
     if number == getattr(signal, "SIGHUP", None):
         signal.signal(number, signal.SIG_IGN)
 
 
 def leave_interrupts_to_parent() -> None:
-    """In a process that another one has started, and ends: Ctrl-C reaches both."""
+    """Ignore Ctrl-C in a child process: the signal also reaches the parent, which ends its children."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class SafeStop:
-    """While layers are at work, the first signal stops the run after the present one; the second, at once.
+    """Signal handler: while layers are processed, the first signal stops the run after the current one, the second at once.
 
     Args:
-        say: Called with what will happen.
-        ranks: The processes of the run, which stop after the same layer, whichever of them was signalled.
+        say: Called with a sentence about what will happen.
+        ranks: The processes of the run; all stop after the same layer, whichever of them received the signal.
     """
 
     def __init__(self, say: Callable[[str], None], ranks: Ranks) -> None:
@@ -58,7 +58,7 @@ class SafeStop:
         self._say("Stopping after this layer. Press Ctrl-C again to quit now.")
 
     def progress(self, event: Progress) -> None:
-        """A layer is done and recorded; a `ProgressCallback`."""
+        """Stop if requested, as a layer is now done and recorded; a `ProgressCallback`."""
         if requested := max(self._ranks.everyone(self._requested)):
             leave(requested)
         self._at_work = isinstance(event, LayerMeasured) or event.done < event.total

@@ -15,17 +15,17 @@ from slimllm.config import GIB as GIB
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start a new measurement of the peaks, where the system allows it (Linux)."""
+    """Reset the peak measurements, where the system allows it (Linux)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pass  # the peak is then that of the whole process, which is more, never less
+        pass  # the peak is then that of the whole process, an upper bound
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def trim() -> None:
-    """Give memory that was freed back to the system; glibc keeps some of it, which would count towards the peak."""
+    """Return freed memory to the system; glibc keeps some of it, which would count towards the peak."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
@@ -33,7 +33,7 @@ def trim() -> None:
 
 
 def release() -> None:
-    """Let go of models that nothing refers to any more; modules refer to each other in circles."""
+    """Free models that nothing refers to any more; modules form reference cycles."""
     gc.collect()
     trim()
     if torch.cuda.is_available():
@@ -41,14 +41,14 @@ def release() -> None:
 
 
 def warm_up(device: torch.device) -> None:
-    """Let the linear algebra libraries allocate the buffers of their own, which are not part of the memory estimate."""
+    """Make the linear algebra libraries allocate their own buffers, which are not part of the memory estimate."""
     square = torch.ones(1024, 1024, device=device)
     square @ square
     torch.linalg.eigh(torch.eye(512, dtype=torch.float64, device=device))
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory of a device that is free now; infinity where the system does not say."""
+    """Return the free memory of a device in bytes; infinity if the system does not report it."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     free = math.inf
@@ -64,27 +64,27 @@ def free_bytes(device: torch.device) -> float:
 
 
 def exhausted(error: BaseException) -> str | None:
-    """Name the memory that an error says is not enough, `CPU` or `GPU`; None if it says something else."""
+    """Return which memory an error reports as exhausted, `CPU` or `GPU`; None for any other error."""
     if isinstance(error, torch.OutOfMemoryError):
         return "GPU"
-    # torch has no type of its own for it on the CPU, and maps files whose memory may not be had either.
+    # torch has no exception type for it on the CPU, and mapping a file may also fail for lack of memory.
     told = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "Cannot allocate" in str(error))
     told = told or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     return "CPU" if told or isinstance(error, MemoryError) else None
 
 
 def resident_gib() -> float:
-    """Resident memory of this process now, in GiB."""
+    """Return the resident memory of this process, in GiB."""
     return _status("VmRSS")
 
 
 def peak_host_gib() -> float:
-    """Peak resident memory of this process since `reset_peak`, in GiB."""
+    """Return the peak resident memory of this process since `reset_peak`, in GiB."""
     return _status("VmHWM")
 
 
 def peak_gpu_gib(device: torch.device) -> float:
-    """Peak memory allocated on the GPU since `reset_peak`, in GiB; 0 on a CPU."""
+    """Return the peak memory allocated on the GPU since `reset_peak`, in GiB; 0 for a CPU."""
     return torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else 0.0
 
 

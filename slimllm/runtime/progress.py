@@ -1,4 +1,4 @@
-"""Progress of long work: events for a callback. Sentences worth knowing go to the logger `slimllm` instead."""
+"""Progress events of long work, for a callback. Notices go to the logger `slimllm` instead."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ class PartWritten(Progress):
     """A layer, or a tensor of a GGUF file, is written."""
 
 
-# Called after every part. An exception that it raises stops the work there.
+# Called after every part. An exception raised in it stops the work there.
 ProgressCallback = Callable[[Progress], None]

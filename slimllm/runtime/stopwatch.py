@@ -1,4 +1,4 @@
-"""Seconds by stage of a run."""
+"""Time of a run, by stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by stage; on a GPU it waits for the work in flight, so that a stage is charged what it launched."""
+    """Seconds by stage; on a GPU it synchronises at both ends of a stage, which thus includes all work it launched."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -20,15 +20,15 @@ class Stopwatch:
         self._started = time.perf_counter()
 
     def elapsed_s(self) -> float:
-        """Seconds of the run so far, those before an interruption included."""
+        """Return the seconds of the run so far, including those before an interruption."""
         return time.perf_counter() - self._started
 
     def so_far(self) -> dict[str, Any]:
-        """What `resume` takes, for the journal."""
+        """Return the arguments of `resume`, for the journal."""
         return {"seconds": dict(self.seconds), "elapsed_s": self.elapsed_s()}
 
     def resume(self, seconds: dict[str, float], elapsed_s: float) -> None:
-        """Count on from where an interrupted run stopped."""
+        """Continue the count of an interrupted run."""
         self.seconds.update(seconds)
         self._started = time.perf_counter() - elapsed_s
 
