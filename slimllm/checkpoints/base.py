@@ -1,4 +1,4 @@
-"""What every checkpoint offers: lazy, checked reading. Nothing is ever unpickled."""
+"""Interface of all checkpoints: lazy, checked reading. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, from the headers alone."""
+        """Return the shape of every tensor, from the headers alone."""
 
     @abstractmethod
     def storage_dtype(self, name: str) -> torch.dtype:
-        """dtype in which a tensor is stored, bfloat16 if quantised; of a bias that is new, that of its weight."""
+        """Return the dtype in which a tensor is stored: bfloat16 if quantised; the weight's for a bias that is added."""
 
     def dtype_in_memory(self) -> torch.dtype:
-        """What the weights are once they are read, by the embeddings."""
+        """Return the dtype of the weights after reading, judged by the embeddings."""
         return self.storage_dtype(f"{family_of(self.config.model_type).embedding}.weight")
 
     @abstractmethod
@@ -38,25 +38,25 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-        """Load the tokenizer; code that comes with it runs only if it is trusted."""
+        """Load the tokenizer; its own code runs only if it is trusted."""
 
     @abstractmethod
     def write_companions(self, folder: Path) -> None:
-        """Put what comes along with the weights into a folder: tokenizer, chat templates, generation settings."""
+        """Write the files that accompany the weights into a folder: tokenizer, chat templates, generation settings."""
 
     def left_out(self) -> list[str]:
-        """Sentences about what should come along but does not."""
+        """Return sentences about accompanying files that are not copied."""
         return []
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """The tensors, on the CPU, as they are stored (fp32 if quantised).
+        """Read tensors, on the CPU, in the dtype in which they are stored (fp32 if quantised).
 
         Raises:
             ValueError: (as InputError) a tensor holds NaN or infinity, or its file cannot be read.
         """
         tensors = self._read(list(names))
         for name, tensor in tensors.items():
-            # Either of them is NaN if any value is; and unlike a sum they are found without a copy.
+            # Both extremes are NaN if any value is; unlike a sum, they are found without a copy.
             if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
                 raise HopelessError(
                     f"Tensor {name} of {self.path} holds NaN or infinite values; the checkpoint is damaged."
@@ -64,23 +64,23 @@ class Checkpoint(ABC):
         return tensors
 
     def check(self, expected: dict[str, tuple[int, ...]], spec: Family) -> None:
-        """Compare the headers with what the configuration says, before any weight is read.
+        """Compare the headers with the configuration, before the weights are read.
 
-        What a checkpoint holds besides must be without meaning: tables of the rotary embedding, biases that are zero, a
-        stored output head that equals the embeddings it is tied to.
+        Tensors without a place in the model must have no effect: tables of the rotary embedding, biases that are zero, or
+        a stored output head that equals the embeddings it is tied to.
 
         Args:
             expected: Names and shapes of the model's tensors.
-            spec: Names of its family.
+            spec: The model's family.
 
         Raises:
             ValueError: (as InputError) tensors are missing, have another shape or dtype, or have no place in the model; the
-                sentence names the first and counts the rest.
+                message names the first and counts the rest.
         """
         found = self.shapes()
         if missing := [name for name in expected if name not in found]:
             other = next((name for name in found if name.endswith(f".{missing[0]}")), None)
-            advice = f"it has {other}: save the model inside of that one" if other else "is the checkpoint complete?"
+            advice = f"it has {other}: save the inner model alone" if other else "is the checkpoint complete?"
             raise InputError(f"{name_some(missing, 'is', 'are')} missing in {self.path}; {advice}")
         if other_shape := [name for name in expected if found[name] != expected[name]]:
             name, *more = other_shape
@@ -90,7 +90,7 @@ class Checkpoint(ABC):
                 f"{others}."
             )
         for name in expected:
-            self.storage_dtype(name)  # refuses what is quantised
+            self.storage_dtype(name)  # raises for a quantised tensor
         unexpected = [name for name in sorted(set(found) - set(expected)) if not self._is_meaningless(name, spec)]
         if unexpected:
             raise InputError(
@@ -99,8 +99,8 @@ class Checkpoint(ABC):
             )
 
     def _is_meaningless(self, name: str, spec: Family) -> bool:
-        if name.endswith("rotary_emb.inv_freq"):  # it follows from the configuration
+        if name.endswith("rotary_emb.inv_freq"):  # computed from the configuration
             return True
-        if name == f"{spec.head}.weight":  # one that differs from the embeddings is not tied, see `CheckpointModel`
+        if name == f"{spec.head}.weight":  # a head that differs from the embeddings is untied, see `CheckpointModel`
             return self.config.tie_word_embeddings
         return name.endswith(".bias") and not self.read([name])[name].any()

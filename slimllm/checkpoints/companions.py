@@ -1,7 +1,7 @@
-"""What travels with the weights of a model: all files of its tokenizer, whatever they are called, and its licence.
+"""Files that are copied with a model's weights: all files of its tokenizer, whatever their names, and its licence.
 
-Most have names that are known. Others are named by tokenizer_config.json, by the tokenizer's class in transformers, or, as
-code, by `auto_map`; that is copied as it is and never run.
+Most have known names. Others are named by tokenizer_config.json, by the tokenizer's class in transformers, or, for code, by
+`auto_map`. Code is copied unchanged and never run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from slimllm.errors import InputError
 
 _log = logging.getLogger("slimllm")
 
-# Patterns of names, for a folder as for a download.
+# Patterns of file names, for folders and for downloads.
 PATTERNS = (
     "generation_config.json",
     "tokenizer*",
@@ -46,7 +46,7 @@ PATTERNS = (
     "USE_POLICY*",
 )
 
-# Weights, and what every result has of its own: never copied, whoever names it.
+# Weights, and files that every result writes itself: never copied, even if named.
 _NEVER = re.compile(
     r"(.*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|npz|pkl|pickle)|.*\.index\.json|config\.json|readme\.md"
     r"|report\.(json|html)|finetune\.json|(modeling|configuration)_.*\.py|slim_layers\.py)",
@@ -54,32 +54,32 @@ _NEVER = re.compile(
 )
 _PLAIN = re.compile(r"\w[\w.+ -]*")  # a file's own name: not a path, not a pattern, not hidden
 _LEGAL = ("LICENSE", "NOTICE", "USE_POLICY")
-_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a checksum, which nobody guesses
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # a checksum, which cannot be guessed
 _NOTHING, _UNREADABLE = "is a link to nothing", "cannot be read"
 _DEVICE, _LARGE = "is a device or a pipe, not a file", "is larger than any such file"
-_MOST_CODE = 4 * 2**20  # bytes of a file of Python
+_MOST_CODE = 4 * 2**20  # bytes of a Python file
 _RELATIVE_IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t]+\.(\w+)", re.MULTILINE)
 
 
 def companions(folder: Path) -> list[Path]:
-    """The files of a model's folder that travel with the weights, relative to it and sorted."""
+    """Return the files in a model's folder that are copied with the weights, relative to it and sorted."""
     return [file for file, fault in _wanted(folder) if fault is None]
 
 
 def left_out(folder: Path) -> list[str]:
-    """Sentences about those that should travel but do not: licences, and links to nothing.
+    """Return sentences about files that should be copied but are not: licences, and broken links.
 
-    A link that leads out of the folder is followed only into the hub's cache, where every file is one: it may be there to
-    have a file of the user's published.
+    A link out of the folder is followed only into the hub's cache, where every file is such a link. Elsewhere it might have
+    been planted to get a private file of the user published.
 
     Raises:
-        ValueError: (as InputError) a file of the tokenizer cannot travel, without which the result would be of no use.
+        ValueError: (as InputError) a file of the tokenizer cannot be copied, which would make the result unusable.
     """
     said = []
     for file, fault in _wanted(folder):
         if fault and fault != _NOTHING and not file.name.startswith(_LEGAL):
             raise InputError(
-                f"{folder / file} {fault}, so it cannot go with the result; put a copy of the file in its place."
+                f"{folder / file} {fault}, so it cannot be copied to the result; put a copy of the file in its place."
             )
         if fault:
             said.append(f"{folder / file} {fault}, so it is not copied.")
@@ -87,24 +87,24 @@ def left_out(folder: Path) -> list[str]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy what travels with the weights from one folder into another; a file that has gone meanwhile is left out."""
+    """Copy the files that accompany the weights from one folder to another, except files deleted in the meantime."""
     for file in companions(source):
         (target / file).parent.mkdir(exist_ok=True)
         try:
             shutil.copyfile(source / file, target / file)
         except FileNotFoundError:
-            _log.warning("%s has gone meanwhile, so it is not copied.", source / file)
+            _log.warning("%s was deleted in the meantime, so it is not copied.", source / file)
 
 
 def check_regular_files(folder: Path) -> None:
-    """Raise ValueError (as InputError) if a file of the tokenizer is one that could be read without an end."""
+    """Raise ValueError (as InputError) if reading a file of the tokenizer might never end."""
     for file, fault in _wanted(folder):
-        if fault in (_DEVICE, _LARGE) and not file.name.startswith(_LEGAL):  # which no library opens
+        if fault in (_DEVICE, _LARGE) and not file.name.startswith(_LEGAL):  # no library opens licences
             raise InputError(f"{folder / file} {fault}; put the tokenizer's own file in its place.")
 
 
 def _wanted(folder: Path) -> list[tuple[Path, str | None]]:
-    """All that should travel, and why it does not; None: it does."""
+    """Return all files that should be copied, each with the reason why it cannot be; None: it can."""
     named = named_files(folder)
     found = []
     for path in sorted([*folder.iterdir(), *folder.glob("additional_chat_templates/*")]):
@@ -131,13 +131,13 @@ def _fault(path: Path, folder: Path) -> str | None:
 
 
 def files_to_fetch(folder: Path) -> set[str]:
-    """Files that a downloaded tokenizer's settings name, but that no pattern has fetched into its folder."""
+    """Return the files that a downloaded tokenizer's settings name, but that no pattern has fetched into its folder."""
     names = {name for name in named_files(folder) if "." in name}
     return {name for name in names if not _matches(name) and not (folder / name).exists()}
 
 
 def named_files(folder: Path) -> set[str]:
-    """Names of files, whether they are there or not, by tokenizer_config.json, the tokenizer's class and its code."""
+    """Return the file names that tokenizer_config.json, the tokenizer's class and its code give, existing or not."""
     settings = find_object(folder / "tokenizer_config.json", MOST_OF_SETTINGS)
     config = find_object(folder / "config.json", MOST_OF_SETTINGS)
     found = set(_strings(settings.values()))
@@ -157,29 +157,29 @@ def _is_own(path: Path, folder: Path) -> bool:
 
 
 def _strings(values: Iterable[Any]) -> list[str]:
-    """Those among some values, and in lists among them."""
+    """Return the strings among the values, and in lists among them."""
     every = [item for value in values for item in (value if isinstance(value, list) else [value])]
     return [item for item in every if isinstance(item, str)]
 
 
 def _vocabulary_files(class_name: Any) -> list[str]:
-    """What a class of transformers calls its files."""
+    """Return the file names that a class of transformers uses."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     if not isinstance(class_name, str):
         return []
     try:
         names = getattr(tokenizer_class_from_name(class_name), "vocab_files_names", None)
-    except ImportError:  # it needs a library that is not installed
+    except ImportError:  # the class needs a library that is not installed
         return []
     return _strings(names.values()) if isinstance(names, dict) else []
 
 
 def _code(folder: Path, settings: dict[str, Any]) -> set[str]:
-    """The Python files of a tokenizer of its own, and those that they import from beside them."""
+    """Return the Python files of a custom tokenizer, and the files in the same folder that they import."""
     auto_map = settings.get("auto_map")
     classes = _strings([auto_map.get("AutoTokenizer")]) if isinstance(auto_map, dict) else _strings([auto_map])
-    waiting = [f"{name.split('.')[0]}.py" for name in classes if "--" not in name]  # with -- it is another repository's
+    waiting = [f"{name.split('.')[0]}.py" for name in classes if "--" not in name]  # with --, it is in another repository
     found: set[str] = set()
     while waiting:
         name = waiting.pop()

@@ -1,4 +1,4 @@
-"""The place where a result will go: what may be made there, and what may be replaced."""
+"""Destination of a result: checks of what may be created there, and of what may be replaced."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from slimllm.checkpoints.folder import INDEX
 from slimllm.checkpoints.foreign_json import find_object
 from slimllm.errors import InputError
 
-# The index lists the files of a result; earlier versions wrote these, beside the companions of the model.
+# The index lists the files of a result under this key. Earlier versions, without it, wrote `_EARLIER` and the companions.
 OURS = "slimllm_files"
 _EARLIER = re.compile(
     r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|config\.json|README\.md|report\.json|finetune\.json"
     r"|(modeling|configuration)_slim_\w+\.py|slim_layers\.py"
 )
-# What `write_page` adds.
+# Files that `write_page` adds.
 _PAGE = re.compile(r"report\.html|report/(shares|heads|importance|errors|seconds|memory|training)\.png")
 _UNFINISHED_PAGE = re.compile(r"\.report-[a-z0-9_]{8}")  # as tempfile names it
-_LONGEST_NAME = 200  # bytes; what grows beside it has a longer one, and file systems take 255
+_LONGEST_NAME = 200  # bytes; the partial folder beside it has a longer name, and file systems allow 255
 
 
 def destination(out: str | Path) -> Path:
-    """Resolve the name of what is to be made.
+    """Resolve the path of an output.
 
     Raises:
-        ValueError: (as InputError) nothing can be made of that name.
+        ValueError: (as InputError) no file or folder of that name can be created.
     """
     try:
         path = Path(out).expanduser().resolve()
@@ -42,34 +42,35 @@ def destination(out: str | Path) -> Path:
     if not name:
         raise InputError(f"The output folder {path} is the root of the file system; give a folder inside it.")
     raise InputError(
-        f"The name of the output, {path.name[:40]}…, has {len(name)} bytes; give one of {_LONGEST_NAME} at most."
+        f"The name of the output, {path.name[:40]}…, has {len(name)} bytes; give a name of at most {_LONGEST_NAME}."
     )
 
 
 def check_new_file(path: Path | None) -> None:
-    """Raise ValueError (as InputError) where a file of results would replace another or has no folder; None: no file."""
+    """Raise ValueError (as InputError) if a results file exists already, or its folder does not; None: no file."""
     if path is not None and path.exists():
-        raise InputError(f"{path} is there already; give the name of a new file.")
+        raise InputError(f"{path} exists already; give the name of a new file.")
     if path is not None and not path.parent.is_dir():
-        raise InputError(f"There is no folder {path.parent} for {path.name}; make it, or give another.")
+        raise InputError(f"There is no folder {path.parent} for {path.name}; create it, or give another.")
 
 
 def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
-    """Refuse a destination that would cost the user data, or could not be moved into place at the end.
+    """Raise if writing to a destination would lose the user's data, or the result could not be moved there at the end.
 
     Args:
-        out: The folder to make, resolved.
-        inputs: What the run reads: the model, the calibration text.
+        out: The folder to create, resolved.
+        inputs: Paths that the run reads: the model, the calibration text.
         overwrite: Whether a model in `out` may be replaced.
 
     Raises:
-        ValueError: (as InputError) `out` is or holds an input, is a file, a mount point or the current directory, is not
-            empty without `overwrite`, or with it is a folder that slimllm has not written, or holds more than that.
+        ValueError: (as InputError) `out` is, contains or lies in an input; it cannot be created; it is a file, a mount
+            point or the current directory; it is not empty and `overwrite` is not set; or, with `overwrite`, it has no
+            model written by slimllm, or other files besides.
     """
     for source in (path.resolve() for path in inputs):
         if out == source or out in source.parents or source in out.parents:
             raise InputError(
-                f"The output folder {out} is, contains or lies in {source}, which is read; give another folder."
+                f"The output folder {out} is, contains or lies in {source}, which the run reads; give another folder."
             )
     parent = next(path for path in out.parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -93,12 +94,12 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
             others = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
             raise InputError(
                 f"The output folder {out} holds {strangers[0]}{others}, which slimllm has not written and does not delete; "
-                "move that away, or give another folder."
+                "move it elsewhere, or give another folder."
             )
 
 
 def _files_of(out: Path) -> set[str] | None:
-    """The files of the model in a folder as slimllm has written it; None: it has not."""
+    """Return the files of the model that slimllm has written to a folder; None if there is no such model."""
     metadata = find_object(out / INDEX).get("metadata")
     listed = metadata.get(OURS) if isinstance(metadata, dict) else None
     if isinstance(listed, list):
@@ -110,12 +111,12 @@ def _files_of(out: Path) -> set[str] | None:
 
 
 def _is_ours(out: Path, name: str, ours: set[str]) -> bool:
-    """Tell whether an entry of `_contents` may be deleted; a folder may not, whatever the index lists."""
+    """Return whether an entry of `_contents` may be deleted; a folder may not, whatever the index lists."""
     return (out / name).is_file() and (name in ours or _PAGE.fullmatch(name) is not None)
 
 
 def _contents(out: Path) -> set[str]:
-    """All files of a folder by their names in it, and links and folders that are empty or hidden as one each."""
+    """Return the entries of a folder by relative name; a visible, non-empty sub-folder is replaced by its own entries."""
     found = set()
     for path in out.iterdir():
         if _UNFINISHED_PAGE.fullmatch(path.name):
@@ -126,10 +127,10 @@ def _contents(out: Path) -> set[str]:
 
 
 def check_space(out: Path, num_bytes: int) -> None:
-    """Refuse to start when the disk cannot take what will be written.
+    """Raise if the output does not fit on the disk.
 
     Raises:
-        ValueError: (as InputError) less space is free than `num_bytes`.
+        ValueError: (as InputError) less than `num_bytes` is free.
     """
     parent = next(folder for folder in [out, *out.parents] if folder.is_dir())
     free = shutil.disk_usage(parent).free

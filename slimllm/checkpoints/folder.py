@@ -1,4 +1,4 @@
-"""A model's folder: its settings and its weights, or a sentence that says what the folder holds instead.
+"""Settings and weight files of a model's folder, or an error that says what the folder contains instead.
 
 Nothing in a folder is executed unless the user trusts its code, and nothing is unpickled.
 """
@@ -20,11 +20,11 @@ from slimllm.models.modeling.slim_layers import knows_rope_parameters, rope_of_t
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-# Of transformers 4 and 5, under which it also names kernels of the hub.
+# Settings of transformers 4 and 5 that can also name kernels on the hub.
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 _FILE_NAME = re.compile(r"[^/\0]{1,200}")
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-# The sizes in config.json, and what is more than any model has.
+# Upper limits of the sizes in config.json, beyond any model.
 _MOST = {
     **dict.fromkeys(LAYERS, 2_000),
     **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "num_key_value_heads"), 100_000),
@@ -37,11 +37,11 @@ _MOST = {
 
 
 def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Read config.json as it is.
+    """Read config.json unchanged.
 
     Raises:
-        ValueError: (as InputError) the folder holds none, or something that is not a model, or the file is not a JSON
-            object, or it asks for code that is not part of transformers.
+        ValueError: (as InputError) the folder has no config.json or is not a model, the file is not a JSON object, or it
+            asks for weights in another file or for code that is not part of transformers.
     """
     file = path / "config.json"
     if (path / "adapter_config.json").is_file():
@@ -54,7 +54,7 @@ def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]
     settings = read_object(file, MOST_OF_SETTINGS)
     _check_counts(settings, file)
     if not trust_remote_code and (code := _hub_code(settings)):
-        raise InputError(f"{file} asks for code of the hub ({code}), which is not run; remove that entry.")
+        raise InputError(f"{file} asks for code from the hub ({code}), which is not run; remove that entry.")
     if weights := settings.get("transformers_weights"):
         raise InputError(
             f"{file} asks for weights in {weights!r}, which is not read; rename that file to {SINGLE} and remove the entry."
@@ -63,15 +63,15 @@ def read_settings(path: Path, trust_remote_code: bool = False) -> dict[str, Any]
 
 
 def _check_counts(settings: dict[str, Any], file: Path) -> None:
-    """Raise ValueError (as InputError) if a size in config.json is none, or larger than that of any model.
+    """Raise ValueError (as InputError) if a size in config.json is not a valid size, or is larger than any model's.
 
-    Libraries believe such numbers, and make as many layers or entries before anything else is looked at.
+    Libraries trust these numbers, and create as many layers or entries before anything else is checked.
     """
     for name, value in settings.items():
         if isinstance(value, dict):
             _check_counts(value, file)
         most, least = _MOST.get(name), 0 if isinstance(value, list) else 1
-        for number in value if isinstance(value, list) else [value]:  # some models give one for each layer
+        for number in value if isinstance(value, list) else [value]:  # some models give one per layer
             if most is None or number is None:
                 continue
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
@@ -81,7 +81,7 @@ def _check_counts(settings: dict[str, Any], file: Path) -> None:
 
 
 def _hub_code(settings: dict[str, Any]) -> str | None:
-    """Name an entry, of any depth, that has transformers fetch kernels from the hub and run them."""
+    """Return an entry, at any depth, that makes transformers fetch kernels from the hub and run them; None if none does."""
     for name, value in settings.items():
         if _IMPLEMENTATION.fullmatch(name) and "/" in str(value):
             return f"{name} is {value!r}"
@@ -91,7 +91,7 @@ def _hub_code(settings: dict[str, Any]) -> str | None:
 
 
 def quantisation_of(settings: dict[str, Any]) -> str | None:
-    """Name how config.json says that the weights are quantised; None: they are not."""
+    """Return the quantisation method that config.json names; None if the weights are not quantised."""
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
     for part in parts:
         for name in ("quantization_config", "compression_config"):
@@ -104,8 +104,8 @@ def read_config(path: Path) -> PretrainedConfig:
     """Read the configuration of a model that can be pruned.
 
     Raises:
-        ValueError: (as InputError) as `read_settings`, or it is not of an unquantised causal language model of a supported
-            family.
+        ValueError: (as InputError) as `read_settings`, or the model is not an unquantised causal language model of a
+            supported family.
     """
     settings = read_settings(path)
     if kind := quantisation_of(settings) or next(
@@ -124,14 +124,14 @@ def read_config(path: Path) -> PretrainedConfig:
             raise InputError(f"{name} in {path / 'config.json'} is {str(settings[name])[:40]!r}; it should be a name.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # its settings are checked by transformers, with many types of errors
+    except Exception as error:  # transformers checks the settings, and raises many types of errors
         raise InputError(f"The configuration in {path} cannot be used: {first_line(error)}") from error
     check_padding(config, path)
     return _with_known_rope(config)
 
 
 def check_padding(config: PretrainedConfig, path: Path) -> None:
-    """Raise ValueError (as InputError) if the padding token is not one of the vocabulary, which torch would not take."""
+    """Raise ValueError (as InputError) if the padding token is not in the vocabulary, which torch would reject."""
     padding, entries = getattr(config, "pad_token_id", None), getattr(config, "vocab_size", None)
     if isinstance(padding, int) and isinstance(entries, int) and padding >= entries:
         raise InputError(
@@ -141,7 +141,7 @@ def check_padding(config: PretrainedConfig, path: Path) -> None:
 
 
 def _with_known_rope(config: PretrainedConfig) -> PretrainedConfig:
-    """Under transformers 4, the rotary settings of a configuration that version 5 wrote, which it would ignore silently."""
+    """Under transformers 4, convert the rotary settings that version 5 writes; version 4 would silently ignore them."""
     if not knows_rope_parameters() and getattr(config, "rope_parameters", None):
         for name, value in rope_of_transformers_4(config.rope_parameters).items():
             setattr(config, name, value)
@@ -150,10 +150,10 @@ def _with_known_rope(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Find the files of weights that transformers would read: model.safetensors, or else the shards of the index.
+    """Return the weight files that transformers would read: model.safetensors, or else the shards in the index.
 
     Raises:
-        ValueError: (as InputError) there are none, or one is missing; the sentence says what is there.
+        ValueError: (as InputError) there are none, or one is missing; the message says what the folder contains.
     """
     if (path / SINGLE).is_file():
         return [path / SINGLE]
@@ -173,7 +173,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _instead(path: Path) -> str:
-    """Say what a folder without weights, or without a configuration, holds, as the end of a sentence."""
+    """Return the end of a sentence: what a folder without weights or configuration contains instead."""
 
     def first(*patterns: str) -> str | None:
         found = (file.name for pattern in patterns for file in sorted(path.glob(pattern)))
@@ -190,11 +190,11 @@ def _instead(path: Path) -> str:
     if name := first("*.bin", "*.pt", "*.pth", "*.ckpt"):
         return f", but {name}: pickled files are never read; convert them to safetensors"
     if path.parent.name == "snapshots":
-        return "; of a repository of the hub with pickled files alone nothing is fetched"
+        return "; nothing is fetched from a hub repository that has only pickled files"
     return ""
 
 
 def name_some(names: Iterable[str], one: str, several: str) -> str:
-    """Begin a sentence about tensors, `one` and `several` being its verb: name the first and count the others."""
+    """Begin a sentence about tensors: name the first, count the others, and add the verb, `one` or `several`."""
     first, *others = names
     return f"Tensors {first} and {len(others)} more {several}" if others else f"Tensor {first} {one}"

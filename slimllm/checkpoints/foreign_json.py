@@ -1,7 +1,6 @@
-"""JSON that others have written or changed: this is the only place that reads such files.
+"""Reading of JSON files that others have written or changed; no other module reads such files.
 
-What is no JSON, nested without an end, larger than such a file can be, or of another shape than it should be, ends in one
-sentence.
+Invalid JSON, excessive nesting, an oversized file or an unexpected shape results in an error of one sentence.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ _MOST_LEVELS = 100
 MOST_BYTES = 256 * 2**20  # the largest tokenizer.json known has 33 MB
 MOST_OF_SETTINGS = 16 * 2**20
 
-# A value's shape: a type or several; a dict of the shapes of its entries, of which those with a ? may be missing or null; a
-# list with the shape of all its items; a dict with the one entry EVERY, for the values of all its names. float takes whole
-# numbers as well; int takes nothing below 0, POSITIVE only what can be divided by.
+# The shape of a value: a type or a tuple of types; a dict of its entries' shapes, of which those with a ? may be missing or
+# null; a list with the shape of all its items; or a dict with the one entry EVERY, for the values of all names. float also
+# accepts whole numbers, int only whole numbers of at least 0, POSITIVE only finite numbers above 0.
 Shape = Any
 EVERY, POSITIVE = "*", "positive"
 
 
 def read_json(path: Path, most: int = MOST_BYTES) -> Any:
-    """Read a JSON file of so many bytes at most, with or without a byte order mark.
+    """Read a JSON file of at most `most` bytes, with or without a byte order mark.
 
     Raises:
-        ValueError: (as InputError) it cannot be read, is too large, is no JSON in UTF-8, or is nested too deeply.
+        ValueError: (as InputError) it cannot be read, is too large, is not JSON in UTF-8, or is nested too deeply.
     """
     try:
         if not path.is_file():
             raise InputError(f"{path} is not a file.")
         if (size := path.stat().st_size) > most:
-            raise InputError(f"{path} has {size / 1e6:,.0f} MB, which is too large for what it should hold.")
+            raise InputError(f"{path} has {size / 1e6:,.0f} MB, which is too large for such a file.")
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         if _is_deep(content):
             raise RecursionError
@@ -50,7 +49,7 @@ def read_json(path: Path, most: int = MOST_BYTES) -> Any:
 
 
 def _is_deep(content: Any) -> bool:
-    """Whether a value is nested more deeply than any such file, so that functions that follow it could fail."""
+    """Return whether a value is nested more deeply than any such file, so that recursive functions could fail."""
     level = [content]
     for _ in range(_MOST_LEVELS):
         level = [value for value in level if isinstance(value, dict | list)]
@@ -61,10 +60,10 @@ def _is_deep(content: Any) -> bool:
 
 
 def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that contains an object.
 
     Raises:
-        ValueError: (as InputError) as `read_json`, or it holds something else.
+        ValueError: (as InputError) as `read_json`, or it contains something else.
     """
     content = read_json(path, most)
     if not isinstance(content, dict):
@@ -73,7 +72,7 @@ def read_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def find_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
-    """Read a JSON object that may be missing; what cannot be read is empty, and whoever needs it will complain."""
+    """Read a JSON object; return an empty one if the file is missing or unreadable. Code that needs it complains itself."""
     try:
         return read_object(path, most) if path.is_file() else {}
     except InputError:
@@ -81,9 +80,9 @@ def find_object(path: Path, most: int = MOST_BYTES) -> dict[str, Any]:
 
 
 def check_shape(value: Any, shape: Shape, where: str) -> None:
-    """Raise ValueError (as InputError) if a value has another shape; `where` is its name in the sentence.
+    """Raise ValueError (as InputError) if a value has another shape; `where` is its name in the message.
 
-    Entries that may be missing and are null are taken out, unless null is among their kinds.
+    Optional entries that are null are removed, unless null is among their types.
     """
     if isinstance(shape, dict):
         _check_kind(value, dict, where)
@@ -116,9 +115,9 @@ def _check_kind(value: Any, kind: Any, where: str) -> None:
 _KINDS = {
     dict: "an object",
     list: "a list",
-    str: "a text",
+    str: "a string",
     bool: "true or false",
-    int: "a whole number from 0 on",
+    int: "a whole number of at least 0",
     type(None): "null",
     float: "a finite number",
     POSITIVE: "a finite number above 0",
@@ -130,7 +129,7 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
         return False
-    if kind is int and value >= 2**63:  # what no library counts to
+    if kind is int and value >= 2**63:  # beyond the integers of any library
         return False
     try:
         finite = math.isfinite(value)

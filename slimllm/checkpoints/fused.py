@@ -1,4 +1,4 @@
-"""Checkpoints with fused projections, read as what they compute with a projection for each of q, k, v, gate and up."""
+"""Checkpoints with fused projections, read as equivalent ones with separate q, k, v, gate and up projections."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from slimllm.models.families import READ_AS, ReadAs, Rows, family_of
 
 
 class FusedCheckpoint(Checkpoint):
-    """A checkpoint with its fused projections taken apart.
+    """A checkpoint with its fused projections split.
 
     Args:
-        fused: The checkpoint as it is on the disk.
-        reading: How it is read.
+        fused: The checkpoint on disk.
+        reading: How to read it.
     """
 
     def __init__(self, fused: Checkpoint, reading: ReadAs) -> None:
@@ -56,7 +56,7 @@ class FusedCheckpoint(Checkpoint):
         return self._fused.storage_dtype(self._place(name)[0])
 
     def _place(self, name: str) -> tuple[str, Rows | None]:
-        """The tensor on the disk that holds one of ours, and which of its rows; None: all."""
+        """Return the stored tensor that contains one of the model's, and the rows of that one; None: all rows."""
         module, _, kind = name.rpartition(".")
         for part, (whole, rows) in self._places.items():
             if module.endswith(f".{part}"):
@@ -70,7 +70,7 @@ class FusedCheckpoint(Checkpoint):
         result = {}
         for name, (place, rows) in places.items():
             part = stored[place] if rows is None else stored[place][rows]
-            result[name] = part.clone() if isinstance(rows, slice) else part  # a slice would keep all of it in memory
+            result[name] = part.clone() if isinstance(rows, slice) else part  # a view keeps the whole tensor in memory
         return result | made
 
     def tokenizer(self, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -88,16 +88,16 @@ def _length(rows: Rows) -> int:
 
 
 def read_as(config: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of what a model is read as; that of a family that is read as it is stays.
+    """Return the configuration that a model is read with; it is unchanged unless the model is read as another family.
 
     Raises:
-        ValueError: (as InputError) it has a setting for which what it is read as has no form.
+        ValueError: (as InputError) the other family cannot represent one of the settings.
     """
     reading = READ_AS.get(config.model_type)
     return reading.config(config) if reading else config
 
 
 def take_apart(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint with fused projections as what it is read as; any other as it is."""
+    """Split the fused projections of a checkpoint; return any other checkpoint unchanged."""
     reading = READ_AS.get(checkpoint.config.model_type)
     return FusedCheckpoint(checkpoint, reading) if reading else checkpoint

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: tensors are dequantised one by one when they are read."""
+"""GGUF files as checkpoints: tensors are dequantised one by one when they are read."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class GGUFCheckpoint(Checkpoint):
     """A GGUF file of the LLaMA architecture, quantised or not, in one file or in parts.
 
     Args:
-        path: The file; of a split one any part.
+        path: The file, or any part of a split one.
 
     Raises:
-        ValueError: (as InputError) it is not a GGUF file, is damaged or incomplete, or holds another model than LLaMA.
+        ValueError: (as InputError) it is not a GGUF file, is damaged or incomplete, or is not of the LLaMA architecture.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,19 +59,19 @@ class GGUFCheckpoint(Checkpoint):
             with _alone(self.path) as (folder, name):
                 self.config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
                 self._tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
-        except Exception as error:  # whatever transformers raises, the file lacks what it needs
+        except Exception as error:  # transformers raises many types of errors when the file lacks something
             raise InputError(f"The configuration or tokenizer in {path} cannot be used: {first_line(error)}") from error
         for leftover in ("_model_name_or_path", "unk_token_id"):
             if hasattr(self.config, leftover):
                 delattr(self.config, leftover)
-        if hasattr(self.config, "sliding_window"):  # transformers makes a Mistral of a model with this name
-            self.config.sliding_window = None  # which llama.cpp computes without windows
+        if hasattr(self.config, "sliding_window"):  # transformers reads a model named Mistral as one
+            self.config.sliding_window = None  # llama.cpp computes it without windows
         self.config.tie_word_embeddings = "lm_head.weight" not in self._names
         self._scale_rope(architecture)
 
     def _scale_rope(self, architecture: str) -> None:
-        """Put the scaling of the rotary embedding into the configuration, where transformers leaves it out."""
-        # transformers has a base of its own where the file names none.
+        """Add the scaling of the rotary embedding to the configuration where transformers leaves it out."""
+        # transformers uses its own default base if the file gives none.
         default = float((getattr(self.config, "rope_parameters", None) or vars(self.config))["rope_theta"])
         theta = number_of(self._file.settings, f"{architecture}.rope.freq_base", default, self.path)
         rule = rope_rule(self._file, architecture, theta, head_dim_of(self.config))
@@ -88,7 +88,7 @@ class GGUFCheckpoint(Checkpoint):
     def storage_dtype(self, name: str) -> torch.dtype:
         entries = [entry for entry in self._file.entries.values() if len(entry.shape) > 1]
         kinds = {_FLOAT_TYPES.get(entry.kind, torch.bfloat16) for entry in entries}
-        # GGUF keeps norms in fp32 whatever the weights are; a model has one dtype.
+        # GGUF stores norms in fp32 whatever the dtype of the weights, but a model has one dtype.
         return kinds.pop() if len(kinds) == 1 else torch.bfloat16
 
     def dtype_in_memory(self) -> torch.dtype:
@@ -115,9 +115,9 @@ class GGUFCheckpoint(Checkpoint):
 
 @contextmanager
 def _alone(path: Path) -> Iterator[tuple[str, str]]:
-    """Give a folder in which a file is by itself, and its name there.
+    """Yield a temporary folder that contains only a link to a file, and the link's name.
 
-    transformers would also read what lies beside the file, such as the tokenizer_config.json of another model.
+    Otherwise transformers would also read files beside it, such as the tokenizer_config.json of another model.
     """
     with tempfile.TemporaryDirectory(prefix="slimllm-") as folder:
         (Path(folder) / "model.gguf").symlink_to(path.resolve())
@@ -125,7 +125,7 @@ def _alone(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _hugging_face_name(name: str) -> str:
-    """Ours for a tensor's name in GGUF; one that LLaMA does not have keeps its own, and is refused later on."""
+    """Return the Hugging Face name of a GGUF tensor; one unknown to LLaMA keeps its name, and is rejected later."""
     parts = name.split(".")
     if parts[0] == "blk" and len(parts) == 4:
         return f"{LLAMA.layers}.{parts[1]}.{_NAMES.layer.get(parts[2], parts[2])}.{parts[3]}"
@@ -135,12 +135,12 @@ def _hugging_face_name(name: str) -> str:
 
 
 def rope_order(tensor: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """The rows of q or k, or their bias, as llama.cpp stores them: what `_undo_rope_order` undoes."""
+    """Reorder the rows of q or k, or of their bias, as llama.cpp stores them; the inverse of `_undo_rope_order`."""
     pairs = tensor.view(num_heads, 2, tensor.shape[0] // num_heads // 2, *tensor.shape[1:])
     return pairs.transpose(1, 2).reshape(tensor.shape)
 
 
 def _undo_rope_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """llama.cpp stores the rows of q and k with the rotary pairs side by side; Hugging Face, half by half."""
+    """Reorder the rows of q or k from llama.cpp's order, rotary pairs side by side, to Hugging Face's, half by half."""
     pairs = weight.view(num_heads, weight.shape[0] // num_heads // 2, 2, -1)
     return pairs.transpose(1, 2).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""A GGUF file on the disk, or the parts of one that was split: its settings and its tensors, read one by one."""
+"""A GGUF file, or the parts of a split one: its settings, and its tensors, read one by one."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from slimllm.errors import InputError
 
 MAGIC = b"GGUF"
 
-# How files begin that are taken for GGUF files, and what to say about them.
+# First bytes of files mistaken for GGUF files, and what the error says about them.
 _OTHER_FILES = {
     b"PK\x03\x04": "is a pickled PyTorch file, which is never read; convert it to safetensors",
     b"\x80": "is a pickled PyTorch file, which is never read; convert it to safetensors",
-    b"version https://git-lfs": "is the pointer of Git LFS to a file, not the file; fetch it with git lfs pull",
+    b"version https://git-lfs": "is a Git LFS pointer, not the file itself; fetch it with git lfs pull",
     **dict.fromkeys(
-        (b"lmgg", b"fmgg", b"tjgg"), "is a GGML file, the format before GGUF; convert it with a llama.cpp of its time"
+        (b"lmgg", b"fmgg", b"tjgg"), "is a GGML file, the format before GGUF; convert it with an old llama.cpp"
     ),
 }
 
@@ -33,7 +33,7 @@ _ROWS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is stored; `shape` is in torch order."""
+    """Location of a tensor in its file; `shape` is in torch order."""
 
     file: Path
     offset: int
@@ -43,16 +43,16 @@ class Entry:
 
 
 class GGUFFile:
-    """A file in GGUF, or all parts of a split one, whichever of them is given.
+    """A GGUF file, or all parts of a split one, given any of them.
 
     Attributes:
-        path: The file; of a split one the first part, which holds the settings and the tokenizer.
-        name: Without the suffix and the number of the part.
-        settings: All but the arrays.
-        entries: Where the tensors are, by their names in GGUF.
+        path: The file; for a split one the first part, which has the settings and the tokenizer.
+        name: File name without the suffix and the number of the part.
+        settings: Metadata except arrays.
+        entries: Locations of the tensors, by their names in GGUF.
 
     Raises:
-        ValueError: (as InputError) it is something else, is damaged, or a part is missing.
+        ValueError: (as InputError) the file is not GGUF or is damaged, or a part is missing.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,20 +67,20 @@ class GGUFFile:
         for index, (part, (settings, _)) in enumerate(headers.items()):
             if (settings.get("split.no"), settings.get("split.count")) != (index, len(headers)):
                 raise InputError(
-                    f"{part} is not part {index + 1} of {len(headers)} of a split GGUF file, as its name says."
+                    f"{part} is not part {index + 1} of {len(headers)} of a split GGUF file, although its name says so."
                 )
         self.settings = headers[self.path][0]
         self.entries = {name: entry for _, entries in headers.values() for name, entry in entries.items()}
         number = sum(len(entries) for _, entries in headers.values())
         asked = self.settings.get("split.tensors.count", number)
         if not number == asked == len(self.entries):
-            raise InputError(f"The parts of {self.path} hold {number} tensors, but a model of {asked} was split.")
+            raise InputError(f"The parts of {self.path} hold {number} tensors, but the model that was split had {asked}.")
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in fp32, on the CPU.
+        """Read a tensor in fp32, on the CPU.
 
         Raises:
-            ValueError: (as InputError) the file has become shorter since it was opened.
+            ValueError: (as InputError) the file has been truncated since it was opened.
         """
         entry = self.entries[name]
         rows = entry.shape[0] if len(entry.shape) > 1 else 1
@@ -101,10 +101,10 @@ class GGUFFile:
 
 
 def number_of(settings: dict[str, Any], name: str, default: float, path: Path) -> float:
-    """Give a setting that is a number.
+    """Return a setting that is a number.
 
     Raises:
-        ValueError: (as InputError) it is something else, or not finite.
+        ValueError: (as InputError) it is not a number, or not finite.
     """
     value = settings.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -113,7 +113,7 @@ def number_of(settings: dict[str, Any], name: str, default: float, path: Path) -
 
 
 def _check_magic(path: Path) -> None:
-    """Raise ValueError (as InputError) where a file does not begin as GGUF does, and say what it is if that is known."""
+    """Raise ValueError (as InputError) if a file does not begin like GGUF; the message says what it is, if known."""
     try:
         with path.open("rb") as file:
             start = file.read(32)
@@ -125,12 +125,12 @@ def _check_magic(path: Path) -> None:
     if not start:
         what = "is empty; give a model folder, a GGUF file or a hub id"
     elif start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-        what = f"is a safetensors file; give the folder it lies in, {path.resolve().parent}"
+        what = f"is a safetensors file; give the folder that contains it, {path.resolve().parent}"
     raise InputError(f"{path} {what or 'is neither a folder nor a GGUF file; give one of them or a hub id'}.")
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Settings and places of tensors of one file; the mapping of the file goes with the reader."""
+    """Return the settings and tensor locations of one file; the mapping of the file is released with the reader."""
     _check_magic(path)
     try:
         check_header(path)
@@ -155,10 +155,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
 
 
 def _parts(path: Path, settings: dict[str, Any]) -> list[Path]:
-    """All files of a model, of which one is given.
+    """Return all files of a model, given one of them.
 
     Raises:
-        ValueError: (as InputError) a part is missing, or the file is not named as parts are, so that it cannot be found.
+        ValueError: (as InputError) a part is missing, or the parts cannot be found because the file is not named like one.
     """
     count = int(number_of(settings, "split.count", 1, path))
     if count <= 1:
@@ -173,5 +173,5 @@ def _parts(path: Path, settings: dict[str, Any]) -> list[Path]:
     parts = [path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}{match[4] or ''}") for i in range(count)]
     missing = [part.name for part in parts if not part.is_file()]
     if missing:
-        raise InputError(f"{path} is part {number} of {count} of a split GGUF file, but {missing[0]} is not beside it.")
+        raise InputError(f"{path} is part {number} of {count} of a split GGUF file, but {missing[0]} is not in its folder.")
     return parts

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, gone through once before a library believes what it says of counts and lengths."""
+"""Check of the counts and lengths in a GGUF file's header, before a library trusts them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any, BinaryIO
 
 from slimllm.errors import InputError
 
-# Bytes of a value, by its type: u8, i8, u16, i16, u32, i32, f32, bool, and u64, i64, f64. 8 is a text, 9 an array.
+# Bytes of a value by its type: u8, i8, u16, i16, u32, i32, f32, bool, and u64, i64, f64. 8 is a string, 9 an array.
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _TEXT, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4  # as in ggml
-_MOST_ITEMS = 8_000_000  # of all lists, each of which gguf-py makes an object of; the largest vocabularies have 1.5 million
-_LEAST_BITS = 1  # of a number in a quantised tensor
+_MOST_ITEMS = 8_000_000  # in all arrays; gguf-py makes an object of each item, and the largest vocabulary has 1.5 million
+_LEAST_BITS = 1  # of an element of a quantised tensor
 
 
 class _Header:
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path = file, path
         self.end = path.stat().st_size
-        self.items = 0  # of all lists so far
+        self.items = 0  # of all arrays so far
 
     def number(self, form: str) -> int:
-        """The next number, by its form in `struct`."""
+        """Read the next number, in a format of `struct`."""
         raw = self.file.read(struct.calcsize(form))
         if len(raw) < struct.calcsize(form):
             raise self.damaged("it ends in its header")
@@ -66,10 +66,10 @@ class _Header:
 
 
 def check_header(path: Path) -> None:
-    """Go through all lengths and counts of a header; nothing is read that is longer than a number.
+    """Check all lengths and counts of a header, reading only numbers.
 
     Raises:
-        ValueError: (as InputError) one of them cannot be true of a file of this size.
+        ValueError: (as InputError) one of them is impossible in a file of this size.
     """
     with path.open("rb") as file:
         header = _Header(file, path)
@@ -78,10 +78,10 @@ def check_header(path: Path) -> None:
         if version & 0xFFFF == 0:
             raise InputError(f"{path} is big-endian; convert it with gguf-py's gguf-convert-endian.")
         if version not in (2, 3):
-            raise InputError(f"{path} is of version {version} of GGUF; 2 and 3 are read. Convert it with llama.cpp.")
+            raise InputError(f"{path} has version {version} of GGUF; only 2 and 3 are read. Convert it with llama.cpp.")
         tensors, settings = header.number("<Q"), header.number("<Q")
         if tensors * 24 + settings * 13 > header.end:
-            raise header.damaged(f"{tensors} tensors and {settings} settings do not fit in")
+            raise header.damaged(f"{tensors} tensors and {settings} settings do not fit into it")
         for number in range(settings):
             header.text(f"the name of setting {number}")
             header.value(f"setting {number}", header.number("<I"))
@@ -95,14 +95,14 @@ def check_header(path: Path) -> None:
                 elements *= header.number("<Q")
             if not 0 < elements * _LEAST_BITS <= 8 * header.end:
                 raise header.damaged(f"tensor {number} has {elements} numbers")
-            header.skip(12, f"tensor {number}")  # its type, and where it begins
+            header.skip(12, f"tensor {number}")  # its type and offset
 
 
 def check_sizes(settings: dict[str, Any], shapes: list[tuple[int, ...]], path: Path) -> None:
-    """Check what the settings say of a model's size against its tensors.
+    """Check the sizes of a model in its settings against its tensors.
 
     Raises:
-        ValueError: (as InputError) there are more layers than tensors, or a width is more than that of any tensor.
+        ValueError: (as InputError) there are more layers than tensors, or a width exceeds that of every tensor.
     """
     widest = max((max(shape) for shape in shapes), default=0)
     bounds = {
@@ -122,4 +122,4 @@ def check_sizes(settings: dict[str, Any], shapes: list[tuple[int, ...]], path: P
         if most is None or isinstance(value, list):
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise InputError(f"{path} has {str(value)[:40]!r} as {name}, which its tensors do not fit; it is damaged.")
+            raise InputError(f"{path} has {str(value)[:40]!r} as {name}, which does not fit its tensors; it is damaged.")

@@ -1,6 +1,6 @@
-"""The scaling of the rotary embedding that a GGUF file holds as numbers, as the rule by which transformers computes it.
+"""Scaling of the rotary embedding: conversion of the numbers in a GGUF file to a rule of transformers.
 
-llama.cpp divides each frequency by a factor: one for all of them, a setting, times one of its own, from a tensor.
+llama.cpp divides each frequency by the product of a common factor, from a setting, and its own factor, from a tensor.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from slimllm.errors import InputError
 
 ROPE_FREQS = "rope_freqs.weight"
 
-_TOLERANCE = 1e-5  # relative, of each frequency; fp32 in the file leaves 1e-7
-_ORIGINAL, _HIGH = 8192, 4.0  # of all LLaMA 3 that were published
+_TOLERANCE = 1e-5  # relative, for each frequency; fp32 in the file has an error of 1e-7
+_ORIGINAL, _HIGH = 8192, 4.0  # of all published LLaMA 3 models
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def rope_rule(file: GGUFFile, architecture: str, theta: float, head_dim: int) -> dict[str, Any]:
-    """The rule that scales the rotary embedding, with its settings under the names of transformers.
+    """Return the rule that scales the rotary embedding, with its settings under the names of transformers.
 
     Args:
         file: The model.
-        architecture: Before the names of its settings.
-        theta: The base of the frequencies.
-        head_dim: All of which is rotated.
+        architecture: Prefix of the names of its settings.
+        theta: Base of the frequencies.
+        head_dim: Width of a head, all of which is rotated.
 
     Raises:
-        ValueError: (as InputError) transformers has no such rule, or this package does not read it; names it.
+        ValueError: (as InputError) transformers has no such rule, or this package does not read it; the message names it.
     """
     if not (math.isfinite(theta) and theta > 0):
         raise InputError(f"{file.path} has {theta} as the base of its rotary embedding, which must be above 0.")
@@ -40,10 +40,12 @@ def rope_rule(file: GGUFFile, architecture: str, theta: float, head_dim: int) ->
     divisors = np.full(len(frequencies), _linear_factor(file, f"{architecture}.rope"))
     if ROPE_FREQS in file.entries:
         if file.entries[ROPE_FREQS].shape != divisors.shape:
-            raise InputError(f"Tensor {ROPE_FREQS} of {file.path} is not of as many factors as there are frequencies.")
+            raise InputError(f"Tensor {ROPE_FREQS} of {file.path} does not have one factor for each frequency.")
         divisors *= file.read(ROPE_FREQS).double().numpy()
     if not (np.isfinite(divisors).all() and divisors.min() > 0):
-        raise InputError(f"{file.path} divides frequencies of its rotary embedding by 0 or less, or by no number.")
+        raise InputError(
+            f"{file.path} divides frequencies of its rotary embedding by factors that are not finite numbers above 0."
+        )
     if np.allclose(divisors, 1, rtol=_TOLERANCE, atol=0):
         return {"rope_type": "default"}
     factor = _neat(float(divisors.max()))
@@ -67,8 +69,8 @@ def rope_rule(file: GGUFFile, architecture: str, theta: float, head_dim: int) ->
 
 
 def _linear_factor(file: GGUFFile, prefix: str) -> float:
-    """What llama.cpp divides all positions by."""
-    kind = file.settings.get(f"{prefix}.scaling.type", "linear")  # a factor without a type counts
+    """Return the factor by which llama.cpp divides all positions."""
+    kind = file.settings.get(f"{prefix}.scaling.type", "linear")  # a factor without a type applies as well
     if any(name.startswith(("rope_factors_long", "rope_factors_short")) for name in file.entries):
         kind = "longrope"
     if kind not in ("none", "linear"):
@@ -84,10 +86,11 @@ def _linear_factor(file: GGUFFile, prefix: str) -> float:
 
 
 def _candidates(divisors: Array, wavelengths: Array, factor: float) -> Iterator[tuple[int, float, float]]:
-    """Settings of LLaMA 3's rule to try: the original length, and its parts where the scaling is whole, and where it ends.
+    """Yield candidate settings of LLaMA 3's rule: the original length, and the low and high frequency factors.
 
-    Between these two wavelengths 1/divisor = 1/factor + (1 - 1/factor) (original/wavelength - low) / (high - low), linear
-    in 1/wavelength. Only ratios of the three matter, so low is 1.
+    Wavelengths above original/low are scaled fully, those below original/high not at all. In between,
+    1/divisor = 1/factor + (1 - 1/factor) (original/wavelength - low) / (high - low), which is linear in 1/wavelength. Only
+    ratios of the three matter, so low is 1.
     """
     yield _ORIGINAL, 1.0, _HIGH
     rise = 1 - 1 / factor
@@ -99,7 +102,7 @@ def _candidates(divisors: Array, wavelengths: Array, factor: float) -> Iterator[
         if start < 1 / factor:
             high = float(1 + rise / (1 / factor - start))
             found = [(float(slope * unit * (high - 1) / rise), high)]
-    else:  # many rules give these numbers, and any of them is right; a narrow ramp fits between two frequencies
+    else:  # many rules give these numbers, and any of them is correct; a narrow ramp fits between two frequencies
         whole = divisors >= factor * (1 - _TOLERANCE)
         first, share = wavelengths[whole].min(), 0.0
         if between.any():
@@ -107,12 +110,12 @@ def _candidates(divisors: Array, wavelengths: Array, factor: float) -> Iterator[
         found = [(float(first * (1 + share * (high - 1))), high) for high in (_HIGH, 2.0, 1.2, 1.02)]
     for original, high in found:
         if original >= 0.5:
-            length = round(original)  # transformers wants an integer
+            length = round(original)  # transformers needs an integer
             yield length, 1.0, _neat(high)
             yield length, length / original, high * length / original
 
 
 def _neat(value: float) -> float:
-    """A number of few digits, where it differs from one by no more than rounding does."""
+    """Round a number to three decimals if that changes it by no more than a rounding error."""
     short = round(value, 3)
     return short if abs(short - value) <= 1e-6 * value else value

@@ -1,4 +1,4 @@
-"""The headers of safetensors files: what tensors there are, before any of them is read."""
+"""Headers of safetensors files: the tensors they contain, before any of them is read."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _QUANTISED_ENDINGS = (
     ".weight.absmax",
     ".SCB",
 )
-# What other programs put before the names of a model's tensors.
+# Prefixes that other programs add to the names of a model's tensors.
 _WRAPPERS = {"_orig_mod.": "torch.compile", "module.": "DistributedDataParallel", "base_model.model.": "peft"}
 
 
 class Headers:
-    """The headers of safetensors files: of every tensor the file, shape and dtype.
+    """The headers of safetensors files: file, shape and dtype of every tensor.
 
     Attributes:
-        file_of, shape_of: By the tensor's stored name.
-        dtype_of: By the same, as safetensors names them.
+        file_of, shape_of: Files and shapes, by the tensor's stored name.
+        dtype_of: dtypes as safetensors names them, by the tensor's stored name.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -52,22 +52,22 @@ class Headers:
             except (SafetensorError, OSError) as error:
                 with shard.open("rb") as start:
                     if start.read(24) == b"version https://git-lfs.":
-                        raise InputError(f"{shard} is a pointer of Git LFS, not the file; run git lfs pull.") from None
+                        raise InputError(f"{shard} is a Git LFS pointer, not the file itself; run git lfs pull.") from None
                 raise InputError(f"Shard {shard} cannot be read ({reason(error)}); it is damaged or truncated.") from None
 
     def check(self, path: Path) -> None:
-        """Raise ValueError (as InputError) if names or dtypes tell that the tensors are not a plain model's."""
+        """Raise ValueError (as InputError) if names or dtypes show that the tensors are not those of a plain model."""
         for name, dtype in self.dtype_of.items():
             if name.endswith(_QUANTISED_ENDINGS):
                 raise InputError(
-                    f"{path} holds quantised weights ({name}, …) that its config.json says nothing of; take the unquantised"
-                    " model."
+                    f"{path} holds quantised weights ({name}, …) that its config.json does not mention; "
+                    "give the unquantised model."
                 )
             for prefix, wrapper in _WRAPPERS.items():
                 if name.startswith(prefix) or (prefix == "_orig_mod." and prefix in name):
                     raise InputError(
-                        f"The tensors in {path} have names with {prefix!r} ({name}, …), as {wrapper} leaves them; "
-                        "save the model inside of it with save_pretrained."
+                        f"The tensors in {path} have names with {prefix!r} ({name}, …), which {wrapper} adds; "
+                        "save the inner model with save_pretrained."
                     )
             if dtype not in SAFETENSORS_DTYPES and (dtype.startswith("F") or name.endswith(".weight")):
                 raise InputError(
@@ -76,18 +76,18 @@ class Headers:
                 )
 
     def check_layers(self, settings: dict[str, Any], path: Path) -> None:
-        """Raise ValueError (as InputError) if config.json speaks of more layers than there are tensors."""
+        """Raise ValueError (as InputError) if config.json gives more layers than there are tensors."""
         layers = next((settings[name] for name in LAYERS if settings.get(name) is not None), 0)
         if layers > len(self.file_of):
             raise InputError(
-                f"config.json in {path} speaks of {layers:,} layers, but its files hold only {len(self.file_of)} tensors."
+                f"config.json in {path} gives {layers:,} layers, but its files hold only {len(self.file_of)} tensors."
             )
 
     def is_meaningless(self, name: str) -> bool:
-        """Whether a tensor without a place in the model changes nothing.
+        """Return whether a tensor without a place in the model has no effect.
 
-        That are tables of the rotary embedding, the causal masks of old checkpoints (`attn.bias`, of four dimensions, and
-        `masked_bias`), and biases of zero.
+        These are tables of the rotary embedding, the causal masks of old checkpoints (`attn.bias` with four dimensions,
+        and `masked_bias`), and zero biases.
         """
         if name.endswith(("rotary_emb.inv_freq", ".masked_bias")):
             return True
@@ -105,7 +105,7 @@ class Headers:
 
 
 def stored_head_differs(config: PretrainedConfig, headers: Headers) -> bool:
-    """Whether the output head of a supported family is stored, and not what the settings tie it to."""
+    """Return whether a stored output head of a supported family differs from the embeddings that the settings tie it to."""
     if config.model_type not in FAMILIES or not getattr(config, "tie_word_embeddings", False):
         return False
     names = [f"{name}.weight" for name in (FAMILIES[config.model_type].head, FAMILIES[config.model_type].embedding)]

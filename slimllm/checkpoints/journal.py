@@ -1,9 +1,9 @@
-"""The record of a run in its unfinished folder: what the run is, what is done, and the hidden states it resumes from.
+"""Record of a run in its partial folder: the run's identity, the completed steps, and the hidden states to resume from.
 
-A step counts when its line is in the journal, and the line is written when everything that it tells of is on the disk: the
-shards, then the state, each flushed. That happens in a thread beside the work. While it is busy, further steps wait for
-the next one whose state is written: a slow disk costs some layers again after a crash, and no time in a run without one.
-A last line that was not written to its end is as if there were none; any other damage is found by its checksum.
+A step counts as done when its line is in the journal. The line is written after everything it refers to is on the disk: the
+shards, then the state, each flushed. A background thread does this. While it is busy, further steps wait until the next
+state is written: a slow disk does not delay the run, but after a crash some layers have to be computed again. An incomplete
+last line is ignored; any other damage is found by checksum.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ _SCHEMA = 2  # of the steps that a journal holds
 
 
 class Journal:
-    """The journal of one run, which its process holds alone.
+    """The journal of one run, locked by its process.
 
     Attributes:
-        steps: The steps that are done, oldest first, each with its `stage` and plain JSON data.
-        environment: Where the run was begun.
+        steps: The completed steps, oldest first, each with its `stage` and plain JSON data.
+        environment: The environment in which the run was started.
 
     Args:
-        folder: The unfinished folder; it exists.
-        identity: What the run is, plain JSON. A run with another one is another run.
-        environment: Where it runs, plain JSON; this may change.
+        folder: The partial folder, which exists.
+        identity: Identity of the run, plain JSON; the journal of a run with another identity is not resumed.
+        environment: The environment of this process, plain JSON; it may differ when a run is resumed.
 
     Raises:
-        ValueError: (as InputError) another process works in the folder, it is of another run, or it is damaged.
+        ValueError: (as InputError) another process works in the folder, or the journal is of another run or damaged.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], environment: dict[str, Any]) -> None:
         self.folder = folder
         self._lock = lock(folder)
-        self._waiting: list[Step] = []  # steps without a line
-        self._unsynced: list[Path] = []  # files that the next line tells of, with their checksums
+        self._waiting: list[Step] = []  # steps not yet in the file
+        self._unsynced: list[Path] = []  # files whose checksums go into the next line
         self._busy: Future[None] | None = None
         self._thread = ThreadPoolExecutor(1, "slimllm-journal")
         try:
@@ -58,42 +58,42 @@ class Journal:
             raise
 
     def _tidy(self) -> None:
-        """Remove what was being written when the run was interrupted."""
+        """Remove files that were being written when the run was interrupted."""
         needed = {_NAME, _LOCK, *(step["state"] for step in self.steps[-1:] if "state" in step)}
         for path in self.folder.iterdir():
             if path.is_file() and path.name not in needed:
                 path.unlink()
 
     def done(self, stage: str) -> list[Step]:
-        """The steps of a stage, oldest first."""
+        """Return the completed steps of a stage, oldest first."""
         return [step for step in self.steps if step["stage"] == stage]
 
     def include(self, path: Path) -> None:
-        """A file that the next step tells of."""
+        """Add a file to the next step."""
         self._unsynced.append(path)
 
     def adopt(self, stage: str, steps: list[Step], data: Step) -> None:
-        """Steps that another run has done for this one, too; they are written with the next that has a state."""
+        """Add steps that another run has done for this one as well; they are written with the next that has a state."""
         taken = [{"stage": stage, **step, **data} for step in steps]
         self._waiting += taken
         self.steps += taken
 
     @property
     def ready(self) -> bool:
-        """Whether the disk has taken the last state, so that another can be written."""
+        """Whether the last state is on the disk, so that another can be written."""
         return self._busy is None or self._busy.done()
 
     def record(self, stage: str, state: State | None, **data: Any) -> None:
-        """A step is done. Takes the time of a copy of the state; the rest is done beside the work.
+        """Record a completed step. The call writes the state; flushing and checksums follow in the background.
 
         Args:
-            stage: The stage it belongs to.
-            state: What the run resumes from after this step, which may be overwritten when this returns; None: the step
-                waits for the next one that has a state.
+            stage: The step's stage.
+            state: State to resume from after this step; its tensors may be overwritten when the call returns. None: the
+                step waits for the next one that has a state.
             data: Plain JSON data about the step.
 
         Raises:
-            ValueError: (as OutputError) the disk did not take this step or one before.
+            ValueError: (as OutputError) this step or an earlier one could not be written.
         """
         step = {"stage": stage, **data}
         self._waiting.append(step)
@@ -126,7 +126,7 @@ class Journal:
                 old.unlink()
 
     def _settle(self) -> None:
-        """Wait for the thread, and hear of its errors."""
+        """Wait for the thread, and raise its errors."""
         try:
             if self._busy is not None:
                 self._busy.result()
@@ -136,7 +136,7 @@ class Journal:
             self._busy = None
 
     def state(self) -> Any:
-        """The state after the last step, as an open safetensors file, from which its tensors are read one by one.
+        """Open the state after the last step, a safetensors file, whose tensors can be read one by one.
 
         Raises:
             ValueError: (as InputError) it is missing or damaged.
@@ -150,7 +150,7 @@ class Journal:
         raise damaged(path)
 
     def check_file(self, path: Path) -> None:
-        """Whether a file that a step tells of is what was written.
+        """Raise if a file of a completed step is not what was written.
 
         Raises:
             ValueError: (as InputError) it is missing or damaged.
@@ -160,7 +160,7 @@ class Journal:
             raise damaged(path)
 
     def finish(self) -> None:
-        """The result is complete and on the disk; all that is left is to move it to its place."""
+        """Record that the result is complete and on the disk, and only has to be moved to its place."""
         self._settle()
         step = {"stage": "finished"}
         _append(self.folder, [*self._waiting, step])
@@ -168,17 +168,17 @@ class Journal:
         self._waiting = []
 
     def wait(self) -> None:
-        """Let what is on its way to the disk arrive or fail; nothing can be recorded any more."""
+        """Wait until pending writes succeed or fail; nothing can be recorded afterwards."""
         self._thread.shutdown()
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Wait for pending writes, and unlock the folder."""
         self.wait()
         os.close(self._lock)
 
 
 def begun_with(folder: Path) -> Step:
-    """The identity of the run that a folder has a journal of; empty if there is none that can be read."""
+    """Return the identity of the run whose journal is in a folder; empty if no journal can be read."""
     try:
         lines = _read(folder)[0]
     except InputError:
@@ -187,7 +187,7 @@ def begun_with(folder: Path) -> Step:
 
 
 def last_stage(folder: Path) -> str | None:
-    """The stage of the last step of the run in a folder; None if no run got so far that it can be resumed."""
+    """Return the last step's stage in a folder's journal; None if there is nothing to resume, `damaged` if unreadable."""
     try:
         lines = _read(folder)[0]
     except InputError:
@@ -196,7 +196,7 @@ def last_stage(folder: Path) -> str | None:
 
 
 def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[Step]]:
-    """The journal that is there, if it is of this run, or a new one: the environment it was begun in, and its steps."""
+    """Open the journal of this run, or start one; return the environment it was started in, and its steps."""
     first = json.loads(json.dumps({"schema_version": _SCHEMA, "identity": identity, "environment": environment}))
     lines, length = _read(folder)
     if not lines and any(path.name not in (_NAME, _LOCK) for path in folder.iterdir()):
@@ -207,14 +207,14 @@ def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[S
         return environment, []
     if lines[0].get("schema_version") != _SCHEMA:
         raise InputError(
-            f"The run in {folder} was begun by another version of slimllm; resume it with that one, or delete {folder} to "
-            "start over."
+            f"The run in {folder} was started by another version of slimllm; resume it with that version, "
+            f"or delete {folder} to start over."
         )
     found, wanted = lines[0]["identity"], first["identity"]
     for key in {**found, **wanted}:
         if found.get(key) != wanted.get(key):
             raise InputError(
-                f"The run that was interrupted had another {key} ({found.get(key)}) than this one ({wanted.get(key)}); "
+                f"The interrupted run had another {key} ({found.get(key)}) than this one ({wanted.get(key)}); "
                 f"give the same, or delete {folder} to start over."
             )
     with (folder / _NAME).open("r+b") as file:
@@ -223,7 +223,7 @@ def _open(folder: Path, identity: Step, environment: Step) -> tuple[Step, list[S
 
 
 def _read(folder: Path) -> tuple[list[Step], int]:
-    """What a journal holds, the run's identity first, and the length in bytes of the lines that were written to the end."""
+    """Read a journal: its entries, the run's identity first, and the length in bytes of its complete lines."""
     path = folder / _NAME
     entries: list[Step] = []
     length = 0
@@ -232,7 +232,7 @@ def _read(folder: Path) -> tuple[list[Step], int]:
         crc, _, text = line[:-1].partition(b" ")
         if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(text):
             if number == len(lines):
-                break  # it was being written; if it was not, the state that it tells of is the only one left
+                break  # an interrupted write; if it was complete once, the earlier state is gone, and `state` raises
             raise damaged(path)
         try:
             batch = json.loads(text)
@@ -246,13 +246,13 @@ def _read(folder: Path) -> tuple[list[Step], int]:
 
 
 def damaged(path: Path) -> InputError:
-    """The error for a file of an interrupted run that is not what was written."""
+    """Return the error for a file of an interrupted run that is missing, or is not what was written."""
     folder = next(parent for parent in path.parents if parent.name.endswith(".partial"))
     return InputError(f"{path} is missing or damaged, so the run cannot be resumed; delete {folder} and start over.")
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk when this returns."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -261,7 +261,7 @@ def sync(path: Path) -> None:
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
-    """A checksum of tensors on the CPU, by name."""
+    """Return a checksum of named tensors on the CPU."""
     crc = 0
     for name, tensor in sorted(tensors.items()):
         content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
@@ -270,7 +270,7 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> int:
 
 
 def _append(folder: Path, entries: list[Step]) -> None:
-    """Write a line, which is read as a whole or not at all."""
+    """Append a line, which is later read as a whole or not at all."""
     text = json.dumps(entries).encode()
     with (folder / _NAME).open("ab") as file:
         file.write(b"%08x %b\n" % (zlib.crc32(text), text))
@@ -288,16 +288,16 @@ def _crc(path: Path) -> int:
 
 
 def lock(folder: Path) -> int:
-    """Take the folder for this process; the lock goes with the process, however that ends.
+    """Lock a folder for this process and return the descriptor; the lock ends with the process, however that ends.
 
     Raises:
-        ValueError: (as InputError) another process has it.
+        ValueError: (as InputError) another process has locked it.
     """
     path = folder / _LOCK
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its last owner may have finished, and removed it, between the two lines.
+        # The last owner may have finished, and removed the file, between opening and locking.
         if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
             return descriptor
     except OSError:

@@ -1,4 +1,4 @@
-"""Opens a model by its name: a Hugging Face folder, a hub id or a GGUF file."""
+"""Opening of a model by its name: a Hugging Face folder, a hub id or a GGUF file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """Open a Hugging Face folder, a GGUF file or a model of the hub (only its safetensors and tokenizer are fetched).
 
     Raises:
-        ValueError: (as InputError) there is no such model, it is not a causal language model, it is quantised, or a file
-            of it cannot be read.
+        ValueError: (as InputError) there is no such model, it is not a causal language model, it is quantised, or one of
+            its files cannot be read.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -33,12 +33,12 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path:
-    """The folder of a model of the hub, fetched if it is not there yet; with its code only if `code`.
+    """Return the local folder of a model on the hub, and fetch it if necessary.
 
     Args:
         model: The hub id, `NAME` or `NAME@REVISION`.
-        code: Fetch its Python files, too.
-        only: Fetch these files and no others.
+        code: Whether to fetch its Python files as well.
+        only: Files to fetch instead of the usual ones; empty: the usual ones.
 
     Raises:
         ValueError: (as InputError) there is no such model, or the hub cannot be reached.
@@ -49,14 +49,14 @@ def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(only) or patterns))
         asked: set[str] = set()
-        while not only and (more := files_to_fetch(folder) - asked):  # code that has come may name more code
+        while not only and (more := files_to_fetch(folder) - asked):  # fetched code may import more
             snapshot_download(name, revision=folder.name, allow_patterns=sorted(more))  # of the same commit
             asked |= more
         return folder
     except HFValidationError:
         raise InputError(f"There is no folder or file {model}, and it cannot be the name of a model on the hub.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = f"the hub gave no model of that name ({first_line(error)})"
+        reason = f"the hub returned no model of that name ({first_line(error)})"
         if type(error) is LocalEntryNotFoundError and not isinstance(error.__cause__, HfHubHTTPError):
-            reason = "the hub, where it may be a model, cannot be reached (or is not to be: HF_HUB_OFFLINE)."
+            reason = "the hub, where it may be a model, cannot be reached (or HF_HUB_OFFLINE is set)."
         raise InputError(f"There is no folder or file {model}, and {reason}") from None

@@ -1,4 +1,4 @@
-"""How a pruned model is written: an architecture of transformers if its layers are all alike, else the native format."""
+"""Output format of a pruned model: an architecture of transformers if all layers are alike, else the native format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slimllm.models.modeling.slim_layers import rope_of_transformers_4
 from slimllm.models.registration import modeling_file, native_classes
 from slimllm.models.slicing import LayerSizes, Tensors, install, sizes_by_layer
 
-# What the output format decides anew; every other setting of the source stays.
+# Settings that the output format decides; all others are taken from the source.
 _DECIDED = {
     "model_type",
     "architectures",
@@ -48,7 +48,7 @@ _DECIDED = {
 
 @dataclass(frozen=True)
 class OutputFormat:
-    """The configuration to write, and whether output projections without a bias need one of zeros."""
+    """The configuration to write, and whether projections without a bias need a zero bias."""
 
     config: PretrainedConfig
     zero_attention_out_bias: bool = False
@@ -59,7 +59,7 @@ class OutputFormat:
         return str(self.config.model_type)
 
     def complete(self, tensors: Tensors, spec: Family) -> Tensors:
-        """A layer's tensors with the zero biases that the format asks for."""
+        """Return a layer's tensors with the zero biases that the format needs."""
         wanted = []
         if self.zero_attention_out_bias:
             wanted += [spec.o_proj]
@@ -74,10 +74,11 @@ class OutputFormat:
 
 
 def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
-    """Choose how to write a model of these layer sizes, and see that it has a place for every tensor.
+    """Choose the output format for these layer sizes, and check that it has a place for every tensor.
 
-    Alike layers: the family's own architecture if it supports all required biases, else, for LLaMA's mathematics,
-    `seed_oss`, which is that with separate switches for the biases. Otherwise the native format, with sizes by layer.
+    If all layers are alike, this is the family's own architecture if that supports all required biases. Otherwise, for
+    models that compute the same as LLaMA, it is `seed_oss`: LLaMA with separate switches for the biases. In all other
+    cases it is the native format, with sizes by layer.
 
     Raises:
         ValueError: (as InputError) the architecture has other tensors: the family's description is wrong.
@@ -88,7 +89,7 @@ def output_format(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torc
 
 
 def biases_of(sizes: list[LayerSizes]) -> Biases:
-    """Which projections have a bias in any layer."""
+    """Return which projections have a bias in any layer."""
     names = ("qkv_bias", "attention_out_bias", "gate_bias", "ffn_out_bias")
     return Biases(*(any(getattr(size, name) for size in sizes) for name in names))
 
@@ -145,7 +146,7 @@ def _choose(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtyp
 
 
 def _check(form: OutputFormat, sizes: list[LayerSizes]) -> None:
-    """Whether the model that the configuration describes has the sizes and biases that will be written."""
+    """Raise if the model that the configuration describes has other sizes or biases than those that will be written."""
     spec = family_of(form.config.model_type)
     shapes = expected_tensors(meta_model(form.config), spec)
     places = sizes_by_layer(shapes, spec, head_dim_of(form.config), len(sizes))
@@ -168,7 +169,7 @@ def _check(form: OutputFormat, sizes: list[LayerSizes]) -> None:
 
 
 def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: Family) -> None:
-    """Give a pruned model in memory the class and configuration of what it has become."""
+    """Give a pruned model in memory the classes and the configuration of its output format."""
     device, dtype = model.device, model.dtype
     for layer in model.get_submodule(spec.layers):
         tensors = output.complete({name: tensor.detach() for name, tensor in layer.state_dict().items()}, spec)
@@ -179,7 +180,7 @@ def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: Family)
     for module, like in zip(model.modules(), twin.modules(), strict=True):
         module.__class__ = like.__class__
         for attribute, value in vars(like).items():
-            vars(module).setdefault(attribute, value)  # what this class has and the old one had not
+            vars(module).setdefault(attribute, value)  # attributes of the new class alone
         if hasattr(module, "config"):
             module.config = output.config
     output.config._attn_implementation = attention
@@ -187,7 +188,7 @@ def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: Family)
 
 
 def write_config(config: PretrainedConfig, folder: Path) -> None:
-    """config.json, readable by transformers 4 too, and the modeling files if the format needs them."""
+    """Write config.json, which transformers 4 can also read, and the modeling files if the format needs them."""
     settings = json.loads(config.to_json_string())
     native = config.model_type.startswith("slim_")
     if settings.get("rope_parameters") and not native:

@@ -1,4 +1,4 @@
-"""What is done of a run: the first rank keeps it in the journal, and all know it. With it goes the residual stream."""
+"""Completed steps of a run, which the first rank keeps in the journal and all ranks know, and the residual stream."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from slimllm.runtime.hidden_states import State, Stream
 
 
 class Record:
-    """The steps that are done, on every rank.
+    """Completed steps of a run, on every rank.
 
     Args:
-        journal: Where the first rank keeps them; None on the others.
+        journal: The journal on the first rank; None on the others.
         ranks: The processes of the run.
 
     Attributes:
-        steps: What was done before an interruption, oldest first.
+        steps: Steps completed before an interruption, oldest first.
     """
 
     def __init__(self, journal: Journal | None, ranks: Ranks) -> None:
@@ -29,29 +29,29 @@ class Record:
         self.steps: list[Step] = ranks.tell(journal.steps if journal else None)
 
     def done(self, stage: str) -> list[Step]:
-        """Those steps of a stage."""
+        """Return the completed steps of a stage."""
         return [step for step in self.steps if step["stage"] == stage]
 
     def adopt(self, stage: str, steps: list[Step], data: Step) -> None:
-        """Steps that another run has done for this one, too."""
+        """Add steps that another run has done for this one as well."""
         if self._journal:
             self._journal.adopt(stage, steps, data)
 
     def add(self, stage: str, stream: Stream, final: torch.Tensor | None = None, **data: Any) -> None:
-        """A step is done, and the residual stream has passed it.
+        """Record a step that is done, and which the residual stream has passed.
 
         Args:
-            stage: The stage it belongs to.
-            stream: The residual stream of all ranks; gathered by the first one where the disk is ready for it.
-            final: What else a resumed run needs, a tensor on the CPU; the first rank's is kept.
+            stage: The step's stage.
+            stream: The residual stream; the first rank gathers that of all ranks if the disk is ready for it.
+            final: Another tensor that a resumed run needs, on the CPU; the first rank's is kept.
             data: Plain JSON data about the step.
 
         Raises:
-            ValueError: (as OutputError) the disk did not take this step or one before.
+            ValueError: (as OutputError) this step or an earlier one could not be written.
         """
         ready = self._ranks.tell(self._journal.ready if self._journal else None)
         windows = gathered(stream) if ready else iter(())
-        with self._ranks.together():  # they talk in it, and all of them until the last window
+        with self._ranks.together():  # all ranks communicate in it, until the last window
             try:
                 if self._journal:
                     extra = {} if final is None else {"final": (tuple(final.shape), final.dtype)}
@@ -59,11 +59,11 @@ class Record:
                     pieces = _and_then(windows, final)
                     self._journal.record(stage, State(layout, pieces) if ready else None, **data)
             finally:
-                for _ in windows:  # the others send theirs, whatever became of those before
+                for _ in windows:  # the other ranks send theirs even if writing has failed
                     pass
 
     def restore(self, stream: Stream) -> torch.Tensor | None:
-        """Put the residual stream back to where it was after the last step, and give `final`, on the first rank.
+        """Restore the residual stream after the last step, and return `final` on the first rank.
 
         Raises:
             ValueError: (as InputError) the state is missing or damaged.
@@ -87,27 +87,27 @@ class Record:
         return None
 
     def compare_weights(self, checksum: Callable[[int], int]) -> None:
-        """Whether the first layers' weights are those of which the dense pass has recorded the checksums.
+        """Raise if the first layers' weights differ from those whose checksums the dense pass has recorded.
 
         Args:
-            checksum: A layer's, by its index; every rank looks at its share of them.
+            checksum: Returns the checksum of a layer, by its index; every rank checks its share of the layers.
 
         Raises:
-            ValueError: (as InputError) a layer has others.
+            ValueError: (as InputError) a layer has other weights.
         """
         done = self.done("dense")
         with self._ranks.together():
             for index in self._ranks.share(len(done)):
                 if done[index]["weights"] != checksum(index):
                     raise InputError(
-                        f"Layer {index} has other weights than when the run was begun; give the same model, or start over."
+                        f"Layer {index} has other weights than when the run started; give the same model, or start over."
                     )
 
 
 def gathered(stream: Stream) -> Iterator[torch.Tensor]:
-    """The hidden states of all ranks, batch by batch in their order, on the first one's CPU; the others send theirs.
+    """Yield the hidden states of all ranks, batch by batch in order, on the first rank's CPU; the other ranks send theirs.
 
-    It has to be gone through to the end on every rank.
+    Every rank has to exhaust the iterator.
     """
     for rank, windows, batch in stream.of_all_ranks():
         if batch is None and stream.ranks.first:

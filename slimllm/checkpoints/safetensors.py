@@ -1,4 +1,4 @@
-"""A Hugging Face folder of safetensors: only the tensors asked for are read, and no mapping outlives the call."""
+"""Hugging Face folders of safetensors: only the requested tensors are read, and no mapping outlives the call."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from slimllm.checkpoints.tokenizer import load_tokenizer
 from slimllm.errors import InputError, reason
 from slimllm.models.families import family_of
 
-_MAPPED_BYTES = 64 * 2**20  # of a file that is open
+_MAPPED_BYTES = 64 * 2**20  # of a file, before it is closed and opened again
 
 
 class SafetensorsCheckpoint(Checkpoint):
     """A Hugging Face folder with one or many safetensors shards.
 
-    Tensors that are named as those of the decoder alone, without the language model around it, are found as well.
+    Tensors named as in the decoder alone, without the prefix of the language model around it, are found as well.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -62,7 +62,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 while waiting:
                     with safe_open(shard, framework="pt") as file:
                         mapped = 0
-                        while waiting and mapped < _MAPPED_BYTES:  # the mapped file counts as memory, too
+                        while waiting and mapped < _MAPPED_BYTES:  # mapped pages count as memory, too
                             name = waiting.pop()
                             result[name] = file.get_tensor(self._stored[name]).clone()
                             mapped += result[name].nbytes
@@ -82,10 +82,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def settle_tokenizer_class(folder: Path) -> None:
-    """Make a fast tokenizer load alike in transformers 4 and 5.
+    """Make a fast tokenizer load the same way in transformers 4 and 5.
 
-    Version 5 writes a class name that version 4 does not know; and version 4's own class returns token_type_ids, which
-    LLaMA does not take, unless the call names the model's inputs.
+    Version 5 writes a class name that version 4 does not know. Version 4's own class returns token_type_ids, which LLaMA
+    does not accept, unless the settings name the model's inputs.
     """
     path = folder / "tokenizer_config.json"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Where the layers come from: a checkpoint, of which one layer at a time is in memory, or a model in memory."""
+"""Sources of layers: a checkpoint, of which one layer at a time is in memory, or a model in memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from slimllm.models.layer import Layer
 from slimllm.models.meta import embedding_scale, empty_module, expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, Tensors, sizes_by_layer
 
-_VOCABULARY = 4096  # entries whose logits are in memory at a time,
-_LOSS_TOKENS = 2048  # for so many tokens, or one window
+_VOCABULARY = 4096  # entries of the vocabulary whose logits are in memory at a time
+_LOSS_TOKENS = 2048  # tokens whose logits are in memory at a time; one window if that is longer
 
 
 class ModelSource(ABC):
-    """What the layer loop needs of a model.
+    """Interface between a model and the layer loop.
 
     `model` is the whole model, on the meta device or real; `dtype` and `device` are those of the forward passes.
     """
@@ -37,23 +37,23 @@ class ModelSource(ABC):
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors, by full name."""
+        """Return the shapes of all tensors, by full name."""
 
     @abstractmethod
     def weights(self, index: int) -> Tensors:
-        """The tensors of a decoder layer, as they are stored, by their names in the layer."""
+        """Return the tensors of a decoder layer as stored, by their names in the layer."""
 
     @abstractmethod
     def place(self, index: int, weights: Tensors) -> Layer:
-        """A decoder layer with its weights, ready to compute."""
+        """Return a decoder layer with these weights, ready to compute."""
 
     reads_ahead = True
 
     @contextmanager
     def layers(self, first: int, read_ahead: bool) -> Iterator[Callable[[int], Layer]]:
-        """What gives the layers, ready to compute, one after the other from `first` on.
+        """Yield a function that returns the layers, ready to compute, one after the other from `first` on.
 
-        With `read_ahead` the weights of the next one are read by a thread while the present one is at work.
+        With `read_ahead`, a thread reads the next layer's weights while the current layer computes.
         """
         if not (read_ahead and self.reads_ahead):
             yield lambda index: self.place(index, self.weights(index))
@@ -70,7 +70,7 @@ class ModelSource(ABC):
             yield load
 
     def _pinned_weights(self, index: int) -> Tensors:
-        """The tensors of a layer, where a GPU can fetch them by itself."""
+        """Return the tensors of a layer, in pinned memory if the device is a GPU."""
         weights = self.weights(index)
         if self.device.type != "cuda":
             return weights
@@ -78,18 +78,18 @@ class ModelSource(ABC):
 
     @abstractmethod
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What makes embeddings (samples, seq_len, D) of token ids (samples, seq_len); it holds the weight."""
+        """Return a function from token ids (samples, seq_len) to embeddings (samples, seq_len, D); it holds the weight."""
 
     @abstractmethod
     def final_norm(self) -> nn.Module:
-        """The norm before the output head, ready to compute."""
+        """Return the norm before the output head, ready to compute."""
 
     @abstractmethod
     def head(self) -> torch.Tensor:
-        """The weight of the output head, (vocabulary, D), as it is stored."""
+        """Return the weight of the output head, (vocabulary, D), as stored."""
 
     def sizes(self) -> list[LayerSizes]:
-        """Sizes of every decoder layer."""
+        """Return the sizes of every decoder layer."""
         return sizes_by_layer(self.shapes(), self.spec, self.head_dim, self.num_layers)
 
     def layer_prefix(self, index: int) -> str:
@@ -97,7 +97,7 @@ class ModelSource(ABC):
 
     @torch.no_grad()
     def loss_sum(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """Next-token negative log-likelihood, in nats, summed over all tokens of windows but the first of each.
+        """Return the next-token negative log-likelihood, in nats, summed over all tokens except the first of each window.
 
         Args:
             batches: Pairs of the outputs of the last decoder layer, (windows, seq_len, D), and the token ids, (windows,
@@ -113,11 +113,11 @@ class ModelSource(ABC):
         return total
 
     def _losses(self, inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Those of tokens, (tokens,), from the inputs of the output head, (tokens, D)."""
+        """Return the losses of tokens, (tokens,), from the inputs of the output head, (tokens, D)."""
         cap: float | None = getattr(self.config, "final_logit_softcapping", None)
         normaliser = torch.full((len(targets),), -torch.inf, device=self.device)
         chosen = torch.zeros(len(targets), device=self.device)
-        for start in range(0, len(weight), _VOCABULARY):  # logits, and the head in the dtype of computing, are wide
+        for start in range(0, len(weight), _VOCABULARY):  # all logits, or the converted head, would be large
             some = weight[start : start + _VOCABULARY].to(self.device, self.dtype)
             here = (targets >= start) & (targets < start + len(some))
             logits = nn.functional.linear(inputs, some).float()
@@ -129,13 +129,13 @@ class ModelSource(ABC):
 
 
 class CheckpointModel(ModelSource):
-    """A model on disk; whatever is read is let go by the caller."""
+    """A model on disk; the caller releases what is read."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         untie_if_different(checkpoint)
         super().__init__(meta_model(checkpoint.config), device, dtype)
         self.checkpoint = checkpoint
-        # Only what the model has a place for is ever read or written.
+        # Only tensors with a place in the model are read or written.
         self._shapes = expected_tensors(self.model, self.spec)
         checkpoint.check(self._shapes, self.spec)
 
@@ -143,7 +143,7 @@ class CheckpointModel(ModelSource):
         return self._shapes
 
     def other_tensors(self) -> list[str]:
-        """Names of all tensors outside the decoder layers."""
+        """Return the names of all tensors outside the decoder layers."""
         return [name for name in self._shapes if not name.startswith(f"{self.spec.layers}.")]
 
     def weights(self, index: int) -> Tensors:
@@ -174,7 +174,7 @@ class CheckpointModel(ModelSource):
         return self._read(f"{self.spec.embedding if tied else self.spec.head}.weight")
 
     def _fill(self, module: nn.Module, name: str) -> None:
-        """Give a module its weights."""
+        """Load the weights of a module."""
         names = [one for one in self._shapes if one.startswith(f"{name}.")]
         tensors = {one.removeprefix(f"{name}."): self._read(one).to(self.device, self.dtype) for one in names}
         module.load_state_dict(tensors, assign=True)
@@ -184,7 +184,7 @@ class CheckpointModel(ModelSource):
 
 
 def untie_if_different(checkpoint: Checkpoint) -> None:
-    """Believe the weights: a stored head that differs from the embeddings is not tied, whatever the configuration says."""
+    """Untie a stored output head that differs from the embeddings, whatever the configuration says."""
     spec = family_of(checkpoint.config.model_type)
     head, embedding = f"{spec.head}.weight", f"{spec.embedding}.weight"
     if checkpoint.config.tie_word_embeddings and {head, embedding} <= set(checkpoint.shapes()):
@@ -200,7 +200,7 @@ class InMemoryModel(ModelSource):
         ValueError: (as InputError) it is not the plain causal language model of its family, or holds NaN or infinity.
     """
 
-    reads_ahead = False  # they are there already
+    reads_ahead = False  # the weights are in memory already
 
     def __init__(self, model: PreTrainedModel) -> None:
         if (kind := model.config.model_type) in READ_AS:

@@ -25,11 +25,11 @@ _SETTINGS = {
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder.
 
-    One that comes with Python code is read without it: as transformers' own class of that name, or else from its
-    tokenizer.json.
+    Unless its Python code is trusted, a tokenizer with code is loaded without it: as transformers' own class of that name,
+    or else from its tokenizer.json.
 
     Raises:
-        ValueError: (as InputError) there is none, or it cannot be had without running code that is not trusted.
+        ValueError: (as InputError) there is no tokenizer, or it cannot be loaded without running code that is not trusted.
     """
     check_regular_files(path)
     settings = path / "tokenizer_config.json"
@@ -41,7 +41,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
             raise InputError(f"The tokenizer in {path} cannot be loaded: in {settings.name} {error}") from None
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except BaseException as error:  # whatever a tokenizer library raises, the user's question is "which folder?"
+    except BaseException as error:  # any error of a tokenizer library becomes one that names the folder
         if not _is_of_the_library(error):
             raise
         met = error
@@ -59,20 +59,20 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
             met = error
     raise InputError(
         f"The tokenizer in {path} cannot be loaded; save it in the folder with tokenizer.save_pretrained. "
-        f"It said: {first_line(met)}"
+        f"The error was: {first_line(met)}"
     ) from met
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: bool = True) -> list[int]:
-    """Turn a text into token ids.
+    """Convert a text to token ids.
 
     Args:
         tokenizer: The model's tokenizer.
         text: Text of any length.
-        special_tokens: Whether those that the tokenizer adds to a text by itself, such as a BOS, are there.
+        special_tokens: Whether to include the tokens that the tokenizer adds to a text by itself, such as a BOS.
 
     Raises:
-        ValueError: (as InputError) the tokenizer fails, as one does whose vocabulary and merges do not fit together.
+        ValueError: (as InputError) the tokenizer fails, for example because its vocabulary and merges do not match.
     """
     try:
         ids: list[int] = tokenizer(text, verbose=False, add_special_tokens=special_tokens)["input_ids"]
@@ -87,12 +87,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special_tokens: boo
 
 
 def _is_of_the_library(error: BaseException) -> bool:
-    """Whether an error may be one of a tokenizer library: a panic of one that is written in Rust is no Exception."""
+    """Return whether an error may come from a tokenizer library; a panic in Rust code is not an Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def tokenizer_code(path: Path) -> str | None:
-    """Name the class of a folder's own code that its tokenizer asks for; None: it asks for none."""
+    """Return the name of the custom class that a folder's tokenizer asks for; None if it asks for none."""
     asked = find_object(path / "tokenizer_config.json", MOST_OF_SETTINGS).get("auto_map") or {}
     asked = asked.get("AutoTokenizer") if isinstance(asked, dict) else asked
     names = asked if isinstance(asked, list) else [asked]

@@ -1,4 +1,4 @@
-"""Writing a checkpoint shard by shard, beside its final place, and renaming it into place when it is complete."""
+"""Writing of a checkpoint, shard by shard, in a folder beside its final place that is renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from slimllm.errors import HopelessError, InputError, OutputError
 
 
 def check_interrupted(out: Path, resume: bool) -> bool:
-    """Whether the result was complete, and in its place, when the run that is to be resumed was interrupted.
+    """Return whether the interrupted run that is to be resumed had already moved its complete result into place.
 
     Raises:
-        ValueError: (as InputError) there is an interrupted run, and it is not to be resumed.
+        ValueError: (as InputError) there is an interrupted run, and `resume` is not set.
     """
     partial = partial_folder(out)
     if (partial / "lock").exists():
-        os.close(lock(partial))  # whether a run is at work there
+        os.close(lock(partial))  # raises if a run is at work there
     stage = last_stage(partial)
     if stage == "finished" and not resume:
-        raise InputError(f"A run for {out} is complete but for its last step: add --resume (in Python, resume=True).")
+        raise InputError(f"A run for {out} is complete except for its last step: add --resume (in Python, resume=True).")
     if stage is not None and not resume:
         raise InputError(
             f"A run for {out} was interrupted and can be resumed: add --resume (in Python, resume=True), "
@@ -44,29 +44,29 @@ def check_interrupted(out: Path, resume: bool) -> bool:
 
 
 def can_resume(out: Path) -> bool:
-    """Whether a run for a folder was interrupted and can be resumed."""
+    """Return whether a run for a folder was interrupted and can be resumed."""
     return last_stage(partial_folder(destination(out))) is not None
 
 
 class CheckpointWriter:
-    """A context manager: the folder `out` appears, complete and on the disk, with `finish`, and not before.
+    """Context manager that writes a checkpoint: `finish` makes the folder `out` appear, complete and on the disk.
 
-    Until then everything is in `.NAME.partial` beside it, with the journal of the run. That folder stays when the block
-    ends with an error, unless there is nothing yet to resume, or it would end so again.
+    Until then everything is in `.NAME.partial` beside it, with the journal of the run. That folder is kept when the block
+    ends with an error, unless there is nothing to resume yet, or a resumed run would fail again.
 
     Args:
-        out: The folder to make, resolved.
-        num_shards: How many shards will be written.
+        out: The folder to create, resolved.
+        num_shards: Number of shards that will be written.
         overwrite: Whether a model in `out` may be replaced.
-        identity, environment: The run's, see `Journal`.
+        identity, environment: See `Journal`.
 
     Attributes:
-        folder: Where the result grows.
-        journal: The record of the run; it has steps when the run is resumed.
-        total_size, num_parameters: Bytes and numbers in the shards so far.
+        folder: Folder in which the result is written.
+        journal: The record of the run; it has steps if the run is resumed.
+        total_size, num_parameters: Bytes and parameters in the shards so far.
 
     Raises:
-        ValueError: (as InputError) another process writes there, or what was begun there is of another run.
+        ValueError: (as InputError) another process writes there, or the interrupted run there is another one.
     """
 
     def __init__(
@@ -105,14 +105,14 @@ class CheckpointWriter:
             if kind is None or not (resumable and last_stage(self._partial)):
                 _remove(self._partial)
         finally:
-            self.journal.close()  # not before: another run may take the folder from here on
+            self.journal.close()  # last, because another run may then lock the folder
         if isinstance(error, OSError):
             raise OutputError(f"The disk failed while {self.out} was being made: {error}.") from error
 
     def write_shard(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Write the shard `number` (from 1) with these tensors, under their full names."""
+        """Write shard `number` (from 1) with these tensors, under their full names."""
         path = self.folder / self._shard_name(number)
-        # Not in the folder of the result, where safetensors would leave its temporary file when it is killed.
+        # Outside the folder of the result, because safetensors leaves its temporary file if it is killed.
         beside = self._partial / path.name
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
@@ -128,11 +128,11 @@ class CheckpointWriter:
 
     @property
     def bytes_there(self) -> int:
-        """What the run has on the disk already."""
+        """Bytes that the run has on the disk already."""
         return self.total_size + sum(path.stat().st_size for path in self._partial.glob("state-*"))
 
     def adopt_shard(self, number: int) -> None:
-        """Count a shard that is there from before the interruption.
+        """Count a shard that was written before the interruption.
 
         Raises:
             ValueError: (as InputError) it is missing or damaged.
@@ -156,10 +156,10 @@ class CheckpointWriter:
         self.num_parameters += numel
 
     def complete(self) -> None:
-        """Write the index, and have everything on the disk: from here on the result only has to be moved."""
+        """Write the index, and flush everything to the disk; the result then only has to be moved."""
         files = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()} | {INDEX}
         index = {
-            # By the list `check_destination` knows what it may replace.
+            # From this list `check_destination` knows what may be replaced.
             "metadata": {"total_size": self.total_size, "total_parameters": self.num_parameters, OURS: sorted(files)},
             "weight_map": dict(sorted(self._weight_map.items())),
         }
@@ -173,10 +173,10 @@ class CheckpointWriter:
         """Move the result to its final place, unless that was done before an interruption."""
         if not self.folder.exists():
             return
-        try:  # once more: the run took a while, and somebody else may have put something there
+        try:  # again, because something may have been put there during the run
             check_destination(self.out, [], self._overwrite)
         except InputError as error:
-            raise OutputError(f"{error} The result is complete, and waits in {self.folder}.") from None
+            raise OutputError(f"{error} The complete result is in {self.folder}.") from None
         replaced = None
         if self.out.exists() and any(self.out.iterdir()):
             replaced = Path(tempfile.mkdtemp(prefix="replaced-", dir=self._partial)) / "old"
@@ -193,12 +193,12 @@ class CheckpointWriter:
 
 
 def partial_folder(out: Path) -> Path:
-    """Where the result grows, with the journal, until it is complete."""
+    """Return the folder in which the result and the journal are written until the result is complete."""
     return out.with_name(f".{out.name}.partial")
 
 
 def remove_leftover(out: Path) -> None:
-    """Remove what a run that was killed while it tidied up has left beside its complete result.
+    """Remove files that a run killed during its clean-up has left beside its complete result.
 
     Raises:
         ValueError: (as InputError) another run is at work there.
@@ -211,16 +211,16 @@ def remove_leftover(out: Path) -> None:
 
 
 def _remove(partial: Path) -> None:
-    """Remove an unfinished folder: the journal late, while which is there all of this can be repeated, the lock last."""
+    """Remove a partial folder: the lock last, and the journal just before, since while it exists this can be repeated."""
     last = ("journal.jsonl", "lock")
-    if not partial.exists():  # somebody has deleted it
+    if not partial.exists():  # deleted by somebody else
         return
     for path in sorted(partial.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not if another run has come in
+    with contextlib.suppress(OSError):  # fails if another run has started there
         partial.rmdir()
 
 

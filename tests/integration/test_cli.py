@@ -167,13 +167,13 @@ def test_output_folders_that_would_cost_data(
         (["--out", other, "--overwrite"], "holds no model that slimllm has written"),
         (["--out", occupied, "--overwrite"], "holds no model that slimllm has written"),
         (["--out", "/", "--overwrite"], "is the root of the file system"),
-        (["--out", tmp_path / ("x" * 250)], "has 250 bytes; give one of 200 at most"),
-        (["--out", model, "--overwrite"], "which is read"),
-        (["--out", tmp_path, "--overwrite"], "which is read"),
+        (["--out", tmp_path / ("x" * 250)], "has 250 bytes; give a name of at most 200"),
+        (["--out", model, "--overwrite"], "which the run reads"),
+        (["--out", tmp_path, "--overwrite"], "which the run reads"),
         (["--out", model / "sub"], "lies in"),
         (["--out", "/dev/null/x"], "not a folder that can be written to"),
         (["--out", file], "is a file"),
-        (["--out", occupied, "--overwrite", "--calibration", text], "which is read"),
+        (["--out", occupied, "--overwrite", "--calibration", text], "which the run reads"),
         (["--out", Path.cwd(), "--overwrite"], "current directory"),
     ]
     for arguments, sentence in cases:
@@ -271,7 +271,7 @@ def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.Ca
         assert dense["log_increase"][str(length)] == 0 and pruned["windows"][str(length)] == 5
         assert f"{wanted:.2f}" in out and f"{increase:.3f}" in out
     code, _, err = call(capsys, "eval", stories_path, "--out", tmp_path / "found.json")
-    assert code == 2 and "found.json is there already" in err
+    assert code == 2 and "found.json exists already" in err
     code, _, err = call(capsys, "eval", stories_path, "--out", tmp_path / "no" / "found.json")
     assert code == 2 and "There is no folder" in err
     code, out, err = call(capsys, "eval", stories_path, tmp_path / "nowhere")

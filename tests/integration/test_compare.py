@@ -71,7 +71,7 @@ def test_the_command(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureF
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["method"] for line in lines] == ["dense", "best", "slimllm"]
     code, _, errors = call(capsys, *arguments, "--out", out)
-    assert code == 2 and "is there already" in errors
+    assert code == 2 and "exists already" in errors
     code, _, errors = call(capsys, "compare", stories_path, "--method", "gptq")
     assert code == 2 and "is not a method" in errors
 

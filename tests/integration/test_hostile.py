@@ -101,7 +101,7 @@ def test_sizes_in_config_json(
     for err in refused(capsys, folder, "prune", "eval", "export"):
         assert (
             name in err
-            or "speaks of 1,500 layers" in err
+            or "gives 1,500 layers" in err
             or "no place in the model" in err
             or "its config.json asks for" in err
         )
@@ -126,7 +126,7 @@ def test_sizes_in_gguf(stories: Any, tmp_path: Path, bounded: None, key: str, va
     at = content.index(key.encode()) + len(key)
     content[at + 4 : at + 8] = struct.pack("<I", value)
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"as {key}, which its tensors do not fit"):
+    with pytest.raises(InputError, match=f"as {key}, which does not fit its tensors"):
         open_checkpoint(path)
 
 
@@ -148,7 +148,7 @@ def test_counts_in_gguf(stories: Any, tmp_path: Path, bounded: None, at: int) ->
     content = bytearray(path.read_bytes())
     content[at : at + 8] = struct.pack("<Q", 2**33)
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"tensors and .* settings do not fit in"):
+    with pytest.raises(InputError, match=r"tensors and .* settings do not fit into it"):
         open_checkpoint(path)
 
 
@@ -376,7 +376,7 @@ def test_json_in_one_place(tmp_path: Path) -> None:
         ({"a": 1.0}, "a is '1.0'"),
         ({"b": [1, "x"]}, r"b\[1\] is 'x'"),
         ({"c": {"x": 0}}, "c.x is '0'"),
-        ({"d": 3}, "d is '3', but should be a text or an object"),
+        ({"d": 3}, "d is '3', but should be a string or an object"),
         ({"e": 1}, "e is '1'"),
         ({"c": None}, "c is missing"),
         ({"a": 10**400}, "a is '10000"),
@@ -398,10 +398,10 @@ def test_odd_files_beside_a_model(folder: Path, tmp_path: Path, capsys: pytest.C
     private.write_text("of the user's")
     (folder / "spiece.model").symlink_to(private)
     code, _, err = call(capsys, "prune", folder, "--out", tmp_path / "out", "--ratio", "0.2", *QUICK)
-    assert code == 2 and "merges.txt is a device or a pipe, not a file, so it cannot go with the result" in err
+    assert code == 2 and "merges.txt is a device or a pipe, not a file, so it cannot be copied to the result" in err
     (folder / "merges.txt").unlink()
     code, _, err = call(capsys, "prune", folder, "--out", tmp_path / "out", "--ratio", "0.2", *QUICK)
-    assert code == 2 and "spiece.model is a link that leads out of its folder, so it cannot go with the result" in err
+    assert code == 2 and "spiece.model is a link that leads out of its folder, so it cannot be copied to the result" in err
     (folder / "spiece.model").unlink()
     code, out, err = call(capsys, "prune", folder, "--out", tmp_path / "out", "--ratio", "0.2", *QUICK)
     assert code == 0, err

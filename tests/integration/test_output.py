@@ -144,7 +144,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(
         (tmp_path / "out").mkdir(exist_ok=True)
         (tmp_path / "out" / "precious").write_text("mine")
 
-    with pytest.raises(InputError, match=r"not empty.*The result is complete, and waits in"):
+    with pytest.raises(InputError, match=r"not empty.*The complete result is in"):
         slimllm.prune(stories_path, tmp_path / "out", config(token_ids), progress=meddle)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
     (tmp_path / "out").rename(tmp_path / "saved")

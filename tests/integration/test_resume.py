@@ -110,7 +110,7 @@ def test_a_journal_of_another_version_is_refused(token_ids: torch.Tensor, tmp_pa
     assert entries[0].pop("schema_version") == 2
     text = json.dumps(entries).encode()
     journal.write_bytes(b"%08x %b\n%b" % (zlib.crc32(text), text, rest))
-    with pytest.raises(InputError, match="was begun by another version of slimllm; resume it with that one, or delete"):
+    with pytest.raises(InputError, match="was started by another version of slimllm; resume it with that version, or"):
         prune(STORIES, tmp_path / "out", config(token_ids), resume=True)
 
 

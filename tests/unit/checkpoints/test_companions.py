@@ -209,7 +209,7 @@ def test_links(tmp_path: Path) -> None:
         *((f"{name}.model", "is a link that leads out of its folder") for name in ("outside", "relative", "shared")),
         ("vocab.json", "is larger than any such file"),
     ):
-        with pytest.raises(InputError, match=f"{name} {fault}, so it cannot go with the result; put a copy"):
+        with pytest.raises(InputError, match=f"{name} {fault}, so it cannot be copied to the result; put a copy"):
             left_out(folder)
         (folder / name).unlink() if "/" not in name else (folder / "additional_chat_templates").unlink()
     said = left_out(folder)

@@ -218,7 +218,7 @@ def test_settings_of_another_weight_file_or_of_foreign_kernels(tmp_path: Path, t
     weights = copy_of(tmp_path / "a", transformers_weights="other.safetensors")
     both_refuse(weights, "asks for weights in 'other.safetensors'", tmp_path, token_ids)
     kernels = copy_of(tmp_path / "b", attn_implementation="someone/kernel")
-    both_refuse(kernels, "asks for code of the hub", tmp_path, token_ids)
+    both_refuse(kernels, "asks for code from the hub", tmp_path, token_ids)
 
 
 def test_eval_says_it_and_prints_no_perplexity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +286,7 @@ def test_a_compiled_decoder(tmp_path: Path, token_ids: torch.Tensor) -> None:
     "settings", [{"_attn_implementation_internal": "x/y"}, {"a": {"b": {"attn_implementation": "x/y"}}}]
 )
 def test_kernels_of_the_hub_in_any_entry(settings: dict[str, object], tmp_path: Path, token_ids: torch.Tensor) -> None:
-    both_refuse(copy_of(tmp_path / "m", **settings), "asks for code of the hub", tmp_path, token_ids)
+    both_refuse(copy_of(tmp_path / "m", **settings), "asks for code from the hub", tmp_path, token_ids)
 
 
 def test_settings_too_deep_to_be_read(tmp_path: Path, token_ids: torch.Tensor) -> None:
@@ -324,4 +324,4 @@ def test_generation_settings_of_the_model_do_not_matter(tmp_path: Path, token_id
 def test_a_pointer_of_git_lfs(tmp_path: Path, token_ids: torch.Tensor) -> None:
     folder = copy_of(tmp_path / "m")
     (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    both_refuse(folder, "is a pointer of Git LFS, not the file; run git lfs pull", tmp_path, token_ids)
+    both_refuse(folder, "is a Git LFS pointer, not the file itself; run git lfs pull", tmp_path, token_ids)

@@ -74,10 +74,10 @@ def test_gguf_is_known_by_its_content(gguf_path: Path, stories: Any, file: str, 
     ("content", "sentence"),
     [
         (b"", "is empty"),
-        ((STORIES / "model.safetensors").read_bytes(), "is a safetensors file; give the folder it lies in"),
+        ((STORIES / "model.safetensors").read_bytes(), "is a safetensors file; give the folder that contains it"),
         (b"PK\x03\x04archive/data.pkl", "is a pickled PyTorch file, which is never read"),
         (b"\x80\x02}q\x00", "is a pickled PyTorch file, which is never read"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"tjgg\x03\x00\x00\x00", "is a GGML file"),
         (b"no GGUF at all, but longer than a header would be", "is neither a folder nor a GGUF file"),
     ],
@@ -156,7 +156,7 @@ def test_parts_that_are_not_of_one_model(parts: list[Path], stories: Any, tmp_pa
         open_checkpoint(other / "m.gguf")
     content = parts[1].read_bytes()
     parts[1].unlink()
-    with pytest.raises(InputError, match=r"is part 3 of 3 .*, but m-00002-of-00003.gguf is not beside it"):
+    with pytest.raises(InputError, match=r"is part 3 of 3 .*, but m-00002-of-00003.gguf is not in its folder"):
         open_checkpoint(parts[2])
     shutil.copyfile(parts[2], parts[1])
     with pytest.raises(InputError, match=r"m-00002-of-00003\.gguf is not part 2 of 3"):
@@ -164,7 +164,7 @@ def test_parts_that_are_not_of_one_model(parts: list[Path], stories: Any, tmp_pa
     parts[1].write_bytes(content)
     write_gguf(stories, other / "m.gguf", tensors_in_a_part=22)
     shutil.copyfile(other / "m-00002-of-00003.gguf", parts[1])
-    with pytest.raises(InputError, match="hold 51 tensors, but a model of 47 was split"):
+    with pytest.raises(InputError, match="hold 51 tensors, but the model that was split had 47"):
         open_checkpoint(parts[0])
 
 
@@ -250,9 +250,9 @@ def test_linear_scaling_gives_the_same_as_the_folder(token_ids: torch.Tensor, tm
         ({"scaling.type": "longrope"}, {}, "rule 'longrope'"),
         ({}, {"rope_factors_long.weight": 2 * ONES}, "rule 'longrope'"),
         ({"scaling.attn_factor": 1.2}, {}, "attn_factor"),
-        ({}, {"rope_freqs.weight": np.ones(3, dtype=np.float32)}, "as many factors as there are frequencies"),
+        ({}, {"rope_freqs.weight": np.ones(3, dtype=np.float32)}, "does not have one factor for each frequency"),
         ({}, {"rope_freqs.weight": np.array([1, 5, 2, 8], dtype=np.float32)}, "do not follow LLaMA 3's rule"),
-        ({}, {"rope_freqs.weight": 0 * ONES}, "by 0 or less"),
+        ({}, {"rope_freqs.weight": 0 * ONES}, "by factors that are not finite numbers above 0"),
     ],
 )
 def test_other_scaling_is_refused_by_name(
