@@ -1,4 +1,4 @@
-"""The page about a pruned model, for people: one HTML file that needs nothing else, and its pictures as PNGs."""
+"""The page about a pruned model: one self-contained HTML file, and its pictures as PNGs."""
 
 from slimllm.report.sample import Sample, make_sample
 from slimllm.report.write import PAGE_NAME, PICTURE_FOLDER, write_page, write_page_of

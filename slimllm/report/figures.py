@@ -1,4 +1,4 @@
-"""The pictures of a pruning, from its report: each a function of the report and the colours, with a title and a caption."""
+"""Pictures of a pruning run, drawn from its report: each has a title, a caption and a drawing function."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from slimllm.pruning.layer_report import LayerReport
 from slimllm.pruning.report import PruneReport
 from slimllm.report.palette import STYLE, Palette
 
-_WIDTH, _HEIGHT = 4.6, 2.75  # inches: at a phone's width the letters are still legible
+_WIDTH, _HEIGHT = 4.6, 2.75  # inches; the text is still legible at a phone's width
 
 
 @dataclass(frozen=True)
 class Picture:
-    """What is drawn, and what it says; `draw` gives None where there is nothing to draw."""
+    """A picture's title, caption and drawing function; `draw` returns None if there is nothing to draw."""
 
     name: str
     title: str
@@ -71,7 +71,7 @@ def _by_layer(axes: Axes, palette: Palette) -> None:
 
 
 def _shares(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> Figure:
-    """What every layer gave, of heads and of channels."""
+    """Draw the removed fractions of every layer's heads and channels."""
     figure, axes = _figure(palette)
     layers = np.arange(len(report.layers))
     heads, channels = (np.array([_share_gone(layer)[part] for layer in report.layers]) for part in range(2))
@@ -87,13 +87,13 @@ def _shares(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> 
 
 
 def _share_gone(layer: LayerReport) -> tuple[float, float]:
-    """Fractions of heads and of channels that are removed."""
+    """Return the removed fractions of a layer's heads and channels."""
     heads, channels = layer["num_heads_before"], layer["intermediate_size_before"]
     return 1 - layer["num_heads"] / heads, 1 - layer["intermediate_size"] / channels
 
 
 def _heads(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> Figure:
-    """A cell for every head of every layer."""
+    """Draw a cell for every head of every layer."""
     most = max(layer["num_heads_before"] for layer in report.layers)
     figure, axes = _figure(palette, min(5.0, max(1.9, 0.9 + 0.13 * most)))
     kept: list[tuple[int, int]] = []
@@ -118,14 +118,14 @@ def _heads(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> F
 
 
 def _cells(cells: list[tuple[int, int]], half: float) -> Outline:
-    """Squares as one outline, which is little to write down."""
+    """Return squares as one outline, which keeps the file small."""
     square = half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1)])
     points = (np.array(cells, dtype=float)[:, None] + square).reshape(-1, 2)
     return Outline(points, [Outline.MOVETO, *[Outline.LINETO] * 3, Outline.CLOSEPOLY] * len(cells))
 
 
 def _importance(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> Figure | None:
-    """Quantiles of the channels' importance over the median of its layer, and the most important that went."""
+    """Draw quantiles of channel importance, relative to the layer's median, and the 95 % quantile of removed channels."""
     found = [(layer["index"], layer) for layer in report.layers if "channel_importance" in layer]
     if not found:
         return None
@@ -153,7 +153,7 @@ def _importance(report: PruneReport, _: FinetuneReport | None, palette: Palette)
 
 
 def _errors(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> Figure | None:
-    """What a sub-layer's output lost, without and with the regression."""
+    """Draw the error of every sub-layer's output, without and with recovery."""
     figure, axes = _figure(palette)
     some = False
     for part, color, label in (("attention", palette.second, "attention"), ("ffn", palette.first, "FFN")):
@@ -168,14 +168,14 @@ def _errors(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> 
         axes.plot(at, before, "o", color=color, markersize=4, fillstyle="none", label=f"{label}, without")
         axes.plot(at, after, "o", color=color, markersize=4, label=f"{label}, with")
     axes.set_ylabel("error of the output, %")
-    axes.set_yscale("log")  # a head that writes one large constant is a thousand times the rest
+    axes.set_yscale("log")  # the error of a head that writes one large constant is a thousand times the rest
     _by_layer(axes, palette)
     _legend(axes, palette, 2)
     return figure if some else None
 
 
 def _parts(parts: dict[str, float], unit: str, palette: Palette) -> Figure:
-    """Bars of what something is made of, the largest first."""
+    """Draw a bar for each part of a total, the largest first."""
     shown = sorted(((value, name) for name, value in parts.items() if value > 0.003 * sum(parts.values())), reverse=True)
     figure, axes = _figure(palette, 0.8 + 0.27 * len(shown))
     axes.barh([name for _, name in shown], [value for value, _ in shown], color=palette.first, height=0.62)
@@ -191,26 +191,26 @@ def _parts(parts: dict[str, float], unit: str, palette: Palette) -> Figure:
 
 
 def _seconds(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> Figure:
-    """Where the time went."""
+    """Draw the seconds of each stage."""
     stages = {**report.stages_s, "other": max(0.0, report.elapsed_s - sum(report.stages_s.values()))}
     return _parts(stages, "seconds", palette)
 
 
 def _memory(report: PruneReport, _: FinetuneReport | None, palette: Palette) -> Figure:
-    """The memory estimate of the peak, made before the run."""
+    """Draw the memory estimate of the peak, made before the run."""
     parts = {name.replace("_", " "): 1024 * size for name, size in (report.gpu_memory_gib or report.memory_gib).items()}
     return _parts(parts, f"MiB of {'the GPU' if report.gpu_memory_gib else 'memory'}", palette)
 
 
 def _training(_: PruneReport, trained: FinetuneReport | None, palette: Palette) -> Figure | None:
-    """The loss of a training afterwards."""
+    """Draw the loss of the training after pruning."""
     if trained is None:
         return None
     figure, axes = _figure(palette)
     axes.plot(range(1, len(trained.loss) + 1), trained.loss, color=palette.first, linewidth=1, label="of each step")
     if trained.held_out:
         axes.plot(*zip(*trained.held_out), color=palette.second, marker="o", markersize=4, label="held-out examples")
-    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(color=palette.grid, linewidth=0.6)
     axes.set_axisbelow(True)
     _legend(axes, palette)
@@ -220,34 +220,34 @@ def _training(_: PruneReport, trained: FinetuneReport | None, palette: Palette) 
 PICTURES = (
     Picture(
         "shares",
-        "What every layer gave",
-        "Attention heads and FFN channels that are gone, and what that is of the layer's parameters.",
+        "Removed from each layer",
+        "Fraction of the attention heads, FFN channels and parameters that was removed.",
         _shares,
     ),
-    Picture("heads", "Which heads are left", "Each square is an attention head of a layer.", _heads),
+    Picture("heads", "Kept and removed heads", "Each square is an attention head of a layer.", _heads),
     Picture(
         "importance",
-        "How important channels were",
-        "The spread of the importance of every layer's FFN channels, over "
-        "its median, each looked at alone. 95 of 100 channels that went lie below the cut; where the cut is in the "
-        "middle of the band, much had to go.",
+        "Importance of the channels",
+        "Distribution of the importance of each layer's FFN channels, relative to the layer's median; each channel is "
+        "scored alone. 95 % of the removed channels lie below the cut; where the cut is in the middle of the band, many "
+        "channels had to be removed.",
         _importance,
     ),
     Picture(
         "errors",
-        "What the outputs lost",
+        "Error of the outputs",
         "Error of each sub-layer's output on the calibration text, in % of its "
-        "variance: as pruned, and with the recovery (full dots).",
+        "variance: without the recovery (open dots) and with it (full dots).",
         _errors,
     ),
-    Picture("seconds", "Where the time went", "Seconds of the run by stage.", _seconds),
-    Picture("memory", "What the memory was for", "The memory estimate of the peak, made before the run.", _memory),
-    Picture("training", "Training afterwards", "Loss by step; lower is better.", _training),
+    Picture("seconds", "Time by stage", "Seconds of the run by stage.", _seconds),
+    Picture("memory", "Memory by purpose", "The memory estimate of the peak, made before the run.", _memory),
+    Picture("training", "Training after pruning", "Loss by step; lower is better.", _training),
 )
 
 
 def drawn(report: PruneReport, trained: FinetuneReport | None, palette: Palette) -> list[tuple[Picture, Figure]]:
-    """All pictures there are of a report."""
+    """Draw all pictures that a report has data for."""
     with matplotlib.rc_context(STYLE):
         figures = [(picture, picture.draw(report, trained, palette)) for picture in PICTURES]
     return [(picture, figure) for picture, figure in figures if figure is not None]

@@ -1,4 +1,4 @@
-"""Colours of the pictures: in the page they are variables, so that they follow its light or dark style."""
+"""Colours of the pictures; in the page they are CSS variables, so that they follow its light or dark style."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Palette:
 
 LIGHT = Palette(ink="#1f2328", grid="#d5d9de", first="#1f5fa8", second="#c8641b", gone="#868f99")
 DARK = Palette(ink="#e6e9ed", grid="#3a4048", first="#6fa8e8", second="#f0a35e", gone="#76808c")
-# Stand for the variables while matplotlib draws; nothing else has these colours.
+# Placeholders for the variables while matplotlib draws; nothing else has these colours.
 _NAMES = {"ink": "#000001", "grid": "#000002", "first": "#000003", "second": "#000004", "gone": "#000005"}
 VARIABLE = Palette(**_NAMES)
 STYLE = {
@@ -39,12 +39,12 @@ STYLE = {
 
 
 def css(palette: Palette) -> str:
-    """The variables with the colours of a palette."""
+    """Return the CSS variables with the colours of a palette."""
     return " ".join(f"--{name}: {getattr(palette, name)};" for name in _NAMES)
 
 
 def svg(figure: Figure, name: str, description: str) -> str:
-    """A figure drawn with `VARIABLE`, to be part of a page beside others: with identifiers of its own, and in words."""
+    """Return a figure drawn with `VARIABLE` as SVG for a page with others: with unique identifiers and a description."""
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -1,4 +1,4 @@
-"""A sample of what a pruned model writes, beside the dense one's if that is at hand."""
+"""A sample of a pruned model's text, and of the dense model's if that is given."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPETITION_PENALTY = 1.2
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and how each model continues it, greedily."""
+    """A prompt, and its greedy continuation by each model."""
 
     prompt: str
     pruned: str
@@ -36,11 +36,11 @@ def make_sample(
     device: str | None = None,
     trust_remote_code: bool = False,
 ) -> Sample:
-    """Let a pruned model continue a prompt, and the dense one if it is given; one of them in memory at a time.
+    """Continue a prompt with a pruned model, and with the dense one if it is given; one of them is in memory at a time.
 
     Raises:
         ValueError: (as InputError) the prompt is empty or not valid Unicode, a model cannot be loaded, or the dense one is
-            another.
+            not the model that was pruned.
     """
     if not prompt.strip():
         raise InputError("The prompt of the sample is empty; give some words.")
@@ -54,20 +54,20 @@ def make_sample(
 def _written(
     model: str | Path, prompt: str, device: str | None, trust_remote_code: bool, wanted: dict[str, Any] | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """How a model continues a prompt, and those of its sizes that pruning does not change, which may be given."""
+    """Return a model's continuation of a prompt, and its sizes that pruning does not change; they must equal `wanted`."""
     loaded, tokenizer = load(model, device=device, trust_remote_code=trust_remote_code)
     sizes = {name: getattr(loaded.config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
     for name, value in (wanted or sizes).items():
         if sizes[name] != value:
-            raise InputError(f"{model} is not what was pruned: its {name} is {sizes[name]} instead of {value}.")
+            raise InputError(f"{model} is not the model that was pruned: its {name} is {sizes[name]} instead of {value}.")
     ids = torch.tensor([encode(tokenizer, prompt)], device=loaded.device)
     longest = longest_input(loaded.config)
     if ids.shape[1] + NEW_TOKENS > longest:
         raise InputError(f"The prompt of the sample has {ids.shape[1]} tokens; give at most {longest - NEW_TOKENS}.")
-    # Of the model's own settings only where a text ends: others may not be greedy, or ask for code of the hub.
+    # Keep only the end-of-text token of the model's settings: others may not be greedy, or ask for code from the hub.
     loaded.generation_config = GenerationConfig(eos_token_id=getattr(loaded.generation_config, "eos_token_id", None))
     generate: Any = loaded.generate
-    # Greedy, so that it is the same every time; small models, dense ones too, repeat themselves without the penalty.
+    # Greedy, so that it is reproducible; without the penalty, small models repeat themselves, even dense ones.
     written = generate(
         ids,
         attention_mask=torch.ones_like(ids),

@@ -1,4 +1,4 @@
-"""Writing the page: the report's numbers and pictures, put into the template."""
+"""Writing of the page: the report's numbers and pictures are put into the template."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from slimllm.report.palette import DARK, LIGHT, STYLE, VARIABLE, css, svg
 from slimllm.report.sample import REPETITION_PENALTY, Sample, make_sample
 
 PAGE_NAME, PICTURE_FOLDER = "report.html", "report"
-SAMPLED_PARAMETERS = 1_000_000_000  # models up to this write a sample unasked
+SAMPLED_PARAMETERS = 1_000_000_000  # models up to this size get a sample by default
 
 
 def write_page_of(folder: Path) -> Path:
-    """The page of a model that has just been written; with a sample if it soon loads, and no bound of memory was set."""
+    """Write the page of a new model, with a sample if the model is small and no memory budget was set."""
     report = PruneReport.read(folder)
     config = report.config
     sampled = report.parameters["after"] <= SAMPLED_PARAMETERS and not (config["host_memory"] or config["gpu_memory"])
@@ -31,14 +31,14 @@ def write_page_of(folder: Path) -> Path:
 def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
     """Write report.html, and its pictures as PNGs into report/, into the folder of a pruned model.
 
-    Of what is there already only these are replaced.
+    No other files are replaced.
 
     Args:
-        folder: What `prune` or `finetune` has written.
+        folder: The folder written by `prune` or `finetune`.
         sample: Generated text for the page.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         ValueError: (as InputError) the folder has no report.json of this version, or cannot be written to.
@@ -46,7 +46,7 @@ def write_page(folder: str | Path, sample: Sample | None = None) -> Path:
     folder = Path(folder)
     report = PruneReport.read(folder)
     if any("num_heads_before" not in layer for layer in report.layers):
-        raise InputError(f"{folder / 'report.json'} is of an older version, which left out the sizes before; prune again.")
+        raise InputError(f"{folder / 'report.json'} is of an older version, without the sizes before pruning; prune again.")
     trained = FinetuneReport.read(folder) if (folder / FINETUNE_NAME).is_file() else None
     pictures = [
         (picture, svg(figure, picture.name, f"{picture.title}. {picture.caption}"))

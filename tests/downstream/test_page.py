@@ -151,7 +151,7 @@ def test_any_pruning_has_a_page(token_ids: torch.Tensor, tmp_path: Path, setting
     write_page(out)
     assert (out / "report.html").read_bytes() == first  # and it is the same every time
     page = Parsed(first.decode())
-    assert "What it writes" not in page.words and "training" not in [a.get("id") for _, a in page.tags]
+    assert "Sample text" not in page.words and "training" not in [a.get("id") for _, a in page.tags]
 
 
 def test_text_is_no_markup(token_ids: torch.Tensor, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_the_command_and_prune_write_it(tmp_path: Path, capsys: pytest.CaptureFi
     options = ["--out", out, "--ratio", "0.3", "--samples", "4", "--seq-len", "32"]
     code, words, _ = call(capsys, "prune", STORIES, *options)
     assert code == 0 and "report.html" in words
-    assert "What it writes" in (out / "report.html").read_text()
+    assert "Sample text" in (out / "report.html").read_text()
     assert {path.stem for path in (out / "report").iterdir()} == {p.name for p in PICTURES if p.name != "training"}
     code, words, _ = call(capsys, "prune", STORIES, *options[2:], "--out", tmp_path / "other", "--no-page")
     assert code == 0 and not (tmp_path / "other" / "report.html").exists()
@@ -205,7 +205,7 @@ def test_a_page_that_fails_costs_nothing(
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     options = ["--ratio", "0.3", "--samples", "4", "--seq-len", "32", "--out", tmp_path / "out"]
     code, _, said = call(capsys, "prune", STORIES, *options)
-    assert code == 0 and "No space left" in said and "tries again" in said and (tmp_path / "out" / "report.json").is_file()
+    assert code == 0 and "No space left" in said and "to try again" in said and (tmp_path / "out" / "report.json").is_file()
 
 
 def test_reports_of_older_versions(token_ids: torch.Tensor, tmp_path: Path) -> None:

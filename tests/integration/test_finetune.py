@@ -232,7 +232,7 @@ def test_command(pruned: Path, text: Path, tmp_path: Path, capsys: pytest.Captur
     options = ["--data", text, "--out", tmp_path / "out", "--seq-len", "32", "--max-steps", "2", "--lr", "0.001"]
     code, words, _ = call(capsys, "finetune", pruned, *options)
     assert code == 0 and "2 steps over" in words and "held-out examples" in words and "report.html" in words
-    assert "Training afterwards" in (tmp_path / "out" / "report.html").read_text()
+    assert "Training after pruning" in (tmp_path / "out" / "report.html").read_text()
     code, _, words = call(capsys, "finetune", pruned, *options)
     assert code == 2 and "is not empty" in words
     code, _, words = call(capsys, "finetune", pruned, *options, "--dtype", "float16")
