@@ -1,4 +1,4 @@
-"""The command line: arguments to the same functions that Python users call. An error of the input exits with 2."""
+"""The command line: commands call the same functions as Python users. Input errors exit with code 2."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _interrupted(number: int, frame: object) -> None:
     leave(number)
 
 
-# What takes less memory, by command.
+# Advice on how to use less memory, by command.
 _LESS_MEMORY = {
     "prune": "give a budget with --host-memory or --gpu-memory, or lower --samples, --seq-len or --batch-size",
     "compare": "lower --samples, --seq-len or --eval-len",
@@ -78,15 +78,15 @@ def main() -> None:
 
         memory = exhausted(error)
         if memory is not None:
-            _say(f"The memory of the {memory} is not enough; {_LESS_MEMORY.get(sys.argv[1], 'free some')}.")
+            _say(f"There is not enough {memory} memory; {_LESS_MEMORY.get(sys.argv[1], 'free some')}.")
         elif isinstance(error, OSError):
             _say(f"Reading or writing failed: {error}.")
         else:
             raise
         code = 2
     if (reason := lost()) is not None:
-        done = "" if code else "; all else is done"
-        _say(f"What was to be printed is lost ({reason.strerror}){done}.")
+        done = "" if code else "; everything else is done"
+        _say(f"Printed output was lost ({reason.strerror}){done}.")
         code = code or 2
     if "torch" in sys.modules:
         from slimllm.runtime.distributed import end

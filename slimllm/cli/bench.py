@@ -22,7 +22,7 @@ def bench_command(
             help="Folders, GGUF files, hub ids, or names of shapes (random weights): llama-7b, llama-33b, …",
         ),
     ] = None,
-    layers: Annotated[list[int] | None, typer.Option(help="Only so many layers. Default: all.")] = None,
+    layers: Annotated[list[int] | None, typer.Option(help="Number of layers, from the first. Default: all.")] = None,
     ratio: Annotated[
         list[float] | None, typer.Option(*RATIO, parser=fraction, help="Fraction of the layers' parameters. Default: 0.2.")
     ] = None,
@@ -37,15 +37,15 @@ def bench_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
     compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,
     on_disk: Annotated[bool, typer.Option("--on-disk", help="Write random weights to disk first, and read them.")] = False,
-    workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Folder for temporary models.")] = None,
     out: Annotated[Path, typer.Option(*OUT, help="File of results; rows are appended.")] = Path("slimllm-bench.jsonl"),
     plot: Annotated[
-        Path | None, typer.Option(help="Draw all of --out into this .png or .svg; models may be left out.")
+        Path | None, typer.Option(help="Plot all rows of --out to this .png or .svg; MODEL may be left out.")
     ] = None,
 ) -> None:
-    """Measure pruning throughput: seconds by stage, memory, and the distance to the floor of the counted work.
+    """Measure pruning throughput: seconds by stage, memory, and the time divided by its lower bound (floor).
 
-    Options that may be given more than once (--samples 8 --samples 32) are measured in all combinations.
+    Options that are given more than once (--samples 8 --samples 32) are measured in all combinations.
     """
     from slimllm.experiments.bench.display import run_bench
 

@@ -1,4 +1,4 @@
-"""Whether other programs want the cores that a command computes on, which slows it many times."""
+"""Detection of other programs on the cores that a command computes on, which can slow it down many times."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from slimllm.cli.terminal import errors
 
 @contextmanager
 def watch_for_other_work(quiet: bool, device: str | None) -> Iterator[None]:
-    """Say, when the work is done, if the cores were busy with something else; on Linux, and for work on the CPU.
+    """Print a notice after the work if other programs kept the cores busy; on Linux, and for work on the CPU.
 
     Args:
-        quiet: Say nothing.
+        quiet: Print nothing.
         device: As for `PruneConfig`.
     """
     import torch
@@ -33,19 +33,19 @@ def watch_for_other_work(quiet: bool, device: str | None) -> Iterator[None]:
 
 
 def verdict(others: float, cores: int, threads: int) -> str | None:
-    """What there is to be said of `others`, the cores that were busy elsewhere; None where the threads had enough."""
+    """Return a notice about `others`, the number of cores busy elsewhere; None if the threads had enough cores."""
     if others + threads <= cores + max(0.3, 0.05 * cores):
         return None
     fewer = max(1, round(cores - others))
-    advice = f"; OMP_NUM_THREADS={fewer} may be much faster then" if fewer < threads else ""
+    advice = f"; OMP_NUM_THREADS={fewer} may be much faster" if fewer < threads else ""
     return (
-        f"Other work kept {others:.1f} of {cores} cores busy meanwhile, so that this took longer than on an idle machine"
+        f"Other work kept {others:.1f} of {cores} cores busy during this run, so it took longer than on an idle machine"
         f"{advice}."
     )
 
 
 def other_work_s() -> float | None:
-    """Seconds that this process's cores have worked since the machine began, but for it and the processes it waited for."""
+    """Return the busy seconds of this process's cores since boot, without its own and those of processes it waited for."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             rows = {name: values for name, *values in map(str.split, file) if name.startswith("cpu")}

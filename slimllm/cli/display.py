@@ -1,4 +1,4 @@
-"""What `slimllm prune`, `export` and `finetune` show: a bar with the time left, the layers' sizes, a summary."""
+"""Output of `slimllm prune`, `plan`, `export`, `finetune` and `doctor`: the progress bar, summaries, and tables."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PruneDisplay:
         kind = next((kind for kind in type(event).__mro__ if kind in _TITLES), None)
         if kind is None:
             return
-        self._bar.start()  # not before there is something to show: an error of the input comes without a bar
+        self._bar.start()  # starts with the first event, so that input errors appear without a bar
         about = ""
         if kind not in self._tasks or self._bar.tasks[self._tasks[kind]].finished:  # the next ratio
             self._tasks[kind] = self._bar.add_task(_TITLES[kind], total=event.total, about="")
@@ -73,12 +73,12 @@ class PruneDisplay:
         self._bar.update(self._tasks[kind], completed=event.done, about=about)
 
     def summary(self, report: PruneReport) -> None:
-        """Print what was done."""
+        """Print the summary of a run."""
         print_summary(self._console, report)
 
 
 def print_summary(console: Console, report: PruneReport) -> None:
-    """Parameters, perplexity, time and memory of a run, and where the result is."""
+    """Print parameters, perplexity, time and memory of a run, and where the result is."""
     parameters, calibration, memory = report.parameters, report.calibration, report.memory_gib
     table = Table(box=None, padding=(0, 2), show_header=True, header_style="bold")
     for title, justify in (("", "left"), ("before", "right"), ("after", "right"), ("removed", "right")):
@@ -108,7 +108,7 @@ def print_summary(console: Console, report: PruneReport) -> None:
         f"time    {report.elapsed_s:.1f} s = {report.elapsed_s / report.dense_pass_s:.2f} x one dense pass "
         f"({report.dense_pass_s:.1f} s)",
         f"        and {report.setup_s:.1f} s before, to open the model and draw the text",
-        f"memory  {report.peak_host_gib:.2f} GiB at most; estimated were {sum(memory.values()):.2f} GiB, in MiB:",
+        f"memory  {report.peak_host_gib:.2f} GiB at most; the estimate was {sum(memory.values()):.2f} GiB, in MiB:",
         f"        {parts}",
     ]
     if report.peak_gpu_gib:
@@ -119,12 +119,12 @@ def print_summary(console: Console, report: PruneReport) -> None:
 
 
 def print_forecast(console: Console, forecast: Forecast) -> None:
-    """What a run would take, part by part, and how it would be done."""
+    """Print what a run would take, part by part, and how it would fit."""
     plan = forecast.plan
     console.print(
         f"{forecast.model}: {forecast.num_layers} layers, {forecast.params / 1e9:.2f} billion parameters, "
         f"computed in {forecast.compute_dtype} on {forecast.device}"
-        + (f", shared by {forecast.ranks} ranks, of each of which this is" if forecast.ranks > 1 else ""),
+        + (f", shared by {forecast.ranks} ranks; the figures are for each rank" if forecast.ranks > 1 else ""),
         highlight=False,
         soft_wrap=True,
     )
@@ -141,12 +141,12 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     if forecast.traffic:
         estimate = ", ".join(f"{name} {size / GIB:.2f}" for name, size in forecast.traffic.items())
         table.add_row(
-            "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"a layer, through the busiest rank: {estimate}"
+            "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"per layer, through the busiest rank: {estimate}"
         )
     if forecast.seconds is None:
-        table.add_row("time", "", "not known: this machine has no GPU; there, plan measures what it can do")
+        table.add_row("time", "", "unknown: this machine has no GPU; on a machine with one, plan measures its speed")
     else:
-        table.add_row("time", _duration(forecast.seconds), "about, by counted operations and this machine's rates")
+        table.add_row("time", _duration(forecast.seconds), "approximately, by counted operations and this machine's rates")
     where = {
         "device": "in memory" if forecast.device == "cpu" else "on the GPU",
         "host": "in host memory",

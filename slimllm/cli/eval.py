@@ -15,9 +15,7 @@ from slimllm.cli.terminal import Notices, console, errors
 def eval_command(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
-        ),
+        typer.Argument(metavar="MODEL", help="Folders, GGUF files or hub ids; the others are compared with the first."),
     ],
     text: Annotated[
         str | None, typer.Option(help="A file (text, JSON lines, CSV, .gz), a dataset, wikitext2 or ptb. Default: bundled.")
@@ -26,8 +24,8 @@ def eval_command(
         list[int] | None,
         typer.Option(help="Tokens per window: 128 as in the paper (default), 2048 as is common now; may be given again."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows, or answers of a task, in a forward pass.")] = 8,
-    max_windows: Annotated[int | None, typer.Option(help="Only so many windows from the beginning.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows, or answers of a task, per forward pass.")] = 8,
+    max_windows: Annotated[int | None, typer.Option(help="Number of windows, from the beginning. Default: all.")] = None,
     bos: Bos = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU, the checkpoint's on GPU.")
@@ -35,14 +33,14 @@ def eval_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     tasks: Annotated[
-        str | None, typer.Option(help="Tasks of lm-eval, boolq,piqa,…, or paper: the paper's seven. Default: none.")
+        str | None, typer.Option(help="Tasks of lm-eval, such as boolq,piqa, or paper: the paper's seven. Default: none.")
     ] = None,
-    few_shot: Annotated[int, typer.Option(help="So many solved examples before each question.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Only so many questions of each task.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with more descriptions of tasks for lm-eval.")] = None,
-    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the figures, as JSON.")] = None,
+    few_shot: Annotated[int, typer.Option(help="Solved examples before each question.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Questions per task. Default: all.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with more task descriptions for lm-eval.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the results, as JSON.")] = None,
 ) -> None:
-    """Perplexity of models, pruned or not, over windows of a text, and accuracy on tasks; several side by side."""
+    """Measure the perplexity of models, pruned or not, on a text, and their accuracy on tasks, side by side."""
     from slimllm.calibration import about_bos
     from slimllm.checkpoints.destination import check_new_file
     from slimllm.evaluation.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json

@@ -18,14 +18,14 @@ def export_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, pruned or not, or a hub id.")],
     to: Annotated[
         str,
-        typer.Option(help="stock: transformers' own, of alike layers. padded: of any layers, no faster. gguf: llama.cpp."),
+        typer.Option(help="stock: transformers' own, for alike layers. padded: any layers, no faster. gguf: llama.cpp."),
     ],
-    out: Annotated[Path, typer.Option(*OUT, help="The folder to make; for gguf the file, NAME.gguf.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to create; for gguf the file, NAME.gguf.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model.")] = False,
     plugin: Plugin = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a model in a form that more programs load, without any loss, or not at all."""
+    """Write a model in a format that more programs load; refuse if anything would be lost."""
     from slimllm.cli.display import PruneDisplay
     from slimllm.export.api import export
 
@@ -33,4 +33,4 @@ def export_command(
     with PruneDisplay(console, quiet) as display:
         name = export(model, out, exporter, overwrite=overwrite, progress=display.progress)
     if not quiet:
-        console.print(f"{out} is written, of the architecture {name}.", highlight=False)
+        console.print(f"{out} is written, with the architecture {name}.", highlight=False)

@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 @app.command("finetune")
 @with_settings(FinetuneConfig, learning_rate="--lr")
 def finetune_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, such as slimllm prune writes.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, such as one from slimllm prune.")],
     data: Annotated[
         Path,
         typer.Option(help="JSON lines, a JSON list or CSV: instruction, input, output as in Alpaca; or messages; or text."),
     ],
-    out: Annotated[Path, typer.Option(*OUT, help="The folder to make.")],
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to create.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted training, if there is one.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Train a pruned model by LoRA, with the paper's settings, and write it, merged, in its own format.
+    """Train a pruned model with LoRA and the paper's settings, and write the merged model in the same format.
 
-    Interrupt it once to stop after the present step, with its state on the disk.
+    Interrupt it once to stop after the current step and save its state.
     """
     config = FinetuneConfig(**settings)  # wrong settings are refused before torch is imported
 

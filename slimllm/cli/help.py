@@ -1,4 +1,4 @@
-"""What `--help` shows beside the options: their groups, and examples."""
+"""Groups of options, and examples, in the output of `--help`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _EXAMPLES = {
 
 
 def set_groups(command: Any) -> None:
-    """Give the options of a command their groups."""
+    """Put the options of a command into their groups."""
     for parameter in command.params:
         if parameter.param_type_name == "option" and parameter.name in _GROUP_OF:
             parameter.rich_help_panel = _GROUP_OF[parameter.name]
 
 
 def epilog(name: str, options: list[str]) -> str:
-    """What follows the options: those of methods, and examples."""
+    """Return the text after the options: the options of methods, and examples."""
     lines = [f"Options of methods: {', '.join(options)}."] if options else []
     if examples := _EXAMPLES.get(name):
         lines += ["Examples:", *examples]

@@ -16,27 +16,25 @@ from slimllm.cli.terminal import console, errors
 def latency_command(
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL", help="Folders, GGUF files or hub ids; the first is what the others are compared with."
-        ),
+        typer.Argument(metavar="MODEL", help="Folders, GGUF files or hub ids; the others are compared with the first."),
     ],
-    batch_size: Annotated[list[int] | None, typer.Option(help="Prompts at once; may be given again. Default: 1.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Prompts per batch; may be given again. Default: 1.")] = None,
     prompt: Annotated[
-        list[int] | None, typer.Option(help="Tokens of a prompt; may be given again. Default: 128 and 512.")
+        list[int] | None, typer.Option(help="Tokens per prompt; may be given again. Default: 128 and 512.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated for each prompt, 2 at least.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds, in each of which every model has its turn.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated for each prompt, at least 2.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds; in each, all models are measured in turn.")] = 5,
     dtype: Annotated[
         str | None, typer.Option(help="dtype to compute in. Default: float32 on CPU, the checkpoint's on GPU.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, … Default: a GPU if there is one.")] = None,
     trust_remote_code: TrustRemoteCode = False,
-    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for all figures, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(*OUT, help="A new file for all results, as JSON.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time generation: the prompt's pass and decoding, of models, dense and pruned, in turn.
+    """Time the generation of models, dense or pruned, in turn: the pass of the prompt, and decoding.
 
-    All models are in memory at once, each in a process of its own.
+    All models are in memory at once, each in its own process.
     """
     from slimllm.checkpoints.destination import check_new_file
     from slimllm.evaluation.latency import measure_latency

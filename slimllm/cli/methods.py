@@ -20,7 +20,7 @@ _REGISTRIES: dict[str, Registry[Any]] = {**METHODS, "exporter": EXPORTERS}
 
 
 class MethodCommand(TyperCommand):
-    """A command that takes the options of methods, wherever they stand, and says what was meant by an unknown option."""
+    """A command that takes options of methods in any position, and suggests an option in place of an unknown one."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         taken = ["exporter"] if self.name == "export" else METHODS
@@ -31,7 +31,7 @@ class MethodCommand(TyperCommand):
         super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for number, word in enumerate(args):  # first, as they say which of their options are switches
+        for number, word in enumerate(args):  # plug-ins first, as they define which options are switches
             if word == "--plugin" and number + 1 < len(args):
                 import_plugin(args[number + 1])
             elif word.startswith("--plugin="):
@@ -47,18 +47,18 @@ class MethodCommand(TyperCommand):
 
 
 def chosen_methods(context: typer.Context, preset: str = "default", **chosen: str | None) -> dict[str, Method | str | None]:
-    """The methods that were asked for, with their options.
+    """Return the chosen methods, with their options.
 
     Args:
         context: The context of a `MethodCommand`.
-        preset: Says which methods are meant where none are named.
-        chosen: By kind (`criterion`, `allocation`, `recovery`, `exporter`), the name given; None: the preset's.
+        preset: The preset whose methods are used where none is named.
+        chosen: The given name by kind (`criterion`, `allocation`, `recovery`, `exporter`); None: the preset's.
 
     Returns:
-        By kind, a name or a method.
+        A name or a method, by kind.
 
     Raises:
-        ValueError: (as InputError) an option is of no method that was chosen, or its value has the wrong type.
+        ValueError: (as InputError) an option belongs to none of the chosen methods, or its value has the wrong type.
     """
     options = _Options(context)
     result = options.of(preset, chosen)
@@ -67,7 +67,7 @@ def chosen_methods(context: typer.Context, preset: str = "default", **chosen: st
 
 
 def rows_with_options(context: typer.Context, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rows of settings, by name, whose methods have their options; an option is of every row that has its method.
+    """Return rows of settings, by name, with the options of their methods; an option applies to every row with its method.
 
     Raises:
         ValueError: (as InputError) as `chosen_methods`.
@@ -90,12 +90,12 @@ class _Options:
         self._known: list[str] = []
 
     def of(self, preset: str, chosen: dict[str, str | None]) -> dict[str, Method | str | None]:
-        row = PRESETS.get(preset) or PRESETS["default"]  # an unknown one is refused with the other settings
+        row = PRESETS.get(preset) or PRESETS["default"]  # an unknown one is rejected with the other settings
         result: dict[str, Method | str | None] = dict(chosen)
         for kind, name in chosen.items():
             method = _REGISTRIES[kind].all().get(name or row[kind])
             if method is None:
-                _REGISTRIES[kind].make(name)  # says which there are
+                _REGISTRIES[kind].make(name)  # raises, and lists the methods
                 continue
             hints = get_type_hints(method.Settings)
             self._known += [_flag(method.name, option) for option in hints]
@@ -118,7 +118,7 @@ class _Options:
 
 
 def with_methods(context: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a run, with the options of its methods."""
+    """Return the settings of a run, with the options of its methods."""
     if not context.meta[_KEY]:
         return settings  # methods are made of their names, after the other settings have been checked
     chosen = chosen_methods(context, settings["preset"], **{kind: settings[kind] for kind in METHODS})
@@ -126,7 +126,7 @@ def with_methods(context: typer.Context, settings: dict[str, Any]) -> dict[str, 
 
 
 def _take_out(arguments: list[str]) -> tuple[dict[tuple[str, str], str | None], list[str]]:
-    """The options of methods, by method and option (None: no value was given), and all other arguments."""
+    """Split arguments into the options of methods, by method and option (None: no value was given), and all others."""
     found: dict[tuple[str, str], str | None] = {}
     rest: list[str] = []
     waiting = list(arguments)
@@ -144,7 +144,7 @@ def _take_out(arguments: list[str]) -> tuple[dict[tuple[str, str], str | None], 
 
 
 def _is_value(word: str, name: str, option: str) -> bool:
-    """Whether a word after an option is its value: a switch needs none."""
+    """Return whether the word after an option is its value; a switch needs none."""
     hints = [get_type_hints(method.Settings) for method in _methods() if method.name == name]
     switch = any(bool in (get_args(own[option]) or (own[option],)) for own in hints if option in own)
     return not word.startswith("--") and (not switch or word.lower() in ("true", "false"))
@@ -159,7 +159,7 @@ def _flag(method: str, option: str) -> str:
 
 
 def _meant(name: str, context: Any) -> str:
-    """What may have been meant by an unknown option, as a sentence."""
+    """Return a sentence that suggests an option in place of an unknown one."""
     known = [option for parameter in context.command.params for option in parameter.opts]
     close = difflib.get_close_matches(name, known, 1, cutoff=0.75)
     if not close:
@@ -170,7 +170,7 @@ def _meant(name: str, context: Any) -> str:
 
 
 def _value(name: str, text: str | None, hint: Any) -> Any:
-    """A value of a type from its text."""
+    """Convert the text of a value to its type."""
     kinds = get_args(hint) or (hint,)
     if bool in kinds:
         if text is None or text.lower() in ("true", "false"):

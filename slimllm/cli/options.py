@@ -1,4 +1,4 @@
-"""What the commands share: the application, the two consoles, options that several have, the page of a result."""
+"""Shared parts of the commands: the application, common options, and the page of a result."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
 
-# What people call these two, from other programs.
+# Names of these two options, including those of other programs.
 OUT = ("--out", "--output", "-o")
 RATIO = ("--ratio", "--sparsity")
 
@@ -23,7 +23,7 @@ COMMON = ("calibration", "bos", "samples", "seq_len", "seed", "head_unit", "comp
 
 
 def fraction(text: str | float) -> float:
-    """A fraction as it is written on the command line: 0.3, or 30%; a default, which is a number, stays."""
+    """Parse a fraction from the command line, 0.3 or 30%; a default, which is a number, is returned unchanged."""
     try:
         text = str(text)
         return float(Decimal(text[:-1]) / 100) if text.endswith("%") else float(text)
@@ -31,7 +31,7 @@ def fraction(text: str | float) -> float:
         raise typer.BadParameter(f"{text!r} is not a number; give a fraction such as 0.3, or 30%.") from None
 
 
-REMOVED = "what was begun is removed"
+REMOVED = "partial output is deleted"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file or a hub id.")]
 Preset = Annotated[str, typer.Option(help="default; paper: the published settings; best: most accurate at high ratios.")]
@@ -40,19 +40,21 @@ Plugin = Annotated[
 ]
 EvalText = Annotated[
     str | None,
-    typer.Option(help="To measure on: a file (text, JSON lines, CSV, .gz), a dataset, wikitext2 or ptb. Default: bundled."),
+    typer.Option(
+        help="Evaluation text: a file (text, JSON lines, CSV, .gz), a dataset, wikitext2 or ptb. Default: bundled."
+    ),
 ]
 Bos = Annotated[
     str, typer.Option(help="BOS before every window. auto: where the tokenizer adds one to a text; always; or never.")
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 EvalLen = Annotated[int, typer.Option(help="Tokens per window of that text.")]
-MaxWindows = Annotated[int, typer.Option(help="So many windows of it; 0: all.")]
+MaxWindows = Annotated[int, typer.Option(help="Windows of that text; 0: all.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but warnings and errors.")]
 
 
 def write_page_unasked(folder: Path, quiet: bool) -> None:
-    """The page of a model that has just been written; where that fails it is said, and the model is as good as before."""
+    """Write the page of a model that has just been written; a failure is printed, and does not affect the model."""
     from slimllm.errors import first_line
     from slimllm.report import write_page_of
 
@@ -61,7 +63,7 @@ def write_page_unasked(folder: Path, quiet: bool) -> None:
     except Exception as error:
         errors.print(
             f"The page about {folder} could not be written ({type(error).__name__}: {first_line(error)}) "
-            f"slimllm report {folder} tries again.",
+            f"Run slimllm report {folder} to try again.",
             style="bold red",
             highlight=False,
             soft_wrap=True,

@@ -26,13 +26,13 @@ from slimllm.runtime.progress import Progress
 def prune_command(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Option(*OUT, help="The folder to make.")],
+    out: Annotated[Path, typer.Option(*OUT, help="The folder to create.")],
     ratio: Annotated[
         list[float],
         typer.Option(
             *RATIO,
             parser=fraction,
-            help="Fraction of the decoder layers' parameters to remove. Several: OUT/0.2, OUT/0.35, … in one go.",
+            help="Fraction of the decoder layers' parameters to remove. Several: OUT/0.2, OUT/0.35, … in one run.",
         ),
     ],
     uniform: Annotated[bool, typer.Option("--uniform", help="Short for --allocation uniform: all layers alike.")] = False,
@@ -75,7 +75,7 @@ def prune_command(
             stop.progress(event)
 
         try:
-            several = group is not None  # to each of them the others are other work
+            several = group is not None  # each rank would take the others for other work
             with (
                 watch_for_other_work(quiet or several, settings["device"]),
                 PruneDisplay(console, quiet or not ranks.first) as display,
@@ -114,9 +114,9 @@ def plan_command(
     ranks: Annotated[int, typer.Option(help="Processes that share the windows, each on a machine like this one.")] = 1,
     **settings: Any,
 ) -> None:
-    """What a run would take, from config.json alone: memory by its parts, disk, time, and how it would fit a budget."""
+    """Estimate what a run would take, from config.json alone: memory by part, disk, time, and how it would fit a budget."""
     device = settings["device"]
-    settings["device"] = None if device == "cuda" else device  # of another machine, perhaps
+    settings["device"] = None if device == "cuda" else device  # perhaps of another machine
     config = PruneConfig(ratio=ratio, **with_methods(context, settings))
 
     from slimllm.cli.display import print_forecast
@@ -126,4 +126,4 @@ def plan_command(
 
 
 def _say_nothing(*words: object, **style: object) -> None:
-    """In place of printing, on all ranks but the first."""
+    """Print nothing; used on all ranks except the first."""

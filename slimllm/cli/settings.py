@@ -1,4 +1,4 @@
-"""Options of a command made from the fields of its settings: names, types, defaults, first sentences of the docstring."""
+"""Options of a command, made from the fields of its settings: names, types, defaults and first docstring sentences."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): ((?:.|\n(?= {5,}))*)", re.MULTILINE)
 
 
 def with_settings(kind: type, only: tuple[str, ...] = (), **names: str) -> Callable[[_Command], _Command]:
-    """Decorator: give a command that takes `**settings` an option for every field that it has no parameter for.
+    """Return a decorator that gives a command with `**settings` an option for every field without a parameter of its own.
 
     Args:
         kind: A dataclass with its fields under "Attributes:" in its docstring.
-        only: Names of the fields that get one; empty: all.
-        names: Names of options, by field, where they are not the field's own.
+        only: Names of the fields that get an option; empty: all.
+        names: Names of options by field, where they differ from the field's name.
     """
 
     def decorate(command: _Command) -> _Command:
@@ -51,7 +51,7 @@ def with_settings(kind: type, only: tuple[str, ...] = (), **names: str) -> Calla
 
 
 def help_of(kind: type) -> dict[str, str]:
-    """The first sentence on every field, without the marks of code."""
+    """Return the first sentence about every field, without backticks."""
     text = inspect.cleandoc(kind.__doc__ or "")  # from Python 3.13 on, docstrings have no indentation
     text = text.partition("Attributes:")[2].partition("\n\n")[0]
     found = {}

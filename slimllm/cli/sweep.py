@@ -27,18 +27,18 @@ def sweep_command(
         typer.Option(*RATIO, help="FIRST:LAST:STEP, or a number; may be given again. Default: 0.1:0.6:0.1."),
     ] = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help="Or a method as for compare; may be given again. Default: default.")
+        list[str] | None, typer.Option(help="A preset, or a method as for compare; may be given again. Default: default.")
     ] = None,
     out: Annotated[Path, typer.Option(*OUT, help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
     plugin: Plugin = None,
     text: EvalText = None,
     eval_len: EvalLen = 128,
     max_windows: MaxWindows = 64,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt when the speed is measured.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated then.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Rounds of the speed's measurement.")] = 5,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt in the speed measurement.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens generated in the speed measurement.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Rounds of the speed measurement.")] = 5,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the models: OUT/PRESET/RATIO.")] = False,
-    workdir: Annotated[Path | None, typer.Option(help="Where models are written, and deleted again.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Folder for temporary models.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the sweep in that folder.")] = False,
     quiet: Quiet = False,
     **settings: Any,
@@ -48,7 +48,7 @@ def sweep_command(
     from slimllm.experiments.methods import rows_of
     from slimllm.experiments.sweep import parse_ratios
 
-    for number in SIGNALS:  # the points that are there stay
+    for number in SIGNALS:  # completed points are kept
         signal(number, leave)
     ratios = parse_ratios(ratio or ["0.1:0.6:0.1"])
     config = PruneConfig(ratio=ratios[0], **settings)

@@ -1,4 +1,4 @@
-"""What `slimllm sweep` shows and writes: a line for each point as it comes, the table, the picture."""
+"""Output of `slimllm sweep`: a line for each point when it is done, the table, and the picture."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_sweep(
     """Sweep into a folder, and print the table; arguments as on the command line.
 
     Raises:
-        ValueError: (as InputError) as `sweep`, or the folder has points already, which are not to be resumed, or of
+        ValueError: (as InputError) as `sweep`, or the folder has points already, and `resume` is not set or they have
             other settings.
     """
     device = parse_device(config.device)
@@ -78,7 +78,7 @@ def run_sweep(
     methods = {name: identity_of(config_of(config, row, config.ratio)) for name, row in presets.items()}
     file = out / POINTS
     others = [path.name for path in out.iterdir() if path.name not in presets] if out.is_dir() else []
-    if others and not file.exists():  # of the presets there may be kept models of a sweep without a point yet
+    if others and not file.exists():  # a sweep without a point yet may have kept models of its presets
         raise InputError(f"The folder {out} is not empty ({others[0]}) and holds no sweep; give another one.")
     done = _read(file, settings, methods, resume)
     with PruneDisplay(console, quiet) as display, _folder(out):
@@ -117,9 +117,9 @@ def run_sweep(
         return
     console.print(sweep_table(points))
     console.print(
-        f"Perplexity in windows of {eval_len} tokens, {about_bos(bos_token_id)}. * no other point has a lower one "
-        "with no more parameters. Speeds are over the dense model's, in turns; s: of pruning. "
-        f"All figures, and the picture: {out}",
+        f"Perplexity in windows of {eval_len} tokens, {about_bos(bos_token_id)}. *: no other point has a lower one "
+        "without more parameters. Speeds are relative to the dense model, measured in turn; s: seconds of pruning. "
+        f"All results and the picture: {out}",
         style="dim",
         highlight=False,
     )
@@ -127,7 +127,7 @@ def run_sweep(
 
 @contextmanager
 def _folder(out: Path) -> Iterator[None]:
-    """The folder; one that was not there is removed again if nothing comes into it."""
+    """Create the folder; a new one is removed again if nothing is written to it."""
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ def _folder(out: Path) -> Iterator[None]:
         yield
     finally:
         if made:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # fails if it is not empty
                 out.rmdir()
 
 
@@ -149,7 +149,7 @@ def _read(file: Path, settings: dict[str, Any], methods: dict[str, Any], resume:
     points = []
     content = file.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):  # a line that was being written
+    if whole < len(content):  # an incomplete last line
         with file.open("r+b") as cut:
             cut.truncate(whole)
     for number, line in enumerate(content[:whole].decode(errors="replace").splitlines(), 1):
@@ -174,7 +174,7 @@ def _read(file: Path, settings: dict[str, Any], methods: dict[str, Any], resume:
 
 
 def sweep_table(points: list[Swept]) -> Table:
-    """A line for each point."""
+    """Return a table with a line for each point."""
     table = Table(box=None, padding=(0, 1), header_style="bold")
     titles = ("preset", "ratio", "M par.", "perplexity", "log incr.", "prefill", "decoding", "s", "")
     for title in titles:
@@ -193,12 +193,12 @@ def sweep_table(points: list[Swept]) -> Table:
 
 
 def draw(points: list[Swept], path: Path) -> None:
-    """Perplexity over parameters and over measured speed, as a PNG."""
+    """Draw perplexity over parameters and over measured speed, as a PNG."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     dense = next(point for point in points if point.preset == "dense")
     panels = (
         ("parameters, M", lambda point: point.parameters / 1e6),
-        ("speed of decoding over the dense model's", lambda point: point.decode_speedup),
+        ("decoding speed relative to the dense model", lambda point: point.decode_speedup),
     )
     for column, (title, value) in enumerate(panels):
         axes = figure.add_subplot(1, 2, column + 1)

@@ -1,7 +1,7 @@
-"""The terminal, or what stands in its place: text is printed as it is, and losing it does not end the work.
+"""Output to the terminal, or a file or pipe in its place: text is printed literally, and losing it does not end the work.
 
-Nothing of the user's is taken for markup, whatever brackets and colons it has. A pipe that nobody reads any more, a full
-disk or a terminal that is gone takes nothing more; the work goes on, and `lost` says in the end why.
+User text is never taken for markup, whatever brackets and colons it has. After a closed pipe, a full disk or a closed
+terminal, nothing more is printed; the work continues, and `lost` returns the reason at the end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.console import Console
 
 
 class _Stream:
-    """sys.stdout or sys.stderr, whichever object that is at the moment, until writing to it fails."""
+    """The current sys.stdout or sys.stderr, until writing to it fails."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -24,7 +24,7 @@ class _Stream:
     @property
     def _file(self) -> TextIO:
         file = getattr(sys, self._name)
-        real: TextIO = getattr(file, "rich_proxied_file", file)  # while a bar is shown, rich stands in between
+        real: TextIO = getattr(file, "rich_proxied_file", file)  # rich wraps the stream while a bar is shown
         return real
 
     @property
@@ -35,7 +35,7 @@ class _Stream:
         if self.error is None:
             try:
                 return self._file.write(text)
-            except UnicodeEncodeError:  # bytes of a path that are not text, or a terminal that has few letters
+            except UnicodeEncodeError:  # undecodable bytes of a path, or a terminal with few characters
                 code = self._file.encoding
                 return self._file.write(text.encode(code, "backslashreplace").decode(code))
             except OSError as error:
@@ -50,7 +50,7 @@ class _Stream:
                 self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        """Let what is still buffered, and what others write there, go nowhere."""
+        """Discard what is still buffered, and what others write to the stream."""
         self.error = error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._file.fileno())
@@ -67,11 +67,11 @@ errors = Console(file=_errors, markup=False, emoji=False)  # type: ignore[arg-ty
 
 
 class Notices(logging.Handler):
-    """Prints what the package logs while a command runs.
+    """Log handler that prints what the package logs while a command runs.
 
     Args:
-        console: Where sentences go; errors go to the standard error.
-        quiet: Print nothing below a warning, and warnings on the standard error.
+        console: Where notices go; errors go to standard error.
+        quiet: Print nothing below a warning, and warnings to standard error.
     """
 
     def __init__(self, console: Console, quiet: bool) -> None:
@@ -79,7 +79,7 @@ class Notices(logging.Handler):
         self._console = errors if quiet else console
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name != _log.name and record.levelno < logging.WARNING:  # which kernels run: `slimllm doctor` says that
+        if record.name != _log.name and record.levelno < logging.WARNING:  # such as kernels in use
             return
         try:
             sentence = self.format(record)
@@ -96,7 +96,7 @@ class Notices(logging.Handler):
         self._before = _log.level, _log.propagate
         _log.addHandler(self)
         _log.setLevel(min(_log.level or logging.INFO, logging.INFO))
-        _log.propagate = False  # or a handler of a plug-in's would print all of it again
+        _log.propagate = False  # a handler of a plug-in would print everything again
         return self
 
     def __exit__(self, *about: object) -> None:
@@ -106,21 +106,21 @@ class Notices(logging.Handler):
 
 
 def open_closed_streams() -> None:
-    """Let what the caller has closed of the standard streams be open to nowhere.
+    """Open the standard streams that the caller has closed, to the null device.
 
-    Otherwise the next files that are opened would have their numbers, and take what libraries print.
+    Otherwise the next files that are opened would get their numbers, and receive what libraries print.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 
 
 def lost() -> OSError | None:
-    """Why the standard output did not take all that was printed; None: it did, or whoever read it wants no more."""
+    """Return why standard output did not take all text; None: it did, or its reader has closed the pipe."""
     _output.flush()
     _errors.flush()
     return None if isinstance(_output.error, BrokenPipeError) else _output.error

@@ -31,7 +31,7 @@ def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Completed
 def test_prune_and_eval(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run("prune", stories_path, "--out", "out", "--ratio", "0.2", "--samples", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "x one dense pass" in done.stdout and "bundled text" in done.stdout and "estimated were" in done.stdout
+    assert "x one dense pass" in done.stdout and "bundled text" in done.stdout and "the estimate was" in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["achieved_ratio"] == pytest.approx(0.2, rel=0.005)
     assert "slimllm prune" in (tmp_path / "out" / "README.md").read_text()
@@ -387,7 +387,7 @@ def test_uniform_and_export(capsys: pytest.CaptureFixture[str], stories_path: Pa
         ("own", "gguf", "m.gguf", "deci"),
     ):
         code, printed, _ = call(capsys, "export", tmp_path / model, "--to", to, "--out", tmp_path / out)
-        assert code == 0 and f"of the architecture {architecture}" in printed
+        assert code == 0 and f"with the architecture {architecture}" in printed
         assert (tmp_path / out).exists()
     code, _, err = call(capsys, "export", tmp_path / "own", "--to", "stock", "--out", tmp_path / "no")
     assert code == 2 and "give --to padded" in err and not (tmp_path / "no").exists()

@@ -17,7 +17,7 @@ def test_demo_with_the_bundled_model(
     console = Console(width=400, record=True)
     demo.run_demo(tmp_path / "out", 0.2, False, console)
     text = console.export_text()
-    assert "is not installed" in text and "takes its place" in text
+    assert "is not installed" in text and "is used instead" in text
     for line in (
         "parameters",
         "perplexity",

@@ -89,5 +89,5 @@ def test_too_little_memory_is_a_sentence(arguments: list[str], more: int, senten
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
-    assert "The memory of the CPU is not enough; " in done.stderr and sentence in " ".join(done.stderr.split())
+    assert "There is not enough CPU memory; " in done.stderr and sentence in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()

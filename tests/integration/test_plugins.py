@@ -145,7 +145,7 @@ def test_an_exporter(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "sizes.py").write_text(code)
     words = ("export", STORIES, "--to", "sizes", "--out", tmp_path / "sizes.txt", "--plugin", tmp_path / "sizes.py")
     done, out, err = call(capsys, *words)
-    assert done == 0 and "of the architecture llama" in out, err
+    assert done == 0 and "with the architecture llama" in out, err
     assert (tmp_path / "sizes.txt").read_text() == "8 heads, 172 channels\n" * 5
     done, _, err = call(capsys, *words[:3], "text", *words[4:])
     assert done == 2 and "exporter must be one of gguf, padded, sizes, stock, got 'text'" in err

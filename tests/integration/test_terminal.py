@@ -71,7 +71,7 @@ def test_nobody_reads_what_is_printed(tmp_path: Path) -> None:
 
 def test_the_disk_of_the_output_is_full(tmp_path: Path) -> None:
     code, err = shell("$SLIMLLM prune $MODEL --out out --ratio 0.2 --samples 4 > /dev/full", tmp_path)
-    assert code == 2 and err == "Error: What was to be printed is lost (No space left on device); all else is done.\n"
+    assert code == 2 and err == "Error: Printed output was lost (No space left on device); everything else is done.\n"
     assert (tmp_path / "out" / "report.html").is_file()
 
 
