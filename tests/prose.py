@@ -28,7 +28,16 @@ RULES = {
     r"\bis alive\b|\b(states|tensors|what .{1,30}) lives?\b": "is stored; in use",
     r"\bdo not own every\b|\bown every sum\b": "dominate",
 }
-TEXTS = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/**/*.md", "slimllm/**/*.py", "kernels/*.py", "examples/*.py")
+TEXTS = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/**/*.md",
+    "slimllm/**/*.py",
+    "slimllm/**/*.html",
+    "kernels/*.py",
+    "examples/*.py",
+)
 
 
 def found(root: Path) -> list[str]:

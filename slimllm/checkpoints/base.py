@@ -95,7 +95,7 @@ class Checkpoint(ABC):
         if unexpected:
             raise InputError(
                 f"{name_some(unexpected, 'has', 'have')} no place in the model that the configuration in {self.path} "
-                "describes; left out, the result would be wrong."
+                "describes; leaving out weights would make the result wrong."
             )
 
     def _is_meaningless(self, name: str, spec: Family) -> bool:
