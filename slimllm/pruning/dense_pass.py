@@ -24,7 +24,7 @@ from slimllm.models.meta import record_layer_inputs
 from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
-from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, residual_stream
+from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, perplexity_windows, residual_stream
 from slimllm.pruning.shapes import layer_shapes
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement, Stream
@@ -59,9 +59,10 @@ class DensePass:
         layers: Results for every layer.
         loss: Loss of the dense model, see `mean_loss`.
         factors: Factors of every layer's curves, for attention and for the FFN; None: there are none.
-        seconds: Computing time.
+        seconds: Computing time of the decoder layers on all windows. It is extrapolated if fewer were measured.
         stage_seconds: Time of the whole pass, with reading and measuring.
         measured: Settings on which the curves depend; None: there are no curves.
+        windows: Number of calibration windows that were measured.
     """
 
     layers: list[DenseLayer]
@@ -70,11 +71,12 @@ class DensePass:
     seconds: float
     stage_seconds: float = 0.0
     measured: tuple[str | None, ...] | None = None
+    windows: int = 0
 
-    def serves(self, config: PruneConfig, placement: Placement) -> bool:
-        """Return whether a pruning with these settings, on the same windows, can use this pass."""
-        wanted = _measured(config, placement)
-        return wanted is None or wanted == self.measured
+    def serves(self, run: RunContext) -> bool:
+        """Return whether another pruning on the same windows can use this pass."""
+        wanted = _measured(run.config, run.placement)
+        return (wanted is None or wanted == self.measured) and self.windows == num_windows(run)
 
     @property
     def similarity(self) -> list[float]:
@@ -100,6 +102,9 @@ def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ..
 def run_dense_pass(run: RunContext) -> DensePass:
     """Pass the residual stream through the dense model, and measure how much every layer matters."""
     started = time.perf_counter()
+    samples, windows = len(run.calibration.token_ids), num_windows(run)
+    few = dataclasses.replace(run.calibration, token_ids=run.calibration.token_ids[:windows])
+    run = dataclasses.replace(run, calibration=few)
     source, config, watch, ranks, record = run.source, run.config, run.watch, run.ranks, run.record
     allocation, shapes = config.allocation, layer_shapes(run.source, run.config)
     stream = residual_stream(run)
@@ -157,10 +162,24 @@ def run_dense_pass(run: RunContext) -> DensePass:
         layers,
         last["loss"],
         last.get("factors"),
-        seconds or watch.seconds["dense pass"],
+        seconds or watch.seconds["dense pass"] * samples / windows,
         stage_seconds=time.perf_counter() - started,
         measured=_measured(config, run.placement),
+        windows=windows,
     )
+
+
+def num_windows(run: RunContext) -> int:
+    """Return how many calibration windows, from the first on, the dense pass takes: as many as the allocation needs.
+
+    There is at least one for each rank, and the windows of the perplexity are among them if none are held out.
+    """
+    calibration, allocation = run.calibration, run.config.allocation
+    samples = len(calibration.token_ids)
+    if allocation.needs is not None:
+        return samples
+    judged_by = 0 if len(calibration.held_out) else len(perplexity_windows(calibration))
+    return min(samples, max(allocation.dense_windows(samples), run.ranks.size, judged_by))
 
 
 def steps_of(dense: DensePass) -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ def prune_all(
         begun = ranks.tell(begun_with(partial_folder(out)) if ranks.first else None)
         with ranks.together():
             run = Run(source, calibration, wanted, started, runtime, partial_folder(out), begun, ranks)
-        if dense and not dense.serves(run.plan.config, run.plan.placement):
+        if dense and not dense.serves(run.context(None)):
             dense = None
         if len(jobs) > 1:
             _log.info("Ratio %s%s:", wanted.ratio, ", with the same dense pass" if dense else "")

@@ -51,6 +51,7 @@ _SHAPE = {
         "samples": int,
         "seq_len": int,
         "held_out?": int,
+        "dense_windows?": int,
         "perplexity_tokens": int,
         "perplexity_dense": POSITIVE,
         "perplexity_pruned": POSITIVE,
@@ -92,14 +93,16 @@ class PruneReport:
         config: The settings (`PruneConfig.to_dict`).
         allocation: target_params, pruned_layers (n), alpha, round_to and notes.
         calibration: text, bos (`with BOS`, `no BOS`, or `as given` of token ids), bos_token_id, samples, seq_len, tokens;
-            held_out: number of further windows of the text, kept out of the statistics; and the perplexity before and after
-            (`perplexity_dense`, `perplexity_pruned`) on `perplexity_tokens` tokens: those held out or, if there are none,
-            the first ones in the statistics.
+            held_out: number of further windows of the text, kept out of the statistics; dense_windows: number of samples
+            on which the dense pass measured the layers; and the perplexity before and after (`perplexity_dense`,
+            `perplexity_pruned`) on `perplexity_tokens` tokens: those held out or, if there are none, the first ones in
+            the statistics.
         parameters: before, after (whole model), layers_before, layers_after (decoder layers).
         achieved_ratio: Fraction of the layers' parameters removed; `achieved_ratio_model` of the whole model.
         elapsed_s: Seconds from the first weight read to the finished folder.
         setup_s: Seconds before that, for opening the model and drawing the calibration windows.
-        dense_pass_s: Computing time of one forward pass of the dense decoder layers over the same tokens, in seconds.
+        dense_pass_s: Computing time of one forward pass of the dense decoder layers over all tokens, in seconds. It is
+            extrapolated if dense_windows is less than samples.
         stages_s: Seconds by stage.
         peak_host_gib, peak_gpu_gib: Peak memory of the run.
         memory_gib, gpu_memory_gib: Memory estimates of the two peaks, part by part, made before the run.

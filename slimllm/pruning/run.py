@@ -175,6 +175,7 @@ class Run:
                 "seq_len": self.token_ids.shape[1],
                 "tokens": self.token_ids.numel(),
                 "held_out": len(self.calibration.held_out),
+                "dense_windows": pruning.dense.windows,
                 "perplexity_tokens": judged_by.numel(),
                 "perplexity_dense": _exp(pruning.dense.loss),
                 "perplexity_pruned": _exp(pruning.loss),

@@ -39,11 +39,18 @@ def test_the_ratio_is_met(stories_path: Path, token_ids: torch.Tensor, tmp_path:
     assert sum(p.numel() for p in model.model.layers.parameters()) == report.parameters["layers_after"]
 
 
-def test_layer_similarity_is_that_of_the_dense_model(stories: Any, token_ids: torch.Tensor) -> None:
+@pytest.mark.parametrize(("preset", "windows"), [("paper", 16), ("default", 8), ("best", 16)])
+def test_layer_similarity_is_that_of_the_dense_model(
+    stories: Any, token_ids: torch.Tensor, preset: str, windows: int
+) -> None:
+    """On all windows, or on the first ones, which are enough for the allocation by importance."""
     with torch.no_grad():
-        hidden = stories(token_ids, output_hidden_states=True).hidden_states[:-1]  # the last one is behind the final norm
+        hidden = stories(token_ids[:windows], output_hidden_states=True).hidden_states[
+            :-1
+        ]  # the last one is behind the final norm
     wanted = [torch.cosine_similarity(a.double(), b.double(), dim=-1).mean() for a, b in pairwise(hidden)]
-    report = slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3))
+    report = slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3, preset=preset))
+    assert report.calibration["dense_windows"] == windows
     got = [layer["similarity"] for layer in report.layers]
     assert got[:-1] == pytest.approx([float(value) for value in wanted], abs=1e-6)
     chosen = [layer["index"] for layer in report.layers if layer["ratio"]]

@@ -129,9 +129,11 @@ def _report(
     Args:
         shape: hidden_size and head_dim.
     """
-    kept = 1 - config.ratio
+    kept, allocation, samples = 1 - config.ratio, config.allocation, config.samples
     return {
         "calibration": {
+            "samples": samples,
+            "dense_windows": allocation.dense_windows(samples) if allocation.needs is None else samples,
             "tokens": config.samples * config.seq_len,
             "seq_len": config.seq_len,
             "held_out": num_held_out(config.samples),

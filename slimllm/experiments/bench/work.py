@@ -65,6 +65,9 @@ def stage_work(
     """
     tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
     held_out = report["calibration"].get("held_out", 0) * seq_len
+    measured = (
+        report["calibration"].get("dense_windows", report["calibration"]["samples"]) / report["calibration"]["samples"]
+    )
     config: dict[str, Any] = report["config"]
     on_gpu = str(report["device"]).startswith("cuda")
     by_stage: dict[str, Work] = defaultdict(Work)
@@ -75,6 +78,7 @@ def stage_work(
             passing = (1 + 2 * sum(at <= index for at in probed)) * min(TOKENS, seq_len)
             found["sensitivity"] = Work(found["dense pass"].operations * passing / tokens)
         both_passes = found["dense pass"].operations + found["forward"].operations
+        found["dense pass"] = Work(found["dense pass"].operations * measured)
         found["perplexity"] = Work(both_passes * held_out / tokens)
         found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
         for stage, work in found.items():

@@ -106,6 +106,13 @@ class Allocation(Method, ABC):
         """Interpret a ratio; by default it is the fraction of the parameters of all layers."""
         return Wanted(ratio, num_layers)
 
+    def dense_windows(self, samples: int) -> int:
+        """Return how many of the calibration windows the layers' similarities are measured on; by default all of them.
+
+        With statistics (`needs`), the dense pass takes all windows whatever this returns.
+        """
+        return samples
+
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
         """Return the cost of removing each further unit from every group, in the order of removal, (rounds,) fp64.
 

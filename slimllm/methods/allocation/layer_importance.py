@@ -66,6 +66,9 @@ class LayerImportance(Allocation):
             notes.append(f"the paper gives settings for 20 % and 50 %; those for {ratio:.4g} are {how}")
         return Wanted(target, n, alpha, tuple(notes))
 
+    def dense_windows(self, samples: int) -> int:
+        return samples if self.settings.published else enough_windows(samples)
+
     def allocate(self, request: Request) -> Removals:
         shapes, similarity, n = list(request.shapes), list(request.similarity), request.wanted.pruned_layers
         most = [most_removable(shape, request.round_to) for shape in shapes]
@@ -79,6 +82,11 @@ class LayerImportance(Allocation):
         if self.settings.published and not any(shape.grouped for shape in shapes):
             return Removals(published_counts(shares, shapes), n, notes)
         return Removals(round_shares(shares, shapes, request.target, request.round_to), n, notes)
+
+
+def enough_windows(samples: int) -> int:
+    """Return how many windows give nearly the similarities of all of them (benchmarks/NOTES.md): a quarter, at least 8."""
+    return min(samples, max(8, samples // 4))
 
 
 def paper_settings(ratio: float) -> tuple[float, float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slimllm.methods.allocation.base import Allocation, Removals, Request, register_allocation
+from slimllm.methods.allocation.layer_importance import enough_windows
 from slimllm.methods.allocation.removal import most_removable
 from slimllm.methods.allocation.rounding import round_shares, softmax_shares
 
@@ -12,6 +13,9 @@ class Uniform(Allocation):
     """The same share for every layer; layers of equal sizes lose exactly the same, so the result can be a stock model."""
 
     alike = True
+
+    def dense_windows(self, samples: int) -> int:
+        return enough_windows(samples)
 
     def allocate(self, request: Request) -> Removals:
         shapes, everyone = list(request.shapes), list(range(len(request.shapes)))
