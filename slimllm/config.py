@@ -63,23 +63,24 @@ class PruneConfig:
 
     Attributes:
         ratio: Fraction of the decoder layers' parameters to remove, in (0, 1).
-        preset: Values of settings that are not given: `default`, `paper` (the published values) or `best` (most accurate at
-            high ratios). It decides the next four settings, and `round_to`, if they are None. `default`: the SlimLLM method
+        preset: Values of settings that are not given: `default`, `paper` (the published values) or `best` (the most
+            accurate). It decides the next four settings, and `round_to`, if they are None. `default`: the SlimLLM method
             with an exact target, clamped ratios and rounded widths. `paper`: the published r, n and alpha (the target is
             then r * n / num_layers, which the report states), round(r_l * H) heads and round(r_l * I) channels, and the
             published implementation's rule that always keeps the lowest 1 % of channels. With grouped queries, which the
             paper does not cover, channels compensate for the rounding to whole groups. `best`: `obs` with `auto`, `lstsq`
             and `norm`.
-        criterion: Which units are removed: `slimllm` (the paper's), `obs` (lowest output error after refit), `wanda-sp`,
-            `flap`, `magnitude` or `random`. Or a `slimllm.methods.criteria.Criterion`, which the attribute always is.
-        allocation: How much each layer loses: `layer-importance` (the paper's softmax), `uniform`, `auto` (by measured
-            error) or `flap`. `auto` removes where `obs` measures the least error per parameter, weighted by output
-            sensitivity. `flap` uses one threshold for the FLAP paper's scores, standardised in every sub-layer. Or a
-            `slimllm.methods.allocation.Allocation`, which the attribute always is.
-        recovery: How the rest makes up for what is removed: `affine` (the paper's), `lstsq` (all kept weights by least
-            squares), `bias` or `none`. `affine` regresses every dense output dimension on the pruned one; `lstsq` regresses
-            the removed output on all kept columns, with a ridge; `bias` adds the mean of the removed output, as in FLAP. Or
-            a `slimllm.methods.recovery.Recovery`, which the attribute always is.
+        criterion: Which units are removed, by default the preset's choice: `slimllm` (the paper's), `obs` (lowest output
+            error after refit), `wanda-sp`, `flap`, `magnitude` or `random`. Or a `slimllm.methods.criteria.Criterion`,
+            which the attribute always is.
+        allocation: How much each layer loses, by default the preset's choice: `layer-importance` (the paper's softmax),
+            `uniform`, `auto` (by measured error) or `flap`. `auto` removes where `obs` measures the least error per
+            parameter, weighted by output sensitivity. `flap` uses one threshold for the FLAP paper's scores, standardised
+            in every sub-layer. Or a `slimllm.methods.allocation.Allocation`, which the attribute always is.
+        recovery: How the rest makes up for what is removed, by default the preset's choice: `affine` (the paper's), `lstsq`
+            (all kept weights by least squares), `bias` or `none`. `affine` regresses every dense output dimension on the
+            pruned one; `lstsq` regresses the removed output on all kept columns, with a ridge; `bias` adds the mean of the
+            removed output, as in FLAP. Or a `slimllm.methods.recovery.Recovery`, which the attribute always is.
         token_weights: Weights of tokens in all statistics: `none` (all equal, as published) or `norm` (by what the next
             norm divides them by). With `norm` the weight is 1 / mean square of the residual stream after the sub-layer.
             Errors then count as the rest of the model sees them, and the few very large tokens of large models do not

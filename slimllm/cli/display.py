@@ -18,7 +18,7 @@ from slimllm.runtime.doctor import Diagnosis
 from slimllm.runtime.progress import LayerMeasured, LayerPruned, PartWritten, Progress, StepTrained
 
 _TITLES: dict[type, str] = {
-    LayerMeasured: "dense pass",
+    LayerMeasured: "measuring",
     LayerPruned: "pruning",
     StepTrained: "training",
     PartWritten: "writing",
@@ -61,6 +61,9 @@ class PruneDisplay:
         kind = next((kind for kind in type(event).__mro__ if kind in _TITLES), None)
         if kind is None:
             return
+        if not self._console.is_terminal:
+            self._line(kind, event)
+            return
         self._bar.start()  # starts with the first event, so that input errors appear without a bar
         about = ""
         if kind not in self._tasks or self._bar.tasks[self._tasks[kind]].finished:  # the next ratio
@@ -71,6 +74,12 @@ class PruneDisplay:
             layer = event.layer
             about = f"ratio {layer['ratio']:.3f}, {layer['num_heads']} heads, width {layer['intermediate_size']}"
         self._bar.update(self._tasks[kind], completed=event.done, about=about)
+
+    def _line(self, kind: type, event: Progress) -> None:
+        """Print a line for every tenth of the work, where there is no terminal to show a bar."""
+        tenth = 10 * event.done // event.total
+        if not self._quiet and tenth > 10 * (event.done - 1) // event.total:
+            self._console.print(f"{_TITLES[kind]}: {event.done} of {event.total}", highlight=False)
 
     def summary(self, report: PruneReport) -> None:
         """Print the summary of a run."""
@@ -159,6 +168,8 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     for choice in plan.choices:
         table.add_row("to fit", "", choice)
     console.print(table, highlight=False)
+    if forecast.warning:
+        console.print(forecast.warning, style="yellow", highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -25,6 +25,7 @@ from slimllm.methods.allocation.spending import Curves
 from slimllm.methods.allocation.target import Allocated, allocate
 from slimllm.methods.statistics import Needs
 from slimllm.models.families import family_of
+from slimllm.models.slicing import LayerSizes
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass, run_dense_pass, steps_of
 from slimllm.pruning.identity import say_changes
@@ -133,18 +134,9 @@ class Run:
         return None if self.config.allocation.needs is None else dense.curves()
 
     def _say_if_few(self, token_ids: torch.Tensor) -> None:
-        """Warn if a fit has more unknowns than there are tokens: it then describes only the calibration text."""
-        unknowns = max(size.intermediate_size for size in self.sizes)
-        if Needs.COLUMN_GRAM in self.config.needs and token_ids.numel() < unknowns:
-            methods = (self.config.criterion, self.config.recovery)
-            names = [method.name for method in methods if Needs.COLUMN_GRAM in method.needs]
-            which = f"{' and '.join(names)} {'fit' if len(names) > 1 else 'fits'}"
-            tokens, least = token_ids.numel(), -(-unknowns // token_ids.shape[1])
-            _log.warning(
-                f"{tokens:,} calibration tokens are fewer than the {unknowns:,} channels of an FFN that {which}, so the "
-                f"result will be good only on this text; give at least {least} samples of {token_ids.shape[1]} tokens, "
-                "better several times as many."
-            )
+        """Warn if a fit has more unknowns than there are tokens."""
+        if warning := too_few_tokens(self.config, self.sizes, *token_ids.shape):
+            _log.warning(warning)
 
     def report(
         self, pruning: Pruning, allocated: Allocated, output: OutputFormat, model: str, out: str | None, parameters: int
@@ -208,6 +200,19 @@ class Run:
             ),
             resumed_steps=self.resumed_steps,
         )
+
+
+def too_few_tokens(config: PruneConfig, sizes: list[LayerSizes], samples: int, seq_len: int) -> str:
+    """Return a warning if a fit has more unknowns than there are tokens, and describes only them; else an empty string."""
+    unknowns = max(size.intermediate_size for size in sizes)
+    if Needs.COLUMN_GRAM not in config.needs or samples * seq_len >= unknowns:
+        return ""
+    names = [method.name for method in (config.criterion, config.recovery) if Needs.COLUMN_GRAM in method.needs]
+    return (
+        f"{' and '.join(names)} {'fit' if len(names) > 1 else 'fits'} the {unknowns:,} channels of an FFN on "
+        f"{samples * seq_len:,} calibration tokens, which are fewer, so the result will be good only on this text; give at "
+        f"least {-(-unknowns // seq_len)} samples of {seq_len} tokens, better several times as many."
+    )
 
 
 def plan_of(

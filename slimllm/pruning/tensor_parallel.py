@@ -31,14 +31,14 @@ def tensor_parallel_sizes(layers: Iterable[Layer]) -> list[int]:
 
 def tensor_parallel_line(sizes: list[int]) -> str:
     """Format the sizes in words: `tensor parallel: 2, 4`."""
-    return f"tensor parallel: {', '.join(map(str, sizes)) or 'only 1'}"
+    return f"tensor parallel: {', '.join(map(str, sizes)) or 'one device only'}"
 
 
 def tensor_parallel_of(report: PruneReport) -> str:
     """Format the line for a pruned model, with advice if the model could be split before pruning but cannot be now."""
     line = tensor_parallel_line(report.tensor_parallel)
     size = None if report.tensor_parallel else _lost_size(report)
-    return line if size is None else f"{line}; --heads-multiple-of {size} keeps it possible"
+    return line if size is None else f"{line}; prune with --heads-multiple-of {size} to allow {size}"
 
 
 def _lost_size(report: PruneReport) -> int | None:

@@ -40,7 +40,7 @@ def test_sizes_that_divide_every_layer(layers: list[tuple[int, int, int]], sizes
 
 def test_the_line() -> None:
     assert tensor_parallel_line([2, 4]) == "tensor parallel: 2, 4"
-    assert tensor_parallel_line([]) == "tensor parallel: only 1"
+    assert tensor_parallel_line([]) == "tensor parallel: one device only"
 
 
 @pytest.mark.parametrize("allocation", ["layer-importance", "uniform", "auto", "flap"])
@@ -122,7 +122,7 @@ def test_advice_that_is_true(stories_path: Path, token_ids: torch.Tensor, tmp_pa
     """What the summary and the model card advise makes the model what it promises."""
     settings = {"ratio": 0.35, "allocation": LayerImportance(alpha=20.0)}
     report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, **settings))
-    advice = "ensor parallel: only 1; --heads-multiple-of 2 keeps it possible"
+    advice = "ensor parallel: one device only; prune with --heads-multiple-of 2 to allow 2"
     assert report.tensor_parallel == [] and "t" + advice in summary(report).splitlines()
     assert "T" + advice in (tmp_path / "out" / "README.md").read_text()
     better = slimllm.prune(stories_path, tmp_path / "better", config(token_ids, heads_multiple_of=2, **settings))
@@ -151,5 +151,5 @@ def test_advice_only_where_it_helps(before: tuple[int, int, int], settings: dict
     report = PruneReport.__new__(PruneReport)
     report.config = PruneConfig(ratio=0.2, **settings).to_dict()
     report.layers, report.tensor_parallel = [dict(zip(names, before))], []
-    tail = "" if advice is None else f"; --heads-multiple-of {advice} keeps it possible"
-    assert tensor_parallel_of(report) == "tensor parallel: only 1" + tail
+    tail = "" if advice is None else f"; prune with --heads-multiple-of {advice} to allow {advice}"
+    assert tensor_parallel_of(report) == "tensor parallel: one device only" + tail

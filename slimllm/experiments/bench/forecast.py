@@ -23,13 +23,13 @@ from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, sizes_by_layer
 from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traffic
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
-from slimllm.pruning.run import weight_dtype
+from slimllm.pruning.run import too_few_tokens, weight_dtype
 from slimllm.pruning.shapes import streams_heads
 from slimllm.runtime.memory import resident_gib
 
 # A run's time divided by that of the counted operations, which leave out norms, activations and copies
 # (benchmarks/NOTES.md).
-_TIMES_FLOOR = 1.6
+_TIMES_FLOOR = 2.0
 _LOADED_LATER = GIB / 10  # memory that a run takes before it makes its own plan: libraries' buffers, the tokenizer
 
 
@@ -49,6 +49,7 @@ class Forecast:
     seconds: float | None
     ranks: int
     traffic: Parts
+    warning: str
 
 
 def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = False) -> Forecast:
@@ -101,6 +102,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()) if rates else None,
         ranks=ranks,
         traffic=traffic(sizes, config) if ranks > 1 else {},
+        warning=too_few_tokens(config, layers, config.samples, config.seq_len),
     )
 
 
