@@ -12,6 +12,7 @@ export HF_HUB_DISABLE_TELEMETRY = 1
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "Installing torch and the package into .venv takes a few minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; \
 	  echo "No virtual environment could be made; on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install -q "$(TORCH)"

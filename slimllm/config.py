@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MI
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneConfig:
     """Settings of one pruning run.
 
@@ -122,7 +122,7 @@ class PruneConfig:
     recovery: Any = None
     token_weights: str | None = None
     head_unit: str = "kv-group"
-    calibration: str | Path | torch.Tensor | None = field(default=None, repr=False)
+    calibration: str | Path | torch.Tensor | None = None
     bos: str = "auto"
     samples: int = 32
     seq_len: int = 128
@@ -202,6 +202,20 @@ class PruneConfig:
     def needs(self) -> Any:
         """Statistics of activations that the criterion and the recovery need: `slimllm.methods.statistics.Needs`."""
         return self.criterion.needs | self.recovery.needs
+
+    def __repr__(self) -> str:
+        """Return the call that makes these settings, without those that have the preset's or the default value."""
+        usual, given = PruneConfig(self.ratio, self.preset), [f"ratio={self.ratio!r}"]
+        for name in (one.name for one in dataclasses.fields(self) if one.name != "ratio"):
+            value: Any = getattr(self, name)
+            if name == "preset":
+                given += [f"preset={value!r}"] if value != "default" else []
+            elif name == "calibration" and self.token_ids is not None:
+                given.append(f"calibration=<token ids {tuple(self.token_ids.shape)}>")
+            elif value != getattr(usual, name):
+                plain = name in METHODS and not value.is_foreign and value.settings == type(value).Settings()
+                given.append(f"{name}={(value.name if plain else str(value) if isinstance(value, Path) else value)!r}")
+        return f"PruneConfig({', '.join(given)})"
 
     def with_preset(self, preset: str, **changes: Any) -> PruneConfig:
         """Return a copy with another preset, which decides again all settings that presets decide, and with changes."""

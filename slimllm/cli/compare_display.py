@@ -77,6 +77,13 @@ def run_compare(
     console.print(compare_table(lines, eval_len))
     for name, words in {line.method: line.methods for line in lines if line.methods}.items():
         console.print(f"{name}: {words}", style="dim", highlight=False, soft_wrap=True)
+    console.print(_LEGEND, style="dim", highlight=False, soft_wrap=True)
+
+
+_LEGEND = (
+    "log incr.: increase of the logarithm of perplexity over the dense model; s: seconds of pruning, with the dense pass "
+    "even if methods share it; x dense: these seconds over one forward pass of the layers on the calibration text."
+)
 
 
 def compare_table(lines: list[Compared], eval_len: int) -> Table:

@@ -15,14 +15,7 @@ from slimllm.experiments.bench.forecast import Forecast
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.tensor_parallel import tensor_parallel_of
 from slimllm.runtime.doctor import Diagnosis
-from slimllm.runtime.progress import LayerMeasured, LayerPruned, PartWritten, Progress, StepTrained
-
-_TITLES: dict[type, str] = {
-    LayerMeasured: "measuring",
-    LayerPruned: "pruning",
-    StepTrained: "training",
-    PartWritten: "writing",
-}
+from slimllm.runtime.progress import LayerPruned, Progress, StepTrained
 
 
 class PruneDisplay:
@@ -40,7 +33,7 @@ class PruneDisplay:
             disable=quiet,
         )
         self._notices = Notices(console, quiet)
-        self._tasks: dict[type, TaskID] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> PruneDisplay:
         self._notices.__enter__()
@@ -58,28 +51,24 @@ class PruneDisplay:
 
     def progress(self, event: Progress) -> None:
         """Move the bar; a `ProgressCallback`."""
-        kind = next((kind for kind in type(event).__mro__ if kind in _TITLES), None)
-        if kind is None:
-            return
         if not self._console.is_terminal:
-            self._line(kind, event)
+            self._line(event)
             return
         self._bar.start()  # starts with the first event, so that input errors appear without a bar
         about = ""
-        if kind not in self._tasks or self._bar.tasks[self._tasks[kind]].finished:  # the next ratio
-            self._tasks[kind] = self._bar.add_task(_TITLES[kind], total=event.total, about="")
+        if event.work not in self._tasks or self._bar.tasks[self._tasks[event.work]].finished:  # the next ratio
+            self._tasks[event.work] = self._bar.add_task(event.work, total=event.total, about="")
         if isinstance(event, StepTrained):
             about = f"loss {event.loss:.3f}"
         elif isinstance(event, LayerPruned) and event.done < event.total:
             layer = event.layer
             about = f"ratio {layer['ratio']:.3f}, {layer['num_heads']} heads, width {layer['intermediate_size']}"
-        self._bar.update(self._tasks[kind], completed=event.done, about=about)
+        self._bar.update(self._tasks[event.work], completed=event.done, about=about)
 
-    def _line(self, kind: type, event: Progress) -> None:
+    def _line(self, event: Progress) -> None:
         """Print a line for every tenth of the work, where there is no terminal to show a bar."""
-        tenth = 10 * event.done // event.total
-        if not self._quiet and tenth > 10 * (event.done - 1) // event.total:
-            self._console.print(f"{_TITLES[kind]}: {event.done} of {event.total}", highlight=False)
+        if not self._quiet and 10 * event.done // event.total > 10 * (event.done - 1) // event.total:
+            self._console.print(str(event), highlight=False)
 
     def summary(self, report: PruneReport) -> None:
         """Print the summary of a run."""

@@ -39,7 +39,7 @@ def set_groups(command: Any) -> None:
 
 def epilog(name: str, options: list[str]) -> str:
     """Return the text after the options: the options of methods, and examples."""
-    lines = [f"Options of methods: {', '.join(options)}."] if options else []
+    lines = ["Options of methods:", *options] if options else []
     if examples := _EXAMPLES.get(name):
         lines += ["Examples:", *examples]
     return "\n\n".join(lines)

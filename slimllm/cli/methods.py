@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from slimllm.cli.help import epilog, set_groups
+from slimllm.cli.settings import help_of
 from slimllm.config import METHODS, PRESETS
 from slimllm.errors import InputError
 from slimllm.plugins import EXPORTERS, Method, Registry, import_plugin
@@ -25,7 +26,7 @@ class MethodCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         taken = ["exporter"] if self.name == "export" else METHODS
         methods = [method for kind in taken for method in _REGISTRIES[kind].all().values()]
-        options = [_flag(method.name, option) for method in methods for option in get_type_hints(method.Settings)]
+        options = [_about(method, option) for method in methods for option in get_type_hints(method.Settings)]
         self.epilog = epilog(str(self.name), options)
         set_groups(self)
         super().format_help(ctx, formatter)
@@ -156,6 +157,13 @@ def _methods() -> list[type[Method]]:
 
 def _flag(method: str, option: str) -> str:
     return f"--{method}.{option.replace('_', '-')}"
+
+
+def _about(method: type[Method], option: str) -> str:
+    """Return a line about an option: its name, default and meaning."""
+    default = getattr(method.Settings(), option)
+    meaning = help_of(method.Settings).get(option, "")
+    return f"{_flag(method.name, option)} (default: {default}). {meaning}".rstrip()
 
 
 def _meant(name: str, context: Any) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 _Command = TypeVar("_Command", bound=Callable[..., None])
-_ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): ((?:.|\n(?= {5,}))*)", re.MULTILINE)
+_ENTRY = re.compile(r"^(\w+(?:, \w+)*): ((?:.|\n(?= ))*)", re.MULTILINE)
 
 
 def with_settings(kind: type, only: tuple[str, ...] = (), **names: str) -> Callable[[_Command], _Command]:
@@ -53,7 +54,8 @@ def with_settings(kind: type, only: tuple[str, ...] = (), **names: str) -> Calla
 def help_of(kind: type) -> dict[str, str]:
     """Return the first sentence about every field, without backticks."""
     text = inspect.cleandoc(kind.__doc__ or "")  # from Python 3.13 on, docstrings have no indentation
-    text = text.partition("Attributes:")[2].partition("\n\n")[0]
+    if "Attributes:" in text:
+        text = textwrap.dedent(text.partition("Attributes:\n")[2].partition("\n\n")[0])
     found = {}
     for names, about in _ENTRY.findall(text):
         sentence = re.split(r"(?<=\.)\s", " ".join(about.split()), maxsplit=1)[0]

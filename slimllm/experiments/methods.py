@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,10 +70,14 @@ def row_of(name: str) -> dict[str, Any]:
     for part in parts:
         kind = next((kind for kind, registry in KINDS.items() if kind not in taken and part in registry.all()), None)
         if kind is None:
-            rows = ", ".join(f'"{row}"' if "," in row else row for row in dict.fromkeys([*METHODS, *PRESETS]))
+            registered = [method for registry in KINDS.values() for method in registry.all()]
+            every = list(dict.fromkeys([*METHODS, *PRESETS, *registered]))
+            close = difflib.get_close_matches(name.lower().replace("_", "-"), every, 1)
+            meant = f" Did you mean {close[0]}?" if close else ""
+            rows = ", ".join(f'"{row}"' if "," in row else row for row in every)
             raise InputError(
-                f"{name!r} is not a method; give one of {rows}, or join a criterion, an allocation and a recovery with +, "
-                "such as mine+lstsq."
+                f"{name!r} is not a method.{meant} Give one of {rows}; or join a criterion, an allocation and a recovery "
+                "with +, such as mine+lstsq."
             )
         row[kind] = part
         taken.add(kind)
