@@ -34,6 +34,7 @@ class PruneDisplay:
         )
         self._notices = Notices(console, quiet)
         self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
 
     def __enter__(self) -> PruneDisplay:
         self._notices.__enter__()
@@ -67,8 +68,10 @@ class PruneDisplay:
 
     def _line(self, event: Progress) -> None:
         """Print a line for every tenth of the work, where there is no terminal to show a bar."""
-        if not self._quiet and 10 * event.done // event.total > 10 * (event.done - 1) // event.total:
+        tenth = 10 * event.done // event.total
+        if not self._quiet and tenth != self._tenths.get(event.work):
             self._console.print(str(event), highlight=False)
+        self._tenths[event.work] = tenth
 
     def summary(self, report: PruneReport) -> None:
         """Print the summary of a run."""

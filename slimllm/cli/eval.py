@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from slimllm.cli.options import OUT, Bos, TrustRemoteCode, app
-from slimllm.cli.terminal import Notices, console, errors
+from slimllm.cli.terminal import console, errors
 
 
 @app.command("eval")
@@ -43,6 +43,7 @@ def eval_command(
     """Measure the perplexity of models, pruned or not, on a text, and their accuracy on tasks, side by side."""
     from slimllm.calibration import about_bos
     from slimllm.checkpoints.destination import check_new_file
+    from slimllm.cli.display import PruneDisplay
     from slimllm.evaluation.side_by_side import Evaluated, accuracy_table, evaluate, evaluation_table, write_json
     from slimllm.evaluation.tasks import PAPER_TASKS
 
@@ -57,7 +58,7 @@ def eval_command(
             console.print(f"{name}perplexity {value:.4f}   ({about})", highlight=False)
 
     names = PAPER_TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else ()
-    with Notices(errors, quiet=False):
+    with PruneDisplay(errors, quiet=False) as display:
         lines = evaluate(
             models,
             text,
@@ -73,6 +74,7 @@ def eval_command(
             limit=limit,
             include_path=include_path,
             on_model=on_model,
+            progress=display.progress,
         )
     if len(lines) > 1:
         console.print(evaluation_table(lines))

@@ -58,6 +58,8 @@ def write_page_unasked(folder: Path, quiet: bool) -> None:
     from slimllm.errors import first_line
     from slimllm.report import write_page_of
 
+    if not quiet:
+        console.print("Writing the page about it …", style="dim")
     try:
         page = write_page_of(folder)
     except Exception as error:

@@ -19,6 +19,7 @@ from slimllm.errors import InputError, first_line
 from slimllm.models.families import family_of
 from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.runtime.memory import exhausted, free_bytes, release
+from slimllm.runtime.progress import ProgressCallback, WindowsScored
 
 _DATASET_WINDOWS = 2048
 _LOGITS_BYTES = 2**30  # limit for the logits of one forward pass
@@ -182,6 +183,7 @@ def perplexity(
     batch_size: int = 8,
     max_windows: int | None = None,
     bos_token_id: int | None = None,
+    progress: ProgressCallback | None = None,
 ) -> float:
     """Compute perplexity: exp of the mean negative log-likelihood of the next token over non-overlapping windows.
 
@@ -197,6 +199,7 @@ def perplexity(
         max_windows: Use only this many windows from the beginning.
         bos_token_id: Token to put at the start of every window, from `slimllm.calibration.window_bos`; None: nothing is
             added.
+        progress: Called with a `WindowsScored` after every forward pass.
 
     Raises:
         ValueError: (as InputError) the text is shorter than a window, a setting is out of range, or the model gives NaN.
@@ -214,7 +217,7 @@ def perplexity(
             f"The text has token {int(windows.max())}, but the model's vocabulary has the tokens 0 to {entries - 1}; "
             "is this the tokenizer of this model?"
         )
-    total = 0.0
+    total, scored = 0.0, 0
     for batch in windows.split(min(batch_size, _windows_at_once(model, seq_len))):
         batch = batch.to(model.device)
         logits = model(batch, use_cache=False).logits
@@ -223,6 +226,9 @@ def perplexity(
                 loss = torch.nn.functional.cross_entropy(rows.float(), targets, reduction="sum")
                 total += float(loss.double())
         del logits, scores  # free them before the next ones are computed
+        scored += len(batch)
+        if progress:
+            progress(WindowsScored(scored, len(windows)))
     if math.isnan(total):
         dtype = str(model.dtype).removeprefix("torch.")
         advice = (

@@ -20,6 +20,7 @@ from slimllm.evaluation.perplexity import evaluation_tokens, load, locate, perpl
 from slimllm.evaluation.tasks import task_manager, zero_shot
 from slimllm.pruning.report import versions
 from slimllm.runtime.memory import release
+from slimllm.runtime.progress import ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def evaluate(
     limit: int | None = None,
     include_path: Path | None = None,
     on_model: Callable[[Evaluated], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> list[Evaluated]:
     """Measure the perplexity of models on one text and their accuracy on tasks, with one model in memory at a time.
 
@@ -85,6 +87,7 @@ def evaluate(
         dtype, device, trust_remote_code: As for `load`.
         tasks, few_shot, limit, include_path: As for `zero_shot`; no tasks: only perplexity.
         on_model: Called with each model's results as soon as they are complete.
+        progress: As for `perplexity`.
 
     Raises:
         ValueError: (as InputError) a model does not exist, which is checked before any is loaded; or an error of `load`,
@@ -104,7 +107,13 @@ def evaluate(
         bos_token_id, found, windows = window_bos(tokenizer, bos), {}, {}
         for seq_len in seq_lens:
             found[seq_len] = perplexity(
-                loaded, tokens, seq_len=seq_len, batch_size=batch_size, max_windows=max_windows, bos_token_id=bos_token_id
+                loaded,
+                tokens,
+                seq_len=seq_len,
+                batch_size=batch_size,
+                max_windows=max_windows,
+                bos_token_id=bos_token_id,
+                progress=progress,
             )
             windows[seq_len] = len(windows_of(tokens, seq_len, bos_token_id)[:max_windows])
         if not done:
@@ -144,7 +153,7 @@ def evaluate(
 def evaluation_table(lines: list[Evaluated]) -> Table:
     """Make a table with a line for each model, named by the last part of its path; increases are over the first model."""
     begin = ", ".join(dict.fromkeys(about_bos(line.bos_token_id) for line in lines))
-    title = f"perplexity in windows ({begin}) of …"
+    title = f"perplexity ({begin}), by tokens in a window"
     table = Table(box=None, padding=(0, 1), header_style="bold", title=title, title_justify="left")
     table.add_column("model", overflow="fold", min_width=12)
     lengths = list(lines[0].perplexity)

@@ -57,6 +57,13 @@ class StepTrained(Progress):
 
 
 @dataclass(frozen=True)
+class WindowsScored(Progress):
+    """Windows of a text have been scored."""
+
+    work: ClassVar[str] = "evaluating"
+
+
+@dataclass(frozen=True)
 class PartWritten(Progress):
     """A layer, or a tensor of a GGUF file, is written."""
 

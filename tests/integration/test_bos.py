@@ -128,7 +128,7 @@ def test_commands_say_it_beside_every_perplexity(tmp_path: Path, capsys: pytest.
     for bos, words in (("auto", "with BOS"), ("never", "no BOS")):
         file = tmp_path / f"{bos}.json"
         code, out, err = call(capsys, "eval", STORIES, tmp_path / "out", "--max-windows", "4", "--bos", bos, "--out", file)
-        assert code == 0 and f"4 windows of 128 tokens, {words}" in out and f"in windows ({words})" in out, err
+        assert code == 0 and f"4 windows of 128 tokens, {words}" in out and f"perplexity ({words})" in out, err
         found[bos] = json.loads(file.read_text())
         assert found[bos]["bos"] == bos and found[bos]["models"][0]["bos_token_id"] == (BOS if bos == "auto" else None)
     assert found["auto"]["models"][0]["perplexity"] != found["never"]["models"][0]["perplexity"]
@@ -155,7 +155,7 @@ def test_commands_say_it_beside_every_perplexity(tmp_path: Path, capsys: pytest.
 
 def test_models_with_and_without_are_not_compared(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "eval", STORIES, plain, "--max-windows", "2")
-    assert code == 0 and "cannot be compared" in out and "windows (with BOS, no BOS)" in out, err
+    assert code == 0 and "cannot be compared" in out and "perplexity (with BOS, no BOS)" in out, err
 
 
 def test_text_to_train_on(tokenizer: Any, tmp_path: Path) -> None:
