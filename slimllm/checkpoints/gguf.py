@@ -56,7 +56,7 @@ class GGUFCheckpoint(Checkpoint):
         check_sizes(self._file.settings, [entry.shape for entry in self._file.entries.values()], path)
         self._names = {_hugging_face_name(name): name for name in self._file.entries if name != ROPE_FREQS}
         try:
-            with _alone(self.path) as (folder, name):
+            with self._file.parsed_once(), _alone(self.path) as (folder, name):
                 self.config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
                 self._tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
         except Exception as error:  # transformers raises many types of errors when the file lacks something

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,21 @@ class Entry:
     shape: tuple[int, ...]
 
 
+Header = tuple[dict[str, Any], dict[str, Entry], gguf.GGUFReader]  # settings, tensor locations, and the parse of all fields
+
+
+class _Reader(gguf.GGUFReader):
+    """Reader of plain arrays: a slice of a memory map, of which it makes millions, takes several times as long."""
+
+    @property
+    def data(self) -> Any:
+        return self._plain
+
+    @data.setter
+    def data(self, mapped: Any) -> None:
+        self._plain = np.asarray(mapped)
+
+
 class GGUFFile:
     """A GGUF file, or all parts of a split one, given any of them.
 
@@ -56,22 +73,36 @@ class GGUFFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.settings, self.entries = header = _read_header(path)
+        self.settings, self.entries, reader = header = _read_header(path)
         parts = _parts(path, self.settings)
         self.path, self.name = parts[0], path.stem if path.suffix.lower() == ".gguf" else path.name
         if len(parts) > 1:
             self.name = self.name[: -len("-00001-of-00002")]
-            self._join({part: header if part == path else _read_header(part) for part in parts})
+            headers = {part: header if part == path else _read_header(part) for part in parts}
+            self._join(headers)
+            reader = headers[parts[0]][2]
+        self._reader: gguf.GGUFReader | None = reader
 
-    def _join(self, headers: dict[Path, tuple[dict[str, Any], dict[str, Entry]]]) -> None:
-        for index, (part, (settings, _)) in enumerate(headers.items()):
+    @contextmanager
+    def parsed_once(self) -> Iterator[None]:
+        """Let transformers use the parsed header, which it would parse in every call, and release it afterwards."""
+        theirs = gguf.GGUFReader
+        gguf.GGUFReader = lambda path, mode="r": self._reader  # type: ignore[misc,assignment]
+        try:
+            yield
+        finally:
+            gguf.GGUFReader = theirs  # type: ignore[misc]
+            self._reader = None
+
+    def _join(self, headers: dict[Path, Header]) -> None:
+        for index, (part, (settings, _, _)) in enumerate(headers.items()):
             if (settings.get("split.no"), settings.get("split.count")) != (index, len(headers)):
                 raise InputError(
                     f"{part} is not part {index + 1} of {len(headers)} of a split GGUF file, although its name says so."
                 )
         self.settings = headers[self.path][0]
-        self.entries = {name: entry for _, entries in headers.values() for name, entry in entries.items()}
-        number = sum(len(entries) for _, entries in headers.values())
+        self.entries = {name: entry for _, entries, _ in headers.values() for name, entry in entries.items()}
+        number = sum(len(entries) for _, entries, _ in headers.values())
         asked = self.settings.get("split.tensors.count", number)
         if not number == asked == len(self.entries):
             raise InputError(f"The parts of {self.path} hold {number} tensors, but the model that was split had {asked}.")
@@ -129,12 +160,12 @@ def _check_magic(path: Path) -> None:
     raise InputError(f"{path} {what or 'is neither a folder nor a GGUF file; give one of them or a hub id'}.")
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
-    """Return the settings and tensor locations of one file; the mapping of the file is released with the reader."""
+def _read_header(path: Path) -> Header:
+    """Parse the header of one file; the mapping of the file is released with the reader."""
     _check_magic(path)
     try:
         check_header(path)
-        reader = gguf.GGUFReader(path)
+        reader = _Reader(path)
         settings = {
             name: field.contents() for name, field in reader.fields.items() if field.types[:1] != [gguf.GGUFValueType.ARRAY]
         }
@@ -151,7 +182,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
             gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
         except NotImplementedError:
             raise InputError(f"{path} has tensors of type {kind.name}, which cannot be dequantised.") from None
-    return settings, entries
+    return settings, entries, reader
 
 
 def _parts(path: Path, settings: dict[str, Any]) -> list[Path]:
