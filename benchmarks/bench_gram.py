@@ -56,11 +56,12 @@ def contenders(
     found: dict[str, Callable[[], object]] = {"ours": lambda: ops.gram_(gram, total, x)}
     if x.device.type == "cpu":
         return found | {"torch": lambda: (gram.addmm_(x.T, x), total.add_(x.sum(0)))}
+    addmm: Any = torch.addmm  # out_dtype is new in torch 2.8
     half = torch.empty(features, features, dtype=x.dtype, device=x.device)
     return found | {
         "ours, pivot": lambda: ops.gram_(gram, total, x, pivot=pivot),
         "ours, weight": lambda: ops.gram_(gram, total, x, weight=weight),
-        "torch": lambda: (torch.addmm(gram, x.T, x, out_dtype=torch.float32, out=gram), total.add_(x.sum(0))),
+        "torch": lambda: (addmm(gram, x.T, x, out_dtype=torch.float32, out=gram), total.add_(x.sum(0))),
         "gemm": lambda: torch.mm(x.T, x, out=half),
     }
 

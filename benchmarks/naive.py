@@ -8,6 +8,8 @@ NumPy's, on the host.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -61,7 +63,7 @@ def choose_channels(
     return sorted(importance.argsort()[num_pruned:].tolist())
 
 
-def regress(y: torch.Tensor, y_hat: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def regress(y: torch.Tensor, y_hat: torch.Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Fit slope and intercept of every dense output dimension on the pruned one, one polynomial fit each."""
     left, right = y.double().cpu().numpy(), y_hat.double().cpu().numpy()
     fits = np.array([np.polyfit(right[:, k], left[:, k], 1) for k in range(left.shape[1])])

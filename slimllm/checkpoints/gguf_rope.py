@@ -97,14 +97,14 @@ def _candidates(divisors: Array, wavelengths: Array, factor: float) -> Iterator[
     between = (divisors > 1 + _TOLERANCE) & (divisors < factor * (1 - _TOLERANCE))
     found: list[tuple[float, float]] = []
     if between.sum() >= 2:
-        unit = wavelengths[between].min()
+        unit = np.min(wavelengths[between])
         slope, start = np.polyfit(unit / wavelengths[between], 1 / divisors[between], 1)
         if start < 1 / factor:
             high = float(1 + rise / (1 / factor - start))
             found = [(float(slope * unit * (high - 1) / rise), high)]
     else:  # many rules give these numbers, and any of them is correct; a narrow ramp fits between two frequencies
         whole = divisors >= factor * (1 - _TOLERANCE)
-        first, share = wavelengths[whole].min(), 0.0
+        first, share = np.min(wavelengths[whole]), 0.0
         if between.any():
             first, share = wavelengths[between][0], (1 / divisors[between][0] - 1 / factor) / rise
         found = [(float(first * (1 + share * (high - 1))), high) for high in (_HIGH, 2.0, 1.2, 1.02)]

@@ -161,7 +161,7 @@ def _one_by_one(inverse: torch.Tensor, products: torch.Tensor, num: int) -> tupl
     chosen, costs = [], []
     for step in range(num):
         score = errors / np.maximum(pivots, least) + gone
-        c = int(score.argmin())
+        c = int(np.argmin(score))
         chosen.append(c)
         costs.append(max(0.0, float(score[c])))
         gone[c] = np.inf

@@ -101,5 +101,5 @@ def forced_backend() -> str | None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context without autocast on the device."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    on = torch.amp.autocast_mode.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
