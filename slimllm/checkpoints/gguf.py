@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ _FLOAT_TYPES = {
     gguf.GGMLQuantizationType.F16: torch.float16,
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
 }
+
+if not hasattr(gguf, "__version__"):  # with Python 3.10, transformers finds the version only there
+    gguf.__version__ = importlib.metadata.version("gguf")
 
 assert LLAMA.gguf is not None
 _NAMES = LLAMA.gguf
