@@ -89,6 +89,7 @@ def test_first_layers(tmp_path: Path) -> None:
             FirstLayers(open_checkpoint(STORIES), layers)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.9", reason="torch before 2.9 counts its attention in other products")
 @torch.no_grad()
 def test_counted_operations_are_those_of_the_products(tmp_path: Path) -> None:
     """The dense pass and the pruning pass, against PyTorch's own counter; attention by hand, of which half is causal."""
