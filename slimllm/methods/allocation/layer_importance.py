@@ -85,8 +85,8 @@ class LayerImportance(Allocation):
 
 
 def enough_windows(samples: int) -> int:
-    """Return how many windows give nearly the similarities of all of them (benchmarks/NOTES.md): a quarter, at least 8."""
-    return min(samples, max(8, samples // 4))
+    """Return how many windows give nearly the similarities of all of them (benchmarks/NOTES.md): 3 of 8, at least 12."""
+    return min(samples, max(12, 3 * samples // 8))
 
 
 def paper_settings(ratio: float) -> tuple[float, float, float]:
