@@ -204,12 +204,37 @@ def latency_table() -> str:
     return table(["", "parameters", "MMAC/token", "memory", *header], [line(model) for model in models])
 
 
+def contended_table() -> str:
+    """Pruning beside another process, by OpenMP's way of waiting."""
+    settings = newest("contended", ("preset", "condition", "waiting"), lambda row: True)
+    found = {tuple(rows[0][key] for key in ("preset", "condition", "waiting")): rows for rows in settings}
+
+    def cell(preset: str, condition: str, waiting: str) -> str:
+        rows = found.get((preset, condition, waiting), [])
+        idle = found.get((preset, "idle", waiting), [])
+        if not rows or not idle:
+            return ""
+        seconds = median(rows, lambda r: r["elapsed_s"])
+        times = f" ({seconds / median(idle, lambda r: r['elapsed_s']):.1f} ×)" if condition != "idle" else ""
+        return f"{seconds:.1f} s{times}"
+
+    lines = dict.fromkeys((preset, waiting) for preset, _, waiting in found)
+    conditions = {"idle": "idle", "pinned": "one core taken", "free": "one other thread, not pinned"}
+    return table(
+        ["preset", "OpenMP's threads wait", *conditions.values()],
+        [[preset, _WAITING[waiting], *(cell(preset, one, waiting) for one in conditions)] for preset, waiting in lines],
+    )
+
+
+_WAITING = {"spinning": "by spinning, OpenMP's default", "command line": "as the command line sets it"}
+
 TABLES = {
     "prune": prune_table,
     "stages": stages_table,
     "naive": naive_table,
     "recovery": recovery_table,
     "lstsq": lstsq_table,
+    "contended": contended_table,
     "large": large_table,
     "accuracy": accuracy_table,
     "summary": summary_table,
