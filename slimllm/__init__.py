@@ -13,6 +13,7 @@ The public interface; everything else may change:
     InputError                              error of the input: what was wrong, what was got and what to do
 """
 
+import importlib.metadata
 from typing import TYPE_CHECKING
 
 from slimllm._lazy import lazily
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from slimllm.pruning.api import prune, prune_model, prune_ratios
     from slimllm.pruning.report import PruneReport
 
-    __version__: str
+__version__ = importlib.metadata.version("slimllm-engine")
 
 __all__ = ["InputError", "PruneConfig", "PruneReport", "load", "ops", "perplexity", "prune", "prune_model", "prune_ratios"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -19,9 +18,7 @@ def lazily(package: str, modules: dict[str, str]) -> Callable[[str], Any]:
     """
 
     def find(name: str) -> Any:
-        if name == "__version__":
-            value: Any = importlib.metadata.version("slimllm-engine")
-        elif name in modules:
+        if name in modules:
             value = getattr(importlib.import_module(modules[name]), name)
         elif not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}"):
             value = importlib.import_module(f"{package}.{name}")

@@ -88,13 +88,12 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
         raise InputError(f"{name} cannot be loaded: {first_line(error)}{hint}") from error
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{name_some(missing, 'is', 'are')} missing in {path}; is the checkpoint complete?")
-    # transformers 4 gives names, 5 names with shapes
-    if reshaped := sorted(one if isinstance(one, str) else str(one[0]) for one in found["mismatched_keys"]):
-        first = reshaped[0]
-        stored = next((shape for own, shape in headers.shape_of.items() if first == own or first.endswith(f".{own}")), "?")
-        wanted = tuple(loaded.state_dict()[first].shape)
+    if reshaped := sorted(str(entry[0]) for entry in found["mismatched_keys"]):
+        shapes = next(tuple(map(tuple, entry[1:3])) for entry in found["mismatched_keys"] if str(entry[0]) == reshaped[0])
         others = f"; {len(reshaped) - 1} more do not fit either" if len(reshaped) > 1 else ""
-        raise InputError(f"Tensor {first} in {path} has shape {stored}, but its config.json asks for {wanted}{others}.")
+        raise InputError(
+            f"Tensor {reshaped[0]} in {path} has shape {shapes[0]}, but its config.json asks for {shapes[1]}{others}."
+        )
     unexpected = [name for name in sorted(found["unexpected_keys"]) if not headers.is_meaningless(name)]
     if unexpected and not quantised:
         raise InputError(

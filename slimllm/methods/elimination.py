@@ -27,9 +27,9 @@ from slimllm.statistics import GramStatistics
 # λ, and λ for few tokens (benchmarks/NOTES.md). Both are smaller than the recovery's. They keep columns that few tokens
 # cannot tell apart from looking free to remove.
 ELIMINATION_RIDGE, ELIMINATION_RIDGE_OF_FEW = 0.01, 0.3
-# Channels are removed in this many blocks, or in more if a block would have more than MOST channels. Those of a block are
-# chosen one by one among twice as many candidates, so that a block costs only one large product.
-BLOCKS, MOST = 64, 128
+# Channels are removed in this many blocks, or in more, so that none has more channels than the largest block. Those of a
+# block are chosen one by one among twice as many candidates, so that a block costs only one large product.
+BLOCKS, LARGEST_BLOCK = 64, 128
 _SHIFTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.0)  # fractions of the mean diagonal, added in turn after each failure
 _LEAST = 1e-7  # fraction of the largest A_cc; smaller pivots are rounding errors
 _ROWS = 256  # rows of a matrix that are copied at a time
@@ -123,7 +123,7 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
     """
     names, alone = torch.arange(len(surgeon.inverse), device=surgeon.inverse.device), channel_costs(surgeon).cpu()
     there = torch.ones_like(names, dtype=torch.bool)
-    block = min(max(1, len(names) // BLOCKS), MOST)
+    block = min(max(1, len(names) // BLOCKS), LARGEST_BLOCK)
     order: list[torch.Tensor] = []
     costs: list[float] = []
     while len(costs) < num:

@@ -38,6 +38,7 @@ class Forecast:
     """Plan of a run, its estimated seconds on this machine, and its inputs.
 
     With several ranks, plan and seconds are those of each rank, and `traffic` is the number of bytes that ranks exchange.
+    `warning` is a sentence if a fit has more unknowns than there are calibration tokens, else empty.
     """
 
     model: str

@@ -112,6 +112,16 @@ def test_blocks_measure_what_they_do(kind: str, blocks: int, monkeypatch: pytest
     assert cost <= 1.25 * plain_greedy(h, v, [[i] for i in range(len(h))], 29)[1][-1]
 
 
+def test_the_largest_block_limits_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = activations("plain")
+    monkeypatch.setattr(elimination, "BLOCKS", 8)  # of 6 channels
+    wanted = eliminate_channels(Surgeon(weight, statistics_of(x)), 29)
+    monkeypatch.setattr(elimination, "BLOCKS", 1)
+    monkeypatch.setattr(elimination, "LARGEST_BLOCK", 6)
+    found = eliminate_channels(Surgeon(weight, statistics_of(x)), 29)
+    assert found.order.tolist() == wanted.order.tolist() and found.costs.tolist() == wanted.costs.tolist()
+
+
 def test_one_of_two_that_stand_in_for_each_other_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each alone costs next to nothing, both together all that they do: also within one block."""
     monkeypatch.setattr(elimination, "BLOCKS", 3)
