@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from slimllm.kernels import columns, cosine, exchange, gram, pearson
+from slimllm.kernels import columns, cosine, elimination, exchange, gram, pearson
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -33,7 +33,7 @@ def _integers(*names: str) -> dict[str, str]:
 
 def variants(arch: int) -> list[Variant]:
     """List all variants for one architecture."""
-    return [*_gram(arch), *_gram_reduce(), *_pearson(), *_exchange(), *_cosine(), *_columns()]
+    return [*_gram(arch), *_gram_reduce(), *_pearson(), *_exchange(), *_elimination(), *_cosine(), *_columns()]
 
 
 def _gram(arch: int) -> list[Variant]:
@@ -128,6 +128,17 @@ def _exchange() -> list[Variant]:
         ):
             constants = {"BLOCK": exchange.BLOCK} | ({"HEADS": 64} if name == "update" else {})
             found.append(Variant(f"exchange {name} {dtype}", kernel, types, constants, *options))
+    return found
+
+
+def _elimination() -> list[Variant]:
+    types = dict.fromkeys(("inverse", "products", "rows", "parts", "shifts", "costs"), "*fp64") | {"chosen": "*i64"}
+    types |= _integers("candidates", "num") | {"least": "fp32"}
+    found = []
+    for candidates in (16, 256):
+        constants = {"CANDIDATES": candidates, "STEPS": elimination.STEPS}
+        name = f"elimination {candidates}"
+        found.append(Variant(name, elimination.elimination_kernel, types, constants, elimination.NUM_WARPS))
     return found
 
 

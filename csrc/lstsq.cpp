@@ -10,18 +10,10 @@
 #include <limits>
 #include <tuple>
 
+#include "clones.h"
 #include "lanes.h"
 #include "problem.h"
 #include "tensors.h"
-
-// The innermost loops run over lanes. A clone of the function for each instruction set lets them use the processor's
-// longest vectors. This needs GCC 12, which knows these architecture names, and a C library that picks a clone at load time.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
-#define SLIMLLM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
-#else
-#define SLIMLLM_CLONES
-#endif
 
 namespace slimllm {
 namespace {
@@ -70,6 +62,7 @@ void store(const Problem<T>& p, const Lanes<kLanes>& lanes, int lane, int64_t b)
   p.status[b] = fine ? 0 : 1;
 }
 
+// The innermost loops run over lanes.
 SLIMLLM_CLONES void factorise_and_solve(Lanes<kLanes>& lanes) {
   lanes.factorise();
   lanes.solve();
@@ -102,6 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> small_lstsq(const Tensor& gram, const Tensor&
 STABLE_TORCH_LIBRARY(slimllm_C, m) {
   m.def("small_lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute) -> (Tensor, Tensor, Tensor)");
   m.def("affine_fit(Tensor mean_y, Tensor mean_y_hat, Tensor variance_y_hat, Tensor covariance) -> (Tensor, Tensor)");
+  m.def("greedy_elimination(Tensor inverse, Tensor products, int num, float least) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimllm_C, CPU, m) { m.impl("small_lstsq", TORCH_BOX(&slimllm::small_lstsq)); }

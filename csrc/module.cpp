@@ -49,7 +49,7 @@ PYBIND11_MODULE(_C, module) {
         info["cpp_standard"] = static_cast<long>(__cplusplus);
         info["cuda"] = SLIMLLM_CUDA;
         info["cuda_architectures"] = words(SLIMLLM_CUDA_ARCHITECTURES);
-        info["operations"] = std::vector<std::string>{"lstsq", "affine_fit"};
+        info["operations"] = std::vector<std::string>{"lstsq", "affine_fit", "greedy_elimination"};
         return info;
       },
       "How this module was built: compiler, cpp_standard (the value of __cplusplus), cuda (its version, empty "

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from slimllm import ops
 from slimllm.errors import InputError
 from slimllm.methods.ridge import column_scale, has_few_tokens
 from slimllm.ops.dispatch import full_precision
+from slimllm.ops.elimination import LEAST
 from slimllm.statistics import GramStatistics
 
 # λ, and λ for few tokens (benchmarks/NOTES.md). Both are smaller than the recovery's. They keep columns that few tokens
@@ -29,9 +30,8 @@ from slimllm.statistics import GramStatistics
 ELIMINATION_RIDGE, ELIMINATION_RIDGE_OF_FEW = 0.01, 0.3
 # Channels are removed in this many blocks, or in more, so that none has more channels than the largest block. Those of a
 # block are chosen one by one among twice as many candidates, so that a block costs only one large product.
-BLOCKS, LARGEST_BLOCK = 64, 128
+BLOCKS, LARGEST_BLOCK = 16, 128
 _SHIFTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.0)  # fractions of the mean diagonal, added in turn after each failure
-_LEAST = 1e-7  # fraction of the largest A_cc; smaller pivots are rounding errors
 _ROWS = 256  # rows of a matrix that are copied at a time
 
 
@@ -67,10 +67,10 @@ class Surgeon:
     def __init__(self, weight: torch.Tensor, statistics: GramStatistics) -> None:
         scale = column_scale(statistics.variance(), statistics.mean())
         inverse_scale = torch.where(scale > 0, scale.reciprocal(), 0.0)
-        everything = torch.arange(len(scale), device=scale.device)
         system = torch.empty_like(statistics.gram)
-        for rows in everything.split(_ROWS):
-            system[rows] = statistics.block(rows, everything).mul_(inverse_scale[rows, None]).mul_(inverse_scale).float()
+        for start in range(0, len(scale), _ROWS):
+            rows = slice(start, start + _ROWS)
+            system[rows] = statistics.rows(rows).mul_(inverse_scale[rows, None]).mul_(inverse_scale)
         system.diagonal().add_(ELIMINATION_RIDGE_OF_FEW if has_few_tokens(statistics) else ELIMINATION_RIDGE)
         with full_precision(system.device):
             factor = _factor(system)
@@ -112,7 +112,7 @@ def _factor(matrices: torch.Tensor) -> torch.Tensor:
 def channel_costs(surgeon: Surgeon) -> torch.Tensor:
     """Compute the cost of removing each channel: ‖V_c‖² / A_cc, (F,) fp32."""
     pivots = surgeon.inverse.diagonal()
-    return surgeon.weight.square().sum(1) / pivots.clamp(min=_LEAST * float(pivots.max()))
+    return surgeon.weight.square().sum(1) / pivots.clamp(min=LEAST * float(pivots.max()))
 
 
 def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
@@ -124,55 +124,28 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
     names, alone = torch.arange(len(surgeon.inverse), device=surgeon.inverse.device), channel_costs(surgeon).cpu()
     there = torch.ones_like(names, dtype=torch.bool)
     block = min(max(1, len(names) // BLOCKS), LARGEST_BLOCK)
-    order: list[torch.Tensor] = []
-    costs: list[float] = []
-    while len(costs) < num:
-        left = int(there.sum())
+    order, costs = [names[:0]], [torch.zeros(0, dtype=torch.float64, device=names.device)]
+    removed, total = 0, len(names)
+    while removed < num:
+        left = total - removed
         if 2 * left <= len(there):
             kept = there.nonzero()[:, 0]
             surgeon.keep(kept)
             names, there = names[kept], there[kept]
-        wanted = min(block, num - len(costs))
+        wanted = min(block, num - removed)
         each = channel_costs(surgeon).masked_fill(~there, torch.inf)
         pool = each.topk(min(2 * wanted, left), largest=False).indices
         rows = surgeon.weight[pool]
         with full_precision(rows.device):
             products = rows @ rows.T
-        chosen, found = _one_by_one(surgeon.inverse[pool[:, None], pool], products, wanted)
-        gone = pool[chosen.to(pool.device)]
-        costs += found
+        chosen, found = ops.greedy_elimination(surgeon.inverse[pool[:, None], pool], products, wanted)
+        gone = pool[chosen]
+        costs.append(found)
         order.append(names[gone])
         surgeon.remove(gone)
         there[gone] = False
-    gone_names = torch.cat(order) if order else names[:0]
-    return Elimination(gone_names.cpu(), torch.tensor(costs, dtype=torch.float64), alone)
-
-
-def _one_by_one(inverse: torch.Tensor, products: torch.Tensor, num: int) -> tuple[torch.Tensor, list[float]]:
-    """Choose channels greedily, from their parts of A and of V Vᵀ, and return their positions and costs.
-
-    The matrices are not updated: a chosen channel's rows follow from its original rows and those of the channels chosen
-    before it, as in a Cholesky factorisation. With n channels of p candidates this takes 3/2 n² p multiply-adds.
-    """
-    a, k = inverse.double().cpu().numpy(), products.double().cpu().numpy()
-    pivots, errors = a.diagonal().copy(), k.diagonal().copy()
-    least, gone = _LEAST * pivots.max(), np.zeros(len(a))
-    rows, parts, shifts = (np.empty((num, len(a))) for _ in range(3))  # A_c:, A_c:/A_cc, and what V Vᵀ loses with it
-    chosen, costs = [], []
-    for step in range(num):
-        score = errors / np.maximum(pivots, least) + gone
-        c = int(np.argmin(score))
-        chosen.append(c)
-        costs.append(max(0.0, float(score[c])))
-        gone[c] = np.inf
-        row = a[c] - rows[:step, c] @ parts[:step]
-        product = k[c] - parts[:step, c] @ shifts[:step] - shifts[:step, c] @ parts[:step]
-        part = row / max(pivots[c], least)
-        shifted = product - part * (product[c] / 2)
-        rows[step], parts[step], shifts[step] = row, part, shifted
-        pivots -= part * row
-        errors -= 2 * part * shifted
-    return torch.tensor(chosen), costs
+        removed += wanted
+    return Elimination(torch.cat(order).cpu(), torch.cat(costs).cpu(), alone)
 
 
 def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int = 1) -> Elimination:
@@ -209,5 +182,7 @@ def unit_costs(surgeon: Surgeon, number: int) -> torch.Tensor:
     blocks = surgeon.inverse.view(number, width, number, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     with full_precision(blocks.device):
         factor = _factor(blocks.contiguous())
-        solved = torch.linalg.solve_triangular(factor, surgeon.weight.view(number, width, -1), upper=False)
+        # A triangular solution with as many right-hand sides as outputs is slower on a CPU than an inverse and a product.
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(width, device=factor.device), upper=False)
+        solved = inverse @ surgeon.weight.view(number, width, -1)
     return solved.square().sum((1, 2))

@@ -7,6 +7,7 @@ Every operation has a plain torch path, which runs anywhere. Some have a Triton 
 from slimllm.ops.channels import feature_space_importance
 from slimllm.ops.columns import column_products_, column_sums_
 from slimllm.ops.dispatch import backend
+from slimllm.ops.elimination import greedy_elimination
 from slimllm.ops.gram import gram_
 from slimllm.ops.heads import head_covariance, head_covariance_of_tokens
 from slimllm.ops.lstsq import lstsq, lstsq_ex
@@ -21,6 +22,7 @@ __all__ = [
     "column_sums_",
     "feature_space_importance",
     "gram_",
+    "greedy_elimination",
     "head_covariance",
     "head_covariance_of_tokens",
     "head_importance",

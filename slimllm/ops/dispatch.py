@@ -57,21 +57,21 @@ def choose(operation: str, device: torch.device | str) -> Choice:
     """
     if (forced := forced_backend()) is not None:
         return Choice(forced, "being compared")
-    wanted = check_setting()
-    if OPERATIONS[operation].only_torch:
-        return Choice("torch", OPERATIONS[operation].only_torch)
+    wanted, known = check_setting(), OPERATIONS[operation]
+    if known.only_torch:
+        return Choice("torch", known.only_torch)
     device = torch.device(device)
     if wanted == "torch":
         return Choice("torch", "SLIMLLM_BACKEND=torch")
-    if OPERATIONS[operation].extension:
-        return _extension(operation, device, wanted)
-    if wanted == "triton":
+    if wanted == "triton" and known.kernel:
         missing = triton_is_missing()
         if missing:
             raise InputError(f"SLIMLLM_BACKEND=triton was asked for, but {missing}.")
         if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise InputError("SLIMLLM_BACKEND=triton needs a GPU, or TRITON_INTERPRET=1 to interpret kernels on a CPU.")
         return Choice("triton", "SLIMLLM_BACKEND=triton")
+    if device.type in known.extension or not known.kernel:
+        return _extension(operation, device, wanted)
     if device.type != "cuda":
         return Choice("torch", "kernels are for GPUs")
     return _automatic(operation, _index(device))
@@ -106,7 +106,7 @@ def extension_is_missing(device_type: str = "cpu") -> str:
         module = importlib.import_module("slimllm._C")
     except ImportError as error:
         return f"was not built or does not load ({error})"
-    if not all(hasattr(torch.ops.slimllm_C, name) for name in ("small_lstsq", "affine_fit")):
+    if not all(hasattr(torch.ops.slimllm_C, name) for name in ("small_lstsq", "affine_fit", "greedy_elimination")):
         return "was built by an older version; reinstall slimllm to rebuild it"
     if device_type == "cuda" and not module.build_info()["cuda_architectures"]:
         return "was built without CUDA"
@@ -117,13 +117,13 @@ def backend(device: torch.device | str, operations: Sequence[str] | None = None)
     """Summarise what these operations use on `device`: `torch`, `triton`, or `triton; torch for …`.
 
     Args:
-        operations: Names of operations; None: those with a Triton kernel.
+        operations: Names of operations; None: those with a Triton kernel that are not in the extension.
 
     Raises:
         ValueError: an operation is unknown, the device does not exist, or SLIMLLM_BACKEND requires a missing backend.
     """
     if operations is None:
-        operations = [name for name, operation in OPERATIONS.items() if operation.kernel]
+        operations = [name for name, operation in OPERATIONS.items() if operation.kernel and not operation.extension]
     if isinstance(operations, str) or not set(operations) <= set(OPERATIONS):
         raise ValueError(f"operations must be a list of {', '.join(sorted(OPERATIONS))}, got {operations!r}.")
     choices = {operation: choose(operation, device).backend for operation in operations}
@@ -144,7 +144,7 @@ def _automatic(operation: str, index: int) -> Choice:
 
 
 def _by_trying(operation: str, index: int) -> Choice:
-    backend = "extension" if OPERATIONS[operation].extension else "triton"
+    backend = "extension" if "cuda" in OPERATIONS[operation].extension else "triton"
     if backend == "triton":
         major, minor = torch.cuda.get_device_capability(index)
         if torch.version.hip or major < 8:

@@ -157,6 +157,12 @@ class GramStatistics(Accumulator):
         covariance = raw.double().div_(self.mass).addr_(moved, moved, alpha=-1)
         return (covariance + covariance.T).div_(2)
 
+    def rows(self, rows: slice) -> torch.Tensor:
+        """Return some rows of the covariance without the rest, (len(rows), features) fp64."""
+        check_mass(self.mass)
+        delta = self.total / self.mass
+        return self.gram[rows].double().div_(self.mass).addr_(delta[rows], delta, alpha=-1)
+
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return rows and columns of the covariance without the rest: by index, (len(rows), len(columns)) fp64."""
         check_mass(self.mass)

@@ -27,6 +27,7 @@ def sample() -> dict[str, tuple[Any, ...]]:
         "head_covariance_of_tokens": (weight, x, 3, "stream"),
         "pearson_greedy": (by_head, 1, 1),
         "token_cosine": (x, x + 1),
+        "greedy_elimination": (x.T @ x + torch.eye(12), weight.T @ weight, 5),
         "affine_fit": tuple(torch.rand(4, 7)),
     }
 
@@ -42,7 +43,7 @@ def calls() -> dict[str, Any]:
     torch.manual_seed(0)
     x, weight = torch.randn(40, 12), torch.randn(7, 12)
     covariance = x.T @ x / 40
-    output = (weight @ covariance @ weight.T).double()
+    output, products = (weight @ covariance @ weight.T).double(), weight.T @ weight
 
     def gram() -> torch.Tensor:
         result = torch.zeros(12, 12)
@@ -57,6 +58,7 @@ def calls() -> dict[str, Any]:
         "function": lambda: ops.feature_space_importance(weight, output, torch.ones(12), "function"),
         "eigh": lambda: ops.feature_space_importance(weight, output, torch.ones(12), "eigh"),
         "pearson_greedy": lambda: ops.pearson_greedy(ops.head_covariance(weight, covariance, 3), 1),
+        "greedy_elimination": lambda: ops.greedy_elimination(covariance, products, 5)[1],
     }
 
 
@@ -186,6 +188,14 @@ def test_errors_of_the_others() -> None:
                 ops.feature_space_importance(torch.ones(3, 4), bad, torch.ones(4), method)
     with pytest.raises(TypeError, match="must be of a floating dtype"):
         ops.affine_fit(*torch.ones(4, 3, dtype=torch.int64))
+    for inverse, products in ((torch.eye(3), torch.eye(4)), (torch.zeros(3, 4), torch.zeros(3, 4)), (x[0], x[0])):
+        with pytest.raises(ValueError, match=r"must both be \(p, p\)"):
+            ops.greedy_elimination(inverse, products, 1)
+    for num in (-1, 4):
+        with pytest.raises(ValueError, match=f"from 0 to the number of candidates, 3, got {num}"):
+            ops.greedy_elimination(torch.eye(3), torch.eye(3), num)
+    with pytest.raises(TypeError, match="products must be float32, got float64"):
+        ops.greedy_elimination(torch.eye(3), torch.eye(3).double(), 1)
     with pytest.raises(ValueError, match="one shape"):
         ops.token_cosine(x, x[:2])
     with pytest.raises(TypeError, match="a must be float32"):
@@ -205,6 +215,7 @@ def test_arguments_that_are_no_tensors_or_no_integers() -> None:
         lambda other: ops.feature_space_importance(weight, other, zeros),
         lambda other: ops.affine_fit(zeros, zeros, zeros, other),
         lambda other: ops.lstsq(other, x),
+        lambda other: ops.greedy_elimination(torch.zeros(6, 6), other, 1),
         lambda other: ops.token_cosine(x, other),
     ):
         for other in ([[1.0]], x.numpy(), 0.5):
@@ -214,6 +225,8 @@ def test_arguments_that_are_no_tensors_or_no_integers() -> None:
             call(torch.zeros(6, 6, device="meta"))
     with pytest.raises(TypeError, match=r"num_heads must be an integer, got 3\.0"):
         ops.head_covariance(weight, torch.zeros(6, 6), 3.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="num must be an integer, got True"):
+        ops.greedy_elimination(torch.eye(3), torch.eye(3), True)
     with pytest.raises(TypeError, match=r"num_pruned must be an integer, got 0\.25"):
         ops.pearson_greedy(torch.zeros(4, 4, 2), 0.25)  # type: ignore[arg-type]
 
@@ -262,7 +275,7 @@ def a_gpu_of_2022(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernels_are_compared_before_they_are_used(
     a_gpu_of_2022: None, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    wanted = "extension" if OPERATIONS[operation].extension else "triton"
+    wanted = "extension" if "cuda" in OPERATIONS[operation].extension else "triton"
     if wanted == "extension":
         if dispatch.extension_is_missing():
             pytest.skip("slimllm._C was not built")
@@ -298,6 +311,7 @@ def test_the_comparison_sees_what_is_not_a_number_and_what_is_not_solved(monkeyp
     device = torch.device("cpu")
     assert selfcheck.difference("affine_fit", device, "extension") < 1e-6
     assert selfcheck.difference("lstsq", device, "extension") < 2e-5
+    assert selfcheck.difference("greedy_elimination", device, "extension") < 1e-12
 
     class Broken:
         @staticmethod

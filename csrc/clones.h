@@ -1,0 +1,11 @@
+// SLIMLLM_CLONES: a clone of a function for each instruction set, so that its loops use the processor's longest vectors.
+
+#pragma once
+
+// This needs GCC 12, which knows these architecture names, and a C library that picks a clone at load time.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#define SLIMLLM_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default"), flatten))
+#else
+#define SLIMLLM_CLONES
+#endif
