@@ -15,6 +15,7 @@ class MyFlap(Criterion):
     """Variance of the activations times squared weights, summed over the columns of a head or channel."""
 
     attention_gram = False  # uses only the norms and variances of columns
+    dense_statistics = True  # of the dense model, as published: with the recovery bias there is no second pass
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight().double()

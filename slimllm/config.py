@@ -186,10 +186,15 @@ class PruneConfig:
                 f"allocation {self.allocation!r} is not the paper's; leave it out, or choose another preset (for "
                 "layer-importance, give published=True; with_preset converts settings that were made for another preset)."
             )
+        for method in (self.criterion, self.recovery):
+            if method.dense_statistics and (method.attention_gram or _names(method.needs) != ["COLUMNS"]):
+                raise InputError(
+                    f"{method.name} has dense_statistics, so it must have attention_gram = False and needs = Needs.COLUMNS."
+                )
         if self.criterion.needs_recovery and not self.recovery.adds_bias:
+            name = self.criterion.name
             raise InputError(
-                f"criterion {self.criterion.name} removes what a recovery can make up for; give a recovery: lstsq, affine "
-                "or bias."
+                f"criterion {name} removes what a recovery can make up for; give a recovery: lstsq, affine or bias."
             )
 
     @property
@@ -202,6 +207,11 @@ class PruneConfig:
     def needs(self) -> Any:
         """Statistics of activations that the criterion and the recovery need: `slimllm.methods.statistics.Needs`."""
         return self.criterion.needs | self.recovery.needs
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether all statistics are those of the dense model, so that the dense pass is the only one over the windows."""
+        return bool(self.criterion.dense_statistics and self.recovery.dense_statistics)
 
     def __repr__(self) -> str:
         """Return the call that makes these settings, without those that have the preset's or the default value."""
@@ -235,6 +245,7 @@ class PruneConfig:
         settings["method_settings"] = {kind: method.describe() for kind, method in methods.items()}
         settings["method_versions"] = {kind: method.version for kind, method in methods.items()}
         settings["by_sensitivity"] = self.allocation.by_sensitivity
+        settings["one_pass"] = self.one_pass
         settings["method_needs"] = {kind: _names(method.needs) for kind, method in methods.items()}
         return settings
 

@@ -11,11 +11,25 @@ from slimllm.statistics import GramStatistics
 
 
 @dataclass(frozen=True)
-class OutputMoments:
-    """Moments of a sub-layer's dense output y and pruned output ŷ, each (D,) fp64, population (1/N) normalised."""
+class OutputMeans:
+    """Means of a sub-layer's dense output y and pruned output ŷ, each (D,) fp64. Without variances, errors are unknown."""
 
     mean_y: torch.Tensor
     mean_y_hat: torch.Tensor
+
+    def relative_error(self, slope: torch.Tensor, intercept: torch.Tensor) -> float | None:
+        """Return None: the error is unknown."""
+        return None
+
+    def error_of_removal(self) -> float | None:
+        """Return the `relative_error` of the pruned output without a recovery."""
+        return self.relative_error(torch.ones_like(self.mean_y), torch.zeros_like(self.mean_y))
+
+
+@dataclass(frozen=True)
+class OutputMoments(OutputMeans):
+    """Moments of a sub-layer's dense output y and pruned output ŷ, each (D,) fp64, population (1/N) normalised."""
+
     variance_y: torch.Tensor
     variance_y_hat: torch.Tensor
     covariance: torch.Tensor
@@ -33,10 +47,6 @@ class OutputMoments:
         bias = self.mean_y - slope * self.mean_y_hat - intercept
         residual = self.variance_y - 2 * slope * self.covariance + slope.square() * self.variance_y_hat
         return relative_error(float((residual.clamp(min=0) + bias.square()).sum()), self.variance_y)
-
-    def error_of_removal(self) -> float:
-        """Compute `relative_error` of the pruned output without a recovery."""
-        return self.relative_error(torch.ones_like(self.mean_y), torch.zeros_like(self.mean_y))
 
 
 def relative_error(error: float, variance_y: torch.Tensor) -> float:

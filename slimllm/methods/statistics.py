@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slimllm import ops
-from slimllm.methods.moments import OutputMoments
+from slimllm.methods.moments import OutputMeans, OutputMoments
 from slimllm.models.sublayer import Sublayer
 from slimllm.runtime.distributed import Ranks
 from slimllm.statistics import ColumnStatistics, GramStatistics, HeadStatistics
@@ -58,8 +58,10 @@ class SublayerStatistics:
         columns: Statistics of z, the inputs of the output projection, F features.
         inputs: Statistics of an FFN's inputs, D features; None for attention.
         output_covariance: Computes the covariance of y, (D, D) fp64; None: it was not streamed.
-        moments: Computes the moments of y and of the kept units' output; None: they are streamed later (`give_moments`).
+        moments: Computes the moments of y and of the kept units' output, or only their means if the statistics are those of
+            the dense model; None: they are streamed later (`give_moments`).
         ranks: The processes of the run. A criterion is called in the first process only, a recovery in all of them.
+        outputs: Statistics of every dimension of y; None: its variance follows from the covariance.
     """
 
     def __init__(
@@ -68,10 +70,11 @@ class SublayerStatistics:
         columns: ColumnStatistics | GramStatistics | HeadStatistics,
         inputs: ColumnStatistics | None,
         output_covariance: Callable[[], torch.Tensor] | None,
-        moments: Callable[[SublayerStatistics, torch.Tensor], OutputMoments] | None,
+        moments: Callable[[SublayerStatistics, torch.Tensor], OutputMeans] | None,
         ranks: Ranks,
+        outputs: ColumnStatistics | None = None,
     ) -> None:
-        self.sublayer, self.ranks, self._columns = sublayer, ranks, columns
+        self.sublayer, self.ranks, self._columns, self._outputs = sublayer, ranks, columns, outputs
         self._inputs, self._output_covariance, self._moments = inputs, output_covariance, moments
         self._allowed, self._attention_gram = ~Needs(0), True
         self._made: dict[str, torch.Tensor] = {}  # shared with what `seen_by` returns
@@ -125,6 +128,10 @@ class SublayerStatistics:
 
     def output_variance(self) -> torch.Tensor:
         """Return var(y_k), (D,) fp64; for an FFN, the method must need one of the Grams."""
+        if not self.sublayer.is_attention:
+            self._check(Needs.OUTPUT_GRAM | Needs.COLUMN_GRAM, "the variance of the output")
+        if self._outputs is not None:
+            return self._outputs.variance()
         if self.sublayer.is_attention:
             return self.unit_covariance(effective=False).sum((0, 1))
         return self.output_covariance().diagonal()
@@ -165,6 +172,13 @@ class SublayerStatistics:
             kept: The selected units, sorted int64 indices. Other units are allowed in attention, and in an FFN whose Gram
                 of the columns was streamed.
         """
+        moments = self.output_means(kept)
+        if not isinstance(moments, OutputMoments):
+            raise ValueError("with statistics of the dense model, only the means of the output are known: `output_means`.")
+        return moments
+
+    def output_means(self, kept: torch.Tensor) -> OutputMeans:
+        """Return `moments`, or only the means if the statistics are those of the dense model (`dense_statistics`)."""
         if self._moments is not None:
             return self._moments(self._seen(~Needs(0), True), kept)
         for streamed, moments in self._streamed:

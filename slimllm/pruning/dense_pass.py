@@ -24,8 +24,9 @@ from slimllm.models.meta import record_layer_inputs
 from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
+from slimllm.pruning.dense_statistics import DenseStatistics, packed
 from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, perplexity_windows, residual_stream
-from slimllm.pruning.shapes import layer_shapes
+from slimllm.pruning.shapes import dense_windows, layer_shapes
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement, Stream
 from slimllm.runtime.memory import trim
@@ -43,12 +44,14 @@ class DenseLayer:
         weights: Checksum of its weights; 0 if nothing is recorded.
         curves: Loss curves of its sub-layers; None: the allocation does not measure them.
         damage: Damage of the probes that were made in it, for an allocation by sensitivity.
+        statistics: Those of its attention and of its FFN; None: the run makes another pass (`PruneConfig.one_pass`).
     """
 
     similarity: float
     weights: int
     curves: Curves | None = None
     damage: list[float] = field(default_factory=list)
+    statistics: list[DenseStatistics] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class DensePass:
         factors: Factors of every layer's curves, for attention and for the FFN; None: there are none.
         seconds: Computing time of the decoder layers on all windows. It is extrapolated if fewer were measured.
         stage_seconds: Time of the whole pass, with reading and measuring.
-        measured: Settings on which the curves depend; None: there are no curves.
+        measured: Settings on which curves and statistics depend; None: there are neither.
         windows: Number of calibration windows that were measured.
     """
 
@@ -91,11 +94,17 @@ class DensePass:
         return [layer.curves.times(*own) for layer, own in zip(self.layers, factors) if layer.curves is not None]
 
 
+def _measures(config: PruneConfig) -> bool:
+    """Return whether the dense pass collects statistics."""
+    return config.allocation.needs is not None or config.one_pass
+
+
 def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ...] | None:
-    if config.allocation.needs is None:
+    if not _measures(config):
         return None
-    settings = f"{config.allocation.code()} {config.allocation.describe()} {config.seed}"
-    return settings, config.token_weights, config.head_unit, placement.gram
+    allocation, one_pass = config.allocation, "one pass" if config.one_pass else None
+    settings = None if allocation.needs is None else f"{allocation.code()} {allocation.describe()} {config.seed}"
+    return settings, one_pass, config.token_weights, config.head_unit, placement.gram
 
 
 @torch.no_grad()
@@ -126,11 +135,10 @@ def run_dense_pass(run: RunContext) -> DensePass:
             if probes:
                 with watch("sensitivity"):
                     damage = probes.pass_layer(layer, index)
-            curves = None
-            if allocation.needs is not None:
-                total, curves = _measure_layer(layer, stream, index, shapes[index], run)
+            if _measures(config):
+                total, curves, statistics = _measure_layer(layer, stream, index, shapes[index], run)
             else:
-                total = _pass_layer(layer, stream, index, run)
+                total, curves, statistics = _pass_layer(layer, stream, index, run), None, None
             finite = pass_held_out(layer, stream, index, watch)
             with ranks.together():
                 if not (finite and bool(total.isfinite())):
@@ -148,7 +156,7 @@ def run_dense_pass(run: RunContext) -> DensePass:
             if is_last:
                 with watch("perplexity"):
                     last["loss"] = mean_loss(source, stream, run.calibration)
-            layers.append(DenseLayer(float(total) / math.prod(stream.shape[:2]), weights, curves, damage))
+            layers.append(DenseLayer(float(total) / math.prod(stream.shape[:2]), weights, curves, damage, statistics))
             if record:
                 with watch("journal"):
                     states = probes.states.cpu() if probes else None
@@ -174,12 +182,10 @@ def num_windows(run: RunContext) -> int:
 
     There is at least one for each rank, and the windows of the perplexity are among them if none are held out.
     """
-    calibration, allocation = run.calibration, run.config.allocation
-    samples = len(calibration.token_ids)
-    if allocation.needs is not None:
-        return samples
-    judged_by = 0 if len(calibration.held_out) else len(perplexity_windows(calibration))
-    return min(samples, max(allocation.dense_windows(samples), run.ranks.size, judged_by))
+    judged_by = 0 if len(run.calibration.held_out) else len(perplexity_windows(run.calibration))
+    channels = max(size.intermediate_size for size in run.source.sizes())
+    enough = dense_windows(run.config, channels, *run.calibration.token_ids.shape)
+    return min(len(run.calibration.token_ids), max(enough, run.ranks.size, judged_by))
 
 
 def steps_of(dense: DensePass) -> list[dict[str, Any]]:
@@ -191,7 +197,8 @@ def steps_of(dense: DensePass) -> list[dict[str, Any]]:
 
 def _recorded(step: dict[str, Any]) -> DenseLayer:
     curves = Curves(**step["curves"]) if step["curves"] else None
-    return DenseLayer(step["similarity"], step["weights"], curves, step["damage"])
+    statistics = step.get("statistics") and [DenseStatistics(**of_part) for of_part in step["statistics"]]
+    return DenseLayer(step["similarity"], step["weights"], curves, step["damage"], statistics)
 
 
 def _probes(run: RunContext, stream: Stream) -> Probes:
@@ -216,10 +223,12 @@ def _pass_layer(layer: Layer, stream: Stream, index: int, run: RunContext) -> to
 
 def _measure_layer(
     layer: Layer, stream: Stream, index: int, shape: LayerShape, run: RunContext
-) -> tuple[torch.Tensor, Curves]:
-    """Pass the residual stream through a dense layer, and return its similarity, summed over all tokens, and its curves.
+) -> tuple[torch.Tensor, Curves | None, list[DenseStatistics] | None]:
+    """Pass the residual stream through a dense layer and collect statistics.
 
-    The curves are empty if the stream is not finite any more.
+    Returns:
+        Its similarity, summed over all tokens; its curves, if the allocation needs them; and its statistics, if the run
+        makes one pass. The latter two are None if the stream is not finite any more.
     """
     config, watch, ranks = run.config, run.watch, stream.ranks
     sublayers = (
@@ -228,9 +237,11 @@ def _measure_layer(
     )
     weighted = config.token_weights == "norm"
     statistics: list[ColumnStatistics | GramStatistics] = []
+    needs = config.allocation.needs or Needs.COLUMNS
+    inputs = ColumnStatistics(layer.linear(layer.spec.down_proj).out_features, layer.device)  # of the FFN
     for one in sublayers:
         features = one.output_projection.in_features
-        if Needs.COLUMN_GRAM in config.allocation.needs:
+        if Needs.COLUMN_GRAM in needs:
             on_host = not one.is_attention and stream.placement.gram == "host"
             statistics.append(GramStatistics(features, "cpu" if on_host else layer.device))
         else:
@@ -241,23 +252,32 @@ def _measure_layer(
         hidden_in = hidden = batch.hidden.load()
         for part, (one, columns) in enumerate(zip(sublayers, statistics)):
             with watch("dense pass"):
-                inner = one.inner_activations(one.norm(hidden), batch.kwargs[index])
+                x = one.norm(hidden)
+                inner = one.inner_activations(x, batch.kwargs[index])
                 output = one.output_projection(inner)
             with watch("statistics"):
                 weights = one.token_weights(hidden, output)
                 squares[part] += weights.reciprocal().sum(dtype=torch.float64)
                 columns.update(inner, weights if weighted else None)
+                if config.one_pass and not one.is_attention:
+                    inputs.update(x.flatten(0, 1), weights if weighted else None)
             with watch("dense pass"):
                 hidden = hidden + one.residual_update(output).view_as(hidden)
         with watch("statistics"):
             similarity += layer_similarity(hidden_in, hidden)
             batch.hidden.save(hidden)
-    del hidden_in, hidden, inner, output
+    del hidden_in, hidden, x, inner, output
     with watch("statistics"):
-        ranks.add_up(*statistics)
+        ranks.add_up(*statistics, *([inputs] if config.one_pass else []))
         ranks.sum_(squares, similarity)
-    if not bool(similarity.isfinite()):
-        return similarity, Curves([], [])
+        if not bool(similarity.isfinite()):
+            return similarity, None, None
+        found = None
+        if config.one_pass:
+            attention, ffn = (packed(one) for one in statistics)
+            found = [DenseStatistics(attention, None), DenseStatistics(ffn, packed(inputs))]
+    if config.allocation.needs is None:
+        return similarity, None, found
     with watch("allocation"):
 
         def measured() -> list[list[float]]:
@@ -272,12 +292,11 @@ def _measure_layer(
                             f"{tuple(costs.shape)}."
                         )
                 curves.append(sampled(costs))
-                trim()
             return curves
 
         curves = Curves(*ranks.made_by_first(measured))
     trim()
-    return similarity, curves
+    return similarity, curves, found
 
 
 def _factors(run: RunContext, probes: Probes | None) -> list[list[float]]:

@@ -65,9 +65,10 @@ class LayerReport(_Always, total=False):
         num_heads, num_kv_heads, intermediate_size: Its sizes after pruning; with `_before`, those of the dense layer.
         kept_heads, kept_kv_heads, kept_channels: Sorted indices.
         head_importance, channel_importance: The criterion's score of every unit, if such units were removed.
-        attention_statistics: How attention's statistics were streamed, `gram` or `heads`, if heads were removed.
+        attention_statistics: How attention's statistics were streamed, `gram`, `heads` or `dense` (in the dense pass), if
+            heads were removed.
         attention_error_before, attention_error_after, ffn_error_before, ffn_error_after: The output's error relative to its
-            variance, without and with the recovery, if something was removed.
+            variance, without and with the recovery, if something was removed; missing with statistics of the dense model.
         parameters_before, parameters_after: Number of the layer's parameters.
         similarity: c, the mean cosine over tokens of the dense layer's input with its output.
         elapsed_s: Seconds, from reading it to writing it.
@@ -122,11 +123,11 @@ def layer_report(parts: PrunedParts, **measured: Any) -> LayerReport:
         report["kept_kv_heads"] = units.tolist() if parts.by_group else list(range(before.num_kv_heads))
         report["head_importance"] = heads.importance
         report["attention_statistics"] = heads.statistics
-        report["attention_error_before"] = heads.error_before
-        report["attention_error_after"] = heads.error_after
     if channels:
         report["kept_channels"] = channels.kept.tolist()
         report["channel_importance"] = channels.importance
-        report["ffn_error_before"] = channels.error_before
-        report["ffn_error_after"] = channels.error_after
+    for part, pruned in (("attention", heads), ("ffn", channels)):
+        for when in ("before", "after"):
+            if pruned and (error := getattr(pruned, f"error_{when}")) is not None:
+                report[f"{part}_error_{when}"] = error  # type: ignore[literal-required]
     return report

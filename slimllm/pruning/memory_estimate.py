@@ -174,39 +174,48 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         else:
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
-    of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c + scores
-    yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": a**2 * 4})
-    if by_heads:  # possibly instead of the Gram: fp64 sums, fp32 sums of a batch, tiles, copies of the weight and x
-        sums = units**2 * d * (8 + 4) + 3 * 4 * CONTRIBUTIONS + (0 if c == 4 else a * d * 4) + 2 * batch * a * 4
-        yield at("attention by heads", 1, inner(a) | {"batch": of_attention, "heads' covariances": sums})
-    heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * units**2 * d * 8}
-    if obs:
-        heads |= {"elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)}  # a² matrices replace the covariance
-    yield at("heads", 1, heads)
-    ffn_gram = {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
-    away = by_channels and placement.gram == "host"
-    here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
-    yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
-    # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or as much for the
-    # matrices of the function (6 in fp32).
-    space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if by_output else d**2 * 8
-    yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
-    if obs:
-        needed, covariance = ffn_gram | elimination, {"covariance": d**2 * 8}
-        yield at("obs", streams, inner(i) | covariance | ({} if away else needed), needed if away else {})
-    sliced = {"pruned layer": 3 * kept * d * s}
-    if lstsq:
-        moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d
-        across = {"moments": moments / sizes.ranks}  # only this rank's outputs
-        system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # the system and its factor
-        solution = ffn_gram | {"solution": 2 * 8 * kept * d}
-        yield at("recovery", streams, inner(i) | ({} if away else system), system if away else {})
-        yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
+
+    def of_pruning() -> Iterator[Phase]:
+        of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c + scores
+        yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": a**2 * 4})
+        if by_heads:  # possibly instead of the Gram: fp64 sums, fp32 sums of a batch, tiles, copies of the weight and x
+            sums = units**2 * d * (8 + 4) + 3 * 4 * CONTRIBUTIONS + (0 if c == 4 else a * d * 4) + 2 * batch * a * 4
+            yield at("attention by heads", 1, inner(a) | {"batch": of_attention, "heads' covariances": sums})
+        heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * units**2 * d * 8}
+        if obs:
+            heads |= {
+                "elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)
+            }  # a² matrices replace the covariance
+        yield at("heads", 1, heads)
+        ffn_gram = {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
+        away = by_channels and placement.gram == "host"
+        here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
+        yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
+        # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or as much for
+        # the matrices of the function (6 in fp32).
+        space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if by_output else d**2 * 8
+        yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
+        if obs:
+            needed, covariance = ffn_gram | elimination, {"covariance": d**2 * 8}
+            yield at("obs", streams, inner(i) | covariance | ({} if away else needed), needed if away else {})
+        sliced = {"pruned layer": 3 * kept * d * s}
+        if lstsq:
+            moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d
+            across = {"moments": moments / sizes.ranks}  # only this rank's outputs
+            system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # the system and its factor
+            solution = ffn_gram | {"solution": 2 * 8 * kept * d}
+            yield at("recovery", streams, inner(i) | ({} if away else system), system if away else {})
+            yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
+        else:
+            if by_channels:
+                needed = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
+                yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
+            yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
+
+    if config.one_pass:  # only the windows that judge the result pass the pruned layers
+        yield at("slicing", 1, {"batch": max(256, sizes.seq_len) * (2 * i + 4 * d) * c}, {"pruned layer": 3 * kept * d * s})
     else:
-        if by_channels:
-            needed = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
-            yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
-        yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
+        yield from of_pruning()
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else (tokens + held_out) * d * c
     # As in `ModelSource.loss_sum`: part of the vocabulary for part of the tokens; the head in the dtype that is read.
     logits: dict[str, float] = {

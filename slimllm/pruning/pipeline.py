@@ -13,8 +13,9 @@ from slimllm.models.layer import Layer
 from slimllm.models.sublayer import Sublayer, add_update
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass
+from slimllm.pruning.dense_statistics import DenseStatistics
 from slimllm.pruning.layer_report import LayerReport, PrunedParts, layer_report
-from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, residual_stream
+from slimllm.pruning.residual_stream import judging, mean_loss, overflow, pass_held_out, residual_stream
 from slimllm.pruning.sublayer import PrunedSublayer, prune_sublayer
 from slimllm.runtime.hidden_states import Stream
 from slimllm.runtime.memory import peak_host_gib, trim
@@ -52,7 +53,7 @@ class Pruning:
     """
 
     def __init__(self, run: RunContext, dense: DensePass, removals: list[LayerRemoval]) -> None:
-        self.run, self.dense, self.removals = run, dense, removals
+        self.run, self.dense, self.removals = judging(run) if run.config.one_pass else run, dense, removals
         self.reports: list[LayerReport] = []
         self.loss = 0.0
 
@@ -111,15 +112,18 @@ class Pruning:
     def _prune_layer(self, layer: Layer, stream: Stream, index: int) -> tuple[PrunedSublayer | None, PrunedSublayer | None]:
         """Prune the attention, then the FFN."""
         config, removal = self.run.config, self.removals[index]
+        of_attention, of_ffn = self.dense.layers[index].statistics or (None, None)
         attention = Sublayer.attention_of(layer, index, config.head_unit, config.seed)
-        heads = _prune_or_pass(attention, stream, removal.units, self.run)
+        heads = _prune_or_pass(attention, stream, removal.units, self.run, of_attention)
         ffn = Sublayer.ffn_of(layer, index, config.seed)
-        return heads, _prune_or_pass(ffn, stream, removal.channels, self.run)
+        return heads, _prune_or_pass(ffn, stream, removal.channels, self.run, of_ffn)
 
 
-def _prune_or_pass(sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext) -> PrunedSublayer | None:
+def _prune_or_pass(
+    sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext, dense: DenseStatistics | None
+) -> PrunedSublayer | None:
     if num_removed:
-        return prune_sublayer(sublayer, stream, num_removed, run)
+        return prune_sublayer(sublayer, stream, num_removed, run, dense)
     for batch in stream:
         with run.watch("forward"):
             add_update(batch, sublayer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from slimllm.calibration import Calibration
@@ -91,6 +93,13 @@ def mean_loss(source: ModelSource, stream: Stream, calibration: Calibration) -> 
             total += source.loss_sum((batch.hidden.load()[: len(ids)], ids) for batch, ids in own)
     stream.ranks.sum_(total)
     return float(total) / token_ids[:, 1:].numel()
+
+
+def judging(run: RunContext) -> RunContext:
+    """Return the context of a run with only the windows that judge its result, and at least one for each rank."""
+    calibration, held_out = run.calibration, len(run.calibration.held_out)
+    needed = max(run.ranks.size, 0 if held_out else len(perplexity_windows(calibration)))
+    return dataclasses.replace(run, calibration=dataclasses.replace(calibration, token_ids=calibration.token_ids[:needed]))
 
 
 def perplexity_windows(calibration: Calibration) -> torch.Tensor:

@@ -8,6 +8,7 @@ from slimllm.checkpoints.source import ModelSource
 from slimllm.config import PruneConfig
 from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.target import find_target
+from slimllm.methods.statistics import Needs
 from slimllm.models.slicing import LayerSizes
 from slimllm.ops.dispatch import choose
 from slimllm.ops.heads import cheaper_method
@@ -56,6 +57,22 @@ def streams_heads(
         return False
     fused = choose("head_covariance_of_tokens", device).backend == "triton"
     return cheaper_method(tokens[0], shape[0], shape[1], units, fused, tokens[1]) == "stream"
+
+
+def dense_windows(config: PruneConfig, channels: int, samples: int, seq_len: int) -> int:
+    """Return how many of the calibration windows the methods of a run need in the dense pass.
+
+    Args:
+        config: The settings.
+        channels: Width of the widest FFN; a Gram is measured on at least as many tokens.
+        samples, seq_len: Number and length of the calibration windows.
+    """
+    if config.one_pass:
+        return samples
+    needs, enough = config.allocation.needs, config.allocation.dense_windows(samples)
+    if needs is not None and Needs.COLUMN_GRAM in needs:
+        enough = max(enough, -(-channels // seq_len))
+    return min(samples, enough)
 
 
 def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerShape:

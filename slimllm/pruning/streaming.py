@@ -78,6 +78,7 @@ class ByGram(Way):
         on_host = not sublayer.is_attention and self.stream.placement.gram == "host"
         gram = GramStatistics(self.weight.shape[1], "cpu" if on_host else sublayer.layer.device)
         inputs = self.inputs()
+        outputs = ColumnStatistics(len(self.weight), sublayer.layer.device) if self.weighted else None
         for number in range(len(self.stream)):
             with watch("forward"):
                 x, inner = self.activations.first(number)
@@ -86,19 +87,18 @@ class ByGram(Way):
                 weights = None if output is None else self.token_weights(number, output)
                 if inputs is not None:
                     inputs.update(x.flatten(0, 1), weights)
+                if outputs is not None and output is not None:
+                    outputs.update(output, weights)
                 gram.update(inner, weights)
         del x, inner, output
         with watch("statistics"):
-            ranks.add_up(*(one for one in (inputs, gram) if one is not None))
+            ranks.add_up(*(one for one in (inputs, outputs, gram) if one is not None))
         weight = self.weight
-        statistics = SublayerStatistics(sublayer, gram, inputs, lambda: gram.of_product(weight), _moments_of_gram, ranks)
-        if not sublayer.is_attention:
-            with watch("channels"):
-                statistics.output_covariance()
-        return statistics
+        return SublayerStatistics(sublayer, gram, inputs, lambda: gram.of_product(weight), _moments_of_gram, ranks, outputs)
 
     def prepare(self, kept: torch.Tensor) -> None:
-        trim()  # before the phase that takes most memory
+        if not self.sublayer.is_attention:
+            trim()  # before the phase that takes most memory
 
     def apply(self, kept: torch.Tensor, fit: Fit) -> None:
         self.sublayer.layer.replace(self.sublayer.sliced(kept, fit.change))

@@ -15,6 +15,7 @@ from slimllm.models.slicing import OutputChange
 from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
+from slimllm.pruning.dense_statistics import DenseStatistics, FromDensePass
 from slimllm.pruning.streaming import way_of
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Stream
@@ -27,18 +28,22 @@ class PrunedSublayer:
     Attributes:
         kept: The kept units, sorted int64 indices.
         importance: The criterion's score of every unit.
-        error_before, error_after: The output's error relative to its variance, without and with the recovery.
-        statistics: How the statistics were streamed: `gram` (of the columns), `heads` or `output`.
+        error_before, error_after: The output's error relative to its variance, without and with the recovery; None: it was
+            not measured.
+        statistics: How the statistics were streamed: `gram` (of the columns), `heads`, `output`, or `dense` (in the dense
+            pass).
     """
 
     kept: torch.Tensor
     importance: list[float]
-    error_before: float
-    error_after: float
+    error_before: float | None
+    error_after: float | None
     statistics: str
 
 
-def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext) -> PrunedSublayer:
+def prune_sublayer(
+    sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext, dense: DenseStatistics | None = None
+) -> PrunedSublayer:
     """Remove units of a sub-layer, and pass the residual stream through it.
 
     Args:
@@ -46,10 +51,11 @@ def prune_sublayer(sublayer: Sublayer, stream: Stream, num_removed: int, run: Ru
         stream: The residual stream before the sub-layer; it is changed to the one after it.
         num_removed: Number of units to remove from each group.
         run: The run's context.
+        dense: Statistics of the dense model to prune by; None: they are streamed now.
     """
     criterion, recovery, ranks = run.config.criterion, run.config.recovery, stream.ranks
     where = f"the {sublayer.kind} of layer {sublayer.index}"
-    way = way_of(sublayer, stream, run)
+    way = way_of(sublayer, stream, run) if dense is None else FromDensePass(sublayer, stream, run, dense)
     statistics = way.collect()
     with run.watch("heads" if sublayer.is_attention else "channels"):
 
@@ -95,7 +101,7 @@ def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery)
             if value.shape != shape or not bool(value.isfinite().all()):
                 raise ValueError(f"{name} must be finite and of shape {shape}, got shape {tuple(value.shape)}.")
             parts[name] = value.to(device, torch.float64)
-    if not all(map(math.isfinite, (fit.error_before, fit.error_after))):
+    if not all(error is None or math.isfinite(error) for error in (fit.error_before, fit.error_after)):
         raise ValueError(f"its errors must be finite, got {fit.error_before} and {fit.error_after}.")
     if recovery.adds_bias and "intercept" not in parts:  # the output format expects a bias
         parts["intercept"] = torch.zeros(outputs, dtype=torch.float64, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -116,7 +117,65 @@ def test_bias_stands_for_the_mean_of_what_goes(stories: PreTrainedModel, token_i
     torch.testing.assert_close(projection.weight, weight[:, columns].float(), rtol=0, atol=0)
     wanted = (weight[:, gone] @ x[:, gone].mean(0)).float()
     torch.testing.assert_close(projection.bias, wanted, rtol=1e-4, atol=1e-6 * float(weight.abs().max()))
-    assert report["attention_error_after"] < report["attention_error_before"]
+    assert report["attention_statistics"] == "dense" and "attention_error_before" not in report  # it would need a Gram
+
+
+def inputs_of_all(model: PreTrainedModel, token_ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """What enters the output projections of every layer of the dense model, (num_tokens, features) fp64."""
+    seen: list[dict[str, torch.Tensor]] = [{} for _ in model.model.layers]
+    hooks = []
+    for layer, found in zip(model.model.layers, seen):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+
+            def keep(module: Any, x: Any, found: dict[str, torch.Tensor] = found, name: str = name) -> None:
+                found[name] = x[0].flatten(0, 1).double()
+
+            hooks.append(layer.get_submodule(name).register_forward_pre_hook(keep))
+    with torch.no_grad():
+        model(token_ids)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("allocation", ["flap", "layer-importance", "auto"])
+@pytest.mark.parametrize("recovery", ["bias", "none"])
+def test_flap_in_one_pass_prunes_by_the_dense_model(
+    stories: PreTrainedModel, token_ids: torch.Tensor, allocation: str, recovery: str
+) -> None:
+    """In every layer: units, sliced weights and biases are those of the dense model's activations, as in FLAP's code."""
+    dense, seen = copy.deepcopy(stories), inputs_of_all(stories, token_ids)
+    config = PruneConfig(ratio=RATIO, criterion="flap", allocation=allocation, recovery=recovery, round_to=1)
+    report = prune_model(stories, token_ids, config)
+    assert report.calibration["dense_windows"] == len(token_ids) and report.stages_s["forward"] < report.dense_pass_s
+    pruned = 0
+    for before, after, x, layer in zip(dense.model.layers, stories.model.layers, seen, report.layers):
+        for name, key, units in (("self_attn.o_proj", "kept_kv_heads", 4), ("mlp.down_proj", "kept_channels", 172)):
+            weight, entering = before.get_submodule(name).weight.double(), x[name]
+            score, kept = flap(weight, entering).view(units, -1).sum(1), layer[key]
+            assert set(kept) == set(score.argsort()[units - len(kept) :].tolist())
+            columns = torch.arange(weight.shape[1]).view(units, -1)[kept].flatten()
+            projection = after.get_submodule(name)
+            assert torch.equal(projection.weight, weight[:, columns].float())
+            if len(kept) == units or recovery == "none":
+                assert projection.bias is None or not projection.bias.any()
+                continue
+            gone = torch.ones(weight.shape[1], dtype=torch.bool).index_fill_(0, columns, False)
+            wanted = (weight[:, gone] @ entering[:, gone].mean(0)).float()
+            torch.testing.assert_close(projection.bias, wanted, rtol=1e-4, atol=1e-6 * float(wanted.abs().max()))
+            pruned += 1
+    assert pruned or recovery == "none"
+
+
+def test_flap_with_a_recovery_that_needs_the_pruned_model_takes_two_passes(
+    stories: PreTrainedModel, token_ids: torch.Tensor
+) -> None:
+    for criterion, recovery in (("flap", "affine"), ("wanda-sp", "bias"), ("magnitude", "none")):
+        config = PruneConfig(ratio=RATIO, criterion=criterion, recovery=recovery)
+        report = prune_model(copy.deepcopy(stories), token_ids, config)
+        assert not config.one_pass
+        assert any("ffn_error_after" in layer for layer in report.layers)
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES.all())
@@ -143,7 +202,6 @@ def test_everything_goes_with_everything(
 
 def test_best_is_better(stories: PreTrainedModel, token_ids: torch.Tensor) -> None:
     """On text that calibrates nothing: less than 0.6 of what the paper's method loses at 20 %, 0.8 at 50 %."""
-    import copy
     import math
 
     from slimllm import perplexity

@@ -84,6 +84,43 @@ def test_a_recovery_that_says_too_little(forgotten: None, token_ids: torch.Tenso
     assert not (tmp_path / "out").exists()
 
 
+def test_statistics_of_the_dense_model(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """Methods that take them get columns and means, and nothing that would need a Gram."""
+
+    class ByInputs(Criterion):
+        """Channels by their means, which the inputs of the FFN accompany."""
+
+        attention_gram = False
+        dense_statistics = True
+
+        def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
+            if not sublayer.is_attention:
+                assert statistics.inputs.mean().shape == (64,) and statistics.inputs.count == 16 * 64
+            return statistics.columns.mean().abs().view(sublayer.units, -1).sum(1)
+
+    register_criterion("by-inputs")(ByInputs)
+
+    @register_recovery("too-much")
+    class TooMuch(Recovery):
+        """Asks for more than means."""
+
+        attention_gram = False
+        dense_statistics = True
+
+        def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
+            return Fit.of_moments(statistics.moments(kept), *statistics.moments(kept).affine_fit())
+
+    report = slimllm.prune(STORIES, tmp_path / "out", config(token_ids, criterion="by-inputs", recovery="bias"))
+    assert report.config["one_pass"] and not any("ffn_error_after" in layer for layer in report.layers)
+    with pytest.raises(InputError, match=r"with statistics of the dense model, only the means .*`output_means`"):
+        slimllm.prune(STORIES, tmp_path / "more", config(token_ids, criterion="by-inputs", recovery="too-much"))
+    ByInputs.needs = Needs.OUTPUT_GRAM
+    with pytest.raises(
+        InputError, match=r"by-inputs has dense_statistics, so it must have attention_gram = False and needs"
+    ):
+        config(token_ids, criterion="by-inputs", recovery="bias")
+
+
 def test_an_allocation(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) -> None:
     @register_allocation("smallest-weights")
     class SmallestWeights(Allocation):

@@ -83,6 +83,8 @@ def test_goes_on_where_it_was(
         ({"preset": "best"}, "dense"),
         ({"preset": "best"}, "prune"),
         ({"allocation": "flap", "recovery": "bias"}, "dense"),
+        ({"criterion": "flap", "allocation": "flap", "recovery": "bias"}, "dense"),
+        ({"criterion": "flap", "recovery": "none"}, "prune"),
     ],
 )
 def test_every_method_and_batches_of_different_sizes(

@@ -24,7 +24,7 @@ from slimllm.models.slicing import LayerSizes, sizes_by_layer
 from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traffic
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.pruning.run import too_few_tokens, weight_dtype
-from slimllm.pruning.shapes import streams_heads
+from slimllm.pruning.shapes import dense_windows, streams_heads
 from slimllm.runtime.memory import resident_gib
 
 # A run's time divided by that of the counted operations, which leave out norms, activations and copies
@@ -132,11 +132,11 @@ def _report(
     Args:
         shape: hidden_size and head_dim.
     """
-    kept, allocation, samples = 1 - config.ratio, config.allocation, config.samples
+    kept, samples, channels = 1 - config.ratio, config.samples, max(size.intermediate_size for size in layers)
     return {
         "calibration": {
             "samples": samples,
-            "dense_windows": allocation.dense_windows(samples) if allocation.needs is None else samples,
+            "dense_windows": dense_windows(config, channels, samples, config.seq_len),
             "tokens": config.samples * config.seq_len,
             "seq_len": config.seq_len,
             "held_out": num_held_out(config.samples),

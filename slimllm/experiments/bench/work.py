@@ -65,21 +65,18 @@ def stage_work(
     """
     tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
     held_out = report["calibration"].get("held_out", 0) * seq_len
-    measured = (
-        report["calibration"].get("dense_windows", report["calibration"]["samples"]) / report["calibration"]["samples"]
-    )
+    measured = report["calibration"].get("dense_windows", report["calibration"]["samples"]) * seq_len
     config: dict[str, Any] = report["config"]
     on_gpu = str(report["device"]).startswith("cuda")
     by_stage: dict[str, Work] = defaultdict(Work)
     probed = probed_layers(len(sizes)) if config["by_sensitivity"] else []
     for index, (size, layer) in enumerate(zip(sizes, report["layers"])):
-        found = _layer_work(size, layer, tokens, seq_len, hidden_size, head_dim, config, on_gpu)
+        found = _layer_work(size, layer, (tokens, measured), seq_len, hidden_size, head_dim, config, on_gpu)
         if probed:  # one window, and two damaged copies of it for each probed layer up to this one
             passing = (1 + 2 * sum(at <= index for at in probed)) * min(TOKENS, seq_len)
-            found["sensitivity"] = Work(found["dense pass"].operations * passing / tokens)
-        both_passes = found["dense pass"].operations + found["forward"].operations
-        found["dense pass"] = Work(found["dense pass"].operations * measured)
-        found["perplexity"] = Work(both_passes * held_out / tokens)
+            found["sensitivity"] = Work(found["dense pass"].operations * passing / measured)
+        both_passes = found["dense pass"].operations / measured + found["forward"].operations / tokens
+        found["perplexity"] = Work(both_passes * held_out)
         found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
         for stage, work in found.items():
             by_stage[stage] += work
@@ -89,27 +86,31 @@ def stage_work(
 def _layer_work(
     size: LayerSizes,
     layer: dict[str, Any],
-    tokens: int,
+    num_tokens: tuple[int, int],
     seq_len: int,
     hidden_size: int,
     head_dim: int,
     config: dict[str, Any],
     on_gpu: bool,
 ) -> dict[str, Work]:
+    """Count the work of a layer; `num_tokens` are those of the pruning and those of the dense pass."""
+    tokens, measured_tokens = num_tokens
     width, kv_width, channels = size.num_heads * head_dim, size.num_kv_heads * head_dim, size.intermediate_size
     kept_width, kept_channels = layer["num_heads"] * head_dim, layer["intermediate_size"]
     attention_pruned, ffn_pruned = kept_width < width, kept_channels < channels
     into_attention = 2 * tokens * hidden_size * (width + 2 * kv_width) + 2 * tokens * seq_len * width  # causal: half counts
     into_ffn = 2 * (1 + size.gated) * tokens * hidden_size * channels
     out = 2 * tokens * hidden_size
-    forward = into_attention + into_ffn + out * (kept_width + kept_channels)
+    forward: float = into_attention + into_ffn + out * (kept_width + kept_channels)
     statistics, heads, selection, recover, allocation = Work(), Work(), Work(), Work(), Work()
     needs = config["method_needs"]
     lstsq, obs = "COLUMN_GRAM" in needs["recovery"], "COLUMN_GRAM" in needs["criterion"]
     by_output, measured = "OUTPUT_GRAM" in needs["criterion"] + needs["recovery"], "COLUMN_GRAM" in needs["allocation"]
     if measured:
-        statistics += Work(tokens * (width**2 + channels**2))
+        statistics += Work(measured_tokens * (width**2 + channels**2))
         allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
+    if config.get("one_pass"):  # no Gram, and no window passes the pruned layers
+        forward, attention_pruned, ffn_pruned = 0.0, False, False
     if attention_pruned:
         units = size.units(config.get("head_unit", "kv-group"))[0]
         if layer.get("attention_statistics") == "heads":
@@ -138,7 +139,7 @@ def _layer_work(
             statistics += Work(tokens * hidden_size**2 if by_output else 0.0)
             forward += out * channels  # y, in addition to ŷ
     return {
-        "dense pass": Work(into_attention + into_ffn + out * (width + channels)),
+        "dense pass": Work((into_attention + into_ffn + out * (width + channels)) * measured_tokens / tokens),
         "forward": Work(forward),
         "statistics": statistics,
         **({"allocation": allocation} if measured else {}),

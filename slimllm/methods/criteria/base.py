@@ -25,11 +25,14 @@ class Criterion(Method, ABC):
         attention_gram: Whether it uses the Gram of attention's columns (`gram`, `output_covariance()`). If no method of a
             run does, the covariances of the heads may be streamed without the Gram, which is less work for few tokens.
         needs_recovery: Whether its choice is only good after a refit of the remaining weights.
+        dense_statistics: Whether its statistics are those of the dense model, not of the model pruned so far. If the
+            recovery accepts them, too, the dense pass is the only pass over the windows. It may need no Gram.
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
     attention_gram: ClassVar[bool] = True
     needs_recovery: ClassVar[bool] = False
+    dense_statistics: ClassVar[bool] = False
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         """Return the importance of every unit, (units,); units with the lowest are removed first.

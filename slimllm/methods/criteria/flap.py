@@ -12,9 +12,14 @@ from slimllm.models.sublayer import Sublayer
 
 @register_criterion("flap")
 class Flap(Criterion):
-    """FLAP: variance of the activations times squared weights, summed over a unit's columns."""
+    """FLAP: variance of the activations times squared weights, summed over a unit's columns.
 
+    Statistics are those of the dense model, as in FLAP's own code, if the recovery accepts them (`bias`, `none`).
+    """
+
+    version = "2"  # statistics of the dense model, as published
     attention_gram = False
+    dense_statistics = True
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight()

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from slimllm.methods.moments import OutputMoments
+from slimllm.methods.moments import OutputMeans
 from slimllm.methods.statistics import Needs, SublayerStatistics
 from slimllm.models.slicing import OutputChange
 from slimllm.models.sublayer import Sublayer
@@ -23,15 +23,16 @@ class Fit:
 
     Attributes:
         change: The change; None: there is none.
-        error_before, error_after: The output's error relative to its variance, without and with the change.
+        error_before, error_after: The output's error relative to its variance, without and with the change; None: it was
+            not measured.
     """
 
     change: OutputChange | None
-    error_before: float
-    error_after: float
+    error_before: float | None
+    error_after: float | None
 
     @classmethod
-    def of_moments(cls, moments: OutputMoments, slope: torch.Tensor, intercept: torch.Tensor) -> Fit:
+    def of_moments(cls, moments: OutputMeans, slope: torch.Tensor, intercept: torch.Tensor) -> Fit:
         """Make the change W' = a ∘ W, bias' = bias + b from a slope a and an intercept b, (D,) fp64."""
         change = OutputChange(intercept, slope)
         return cls(change, moments.error_of_removal(), moments.relative_error(slope, intercept))
@@ -46,6 +47,8 @@ class Recovery(Method, ABC):
         attention_gram: As for a criterion.
         adds_bias: Whether it adds a bias to an output projection without one. If not, the `intercept` of its changes must
             be None.
+        dense_statistics: Whether it accepts statistics of the dense model, if the criterion's are such. The moments of the
+            output are then only its means (`output_means`).
         shares_work: Whether the processes of a run share the work of `fit` and all return the same fit. Otherwise each
             process fits alone, and the change of the first one is used.
     """
@@ -53,6 +56,7 @@ class Recovery(Method, ABC):
     needs: ClassVar[Needs] = Needs.COLUMNS
     attention_gram: ClassVar[bool] = True
     adds_bias: ClassVar[bool] = True
+    dense_statistics: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
 
     @abstractmethod

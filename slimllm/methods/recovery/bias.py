@@ -13,8 +13,10 @@ from slimllm.models.sublayer import Sublayer
 class Bias(Recovery):
     """Mean output of the removed units, added as a bias (FLAP)."""
 
+    version = "2"  # means of the dense model, if the criterion's statistics are the dense model's
     attention_gram = False
+    dense_statistics = True
 
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
-        moments = statistics.moments(kept)
-        return Fit.of_moments(moments, torch.ones_like(moments.mean_y), moments.mean_y - moments.mean_y_hat)
+        means = statistics.output_means(kept)
+        return Fit.of_moments(means, torch.ones_like(means.mean_y), means.mean_y - means.mean_y_hat)

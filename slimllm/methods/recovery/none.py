@@ -14,8 +14,9 @@ class NoRecovery(Recovery):
     """The kept weights stay as they are."""
 
     attention_gram = False
+    dense_statistics = True
     adds_bias = False
 
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
-        error = statistics.moments(kept).error_of_removal()
+        error = statistics.output_means(kept).error_of_removal()
         return Fit(None, error, error)
