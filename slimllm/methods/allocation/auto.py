@@ -14,6 +14,7 @@ from slimllm.methods.allocation.base import (
     DenseSublayer,
     Removals,
     Request,
+    enough_windows,
     register_allocation,
     spend_at_least_cost,
 )
@@ -31,7 +32,11 @@ class Auto(Allocation):
     """Allocation by measured error: every step is taken where a parameter costs least, weighted by output sensitivity."""
 
     needs = Needs.COLUMN_GRAM
+    version = "2"  # fewer windows in the dense pass, fewer probed layers
     by_sensitivity = True
+
+    def dense_windows(self, samples: int) -> int:
+        return enough_windows(samples)
 
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
         sublayer, statistics = dense.sublayer, dense.columns

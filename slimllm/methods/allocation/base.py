@@ -107,9 +107,10 @@ class Allocation(Method, ABC):
         return Wanted(ratio, num_layers)
 
     def dense_windows(self, samples: int) -> int:
-        """Return how many of the calibration windows the layers' similarities are measured on; by default all of them.
+        """Return how many of the calibration windows the dense pass takes; by default all of them.
 
-        With statistics (`needs`), the dense pass takes all windows whatever this returns.
+        For a Gram (`needs`), it takes at least as many tokens as the widest FFN has channels. It takes all windows if the
+        criterion and the recovery prune by its statistics.
         """
         return samples
 
@@ -127,6 +128,11 @@ class Allocation(Method, ABC):
         Removed units must be multiples of a shape's `unit_step`. If channels are removed, the kept width must be a multiple
         of `round_to`. Every layer must keep at least one unit and one channel.
         """
+
+
+def enough_windows(samples: int) -> int:
+    """Return how many windows give nearly the same allocation as all of them (benchmarks/NOTES.md): 3 of 8, at least 12."""
+    return min(samples, max(12, 3 * samples // 8))
 
 
 def spend_at_least_cost(request: Request) -> Removals:

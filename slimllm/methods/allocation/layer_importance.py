@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slimllm.config import check_number
 from slimllm.errors import InputError
-from slimllm.methods.allocation.base import Allocation, Removals, Request, Wanted, register_allocation
+from slimllm.methods.allocation.base import Allocation, Removals, Request, Wanted, enough_windows, register_allocation
 from slimllm.methods.allocation.removal import most_removable
 from slimllm.methods.allocation.rounding import published_counts, round_shares, softmax_shares
 
@@ -82,11 +82,6 @@ class LayerImportance(Allocation):
         if self.settings.published and not any(shape.grouped for shape in shapes):
             return Removals(published_counts(shares, shapes), n, notes)
         return Removals(round_shares(shares, shapes, request.target, request.round_to), n, notes)
-
-
-def enough_windows(samples: int) -> int:
-    """Return how many windows give nearly the similarities of all of them (benchmarks/NOTES.md): 3 of 8, at least 12."""
-    return min(samples, max(12, 3 * samples // 8))
 
 
 def paper_settings(ratio: float) -> tuple[float, float, float]:

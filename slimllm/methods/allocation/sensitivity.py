@@ -26,7 +26,7 @@ from slimllm.methods.scores import fluctuation
 from slimllm.models.layer import Layer, run_layer
 from slimllm.models.sublayer import Sublayer
 
-MOST_LAYERS = 16  # evenly spaced layers to damage, not counting the last one
+MOST_LAYERS = 8  # evenly spaced layers to damage, not counting the last one
 MOST_STATES = 1 + 2 * (MOST_LAYERS + 1)
 TOKENS = 128
 BATCH_TOKENS = 1024

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from slimllm.methods.allocation.base import Allocation, Removals, Request, register_allocation
-from slimllm.methods.allocation.layer_importance import enough_windows
+from slimllm.methods.allocation.base import Allocation, Removals, Request, enough_windows, register_allocation
 from slimllm.methods.allocation.removal import most_removable
 from slimllm.methods.allocation.rounding import round_shares, softmax_shares
 
