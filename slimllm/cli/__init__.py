@@ -62,10 +62,6 @@ def main() -> None:
     open_closed_streams()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # OpenMP reads this when torch loads it. By default its threads spin at every barrier until they get a core, which
-        # takes a hundred times as long if other work has one (benchmarks/bench_contended.py).
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for number in SIGNALS:
         signal(number, _interrupted)
     try:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.methods import MethodCommand, rows_with_options
 from slimllm.cli.options import COMMON, OUT, RATIO, EvalLen, EvalText, MaxWindows, Model, Plugin, Quiet, app, fraction
 from slimllm.cli.settings import with_settings
@@ -43,7 +42,4 @@ def compare_command(
 
     config = PruneConfig(ratio=0.5, **settings)
     rows = rows_with_options(context, rows_of(method or tuple(METHODS)))
-    with watch_for_other_work(quiet, config.device):
-        run_compare(
-            console, model, ratio or [0.2, 0.5], config, rows, text, eval_len, max_windows or None, workdir, out, quiet
-        )
+    run_compare(console, model, ratio or [0.2, 0.5], config, rows, text, eval_len, max_windows or None, workdir, out, quiet)

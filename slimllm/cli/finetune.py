@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import OUT, REMOVED, Quiet, TrustRemoteCode, app, write_page_unasked
 from slimllm.cli.settings import with_settings
 from slimllm.cli.terminal import console, errors
@@ -47,7 +46,7 @@ def finetune_command(
     from slimllm.runtime.distributed import Ranks
     from slimllm.runtime.interrupts import SafeStop
 
-    with watch_for_other_work(quiet, settings["device"]), PruneDisplay(console, quiet) as display:
+    with PruneDisplay(console, quiet) as display:
         stop = SafeStop(lambda sentence: errors.print(sentence.replace("layer", "step")), Ranks())
 
         def progress(event: Progress) -> None:

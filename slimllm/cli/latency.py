@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.options import OUT, Quiet, TrustRemoteCode, app
 from slimllm.cli.terminal import console, errors
 
@@ -41,7 +40,7 @@ def latency_command(
     from slimllm.evaluation.latency.display import about_speeds, latency_progress, model_table, speed_table
 
     check_new_file(out)
-    with watch_for_other_work(quiet, device), latency_progress(errors, quiet) as progress:
+    with latency_progress(errors, quiet) as progress:
         found = measure_latency(
             models,
             batch_sizes=batch_size or [1],

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.methods import MethodCommand, with_methods
 from slimllm.cli.options import OUT, RATIO, REMOVED, Model, Plugin, Quiet, app, fraction, write_page_unasked
 from slimllm.cli.settings import with_settings
@@ -75,11 +74,7 @@ def prune_command(
             stop.progress(event)
 
         try:
-            several = group is not None  # each rank would take the others for other work
-            with (
-                watch_for_other_work(quiet or several, settings["device"]),
-                PruneDisplay(console, quiet or not ranks.first) as display,
-            ):
+            with PruneDisplay(console, quiet or not ranks.first) as display:
                 options: Any = {"overwrite": overwrite, "resume": resume, "progress": progress}
                 options |= {"command": command, "group": group}
                 if len(ratio) == 1:

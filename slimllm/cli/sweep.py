@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from slimllm.cli.busy import watch_for_other_work
 from slimllm.cli.methods import MethodCommand, rows_with_options
 from slimllm.cli.options import COMMON, OUT, RATIO, EvalLen, EvalText, MaxWindows, Model, Plugin, Quiet, app
 from slimllm.cli.settings import with_settings
@@ -54,25 +53,24 @@ def sweep_command(
     config = PruneConfig(ratio=ratios[0], **settings)
     rows = rows_with_options(context, rows_of(preset or ["default"]))
     try:
-        with watch_for_other_work(quiet, config.device):
-            run_sweep(
-                console,
-                model,
-                ratios,
-                rows,
-                config,
-                text,
-                eval_len,
-                max_windows or None,
-                prompt,
-                new_tokens,
-                rounds,
-                out,
-                keep,
-                workdir,
-                resume,
-                quiet,
-            )
+        run_sweep(
+            console,
+            model,
+            ratios,
+            rows,
+            config,
+            text,
+            eval_len,
+            max_windows or None,
+            prompt,
+            new_tokens,
+            rounds,
+            out,
+            keep,
+            workdir,
+            resume,
+            quiet,
+        )
     except SystemExit:
         errors.print(f"Interrupted; --resume continues the sweep in {out}.", style="bold red", highlight=False)
         raise

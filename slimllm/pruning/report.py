@@ -71,6 +71,7 @@ _SHAPE = {
     "compute_dtype": str,
     "format": str,
     "versions": {EVERY: str},
+    "threads?": int,
     "layers": [LAYER_SHAPE],
     "tensor_parallel?": [int],
     "resumed_steps?": int,
@@ -112,6 +113,7 @@ class PruneReport:
         plan: Where tensors were stored, the settings chosen to fit the budgets, and the estimate of disk space.
         backend, device, compute_dtype, format: What computed, where, in which dtype, and the architecture written.
         versions: Versions of python, torch, triton (where it is installed), transformers, slimllm.
+        threads: Threads of torch on the CPU, on which the last bits of a result depend; 0: not recorded.
         layers: One entry per layer, see `slimllm.pruning.layer_report.LayerReport`.
         tensor_parallel: Numbers of devices, from 2 on, over which tensor parallelism can split every layer; see
             `slimllm.pruning.tensor_parallel`.
@@ -143,6 +145,7 @@ class PruneReport:
     layers: list[LayerReport] = field(default_factory=list)
     tensor_parallel: list[int] = field(default_factory=list)
     resumed_steps: int = 0
+    threads: int = 0
     schema_version: int = SCHEMA_VERSION
     identity: dict[str, Any] = field(default_factory=dict)
     dense_pass_shared: bool = False

@@ -194,6 +194,7 @@ class Run:
             compute_dtype=str(source.dtype).removeprefix("torch."),
             format=output.name,
             versions=versions(),
+            threads=torch.get_num_threads(),
             layers=layers,
             tensor_parallel=tensor_parallel_sizes(
                 (layer["num_heads"], layer["num_kv_heads"], layer["intermediate_size"]) for layer in layers

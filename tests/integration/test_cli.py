@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -290,31 +289,6 @@ def test_eval_of_different_tokenizers(stories_path: Path, tmp_path: Path, capsys
     assert code == 0 and "these perplexities cannot be compared" in " ".join(out.split())
     _, other = json.loads((tmp_path / "found.json").read_text())["models"]
     assert other["log_increase"] == {} and f"{other['perplexity']['128']:.2f}" in out
-
-
-@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="not Linux")
-def test_other_work(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is counted, and said where the threads had no cores of their own."""
-    from slimllm.cli.busy import other_work_s, verdict, watch_for_other_work
-
-    before = other_work_s()
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    time.sleep(1.5)
-    elsewhere = other_work_s()
-    process.kill()
-    process.wait()
-    assert before is not None and elsewhere is not None and elsewhere - before > 0.3  # not every core was idle
-
-    assert verdict(0.1, 2, 2) is None and verdict(1.0, 2, 1) is None and verdict(1.5, 64, 64) is None
-    assert "1.0 of 2 cores" in str(verdict(1.0, 2, 2)) and "OMP_NUM_THREADS=1" in str(verdict(2.0, 2, 2))
-    assert "OMP_NUM_THREADS=12" in str(verdict(4.0, 16, 16))
-
-    seconds = iter([0.0, 1000.0, 0.0, 1000.0, 0.0, 0.0])
-    monkeypatch.setattr("slimllm.cli.busy.other_work_s", lambda: next(seconds))
-    for quiet, said in ((False, True), (True, False), (False, False)):
-        with watch_for_other_work(quiet, "cpu"):
-            time.sleep(1.1)
-        assert ("Other work kept" in capsys.readouterr().err) == said
 
 
 def test_eval_errors(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -55,3 +56,19 @@ def test_the_package_offers_what_it_says() -> None:
         slimllm.prun  # noqa: B018
     with pytest.raises(ImportError):
         from slimllm import nothing  # noqa: F401
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "wanted"),
+    [
+        ({}, "import slimllm", "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "import slimllm", "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "import slimllm", "None"),
+    ],
+)
+def test_threads_wait_without_spinning_for_long(environment: dict[str, str], code: str, wanted: str) -> None:
+    """OpenMP reads the variable when torch is loaded, so the package sets it before, unless the user has decided."""
+    others = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code += "; import os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=others | environment, capture_output=True, text=True)
+    assert done.stdout.split() == [wanted, "False"]

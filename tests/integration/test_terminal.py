@@ -21,7 +21,6 @@ from rich.console import Console
 
 import slimllm
 from slimllm import InputError, PruneConfig
-from slimllm.cli.busy import verdict
 from slimllm.cli.terminal import Notices
 from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.target import find_target
@@ -114,12 +113,6 @@ def test_help_of_the_package_shows_the_interface_first() -> None:
 def test_completion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "--help")
     assert code == 0 and "--install-completion" in out
-
-
-def test_no_advice_that_is_followed_already() -> None:
-    assert "OMP_NUM_THREADS=1 may be much faster" in str(verdict(2.0, 2, 2))
-    said = verdict(2.0, 2, 1)
-    assert said and "OMP_NUM_THREADS" not in said and said.endswith("idle machine.")
 
 
 def test_the_preset_paper_speaks_of_the_ratio_that_was_asked_for() -> None:
