@@ -14,6 +14,7 @@ import torch
 
 from slimllm.methods.allocation.sensitivity import TOKENS, probed_layers
 from slimllm.models.slicing import LayerSizes
+from slimllm.ops.channels import computes_vectors
 from slimllm.ops.dispatch import full_precision
 
 
@@ -125,8 +126,11 @@ def _layer_work(
             recover += _regression(width, kept_width, hidden_size)
     if ffn_pruned:
         if by_output:
-            # Eigenvectors of a symmetric matrix: tridiagonal reduction and transformation back; on a GPU a matrix function.
-            axes = Work(single=26 * hidden_size**3) if on_gpu else Work(precise=(4 / 3 + 2) * hidden_size**3)
+            # Eigenvectors of a symmetric matrix: tridiagonal reduction and transformation back. Or a matrix function: about
+            # ten products, of which a CPU computes half, and a factor.
+            axes = Work(single=((20 if on_gpu else 10) + 1 / 3) * hidden_size**3)
+            if computes_vectors(hidden_size, on_gpu):
+                axes = Work(precise=(4 / 3 + 2) * hidden_size**3)
             selection += axes + Work(single=2 * hidden_size**2 * channels)
         if obs or lstsq:
             statistics += Work(tokens * channels**2)

@@ -44,19 +44,21 @@ class SlimLLM(Criterion):
             group_size = 1 if sublayer.groups == 1 else sublayer.units // sublayer.groups
             kept = ops.pearson_greedy(covariance, num_removed * sublayer.groups, group_size)
             return Selection(kept.cpu(), ops.head_importance(covariance))
-        importance = channel_importance(sublayer, statistics)
+        # On a CPU the published variant always takes LAPACK's eigenvectors, so that results stay the same to the last bit.
+        published = self.settings.keep_lowest > 0 and sublayer.layer.device.type == "cpu"
+        importance = channel_importance(sublayer, statistics, "eigh" if published else None)
         keep_lowest = round(self.settings.keep_lowest * len(importance))
         return Selection(select_channels(importance, num_removed, keep_lowest), importance)
 
 
-def channel_importance(sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
-    """Compute I_gate + I_up + I_down of every channel, (I,) fp64."""
+def channel_importance(sublayer: Sublayer, statistics: SublayerStatistics, method: str | None = None) -> torch.Tensor:
+    """Compute I_gate + I_up + I_down of every channel, (I,) fp64; `method` is that of `ops.feature_space_importance`."""
     layer, gain = sublayer.layer, sublayer.post_norm_gain()
     covariance, input_norms = statistics.output_covariance(), statistics.inputs.norms()
     if gain is not None:
         covariance = covariance * gain.double()[:, None] * gain.double()
     norms = statistics.columns.norms().to(layer.device)
-    importance = ops.feature_space_importance(sublayer.effective_weight(), covariance, norms)
+    importance = ops.feature_space_importance(sublayer.effective_weight(), covariance, norms, method)
     for projection in sublayer.unit_rows:
         importance += input_importance(sublayer.weight_of(projection), input_norms)
     return importance

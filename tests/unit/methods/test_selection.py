@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
+from slimllm import PruneConfig, prune_model
 from slimllm.methods.selection import select_channels
 from slimllm.ops import feature_space_importance, head_covariance, head_importance, pearson_greedy, pearson_similarity
 from slimllm.statistics import GramStatistics
@@ -42,9 +46,10 @@ def spectrum_case(kind: str, size: int = 96) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("method", ["function", "eigh"])
+@pytest.mark.parametrize("size", [96, 601])
 @pytest.mark.parametrize("kind", ["heavy tail", "one enormous", "rank deficient", "flat"])
-def test_importance_in_the_feature_space_by_either_method(kind: str, method: str) -> None:
-    weight, covariance, norms = spectrum_case(kind)
+def test_importance_in_the_feature_space_by_either_method(kind: str, method: str, size: int) -> None:
+    weight, covariance, norms = spectrum_case(kind, size)
     eigenvalues, vectors = torch.linalg.eigh(covariance)
     scale = torch.sigmoid(eigenvalues.abs() / eigenvalues.abs().mean())
     wanted = norms * torch.linalg.vector_norm((vectors * scale).T @ weight.double(), dim=0)
@@ -168,3 +173,23 @@ def test_layer_similarity() -> None:
     wanted = torch.cosine_similarity(a.double(), b.double(), dim=-1).sum()
     assert torch.allclose(layer_similarity(a, b), wanted, atol=1e-5)
     assert layer_similarity(torch.zeros(1, 1, 4), torch.ones(1, 1, 4)) == 0
+
+
+def test_the_published_variant_keeps_to_eigenvectors(monkeypatch: pytest.MonkeyPatch, stories: PreTrainedModel) -> None:
+    """Wide layers are measured by a matrix function on a CPU, too, but not those of the preset paper."""
+    from slimllm.ops import channels
+
+    seen: list[bool] = []
+
+    def counted(matrix: torch.Tensor) -> torch.Tensor:
+        seen.append(True)
+        return function(matrix)
+
+    function = channels._sigmoid_root
+    monkeypatch.setattr(channels, "_MOST_VECTORS", 32)  # fewer than the model's 64
+    monkeypatch.setattr(channels, "_sigmoid_root", counted)
+    windows = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(0))
+    for preset, wanted in (("paper", False), ("default", True)):
+        seen.clear()
+        prune_model(copy.deepcopy(stories), windows, PruneConfig(ratio=0.3, preset=preset))
+        assert bool(seen) == wanted
