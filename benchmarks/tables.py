@@ -21,6 +21,7 @@ from rows import RESULTS, Rows, median, newest, spread, table
 
 ROOT = RESULTS.parent.parent
 PAGES = [ROOT / name for name in ("README.md", "docs/benchmarks.md", "docs/reference/operations.md", "benchmarks/NOTES.md")]
+_OF_PRESETS = ("slimllm", "obs")  # criteria
 PICTURE = ROOT / "docs" / "perplexity.png"
 
 
@@ -34,6 +35,12 @@ def whole_models() -> list[Rows]:
     return newest("prune", ("weights", "preset", "recovery", "ratio", "samples", "seq_len"), wanted)
 
 
+def _method(row: dict[str, Any]) -> str:
+    """Return the preset of a row, or the criterion if the preset does not decide it."""
+    given = row.get("criterion")
+    return str(row["preset"] if given in (None, *_OF_PRESETS) else given)
+
+
 def prune_table() -> str:
     """Make the table of whole models with real weights."""
 
@@ -41,7 +48,7 @@ def prune_table() -> str:
     return table(
         [
             "input",
-            "preset",
+            "preset, method",
             "recovery",
             "ratio",
             "calibration",
@@ -55,7 +62,7 @@ def prune_table() -> str:
         [
             [
                 rows[0]["weights"],
-                rows[0]["preset"],
+                _method(rows[0]),
                 rows[0]["recovery"],
                 f"{rows[0]['ratio']:.0%}",
                 f"{rows[0]['samples']} × {rows[0]['seq_len']}",
@@ -82,7 +89,8 @@ def stages_table() -> str:
         return f"{median(rows, lambda r: r['stages_s'].get(stage, 0.0)):.2f}{floor}"
 
     def title(row: dict[str, Any]) -> str:
-        return f"{row['weights']}, {row['preset']}, {row['recovery']}, {row['ratio']:.0%}"
+        tokens = f", {row['samples']} windows" if row["samples"] != 32 else ""
+        return f"{row['weights']}, {_method(row)}, {row['recovery']}, {row['ratio']:.0%}{tokens}"
 
     return table(
         ["input, preset, recovery, ratio", *stages],

@@ -192,10 +192,8 @@ class PruneConfig:
                     f"{method.name} has dense_statistics, so it must have attention_gram = False and needs = Needs.COLUMNS."
                 )
         if self.criterion.needs_recovery and not self.recovery.adds_bias:
-            name = self.criterion.name
-            raise InputError(
-                f"criterion {name} removes what a recovery can make up for; give a recovery: lstsq, affine or bias."
-            )
+            what = f"criterion {self.criterion.name} removes what a recovery can make up for"
+            raise InputError(f"{what}; give a recovery: lstsq, affine or bias.")
 
     @property
     def token_ids(self) -> torch.Tensor | None:

@@ -102,8 +102,8 @@ def test_the_choice_by_counted_cost() -> None:
     [
         {},
         {"head_unit": "query"},
-        {"criterion": "flap", "recovery": "bias"},
-        {"criterion": "wanda-sp", "recovery": "none"},
+        {"criterion": "wanda-sp", "recovery": "bias"},
+        {"criterion": "magnitude", "recovery": "none"},
         {"criterion": "magnitude"},
     ],
 )
