@@ -104,7 +104,7 @@ gpu:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . || failed=1; \
 	$(PYTHON) -m slimllm doctor || failed=1; \
 	timeout 180 $(PYTHON) -m pytest -m "gpu or not slow" tests/gpu/test_gpu.py tests/unit/ops/test_kernels.py tests/unit/ops/test_columns.py \
-	  tests/unit/ops/test_pearson.py tests/unit/ops/test_ops.py tests/unit/ops/test_lstsq.py tests/unit/statistics tests/integration/test_parity.py \
+	  tests/unit/ops/test_pearson.py tests/unit/ops/test_greedy_elimination.py tests/unit/ops/test_ops.py tests/unit/ops/test_lstsq.py tests/unit/statistics tests/integration/test_parity.py \
 	  tests/integration/test_examples.py || failed=1; \
 	for bench in gram pearson lstsq; do timeout 45 $(PYTHON) benchmarks/bench_$$bench.py || failed=1; done; \
 	timeout 90 $(PYTHON) benchmarks/bench_prune.py --large || failed=1; \

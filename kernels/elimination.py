@@ -6,8 +6,8 @@ that earlier steps have changed are not stored. With r_s, p_s and t_s the row, t
     A_c: = A⁰_c: - Σ_s r_s[c] p_s,      K_c: = K⁰_c: - Σ_s (p_s[c] t_s + t_s[c] p_s),
     r = A_c:,   p = A_c: / A_cc,   t = K_c: - p K_cc / 2.
 
-A step reads the three arrays of the steps before it, STEPS at a time: 3/2 n² p multiply-adds and 12 n² p bytes for n of p
-candidates in all, from the caches of one multiprocessor. All numbers are fp64.
+A step reads p and t of the steps before it, STEPS at a time, and column c of r: 3/2 n² p multiply-adds and 8 n² p bytes
+for n of p candidates in all, most of them from the caches. All numbers are fp64.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def greedy_elimination_reference(
     return chosen, costs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["candidates", "num"])
 def elimination_kernel(
     inverse,
     products,
@@ -64,7 +64,7 @@ def elimination_kernel(
     floor = least * tl.max(pivots, axis=0)
     free = inside
     for step in range(num):
-        score = errors / tl.maximum(pivots, floor)
+        score = errors / tl.maximum(pivots, floor, propagate_nan=tl.PropagateNan.ALL)
         tried = tl.where(free, tl.where(score == score, tl.minimum(score, 1e300), 1e300), float("inf"))
         c = tl.min(tl.where(tried == tl.min(tried, axis=0), at, CANDIDATES), axis=0)  # the first of equals
         here = at == c

@@ -62,20 +62,36 @@ class Record:
                 for _ in windows:  # the other ranks send theirs even if writing has failed
                     pass
 
-    def restore(self, stream: Stream) -> torch.Tensor | None:
+    def restore(self, stream: Stream, any_windows: bool = False) -> torch.Tensor | None:
         """Restore the residual stream after the last step, and return `final` on the first rank.
 
+        Args:
+            stream: The residual stream; it is overwritten.
+            any_windows: Whether it may have been recorded with another number of windows, because other ranks had some to
+                themselves. The first windows and those held out are then the same, and further ones do not matter.
+
         Raises:
-            ValueError: (as InputError) the state is missing or damaged.
+            ValueError: (as InputError) the state is missing or damaged, or has another number of windows.
         """
         state: Any = None
         with self._ranks.together():
             if self._journal:
                 state = self._journal.state()
         stored = state.get_slice("hidden") if state else None
+        samples = stream.samples
+        with self._ranks.together():
+            if stored is not None:
+                samples = stored.get_shape()[0] - stream.num_held_out
+                if samples != stream.samples and not any_windows:
+                    raise InputError(
+                        f"The interrupted run passed {samples} windows through the model, this one would pass "
+                        f"{stream.samples}; give as many processes as before."
+                    )
         for rank, windows, batch in stream.of_all_ranks():
             if stored is not None:
-                piece = stored[windows.start : windows.stop]
+                held_out = windows.start >= stream.samples
+                places = [one - stream.samples + samples if held_out else min(one, samples - 1) for one in windows]
+                piece = torch.cat([stored[place : place + 1] for place in places])
                 if batch is None:
                     self._ranks.send(rank, piece)
                 else:

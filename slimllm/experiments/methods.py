@@ -10,12 +10,11 @@ from slimllm.config import METHODS as KINDS
 from slimllm.config import PRESETS, PruneConfig
 from slimllm.errors import InputError
 
-# Settings of each method, by its name in a table. Methods that need most from the dense pass come first, so that later ones
-# can reuse it.
+# Settings of each method, by its name in a table. Each comes after one whose dense pass serves it, if there is one.
 METHODS: dict[str, dict[str, Any]] = {
-    "best": {"preset": "best"},
     "flap": {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
     "flap, uniform": {"criterion": "flap", "allocation": "uniform", "recovery": "bias"},
+    "best": {"preset": "best"},
     "slimllm": {"preset": "default"},
     "slimllm + lstsq": {"recovery": "lstsq"},
     "obs + lstsq": {"criterion": "obs", "recovery": "lstsq"},

@@ -146,6 +146,8 @@ class SublayerStatistics:
         """
         if not self.sublayer.is_attention:
             raise ValueError("the covariances of an FFN's channels would have I²·D elements; use `gram`.")
+        if not isinstance(self._columns, (GramStatistics, HeadStatistics)):
+            raise ValueError("with statistics of the dense model, there are no covariances of the heads; use `columns`.")
         effective = effective and self.sublayer.post_norm is not None
         name = "units, effective" if effective else "units"
         if name not in self._made:

@@ -90,12 +90,14 @@ def _sigmoid_root(matrix: torch.Tensor) -> torch.Tensor:
     condition number of 2I + F is at most 2. All factors are symmetric and commute, so all products are symmetric.
     """
     with full_precision(matrix.device):
-        bound = _largest_eigenvalue(matrix)
+        square = _symmetric_product(matrix, matrix)
+        bound = math.sqrt(
+            float(torch.linalg.matrix_norm(square))
+        )  # the fourth root of Σλ⁴: at least the largest eigenvalue
         squarings = max(0, math.ceil(math.log2(4 * bound))) if bound > 0 else 0
-        a = matrix * -(0.5**squarings)
-        square = _symmetric_product(a, a)
+        a, square = matrix * -(0.5**squarings), square.mul_(0.25**squarings)
         cube = _symmetric_product(a, square)
-        tail = a / 24 + square / 120 + cube / 720
+        tail = (a / 24).add_(square, alpha=1 / 120).add_(cube, alpha=1 / 720)
         tail.diagonal().add_(1 / 6)
         expm1 = _symmetric_product(cube, tail).add_(a).add_(square, alpha=0.5)
         del a, square, cube, tail
@@ -103,19 +105,6 @@ def _sigmoid_root(matrix: torch.Tensor) -> torch.Tensor:
             expm1 = _symmetric_product(expm1, expm1).add_(expm1, alpha=2)
         expm1.diagonal().add_(2)
         return torch.linalg.cholesky(expm1)
-
-
-def _largest_eigenvalue(matrix: torch.Tensor) -> float:
-    """Return a bound of the largest eigenvalue of a symmetric positive semidefinite M (D, D) fp32, about 10 % above it.
-
-    It is estimated by subspace iteration from the columns with the largest diagonals, and raised by 10 %. If that is still
-    too low, A is somewhat larger than it should be, and so is the first term that the series leaves out.
-    """
-    bound = torch.minimum(torch.linalg.matrix_norm(matrix, torch.inf), torch.linalg.matrix_norm(matrix))
-    vectors = matrix[:, matrix.diagonal().topk(min(8, len(matrix))).indices]
-    for _ in range(10):
-        vectors = matrix @ torch.linalg.qr(vectors)[0]
-    return float(torch.minimum(bound, 1.1 * torch.linalg.matrix_norm(vectors, 2)))
 
 
 def _symmetric_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -117,13 +117,14 @@ def backend(device: torch.device | str, operations: Sequence[str] | None = None)
     """Summarise what these operations use on `device`: `torch`, `triton`, or `triton; torch for …`.
 
     Args:
-        operations: Names of operations; None: those with a Triton kernel that are not in the extension.
+        operations: Names of operations; None: those with a Triton kernel that the extension lacks for this device.
 
     Raises:
         ValueError: an operation is unknown, the device does not exist, or SLIMLLM_BACKEND requires a missing backend.
     """
     if operations is None:
-        operations = [name for name, operation in OPERATIONS.items() if operation.kernel and not operation.extension]
+        kind = torch.device(device).type
+        operations = [name for name, known in OPERATIONS.items() if known.kernel and kind not in known.extension]
     if isinstance(operations, str) or not set(operations) <= set(OPERATIONS):
         raise ValueError(f"operations must be a list of {', '.join(sorted(OPERATIONS))}, got {operations!r}.")
     choices = {operation: choose(operation, device).backend for operation in operations}

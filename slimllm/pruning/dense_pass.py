@@ -79,7 +79,11 @@ class DensePass:
     def serves(self, run: RunContext) -> bool:
         """Return whether another pruning on the same windows can use this pass."""
         wanted = _measured(run.config, run.placement)
-        return (wanted is None or wanted == self.measured) and self.windows == num_windows(run)
+        if self.windows != num_windows(run) or (wanted and not self.measured):
+            return False
+        allocation, one_pass, *settings = wanted or (None, None)
+        there = self.measured or (None, None)
+        return not wanted or (allocation in (None, there[0]) and one_pass in (None, there[1]) and settings == [*there[2:]])
 
     @property
     def similarity(self) -> list[float]:
@@ -188,9 +192,11 @@ def num_windows(run: RunContext) -> int:
     return min(len(run.calibration.token_ids), max(enough, run.ranks.size, judged_by))
 
 
-def steps_of(dense: DensePass) -> list[dict[str, Any]]:
-    """Return the journal's steps for a dense pass that another run has made."""
+def steps_of(dense: DensePass, config: PruneConfig) -> list[dict[str, Any]]:
+    """Return the journal's steps of a run with these settings for a dense pass that another run has made."""
     steps = [dataclasses.asdict(layer) for layer in dense.layers]
+    for step in steps if not config.one_pass else []:
+        step["statistics"] = None
     steps[-1] |= {"loss": dense.loss, "factors": dense.factors}
     return steps
 

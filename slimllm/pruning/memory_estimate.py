@@ -18,7 +18,7 @@ from slimllm.methods.statistics import Needs
 from slimllm.models.families import family_of
 from slimllm.models.slicing import LayerSizes
 from slimllm.ops.heads import CONTRIBUTIONS, cheaper_method
-from slimllm.pruning.shapes import may_stream_heads
+from slimllm.pruning.shapes import dense_windows, may_stream_heads
 from slimllm.runtime.hidden_states import Placement
 from slimllm.statistics import TILE
 
@@ -196,15 +196,17 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if by_output else d**2 * 8
         yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
         if obs:
-            needed, covariance = ffn_gram | elimination, {"covariance": d**2 * 8}
-            yield at("obs", streams, inner(i) | covariance | ({} if away else needed), needed if away else {})
+            needed = ffn_gram | elimination
+            yield at("obs", streams, inner(i) | ({} if away else needed), needed if away else {})
         sliced = {"pruned layer": 3 * kept * d * s}
         if lstsq:
             moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d
             across = {"moments": moments / sizes.ranks}  # only this rank's outputs
             system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # the system and its factor
             solution = ffn_gram | {"solution": 2 * 8 * kept * d}
-            yield at("recovery", streams, inner(i) | ({} if away else system), system if away else {})
+            # The output's variance is streamed with token weights, else it is that of its covariance.
+            covariance = {} if config.token_weights == "norm" else {"covariance": d**2 * (2 * 8 + 4)}
+            yield at("recovery", streams, inner(i) | covariance | ({} if away else system), system if away else {})
             yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
         else:
             if by_channels:
@@ -251,9 +253,11 @@ def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
     """
     d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
     lstsq = Needs.COLUMN_GRAM in config.recovery.needs
-    grams = 4 * (a**2 + (i if Needs.COLUMN_GRAM in config.needs else d) ** 2)
+    grams = 0 if config.one_pass else 4 * (a**2 + (i if Needs.COLUMN_GRAM in config.needs else d) ** 2)
     grams += 4 * (a**2 + i**2) if measures_gram(config) else 0
-    states = (2 * sizes.samples + 2 * sizes.held_out) * sizes.seq_len * d * sizes.computed
+    dense = dense_windows(config, i, sizes.samples, sizes.seq_len)
+    windows = dense + (sizes.ranks if config.one_pass else sizes.samples) + 2 * sizes.held_out
+    states = windows * sizes.seq_len * d * sizes.computed
     solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
     parts = {"Grams": 2 * grams * others, "hidden states": states * others, "solutions": solutions * others}
     return {name: size for name, size in parts.items() if size}

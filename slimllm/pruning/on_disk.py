@@ -28,7 +28,7 @@ from slimllm.pruning.identity import WEIGHTS, checksum_of, compare_identities, e
 from slimllm.pruning.model_card import write_model_card
 from slimllm.pruning.pipeline import PrunedLayer, Pruning
 from slimllm.pruning.report import REPORT_NAME, PruneReport
-from slimllm.pruning.run import OPERATIONS, Run, weight_dtype
+from slimllm.pruning.run import Run, operations_of, weight_dtype
 from slimllm.pruning.shapes import check_settings
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
@@ -61,7 +61,7 @@ def prune_all(
     maybe_complete = []
     with ranks.together():
         device = parse_device(config.device)
-        ops.backend(device, OPERATIONS)  # refuses an unavailable backend before anything is read
+        ops.backend(device, operations_of(device))  # refuses an unavailable backend before anything is read
         for out, _ in jobs if ranks.first else []:
             in_place = check_interrupted(out, resume)  # True: only the journal remains to be removed
             if resume and not can_resume(out) and (out / REPORT_NAME).is_file():

@@ -15,7 +15,7 @@ from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass
 from slimllm.pruning.dense_statistics import DenseStatistics
 from slimllm.pruning.layer_report import LayerReport, PrunedParts, layer_report
-from slimllm.pruning.residual_stream import judging, mean_loss, overflow, pass_held_out, residual_stream
+from slimllm.pruning.residual_stream import evaluation_context, mean_loss, overflow, pass_held_out, residual_stream
 from slimllm.pruning.sublayer import PrunedSublayer, prune_sublayer
 from slimllm.runtime.hidden_states import Stream
 from slimllm.runtime.memory import peak_host_gib, trim
@@ -53,7 +53,7 @@ class Pruning:
     """
 
     def __init__(self, run: RunContext, dense: DensePass, removals: list[LayerRemoval]) -> None:
-        self.run, self.dense, self.removals = judging(run) if run.config.one_pass else run, dense, removals
+        self.run, self.dense, self.removals = evaluation_context(run) if run.config.one_pass else run, dense, removals
         self.reports: list[LayerReport] = []
         self.loss = 0.0
 
@@ -72,7 +72,7 @@ class Pruning:
         sizes, stream = source.sizes(), residual_stream(run)
         if record and record.done("prune"):
             self.reports = [step["report"] for step in record.done("prune")]
-            record.restore(stream)
+            record.restore(stream, any_windows=run.config.one_pass)
         first = len(self.reports)
         with source.layers(first, run.placement.read_ahead) as load:
             for index in range(first, source.num_layers):
@@ -112,7 +112,8 @@ class Pruning:
     def _prune_layer(self, layer: Layer, stream: Stream, index: int) -> tuple[PrunedSublayer | None, PrunedSublayer | None]:
         """Prune the attention, then the FFN."""
         config, removal = self.run.config, self.removals[index]
-        of_attention, of_ffn = self.dense.layers[index].statistics or (None, None)
+        # A dense pass that another run has made may hold statistics by which this one does not prune.
+        of_attention, of_ffn = (config.one_pass and self.dense.layers[index].statistics) or (None, None)
         attention = Sublayer.attention_of(layer, index, config.head_unit, config.seed)
         heads = _prune_or_pass(attention, stream, removal.units, self.run, of_attention)
         ffn = Sublayer.ffn_of(layer, index, config.seed)
@@ -125,6 +126,6 @@ def _prune_or_pass(
     if num_removed:
         return prune_sublayer(sublayer, stream, num_removed, run, dense)
     for batch in stream:
-        with run.watch("forward"):
+        with run.watch("perplexity" if run.config.one_pass else "forward"):
             add_update(batch, sublayer)
     return None

@@ -178,9 +178,9 @@ class PruneReport:
 
     @property
     def _measured(self) -> bool:
-        """Whether the allocation measured the dense model."""
+        """Whether statistics of the dense model were measured."""
         if "method_needs" in self.config:
-            return bool(self.config["method_needs"]["allocation"])
+            return bool(self.config["method_needs"]["allocation"] or self.config.get("one_pass"))
         return self.config["allocation"] in ("auto", "flap")  # a report of version 0.1
 
     @property

@@ -24,7 +24,7 @@ def residual_stream(run: RunContext) -> Stream:
     """Compute the residual stream before the first layer, in batches of windows with the arguments of every layer."""
     source, calibration, ranks = run.source, run.calibration, run.ranks
     (samples, seq_len), held_out = calibration.token_ids.shape, len(calibration.held_out)
-    batch_size = batch_windows(samples, seq_len, run.config.batch_size)
+    batch_size = batch_windows(max(samples, held_out), seq_len, run.config.batch_size)
     stream = Stream(samples, batch_size, run.placement, ranks, held_out)
     with run.watch("read"), ranks.together():
         embed = source.embedder()
@@ -95,7 +95,7 @@ def mean_loss(source: ModelSource, stream: Stream, calibration: Calibration) -> 
     return float(total) / token_ids[:, 1:].numel()
 
 
-def judging(run: RunContext) -> RunContext:
+def evaluation_context(run: RunContext) -> RunContext:
     """Return the context of a run with only the windows that judge its result, and at least one for each rank."""
     calibration, held_out = run.calibration, len(run.calibration.held_out)
     needed = max(run.ranks.size, 0 if held_out else len(perplexity_windows(calibration)))

@@ -49,7 +49,12 @@ OPERATIONS = (
     "head_covariance_of_tokens",
     "pearson_greedy",
     "token_cosine",
-)  # operations with kernels that a run uses
+)  # operations with kernels that every run uses
+
+
+def operations_of(device: torch.device) -> tuple[str, ...]:
+    """Return the operations with kernels that a run on a device may use."""
+    return OPERATIONS if device.type == "cpu" else (*OPERATIONS, "greedy_elimination")
 
 
 class Run:
@@ -76,7 +81,7 @@ class Run:
         check_settings(source, config)
         self.source, self.config = source, config
         self.calibration, self.token_ids = calibration, token_ids
-        self.backend = ops.backend(source.device, OPERATIONS)
+        self.backend = ops.backend(source.device, operations_of(source.device))
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
         memory.reset_peak(source.device)
@@ -109,7 +114,7 @@ class Run:
             return run_dense_pass(context)
         if record := context.record:
             record.compare_weights(lambda index: made.layers[index].weights)
-            adopted = steps_of(made)[len(record.done("dense")) :]
+            adopted = steps_of(made, self.config)[len(record.done("dense")) :]
             record.adopt("dense", adopted, {**self.watch.so_far(), "dense_pass_s": made.seconds})
         return made
 

@@ -101,8 +101,9 @@ def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery)
             if value.shape != shape or not bool(value.isfinite().all()):
                 raise ValueError(f"{name} must be finite and of shape {shape}, got shape {tuple(value.shape)}.")
             parts[name] = value.to(device, torch.float64)
-    if not all(error is None or math.isfinite(error) for error in (fit.error_before, fit.error_after)):
-        raise ValueError(f"its errors must be finite, got {fit.error_before} and {fit.error_after}.")
+    errors = [error for error in (fit.error_before, fit.error_after) if error is not None]
+    if len(errors) == 1 or not all(map(math.isfinite, errors)):
+        raise ValueError(f"its errors must be finite, or both None, got {fit.error_before} and {fit.error_after}.")
     if recovery.adds_bias and "intercept" not in parts:  # the output format expects a bias
         parts["intercept"] = torch.zeros(outputs, dtype=torch.float64, device=device)
     return dataclasses.replace(fit, change=OutputChange(**parts) if parts else None)

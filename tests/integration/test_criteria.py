@@ -148,7 +148,7 @@ def test_flap_in_one_pass_prunes_by_the_dense_model(
     dense, seen = copy.deepcopy(stories), inputs_of_all(stories, token_ids)
     config = PruneConfig(ratio=RATIO, criterion="flap", allocation=allocation, recovery=recovery, round_to=1)
     report = prune_model(stories, token_ids, config)
-    assert report.calibration["dense_windows"] == len(token_ids) and report.stages_s["forward"] < report.dense_pass_s
+    assert report.calibration["dense_windows"] == len(token_ids) and "forward" not in report.stages_s
     pruned = 0
     for before, after, x, layer in zip(dense.model.layers, stories.model.layers, seen, report.layers):
         for name, key, units in (("self_attn.o_proj", "kept_kv_heads", 4), ("mlp.down_proj", "kept_channels", 172)):

@@ -81,6 +81,9 @@ def test_a_recovery_that_says_too_little(forgotten: None, token_ids: torch.Tenso
 
     with pytest.raises(ValueError, match=r"has to declare Needs\.COLUMN_GRAM"):
         slimllm.prune(STORIES, tmp_path / "out", config(token_ids, recovery="secret"))
+    Secret.fit = lambda *given: Fit(None, 0.5, None)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"must be finite, or both None, got 0\.5 and None"):
+        slimllm.prune(STORIES, tmp_path / "out", config(token_ids, recovery="secret"))
     assert not (tmp_path / "out").exists()
 
 
@@ -114,6 +117,9 @@ def test_statistics_of_the_dense_model(forgotten: None, token_ids: torch.Tensor,
     assert report.config["one_pass"] and not any("ffn_error_after" in layer for layer in report.layers)
     with pytest.raises(InputError, match=r"with statistics of the dense model, only the means .*`output_means`"):
         slimllm.prune(STORIES, tmp_path / "more", config(token_ids, criterion="by-inputs", recovery="too-much"))
+    ByInputs.scores = lambda self, sublayer, statistics: statistics.unit_covariance()  # type: ignore[assignment]
+    with pytest.raises(InputError, match="there are no covariances of the heads; use `columns`"):
+        slimllm.prune(STORIES, tmp_path / "more", config(token_ids, criterion="by-inputs", recovery="bias"))
     ByInputs.needs = Needs.OUTPUT_GRAM
     with pytest.raises(
         InputError, match=r"by-inputs has dense_statistics, so it must have attention_gram = False and needs"

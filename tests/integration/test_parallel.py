@@ -280,7 +280,11 @@ def test_ratios(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stop", "states", "choice"),
-    [pytest.param(["dense", 2], "device", {}, marks=pytest.mark.slow), (["prune", 1], "disk", {"recovery": "lstsq"})],
+    [
+        pytest.param(["dense", 2], "device", {}, marks=pytest.mark.slow),
+        (["prune", 1], "disk", {"recovery": "lstsq"}),
+        (["prune", 1], "device", {"criterion": "flap", "recovery": "bias"}),
+    ],
 )
 def test_resume(tmp_path: Path, stop: list[Any], states: str, choice: dict[str, Any]) -> None:
     """On as many ranks to the last bit, on others to rounding."""

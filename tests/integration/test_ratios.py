@@ -10,6 +10,8 @@ from commands import call
 from conftest import STORIES, config, contents, part_of, stop_at
 
 from slimllm import InputError, PruneConfig, prune, prune_ratios
+from slimllm.pruning.on_disk import prune_all
+from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import LayerPruned, Progress
 
 RATIOS = [0.2, 0.35, 0.5]
@@ -58,6 +60,26 @@ def test_interrupted(token_ids: torch.Tensor, tmp_path: Path, single: list[dict[
     assert [contents(tmp_path / "out" / str(ratio)) for ratio in RATIOS] == single
     assert [report.config["ratio"] for report in reports] == RATIOS
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.2", "0.35", "0.5"]
+
+
+def test_dense_passes_of_other_methods(token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """One is shared only where it has all that a run needs, and a run prunes by its own statistics."""
+    methods: list[dict[str, str]] = [
+        {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
+        {"criterion": "flap", "allocation": "uniform", "recovery": "bias"},  # takes all windows, for its statistics
+        {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "none"},
+        {},
+        {"criterion": "flap", "recovery": "none"},
+        {"preset": "best"},
+    ]
+    few = [(tmp_path / str(number), config(token_ids[:12], **row)) for number, row in enumerate(methods)]
+    reports = prune_all(STORIES, few, False, False, None, "the command", Ranks())
+    assert [report.dense_pass_shared for report in reports] == [False, True, True, True, True, False]
+    for (out, settings), report in zip(few, reports):
+        prune(STORIES, tmp_path / "alone", settings, command="the command", overwrite=True)
+        assert contents(out) == contents(tmp_path / "alone")
+        pruned = [layer for layer in report.layers if "attention_statistics" in layer]
+        assert all((layer["attention_statistics"] == "dense") == settings.one_pass for layer in pruned)
 
 
 def test_what_is_complete_is_left(token_ids: torch.Tensor, tmp_path: Path, told: list[str]) -> None:

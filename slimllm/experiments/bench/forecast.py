@@ -84,9 +84,11 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     windows = (config.samples, config.seq_len, num_held_out(config.samples))
     sizes = sizes_of(model_config, layers, head_dim, params, dtypes, windows, device, ranks)
     plan = make_plan(sizes, config, resident_gib() * GIB + _LOADED_LATER, GPU_RUNTIME)
+    channels = max(size.intermediate_size for size in layers)
+    windows_of_all = dense_windows(config, channels, config.samples, config.seq_len)
     own = dataclasses.replace(config, samples=math.ceil(config.samples / ranks))
     work = stage_work(
-        _report(layers, own, device, (model_config.hidden_size, head_dim)),
+        _report(layers, own, device, (model_config.hidden_size, head_dim), math.ceil(windows_of_all / ranks)),
         layers,
         model_config.hidden_size,
         head_dim,
@@ -125,18 +127,19 @@ def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype
 
 
 def _report(
-    layers: list[LayerSizes], config: PruneConfig, device: torch.device, shape: tuple[int, int]
+    layers: list[LayerSizes], config: PruneConfig, device: torch.device, shape: tuple[int, int], windows: int
 ) -> dict[str, object]:
     """Return the part of a report that the count of operations needs, with the ratio spread evenly.
 
     Args:
         shape: hidden_size and head_dim.
+        windows: Number of windows of the dense pass.
     """
-    kept, samples, channels = 1 - config.ratio, config.samples, max(size.intermediate_size for size in layers)
+    kept, samples = 1 - config.ratio, config.samples
     return {
         "calibration": {
             "samples": samples,
-            "dense_windows": dense_windows(config, channels, samples, config.seq_len),
+            "dense_windows": windows,
             "tokens": config.samples * config.seq_len,
             "seq_len": config.seq_len,
             "held_out": num_held_out(config.samples),

@@ -72,12 +72,10 @@ def stage_work(
     by_stage: dict[str, Work] = defaultdict(Work)
     probed = probed_layers(len(sizes)) if config["by_sensitivity"] else []
     for index, (size, layer) in enumerate(zip(sizes, report["layers"])):
-        found = _layer_work(size, layer, (tokens, measured), seq_len, hidden_size, head_dim, config, on_gpu)
+        found = _layer_work(size, layer, (tokens, measured, held_out), seq_len, hidden_size, head_dim, config, on_gpu)
         if probed:  # one window, and two damaged copies of it for each probed layer up to this one
             passing = (1 + 2 * sum(at <= index for at in probed)) * min(TOKENS, seq_len)
             found["sensitivity"] = Work(found["dense pass"].operations * passing / measured)
-        both_passes = found["dense pass"].operations / measured + found["forward"].operations / tokens
-        found["perplexity"] = Work(both_passes * held_out)
         found["read"] = Work(num_bytes=2 * read_bytes * layer["parameters_before"])
         for stage, work in found.items():
             by_stage[stage] += work
@@ -87,22 +85,24 @@ def stage_work(
 def _layer_work(
     size: LayerSizes,
     layer: dict[str, Any],
-    num_tokens: tuple[int, int],
+    num_tokens: tuple[int, int, int],
     seq_len: int,
     hidden_size: int,
     head_dim: int,
     config: dict[str, Any],
     on_gpu: bool,
 ) -> dict[str, Work]:
-    """Count the work of a layer; `num_tokens` are those of the pruning and those of the dense pass."""
-    tokens, measured_tokens = num_tokens
+    """Count the work of a layer; `num_tokens` are those of the pruning, of the dense pass, and those held out of both."""
+    tokens, measured_tokens, held_out = num_tokens
     width, kv_width, channels = size.num_heads * head_dim, size.num_kv_heads * head_dim, size.intermediate_size
     kept_width, kept_channels = layer["num_heads"] * head_dim, layer["intermediate_size"]
     attention_pruned, ffn_pruned = kept_width < width, kept_channels < channels
     into_attention = 2 * tokens * hidden_size * (width + 2 * kv_width) + 2 * tokens * seq_len * width  # causal: half counts
     into_ffn = 2 * (1 + size.gated) * tokens * hidden_size * channels
     out = 2 * tokens * hidden_size
+    dense: float = into_attention + into_ffn + out * (width + channels)
     forward: float = into_attention + into_ffn + out * (kept_width + kept_channels)
+    pruned = into_attention * kept_width / width + into_ffn * kept_channels / channels + out * (kept_width + kept_channels)
     statistics, heads, selection, recover, allocation = Work(), Work(), Work(), Work(), Work()
     needs = config["method_needs"]
     lstsq, obs = "COLUMN_GRAM" in needs["recovery"], "COLUMN_GRAM" in needs["criterion"]
@@ -112,7 +112,9 @@ def _layer_work(
         allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
     if config.get("one_pass"):  # no Gram, and no window passes the pruned layers
         forward, attention_pruned, ffn_pruned = 0.0, False, False
+    weighted = config.get("token_weights") == "norm"  # the weights need the dense output
     if attention_pruned:
+        forward += out * width if weighted else 0.0
         units = size.units(config.get("head_unit", "kv-group"))[0]
         if layer.get("attention_statistics") == "heads":
             statistics += Work(single=tokens * hidden_size * (2 * width + units**2))
@@ -129,12 +131,16 @@ def _layer_work(
             # Eigenvectors of a symmetric matrix: tridiagonal reduction and transformation back. Or a matrix function: about
             # ten products, of which a CPU computes half, and a factor.
             axes = Work(single=((20 if on_gpu else 10) + 1 / 3) * hidden_size**3)
-            if computes_vectors(hidden_size, on_gpu):
+            published = config["method_settings"]["criterion"].get("keep_lowest", 0) > 0
+            if computes_vectors(hidden_size, on_gpu) or (published and not on_gpu):
                 axes = Work(precise=(4 / 3 + 2) * hidden_size**3)
             selection += axes + Work(single=2 * hidden_size**2 * channels)
         if obs or lstsq:
             statistics += Work(tokens * channels**2)
-            selection += Work(single=hidden_size * channels * (2 * channels + hidden_size))
+            if weighted:
+                forward += out * channels
+            else:
+                selection += Work(single=hidden_size * channels * (2 * channels + hidden_size))  # the output's covariance
         if obs:
             selection += _elimination(channels, kept_channels, hidden_size)
         if lstsq:
@@ -143,7 +149,8 @@ def _layer_work(
             statistics += Work(tokens * hidden_size**2 if by_output else 0.0)
             forward += out * channels  # y, in addition to ŷ
     return {
-        "dense pass": Work((into_attention + into_ffn + out * (width + channels)) * measured_tokens / tokens),
+        "dense pass": Work(dense * measured_tokens / tokens),
+        "perplexity": Work((dense + pruned) * held_out / tokens),
         "forward": Work(forward),
         "statistics": statistics,
         **({"allocation": allocation} if measured else {}),

@@ -26,7 +26,7 @@ class Criterion(Method, ABC):
             run does, the covariances of the heads may be streamed without the Gram, which is less work for few tokens.
         needs_recovery: Whether its choice is only good after a refit of the remaining weights.
         dense_statistics: Whether its statistics are those of the dense model, not of the model pruned so far. If the
-            recovery accepts them, too, the dense pass is the only pass over the windows. It may need no Gram.
+            recovery accepts them, too, the dense pass is the only pass over the windows. It must not need a Gram.
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS

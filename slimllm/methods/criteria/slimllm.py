@@ -18,6 +18,7 @@ from slimllm.models.sublayer import Sublayer
 class SlimLLM(Criterion):
     """Choice of heads by Pearson similarity of the output and a greedy exchange, of channels by I_gate + I_up + I_down."""
 
+    version = "2"  # wide layers on a CPU without eigenvectors
     needs = Needs.OUTPUT_GRAM
     attention_gram = False
 

@@ -39,6 +39,11 @@ def spectrum_case(kind: str, size: int = 96) -> tuple[torch.Tensor, torch.Tensor
         values[size // 4 :] = 0
     elif kind == "flat":
         values[:] = 1e-12
+    elif kind == "hidden":  # the leading direction has no part in the largest elements of the diagonal
+        few = torch.arange(size) < 8
+        covariance = torch.diag(torch.where(few, 100.0, 1.0).double())
+        covariance[8:, 8:] += 1e4 / (size - 8)
+        return torch.randn(size, 300, generator=generator), covariance, torch.rand(300, generator=generator).double()
     basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
     covariance = (basis * values) @ basis.T
     norms = torch.rand(300, generator=generator, dtype=torch.float64)
@@ -47,7 +52,7 @@ def spectrum_case(kind: str, size: int = 96) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("method", ["function", "eigh"])
 @pytest.mark.parametrize("size", [96, 601])
-@pytest.mark.parametrize("kind", ["heavy tail", "one enormous", "rank deficient", "flat"])
+@pytest.mark.parametrize("kind", ["heavy tail", "one enormous", "rank deficient", "flat", "hidden"])
 def test_importance_in_the_feature_space_by_either_method(kind: str, method: str, size: int) -> None:
     weight, covariance, norms = spectrum_case(kind, size)
     eigenvalues, vectors = torch.linalg.eigh(covariance)

@@ -103,7 +103,8 @@ def test_what_ranks_share() -> None:
         assert not any(moved[0].values()) and moved[1]["Grams"] * 1.998 == pytest.approx(moved[2]["Grams"])
         grams = 4 * (6656**2 + (17920 if recovery == "lstsq" else 6656) ** 2)
         assert moved[1]["Grams"] == grams  # a sum over two ranks: each sends it once
-    assert moved[1]["hidden states"] == (256 + 4) * 128 * 6656 * 4
+    windows = 96 + 256 + 2 * 4  # of the dense pass, of the pruning, and those held out of both; half are the other rank's
+    assert moved[1]["hidden states"] == windows / 2 * 128 * 6656 * 4
 
 
 def test_explicit_settings_are_not_overruled() -> None:
