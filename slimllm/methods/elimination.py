@@ -112,7 +112,7 @@ def _factor(matrices: torch.Tensor) -> torch.Tensor:
 def channel_costs(surgeon: Surgeon) -> torch.Tensor:
     """Compute the cost of removing each channel: ‖V_c‖² / A_cc, (F,) fp32."""
     pivots = surgeon.inverse.diagonal()
-    return surgeon.weight.square().sum(1) / pivots.clamp(min=LEAST * float(pivots.max()))
+    return surgeon.weight.square().sum(1) / torch.maximum(pivots, LEAST * pivots.max())
 
 
 def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
@@ -143,7 +143,7 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
         costs.append(found)
         order.append(names[gone])
         surgeon.remove(gone)
-        there[gone] = False
+        there.index_fill_(0, gone, False)
         removed += wanted
     return Elimination(torch.cat(order).cpu(), torch.cat(costs).cpu(), alone)
 
