@@ -58,13 +58,16 @@ class Surgeon:
     Args:
         weight: W (D, F), any floating dtype.
         statistics: Statistics of its inputs, F features.
+        careful: Check every factor at once, which waits for the device, and shift matrices that rounding made indefinite.
+            Otherwise `failed` says at the end whether there was one.
 
     Attributes:
         inverse: A, (F, F) fp32.
         weight: Vᵀ, (F, D) fp32.
     """
 
-    def __init__(self, weight: torch.Tensor, statistics: GramStatistics) -> None:
+    def __init__(self, weight: torch.Tensor, statistics: GramStatistics, careful: bool = False) -> None:
+        self._given, self._careful = (weight, statistics), careful
         scale = column_scale(statistics.variance(), statistics.mean())
         inverse_scale = torch.where(scale > 0, scale.reciprocal(), 0.0)
         system = torch.empty_like(statistics.gram)
@@ -78,11 +81,29 @@ class Surgeon:
             self.inverse = torch.cholesky_inverse(factor)
         del factor
         self.weight = (weight.to(scale.device).float() * scale.float()).T.contiguous()
+        self._failures = torch.zeros((), dtype=torch.int64, device=scale.device)
+
+    def factor(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Return Cholesky factors of diagonal blocks of A, (…, n, n)."""
+        if self._careful:
+            return _factor(matrices)
+        factor, failed = torch.linalg.cholesky_ex(matrices)
+        self._failures += failed.count_nonzero()
+        return factor
+
+    def failed(self) -> bool:
+        """Return whether a factor could not be computed; what was computed with it is then of no use."""
+        return bool(self._failures)
+
+    def again(self) -> Surgeon:
+        """Return a careful surgeon of all columns; this one is of no use any more."""
+        del self.inverse, self.weight
+        return Surgeon(*self._given, careful=True)
 
     def remove(self, gone: torch.Tensor) -> None:
         """Remove columns and refit the others; the removed ones' entries of A and V become 0, up to rounding."""
         with full_precision(self.inverse.device):
-            factor = _factor(self.inverse[gone[:, None], gone])
+            factor = self.factor(self.inverse[gone[:, None], gone])
             across = torch.linalg.solve_triangular(factor, self.inverse[gone], upper=False)
             weight = torch.linalg.solve_triangular(factor, self.weight[gone], upper=False)
             self.weight.addmm_(across.T, weight, alpha=-1)
@@ -145,6 +166,8 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
         surgeon.remove(gone)
         there.index_fill_(0, gone, False)
         removed += wanted
+    if surgeon.failed():
+        return eliminate_channels(surgeon.again(), num)
     return Elimination(torch.cat(order).cpu(), torch.cat(costs).cpu(), alone)
 
 
@@ -157,23 +180,29 @@ def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int 
         num: Number of units to remove from each group.
         num_groups: Number of groups of adjacent units; 1: any unit may be removed.
     """
-    width = len(surgeon.inverse) // num_units
-    units, order, costs, alone = torch.arange(num_units), [], [], unit_costs(surgeon, num_units).cpu()
-    group_of = torch.arange(num_units) // (num_units // num_groups)
+    width, device = len(surgeon.inverse) // num_units, surgeon.inverse.device
+    units, alone = torch.arange(num_units, device=device), unit_costs(surgeon, num_units)
+    group_of = units // (num_units // num_groups)
+    order, costs = [units[:0]], [torch.zeros(0, dtype=torch.float64, device=device)]
     for _ in range(num):
         for group in range(num_groups):
-            cost = unit_costs(surgeon, len(units)).double().cpu()
-            cost[group_of != group] = torch.inf
-            least = int(cost.argmin())
-            order.append(int(units[least]))
-            costs.append(float(cost[least]))
-            columns = torch.arange(len(surgeon.inverse), device=surgeon.inverse.device)
-            gone = columns // width == least
-            surgeon.remove(columns[gone])
-            surgeon.keep(columns[~gone])
-            left = torch.arange(len(units)) != least
+            cost = unit_costs(surgeon, len(units)).double().masked_fill(group_of != group, torch.inf)
+            least = cost.argmin()  # stays on the device
+            order.append(units[least][None])
+            costs.append(cost[least][None])
+            surgeon.remove(least * width + torch.arange(width, device=device))
+            surgeon.keep(_without(least * width, width, len(units) * width))
+            left = _without(least, 1, len(units))
             units, group_of = units[left], group_of[left]
-    return Elimination(torch.tensor(order, dtype=torch.int64), torch.tensor(costs, dtype=torch.float64), alone)
+    if surgeon.failed():
+        return eliminate_heads(surgeon.again(), num_units, num, num_groups)
+    return Elimination(torch.cat(order).cpu(), torch.cat(costs).cpu(), alone.cpu())
+
+
+def _without(start: torch.Tensor, count: int, total: int) -> torch.Tensor:
+    """Return all indices below `total` except `count` from `start` on, without waiting for the device that has `start`."""
+    others = torch.arange(total - count, device=start.device)
+    return torch.where(others < start, others, others + count)
 
 
 def unit_costs(surgeon: Surgeon, number: int) -> torch.Tensor:
@@ -181,7 +210,7 @@ def unit_costs(surgeon: Surgeon, number: int) -> torch.Tensor:
     width = len(surgeon.inverse) // number
     blocks = surgeon.inverse.view(number, width, number, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     with full_precision(blocks.device):
-        factor = _factor(blocks.contiguous())
+        factor = surgeon.factor(blocks.contiguous())
         # A triangular solution with as many right-hand sides as outputs is slower on a CPU than an inverse and a product.
         inverse = torch.linalg.solve_triangular(factor, torch.eye(width, device=factor.device), upper=False)
         solved = inverse @ surgeon.weight.view(number, width, -1)

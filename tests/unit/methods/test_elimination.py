@@ -168,6 +168,29 @@ def test_what_rounding_has_made_indefinite() -> None:
         elimination._factor(torch.full((1, 3, 3), torch.nan))
 
 
+@pytest.mark.parametrize("part", ["channels", "heads"])
+def test_a_failed_factor_is_made_up_for(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All is done again with checked factors, with the result of those."""
+    x, weight = activations("plain")
+
+    def eliminated(surgeon: Surgeon) -> elimination.Elimination:
+        return eliminate_channels(surgeon, 29) if part == "channels" else eliminate_heads(surgeon, 6, 4)
+
+    wanted = eliminated(Surgeon(weight, statistics_of(x), careful=True))
+    cholesky, calls = torch.linalg.cholesky_ex, 0
+
+    def fails_once(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal calls
+        calls += 1
+        factor, failed = cholesky(matrices)
+        return (factor * torch.nan, failed + 1) if calls == 3 else (factor, failed)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_once)
+    found = eliminated(Surgeon(weight, statistics_of(x)))
+    assert calls > 6
+    assert torch.equal(found.order, wanted.order) and torch.equal(found.costs, wanted.costs)
+
+
 def test_many_columns_that_are_nearly_one() -> None:
     """One direction owns nearly all of 512 columns, far more of them than tokens: nothing fails, nothing is negative."""
     torch.manual_seed(0)
