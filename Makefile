@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page lint docs demo bench bench-latency bench-naive bench-large tables kernels-report gpu clean
+.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page test-simulated-gpu lint docs demo bench bench-latency bench-naive bench-large tables kernels-report gpu clean
 
 install: .venv/installed
 
@@ -94,6 +94,10 @@ tables: install
 # Report registers, shared memory and tensor-core instructions of every kernel on sm_80, sm_86 and sm_90; needs no GPU.
 kernels-report: install
 	$(BIN)/python benchmarks/kernels_report.py
+
+# The tests for a GPU, on one that is simulated (tests/gpu/simulated_cuda.py), with interpreted kernels: 5 minutes on a core.
+test-simulated-gpu: install
+	PYTHONPATH=tests/gpu TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p simulated_cuda -m gpu tests/gpu
 
 # On a machine with a GPU, in its active environment: build, doctor, gpu tests, parity, benchmarks. A failure does not stop
 # the later steps, and most steps have a time limit.
