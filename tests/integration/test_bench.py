@@ -121,23 +121,30 @@ def test_counted_operations_are_those_of_the_products(tmp_path: Path) -> None:
     assert work["write"].num_bytes == 2 * report.parameters["layers_after"]
 
 
-@pytest.mark.parametrize(("settings", "passes"), [({"criterion": "flap", "recovery": "bias"}, 1), ({"preset": "best"}, 2)])
-def test_counted_operations_of_other_runs(tmp_path: Path, settings: dict[str, Any], passes: int) -> None:
-    """One pass has no forward passes while pruning; token weights take the dense output of what is pruned, too."""
+@pytest.mark.parametrize(
+    ("settings", "windows", "outputs"),
+    [({"criterion": "flap", "recovery": "bias"}, 16, None), ({"preset": "best"}, 16, (64, 172)), ({}, 12, (0, 172))],
+)
+def test_counted_operations_of_other_runs(
+    tmp_path: Path, settings: dict[str, Any], windows: int, outputs: tuple[int, int] | None
+) -> None:
+    """One pass has no forward passes while pruning; token weights take the dense output of all that is pruned."""
     given = {"calibration": torch.randint(512, (16, 64), generator=torch.Generator().manual_seed(0))} | settings
     report = slimllm.prune(STORIES, tmp_path / "out", slimllm.PruneConfig(ratio=0.3, **given))
     sizes = CheckpointModel(open_checkpoint(STORIES), torch.device("cpu"), torch.float32).sizes()
     work = stage_work(vars(report), sizes, 64, 8, 4.0)
-    tokens, attention, into_ffn = 16 * 64, 2 * 64 * (64 + 2 * 32) + 2 * 64 * 64, 2 * 2 * 64 * 172
-    measured = report.calibration["dense_windows"] * 64
-    assert measured == (tokens if passes == 1 else 12 * 64)
-    assert work["dense pass"].operations == 5 * measured * (attention + into_ffn + 2 * 64 * (64 + 172))
+    attention, into_ffn = 2 * 64 * (64 + 2 * 32) + 2 * 64 * 64, 2 * 2 * 64 * 172
+    assert report.calibration["dense_windows"] == windows
+    assert work["dense pass"].operations == 5 * windows * 64 * (attention + into_ffn + 2 * 64 * (64 + 172))
+    of_attention, of_ffn = outputs or (0, 0)
     wanted = sum(
-        tokens * (attention + into_ffn + 2 * 64 * (layer["num_heads"] * 8 + layer["intermediate_size"]))
-        + tokens * 2 * 64 * (64 * (layer["num_heads"] < 8) + 172 * (layer["intermediate_size"] < 172))
+        attention
+        + into_ffn
+        + 2 * 64 * (layer["num_heads"] * 8 + layer["intermediate_size"])
+        + 2 * 64 * (of_attention * (layer["num_heads"] < 8) + of_ffn * (layer["intermediate_size"] < 172))
         for layer in report.layers
     )
-    assert work["forward"].operations == (wanted if passes == 2 else 0)
+    assert work["forward"].operations == (16 * 64 * wanted if outputs else 0)
 
 
 def test_floors() -> None:

@@ -25,7 +25,18 @@ def test_on_a_simulated_gpu(capability: str, processors: str, tmp_path: Path) ->
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "simulated_cuda", "-p", "no:cacheprovider", "-m", "gpu and not slow"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "simulated_cuda",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu and not slow",
+    ]
     command += ["-k", chosen, "--basetemp", str(tmp_path / "pytest"), str(GPU)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=GPU.parents[1])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

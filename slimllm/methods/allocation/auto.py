@@ -14,7 +14,6 @@ from slimllm.methods.allocation.base import (
     DenseSublayer,
     Removals,
     Request,
-    enough_windows,
     register_allocation,
     spend_at_least_cost,
 )
@@ -32,11 +31,8 @@ class Auto(Allocation):
     """Allocation by measured error: every step is taken where a parameter costs least, weighted by output sensitivity."""
 
     needs = Needs.COLUMN_GRAM
-    version = "2"  # fewer windows in the dense pass, fewer probed layers
+    version = "2"  # fewer probed layers, larger blocks
     by_sensitivity = True
-
-    def dense_windows(self, samples: int) -> int:
-        return enough_windows(samples)
 
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
         sublayer, statistics = dense.sublayer, dense.columns
