@@ -12,9 +12,9 @@ from slimllm.errors import InputError
 
 # Settings of each method, by its name in a table. Each comes after one whose dense pass serves it, if there is one.
 METHODS: dict[str, dict[str, Any]] = {
+    "best": {"preset": "best"},
     "flap": {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
     "flap, uniform": {"criterion": "flap", "allocation": "uniform", "recovery": "bias"},
-    "best": {"preset": "best"},
     "slimllm": {"preset": "default"},
     "slimllm + lstsq": {"recovery": "lstsq"},
     "obs + lstsq": {"criterion": "obs", "recovery": "lstsq"},

@@ -25,8 +25,8 @@ from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_statistics import DenseStatistics, packed
-from slimllm.pruning.residual_stream import mean_loss, overflow, pass_held_out, perplexity_windows, residual_stream
-from slimllm.pruning.shapes import dense_windows, layer_shapes
+from slimllm.pruning.residual_stream import mean_loss, num_windows, overflow, pass_held_out, residual_stream
+from slimllm.pruning.shapes import layer_shapes
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement, Stream
 from slimllm.runtime.memory import trim
@@ -81,9 +81,11 @@ class DensePass:
         wanted = _measured(run.config, run.placement)
         if self.windows != num_windows(run) or (wanted and not self.measured):
             return False
-        allocation, one_pass, *settings = wanted or (None, None)
-        there = self.measured or (None, None)
-        return not wanted or (allocation in (None, there[0]) and one_pass in (None, there[1]) and settings == [*there[2:]])
+        if not wanted or not self.measured:
+            return True
+        return (
+            all(one in (None, other) for one, other in zip(wanted[:2], self.measured)) and wanted[2:] == self.measured[2:]
+        )
 
     @property
     def similarity(self) -> list[float]:
@@ -179,17 +181,6 @@ def run_dense_pass(run: RunContext) -> DensePass:
         measured=_measured(config, run.placement),
         windows=windows,
     )
-
-
-def num_windows(run: RunContext) -> int:
-    """Return how many calibration windows, from the first on, the dense pass takes: as many as the allocation needs.
-
-    There is at least one for each rank, and the windows of the perplexity are among them if none are held out.
-    """
-    judged_by = 0 if len(run.calibration.held_out) else len(perplexity_windows(run.calibration))
-    channels = max(size.intermediate_size for size in run.source.sizes())
-    enough = dense_windows(run.config, channels, *run.calibration.token_ids.shape)
-    return min(len(run.calibration.token_ids), max(enough, run.ranks.size, judged_by))
 
 
 def steps_of(dense: DensePass, config: PruneConfig) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from slimllm.models.layer import Layer, run_layer
 from slimllm.models.meta import record_layer_inputs
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.memory_estimate import batch_windows
+from slimllm.pruning.shapes import dense_windows
 from slimllm.runtime.hidden_states import Batch, Stream
 from slimllm.runtime.stopwatch import Stopwatch
 
@@ -93,6 +94,17 @@ def mean_loss(source: ModelSource, stream: Stream, calibration: Calibration) -> 
             total += source.loss_sum((batch.hidden.load()[: len(ids)], ids) for batch, ids in own)
     stream.ranks.sum_(total)
     return float(total) / token_ids[:, 1:].numel()
+
+
+def num_windows(run: RunContext) -> int:
+    """Return how many calibration windows, from the first on, the dense pass takes: as many as the allocation needs.
+
+    There is at least one for each rank, and the windows of the perplexity are among them if none are held out.
+    """
+    judged_by = 0 if len(run.calibration.held_out) else len(perplexity_windows(run.calibration))
+    channels = max(size.intermediate_size for size in run.source.sizes())
+    enough = dense_windows(run.config, channels, *run.calibration.token_ids.shape)
+    return min(len(run.calibration.token_ids), max(enough, run.ranks.size, judged_by))
 
 
 def evaluation_context(run: RunContext) -> RunContext:
