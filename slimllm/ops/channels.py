@@ -91,9 +91,7 @@ def _sigmoid_root(matrix: torch.Tensor) -> torch.Tensor:
     """
     with full_precision(matrix.device):
         square = _symmetric_product(matrix, matrix)
-        bound = math.sqrt(
-            float(torch.linalg.matrix_norm(square))
-        )  # the fourth root of Σλ⁴: at least the largest eigenvalue
+        bound = math.sqrt(float(torch.linalg.matrix_norm(square)))  # (Σλ⁴)^¼, at least the largest eigenvalue
         squarings = max(0, math.ceil(math.log2(4 * bound))) if bound > 0 else 0
         a, square = matrix * -(0.5**squarings), square.mul_(0.25**squarings)
         cube = _symmetric_product(a, square)

@@ -57,7 +57,9 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     results: list[torch.Tensor] = []
     for candidates, num in ((200, 100), (33, 33), (1, 1)):
         x, weight = random(4 * candidates, candidates).double(), random(candidates, 3 * candidates).double()
-        inverse, products = torch.linalg.inv(x.T @ x / len(x) + torch.eye(candidates).to(x)), weight @ weight.T
+        system = x.T @ x / len(x)
+        system.diagonal().add_(1)
+        inverse, products = torch.linalg.inv(system), weight @ weight.T
         for dtype in PRECISE:
             results += greedy_elimination(inverse.to(dtype), products.to(dtype), num)
     return results
