@@ -17,6 +17,7 @@ from slimllm.models.families import READ_AS, family_of, head_dim_of
 from slimllm.models.layer import Layer
 from slimllm.models.meta import embedding_scale, empty_module, expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, Tensors, sizes_by_layer
+from slimllm.runtime.memory import moved, pinned_like
 
 _VOCABULARY = 4096  # entries of the vocabulary whose logits are in memory at a time
 _LOSS_TOKENS = 2048  # tokens whose logits are in memory at a time; one window if that is longer
@@ -74,7 +75,7 @@ class ModelSource(ABC):
         weights = self.weights(index)
         if self.device.type != "cuda":
             return weights
-        return {name: weights.pop(name).pin_memory() for name in list(weights)}
+        return {name: pinned_like(weights[name]).copy_(weights.pop(name)) for name in list(weights)}
 
     @abstractmethod
     def embedder(self) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -103,14 +104,15 @@ class ModelSource(ABC):
             batches: Pairs of the outputs of the last decoder layer, (windows, seq_len, D), and the token ids, (windows,
                 seq_len).
         """
-        norm, weight, total = self.final_norm(), self.head(), 0.0
+        norm, weight = self.final_norm(), self.head()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         for hidden, token_ids in batches:
             step = max(1, _LOSS_TOKENS // token_ids.shape[1])
             for states, ids in zip(hidden.split(step), token_ids.split(step)):
                 inputs = torch.cat([norm(window[:-1].to(self.device)) for window in states])
                 targets = torch.cat([window[1:] for window in ids]).to(self.device)
-                total += float(self._losses(inputs, targets, weight).sum(dtype=torch.float64))
-        return total
+                total += self._losses(inputs, targets, weight).sum(dtype=torch.float64)
+        return float(total)
 
     def _losses(self, inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the losses of tokens, (tokens,), from the inputs of the output head, (tokens, D)."""
@@ -118,13 +120,14 @@ class ModelSource(ABC):
         normaliser = torch.full((len(targets),), -torch.inf, device=self.device)
         chosen = torch.zeros(len(targets), device=self.device)
         for start in range(0, len(weight), _VOCABULARY):  # all logits, or the converted head, would be large
-            some = weight[start : start + _VOCABULARY].to(self.device, self.dtype)
-            here = (targets >= start) & (targets < start + len(some))
+            some = moved(weight[start : start + _VOCABULARY], self.device, self.dtype)
             logits = nn.functional.linear(inputs, some).float()
             if cap:
                 logits = cap * (logits / cap).tanh()
             torch.logaddexp(normaliser, logits.logsumexp(1), out=normaliser)
-            chosen[here] = logits[here, targets[here] - start]
+            index = targets - start
+            there = logits.gather(1, index.clamp(0, len(some) - 1)[:, None])[:, 0]
+            chosen = torch.where((index >= 0) & (index < len(some)), there, chosen)
         return normaliser - chosen
 
 
@@ -162,7 +165,7 @@ class CheckpointModel(ModelSource):
             self._fill(self.model.get_submodule(self.spec.before_layers), self.spec.before_layers)
         weight = self._read(f"{self.spec.embedding}.weight")
         scale = torch.tensor(embedding_scale(self.model, self.spec)).to(self.device, self.dtype)
-        return lambda token_ids: nn.functional.embedding(token_ids, weight).to(self.device, self.dtype) * scale
+        return lambda token_ids: moved(nn.functional.embedding(token_ids, weight), self.device, self.dtype) * scale
 
     def final_norm(self) -> nn.Module:
         norm = empty_module(self.model, self.spec.final_norm)
@@ -176,7 +179,7 @@ class CheckpointModel(ModelSource):
     def _fill(self, module: nn.Module, name: str) -> None:
         """Load the weights of a module."""
         names = [one for one in self._shapes if one.startswith(f"{name}.")]
-        tensors = {one.removeprefix(f"{name}."): self._read(one).to(self.device, self.dtype) for one in names}
+        tensors = {one.removeprefix(f"{name}."): moved(self._read(one), self.device, self.dtype) for one in names}
         module.load_state_dict(tensors, assign=True)
 
     def _read(self, name: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from slimllm.errors import HopelessError, InputError
 from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.data import Example, batch_of, learnt
 from slimllm.runtime.hidden_states import State
+from slimllm.runtime.memory import exhausted
 
 MAX_NORM = 1.0  # largest norm of the gradient: the default of transformers' Trainer, which LLM-Pruner uses
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's moments
@@ -87,8 +89,9 @@ class Training:
             torch.manual_seed((self._config.seed + 1) * 1_000_003 + self.done)  # for the dropout
             for start in range(0, len(batch), self._config.micro_batch):
                 some = batch[start : start + self._config.micro_batch]
-                loss = self._loss(some) / number
-                loss.backward()
+                with self._enough_memory(len(some)):
+                    loss = self._loss(some) / number
+                    loss.backward()
                 total += float(loss.detach())
                 tokens += sum(len(example.ids) for example in some)
         norm = float(nn.utils.clip_grad_norm_(self._factors.values(), MAX_NORM))
@@ -113,7 +116,9 @@ class Training:
         self.model.eval()
         total, number = 0.0, sum(len(example.ids) - max(example.given, 1) for example in examples)
         for start in range(0, len(examples), self._config.micro_batch):
-            total += float(self._loss(examples[start : start + self._config.micro_batch]))
+            some = examples[start : start + self._config.micro_batch]
+            with self._enough_memory(len(some)):
+                total += float(self._loss(some))
         if not math.isfinite(total):
             raise HopelessError("The loss of the held-out examples is not finite; compute in float32.")
         return total / number
@@ -155,19 +160,20 @@ class Training:
         order = torch.randperm(number, generator=generator).tolist()
         return [self._examples[index] for index in order[start * size : (start + 1) * size]]
 
-    def _loss(self, examples: list[Example]) -> torch.Tensor:
-        """Return the loss summed over all learnt tokens, in nats.
-
-        Raises:
-            ValueError: (as InputError) the GPU ran out of memory.
-        """
-        ids, mask, labels = batch_of(examples, self.device)
+    @contextmanager
+    def _enough_memory(self, number: int) -> Iterator[None]:
+        """Raise InputError if memory runs out inside, where `number` examples are computed at once."""
         try:
-            logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        except torch.OutOfMemoryError:
-            raise InputError(
-                f"The memory of {self.device} is not enough for {len(examples)} examples at once; give a smaller "
-                "micro_batch."
-            ) from None
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if (kind := exhausted(error)) is None:
+                raise
+            advice = "give a smaller micro_batch" if number > 1 else "give a smaller seq_len"
+            raise InputError(f"The {kind} memory is not enough for {number} examples at once; {advice}.") from None
+
+    def _loss(self, examples: list[Example]) -> torch.Tensor:
+        """Return the loss summed over all learnt tokens, in nats."""
+        ids, mask, labels = batch_of(examples, self.device)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         where = learnt(labels)
         return nn.functional.cross_entropy(logits[where].float(), labels[:, 1:][where], reduction="sum")

@@ -11,6 +11,7 @@ from torch import nn
 
 from slimllm.errors import InputError
 from slimllm.models.families import Family
+from slimllm.runtime.memory import moved
 
 Tensors = dict[str, torch.Tensor]
 _ROWS = 256  # rows of a weight that are in fp64 at a time
@@ -217,7 +218,7 @@ def install(
         owner, _, name = spec.slopes.rpartition(".")
         setattr(layer.get_submodule(owner), name, torch.empty_like(tensors[spec.slopes], device="meta"))
     for name in changed:  # one by one, so that each replaced tensor is freed before the next one is copied
-        layer.load_state_dict({name: tensors[name].to(device=device, dtype=dtype)}, strict=False, assign=True)
+        layer.load_state_dict({name: moved(tensors[name], device, dtype)}, strict=False, assign=True)
     attention: Any = layer.get_submodule(spec.attention)
     ffn: Any = layer.get_submodule(spec.ffn)
     if hasattr(attention, "num_heads"):

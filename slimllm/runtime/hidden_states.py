@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.memory import pinned_like
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 PLACES = ("device", "host", "disk")  # from the fastest to the largest
@@ -58,7 +59,7 @@ class Stored:
         self.shape, self.dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         self._mapped = False
         if place == "host":
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._tensor = pinned_like(tensor) if tensor.is_cuda else torch.empty(tensor.shape, dtype=tensor.dtype)
         elif place == "disk":
             folder = folder and next((existing for existing in (folder, folder.parent) if existing.is_dir()), None)
             with tempfile.NamedTemporaryFile(dir=folder) as file:

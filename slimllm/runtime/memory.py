@@ -5,13 +5,19 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import logging
 import math
+import re
 import sys
 from pathlib import Path
 
 import torch
 
 from slimllm.config import GIB as GIB
+
+_log = logging.getLogger("slimllm")
+# The runtime and the libraries have their own messages for what torch's allocator raises as OutOfMemoryError.
+_GPU_EXHAUSTED = re.compile(r"CUDA (error: )?out of memory|(CUBLAS|CUSOLVER)_STATUS_ALLOC_FAILED")
 
 
 def reset_peak(device: torch.device) -> None:
@@ -65,12 +71,35 @@ def free_bytes(device: torch.device) -> float:
 
 def exhausted(error: BaseException) -> str | None:
     """Return which memory an error reports as exhausted, `CPU` or `GPU`; None for any other error."""
-    if isinstance(error, torch.OutOfMemoryError):
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _GPU_EXHAUSTED.search(text)):
         return "GPU"
     # torch has no exception type for it on the CPU, and mapping a file may also fail for lack of memory.
-    told = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in str(error) or "Cannot allocate" in str(error))
+    told = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "Cannot allocate" in text)
     told = told or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     return "CPU" if told or isinstance(error, MemoryError) else None
+
+
+def moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor on a device in a dtype.
+
+    It is cast on the device: a cast on the host would go to memory that is not pinned. The host does not wait for a copy
+    from pinned memory.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda").to(dtype)
+
+
+def pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Return uninitialised host memory for a tensor, pinned, so that copies to and from a GPU do not stop the host.
+
+    The system limits how much memory can be pinned. Beyond that the memory is pageable: slower, and a warning says so.
+    """
+    shape, dtype = tensor.shape, tensor.dtype
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        _log.warning("Host memory is not pinned, copies are slower: %s", str(error).partition("\n")[0])
+        return torch.empty(shape, dtype=dtype)
 
 
 def resident_gib() -> float:

@@ -145,7 +145,7 @@ def test_a_step_by_hand(pruned: Path, text: Path) -> None:
     model, tokenizer = load(pruned)
     examples = read_examples(text, tokenizer, 32)[:16]
     training = Training(model, "model.layers", examples, FinetuneConfig(seq_len=32, dropout=0.0))
-    dense = load(pruned)[0]
+    dense = load(pruned, device="cpu")[0]
     ids = torch.tensor([example.ids for example in examples])
     with torch.no_grad():
         logits = dense(ids).logits.double()
@@ -162,6 +162,19 @@ def test_a_step_by_hand(pruned: Path, text: Path) -> None:
                 assert moved.max() == pytest.approx(1e-4, rel=1e-2), name
             else:  # B is 0 at first, so that A has no gradient
                 assert float(moved.max()) == 0, name
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_memory_runs_out(where: str, pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausting(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    owner, name = (nn.functional, "cross_entropy") if where == "forward" else (torch.Tensor, "backward")
+    monkeypatch.setattr(owner, name, exhausting)
+    for size, advice in ((4, "micro_batch"), (1, "seq_len")):
+        with pytest.raises(ValueError, match=f"The GPU memory is not enough for {size} examples .* give a smaller {advice}"):
+            finetune(pruned, text, tmp_path / "out", FinetuneConfig(**QUICK, micro_batch=size))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", sorted(PECULIAR))
