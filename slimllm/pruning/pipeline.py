@@ -83,7 +83,8 @@ class Pruning:
                 heads, channels = self._prune_layer(layer, stream, index)
                 finite = pass_held_out(layer, stream, index, watch)
                 with ranks.together():
-                    if not (finite and all(bool(batch.hidden.load().isfinite().all()) for batch in stream)):
+                    all_finite = [batch.hidden.load().isfinite().all() for batch in stream]
+                    if not (finite and bool(torch.stack(all_finite).all())):
                         raise overflow(source, index, "pruned")
                 pruned = PrunedLayer(index, layer)
                 yield pruned

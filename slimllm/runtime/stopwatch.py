@@ -12,12 +12,27 @@ import torch
 
 
 class Stopwatch:
-    """Seconds by stage; on a GPU it synchronises at both ends of a stage, which thus includes all work it launched."""
+    """Seconds by stage.
+
+    On a GPU a stage lasts from the event that it records at its beginning to the one at its end, and so includes all work
+    that it launched. The host waits for the events when the seconds are read, not at every stage.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._device = device
         self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds so far, by stage."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+        for stage, begin, end in self._events:
+            self._seconds[stage] += begin.elapsed_time(end) / 1e3
+        self._events.clear()
+        return self._seconds
 
     def elapsed_s(self) -> float:
         """Return the seconds of the run so far, including those before an interruption."""
@@ -29,19 +44,24 @@ class Stopwatch:
 
     def resume(self, seconds: dict[str, float], elapsed_s: float) -> None:
         """Continue the count of an interrupted run."""
-        self.seconds.update(seconds)
+        self._seconds.update(seconds)
         self._started = time.perf_counter() - elapsed_s
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        self._wait()
-        start = time.perf_counter()
+        begin, start = self._event(), time.perf_counter()
         try:
             yield
         finally:
-            self._wait()
-            self.seconds[stage] += time.perf_counter() - start
+            if begin is None:
+                self._seconds[stage] += time.perf_counter() - start
+            elif (end := self._event()) is not None:
+                self._events.append((stage, begin, end))
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def _event(self) -> torch.cuda.Event | None:
+        """Return an event that is recorded now, on a GPU."""
+        if self._device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

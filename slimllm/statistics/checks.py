@@ -13,11 +13,28 @@ class Accumulator:
             raise ValueError(f"features must be at least 1, got {features}.")
         self.features = features
         self.count = 0
-        self.mass = 0.0
+        self._mass = 0.0
+        self._masses: tuple[torch.Tensor, ...] = ()  # of batches; they are added when asked for, so that no batch waits
+
+    @property
+    def mass(self) -> float:
+        """Sum of the weights of all tokens."""
+        if self._masses:
+            for mass in torch.stack(self._masses).tolist():
+                self._mass += mass
+            self._masses = ()
+        return self._mass
+
+    @mass.setter
+    def mass(self, mass: float) -> None:
+        self._mass, self._masses = mass, ()
 
     def _count(self, num_tokens: int, weight: torch.Tensor | None) -> None:
         self.count += num_tokens
-        self.mass += num_tokens if weight is None else float(weight.sum(dtype=torch.float64))
+        if weight is None:
+            self.mass += num_tokens
+        else:
+            self._masses += (weight.sum(dtype=torch.float64),)
 
     def _count_other(self, other: Accumulator) -> None:
         self.count += other.count
