@@ -83,7 +83,7 @@ def computes_vectors(out_features: int, on_gpu: bool) -> bool:
 
 
 def _sigmoid_root(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the Cholesky factor of I + exp(-M) for a symmetric positive semidefinite M (D, D) fp32.
+    """Return the Cholesky factor of I + exp(-M) for a symmetric positive semidefinite M (D, D) fp32; M is overwritten.
 
     A = -M/2ᵏ has a norm of at most 1/4. F = expm1(A) is the Taylor series to degree 6 (in A and A³: 3 products; the next
     term is 1e-8), squared k times by F ← 2F + F². expm1 instead of exp keeps the digits of small eigenvalues. The
@@ -93,7 +93,7 @@ def _sigmoid_root(matrix: torch.Tensor) -> torch.Tensor:
         square = _symmetric_product(matrix, matrix)
         bound = math.sqrt(float(torch.linalg.matrix_norm(square)))  # (Σλ⁴)^¼, at least the largest eigenvalue
         squarings = max(0, math.ceil(math.log2(4 * bound))) if bound > 0 else 0
-        a, square = matrix * -(0.5**squarings), square.mul_(0.25**squarings)
+        a, square = matrix.mul_(-(0.5**squarings)), square.mul_(0.25**squarings)
         cube = _symmetric_product(a, square)
         tail = (a / 24).add_(square, alpha=1 / 120).add_(cube, alpha=1 / 720)
         tail.diagonal().add_(1 / 6)

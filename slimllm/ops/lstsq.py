@@ -214,5 +214,7 @@ def _factor_and_solve(gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tens
     pivots = (diagonal.square() / before).amin(-1)
     least = gram.shape[-1] * torch.finfo(torch.float64).eps
     right = cross if not cross.is_cuda and bool(known.all()) else torch.where(known[..., None], cross, 0.0)
-    solution = torch.linalg.solve_triangular(upper, torch.linalg.solve_triangular(upper.mT, right, upper=False), upper=True)
+    half = torch.linalg.solve_triangular(upper.mT, right, upper=False)
+    del right, cross  # as large as the solution
+    solution = torch.linalg.solve_triangular(upper, half, upper=True)
     return solution.contiguous(), (status != 0) | ~(pivots > least)

@@ -120,7 +120,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         placement: Where token-sized tensors are stored.
     """
     d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
-    kept = math.ceil((1 - config.ratio / 2) * i)  # in the least pruned layer, approximately
+    kept = math.ceil((1 - config.ratio / 4) * i)  # in the least pruned layer, approximately
     tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
     held_out = math.ceil(sizes.held_out / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
@@ -200,7 +200,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield at("obs", streams, inner(i) | ({} if away else needed), needed if away else {})
         sliced = {"pruned layer": 3 * kept * d * s}
         if lstsq:
-            moments = 4.5 * 8 * kept * d + 8 * (i - kept) * d
+            moments = 4 * 8 * kept * d + 8 * (i - kept) * d  # two, the solution of half of the system, and the solution
             across = {"moments": moments / sizes.ranks}  # only this rank's outputs
             system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # the system and its factor
             solution = ffn_gram | {"solution": 2 * 8 * kept * d}
@@ -220,10 +220,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         yield from of_pruning()
     embedded = 0 if placement.states == "disk" or sizes.on_gpu else (tokens + held_out) * d * c
     # As in `ModelSource.loss_sum`: part of the vocabulary for part of the tokens; the head in the dtype that is read.
-    logits: dict[str, float] = {
-        "layer, computing": 0,
-        "logits": max(sizes.seq_len, 2048) * (4 * 4096 + 2 * d) * 4 + 4096 * d * c,
-    }
+    rows, entries = min(batch, max(sizes.seq_len, 2048)), min(sizes.vocab_size, 4096)
+    logits: dict[str, float] = {"layer, computing": 0, "logits": rows * (4 * entries + 2 * d) * 4 + entries * d * (c + s)}
     if config.allocation.by_sensitivity:
         logits["probes"] = 2 * probe_bytes(sizes)
     yield at("perplexity", 1, logits, {"layer, as stored": 0, "output head": 2 * sizes.vocab_size * d * s})

@@ -93,7 +93,7 @@ def least_squares(
 
     Args:
         covariance: Cov(z), (|S|, |S|) fp64; overwritten.
-        cross: Cov(z, e), (|S|, D) fp64.
+        cross: Cov(z, e), (|S|, D) fp64; overwritten.
         lost: var(e_k), (D,) fp64.
         mean: E z, (|S|,) fp64.
         mean_lost: E e, (D,) fp64.
@@ -105,7 +105,7 @@ def least_squares(
     scale = column_scale(covariance.diagonal(), mean)
     inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
     correlation = covariance.mul_(inverse[:, None]).mul_(inverse)
-    across = inverse[:, None] * cross
+    across = cross.mul_(inverse[:, None])
     scaled = ops.lstsq(correlation[None], across[None], ridge, absolute=True)[0]
     delta = inverse[:, None] * scaled
     # As (correlation + λI) scaled = across, tr(Δ Cov(z) Δᵀ) is tr(scaledᵀ across) - λ‖scaled‖².
