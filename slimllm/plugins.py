@@ -145,7 +145,7 @@ class Registry(Generic[_Method]):
     def __init__(self, kind: str, folder: str, group: str) -> None:
         self.kind, self.group, self._folder = kind, group, folder
         self._found: dict[str, type[_Method]] = {}
-        self._broken: dict[str, str] = {}  # entry points that cannot be imported, and why
+        self._broken: dict[str, str] = {}  # methods that cannot be imported, and why
         self._lock = threading.RLock()
         self._builtins_loaded = self._loaded = False
 
@@ -193,7 +193,10 @@ class Registry(Generic[_Method]):
             self._builtins_loaded = True
             package = importlib.import_module(self._folder)
             for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self._folder}.{module.name}")
+                try:
+                    importlib.import_module(f"{self._folder}.{module.name}")
+                except ModuleNotFoundError as error:  # a dependency that this method alone has
+                    self._broken[module.name] = str(error)
 
     def all(self) -> dict[str, type[_Method]]:
         """Return every registered method that can be imported, by name."""
@@ -233,7 +236,8 @@ class Registry(Generic[_Method]):
         if given not in known:
             if given in self._broken:
                 raise InputError(
-                    f"The {self.kind} {given} cannot be imported ({self._broken[given]}); repair or uninstall its package."
+                    f"The {self.kind} {given} cannot be imported ({self._broken[given]}); install what is missing, or "
+                    "uninstall its package."
                 )
             raise InputError(
                 f"{self.kind} must be one of {', '.join(known)}, got {given!r}; import your own with --plugin."

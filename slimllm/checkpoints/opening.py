@@ -10,7 +10,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.companions import PATTERNS, files_to_fetch
 from slimllm.checkpoints.fused import take_apart
-from slimllm.checkpoints.gguf import GGUFCheckpoint
 from slimllm.checkpoints.safetensors import SafetensorsCheckpoint
 from slimllm.errors import InputError, first_line
 
@@ -24,6 +23,10 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     """
     path = Path(model).expanduser()
     if path.is_file():
+        try:  # folders are read without the package gguf
+            from slimllm.checkpoints.gguf import GGUFCheckpoint
+        except ModuleNotFoundError as error:
+            raise InputError(f"A GGUF file is read with the package {error.name}, which is not installed.") from None
         return GGUFCheckpoint(path)
     if path.is_dir():
         checkpoint = SafetensorsCheckpoint(path, path.resolve().name)
