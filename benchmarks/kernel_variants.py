@@ -44,9 +44,10 @@ def _gram(arch: int) -> list[Variant]:
         for launch in launches:
             for split in ("", "partial"):
                 tma, parts = launch == "tma", "pivot" in launch or "weight" in launch
-                if tma and (arch < 90 or dtype == "fp32"):
+                if tma and (arch // 10 not in gram.TMA_MAJORS or dtype == "fp32"):
                     continue
-                config = gram.choose_config(torch_dtype, parts, tma, "unaligned" not in launch and launch != "transposed")
+                aligned_rows = "unaligned" not in launch and launch != "transposed"
+                config = gram.config_of(gram.kind_of(torch_dtype, parts, tma, aligned_rows), divmod(arch, 10))
                 tile = f"[{config.block_n}, {config.block_f}]"
                 types = {"x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32"}
                 types |= {"total": "*fp64", **_integers("num_tokens", "features", "split_tokens", "stride_row")}
@@ -73,7 +74,7 @@ def _gram_reduce() -> list[Variant]:
     types = {"tiles": "*i32", "gram": "*fp32", "total": "*fp64", "partial": "*fp32", "partial_sums": "*fp32"}
     types |= _integers("features", "num_slots", "stride_row")
     found = []
-    for block in sorted({gram.PLAIN_CONFIG.block_f, gram.FLOAT_CONFIG.block_f}):
+    for block in sorted({config.block_f for config in gram.CONFIGS.values()}):
         constants = {"stride_col": 1, "stride_total": 1, "BLOCK_F": block, "ROWS": gram.REDUCE_ROWS}
         found.append(Variant(f"gram reduce {block}", gram.reduce_kernel, types, constants, aligned=("stride_row",)))
     return found

@@ -43,27 +43,41 @@ class Config:
     num_stages: int
 
 
-# Chosen by the registers and shared memory that ptxas reports (tests/unit/ops/test_compile.py), not yet timed on a GPU.
-TMA_CONFIG = Config(128, 64, 8, 4)
-PLAIN_CONFIG = Config(128, 64, 8, 3)
-PARTS_CONFIG = Config(64, 32, 8, 2)
-FLOAT_CONFIG = Config(64, 16, 8, 2)
-UNALIGNED_CONFIG = Config(64, 32, 8, 2)
-NARROW_CONFIG = Config(64, 16, 8, 1)
+# By kind of input, see `kind_of`. Chosen by the registers and shared memory that ptxas reports
+# (tests/unit/ops/test_compile.py), not yet timed on a GPU.
+CONFIGS = {
+    "tma": Config(128, 64, 8, 4),
+    "plain": Config(128, 64, 8, 3),
+    "parts": Config(64, 32, 8, 2),
+    "float": Config(64, 16, 8, 2),
+    "unaligned": Config(64, 32, 8, 2),
+    "narrow": Config(64, 16, 8, 1),
+}
+# What differs by compute capability: where the general configuration spills (benchmarks/kernels_report.py), or where
+# benchmarks/tune_gram.py measured another one to be faster; it prints the lines to put here.
+CONFIGS_OF_CHIP: dict[tuple[int, int], dict[str, Config]] = {
+    (12, 0): {"float": Config(64, 16, 4, 2), "narrow": Config(64, 16, 4, 2)}  # compiled, not timed
+}
+TMA_MAJORS = (9, 10)  # major compute capabilities
 GROUP = 8  # rows of tiles in a group, so that neighbouring programs share input in L2
 REDUCE_ROWS = 32
 # The interpreter would multiply the raw 16 bits of bf16, so factors are converted to fp32 for it.
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def choose_config(dtype: torch.dtype, parts: bool, tma: bool, aligned: bool) -> Config:
-    """Choose by input dtype. `parts`: there is a pivot or weights; `aligned`: reads of 16 bytes are possible."""
+def kind_of(dtype: torch.dtype, parts: bool, tma: bool, aligned: bool) -> str:
+    """Return the kind of an input. `parts`: there is a pivot or weights; `aligned`: reads of 16 bytes are possible."""
     full = dtype == torch.float32 or (dtype == torch.float16 and parts)
     if not aligned:
-        return NARROW_CONFIG if full or parts else UNALIGNED_CONFIG
+        return "narrow" if full or parts else "unaligned"
     if full:
-        return FLOAT_CONFIG
-    return PARTS_CONFIG if parts else TMA_CONFIG if tma else PLAIN_CONFIG
+        return "float"
+    return "parts" if parts else "tma" if tma else "plain"
+
+
+def config_of(kind: str, capability: tuple[int, int] | None = None) -> Config:
+    """Return the configuration for a kind of input on GPUs of a compute capability; None: the general one."""
+    return CONFIGS_OF_CHIP.get(capability or (0, 0), {}).get(kind, CONFIGS[kind])
 
 
 @triton.jit
@@ -281,9 +295,9 @@ def _is_aligned(x: torch.Tensor) -> bool:
 
 
 def _can_use_tma(x: torch.Tensor) -> bool:
-    """Return whether tensor descriptors are possible: they need Hopper and aligned rows that do not overlap."""
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return hopper and _is_aligned(x) and x.stride(0) >= x.shape[1]
+    """Return whether tensor descriptors pay: on 9.x and 10.x, for aligned rows that do not overlap; on 12.0 they spill."""
+    able = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] in TMA_MAJORS
+    return able and _is_aligned(x) and x.stride(0) >= x.shape[1]
 
 
 def gram_(
@@ -304,7 +318,8 @@ def gram_(
     # Unaligned results need more registers too, for addresses and masks.
     aligned = _is_aligned(x) and _is_aligned(gram) and features % 16 == 0
     tma = aligned and x.dtype != torch.float32 and not parts and _can_use_tma(x)
-    config = choose_config(x.dtype, parts, tma, aligned)
+    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
+    config = config_of(kind_of(x.dtype, parts, tma, aligned), capability)
     tiles = _tiles(triton.cdiv(features, config.block_f), x.device)
     if splits is None:
         splits = 1
