@@ -3,11 +3,16 @@
 SLIMLLM_BUILD_EXT: `auto` (default) builds the extension if there are a compiler and torch 2.11 or later (visible to the
 build with --no-build-isolation), and prints the outcome in one line; `1` fails if it cannot be built; `0` leaves it out.
 The CUDA part needs a torch for CUDA and nvcc (CUDA_HOME). It is built for the architectures in TORCH_CUDA_ARCH_LIST, else
-for those of the visible GPUs, else for 8.0, 8.6 and 9.0.
+for those of the visible GPUs, else for 8.0, 8.6 and 9.0. If it cannot be built, `auto` builds the rest, and
+`slimllm doctor` says why.
 """
 
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,33 +43,37 @@ def extension_arguments() -> dict[str, Any]:
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
-    wanted = extension(cuda=has_cuda())
+    without = without_cuda()
+    wanted = extension(without)
 
     class Build(BuildExtension):  # type: ignore[misc]
         """Build step that makes the extension, or prints in one line why it could not."""
 
         def run(self) -> None:
             before = {name: getattr(self, name) for name in ("compiler", "inplace")}
+            printed: list[str] = []
             try:
-                super().run()
-                print(f"slimllm: extension slimllm._C built{' with CUDA' if has_cuda() else ''}")
+                with recorded(printed):
+                    super().run()
+                print(f"slimllm: extension slimllm._C built{'' if without else ' with CUDA'}")
             except (Exception, SystemExit) as error:
+                why = reason(error, printed)
                 if mode == "1":
                     sys.exit(
-                        f"slimllm: the extension cannot be built: {reason(error)}. It needs a working C++ compiler and, "
+                        f"slimllm: the extension cannot be built: {why}. It needs a working C++ compiler and, "
                         "for a torch with CUDA, nvcc of the same version or none; SLIMLLM_BUILD_EXT=0 leaves it out."
                     )
-                why = reason(error)
-                if not has_cuda():
+                if without:
                     self.give_up(why)
                     return
-                vars(wanted).update(vars(extension(cuda=False)))  # keeps the attributes that distutils set
+                vars(wanted).update(vars(extension(why)))  # keeps the attributes that distutils set
                 self.__dict__.update(before)
                 try:
-                    super().run()
+                    with recorded(printed):
+                        super().run()
                     print(f"slimllm: extension slimllm._C built without CUDA ({why})")
                 except (Exception, SystemExit) as another:
-                    self.give_up(reason(another))
+                    self.give_up(reason(another, printed))
 
         def give_up(self, why: str) -> None:
             # Delete the result of an earlier build, so that it does not pass for this one's.
@@ -76,36 +85,63 @@ def extension_arguments() -> dict[str, Any]:
     return {"ext_modules": [wanted], "cmdclass": {"build_ext": Build}}
 
 
-def reason(error: BaseException) -> str:
-    """Return an error's message on one line, at most 300 characters."""
-    return " ".join(" ".join(map(str, error.args)).split())[:300]
+@contextmanager
+def recorded(printed: list[str]) -> Iterator[None]:
+    """Print what this process and the compilers print when they are done, and put its lines into the list."""
+    sys.stdout.flush()
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        before = os.dup(1), os.dup(2)
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            for stream, old in zip((1, 2), before):
+                os.dup2(old, stream)
+                os.close(old)
+            file.seek(0)
+            printed[:] = file.read().splitlines()
+            print("\n".join(printed))
 
 
-def extension(cuda: bool) -> Any:
-    """Return the extension, with or without its CUDA part."""
+def reason(error: BaseException, printed: list[str]) -> str:
+    """Return the first error that a compiler printed, or else the exception's message: one line, up to 300 characters."""
+    found = [line for line in printed if re.search(r"\b(fatal error|error|unsupported)\b", line, re.IGNORECASE)]
+    message = " ".join(map(str, error.args))
+    return " ".join((found[0] if found and "compil" in message.lower() else message).split())[:300]
+
+
+def extension(without: str) -> Any:
+    """Return the extension; without its CUDA part if there is a reason for that."""
     import pybind11
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     flags = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", STABLE_ABI]
     arguments: dict[str, Any] = {"include_dirs": [pybind11.get_include()], "extra_compile_args": {"cxx": flags}}
-    if cuda:
+    if not without:
         architectures = choose_architectures()
         flags += [f'-DSLIMLLM_CUDA_ARCHITECTURES="{architectures}"', f'-DSLIMLLM_CUDA="{cuda_version()}"']
         arguments["extra_compile_args"]["nvcc"] = ["-O3", "-std=c++17", "-DUSE_CUDA", STABLE_ABI]
         made = CUDAExtension("slimllm._C", SOURCES + CUDA_SOURCES, **arguments)
     else:
+        flags.append('-DSLIMLLM_WITHOUT_CUDA="{}"'.format(re.sub(r"[^\w .,:;()/+-]", " ", without)))
         made = CppExtension("slimllm._C", SOURCES, **arguments)
     # System headers: suppresses warnings from third-party headers.
     made.extra_compile_args["cxx"] += [f"-isystem{folder}" for folder in made.include_dirs]
     return made
 
 
-def has_cuda() -> bool:
-    """Return whether there are a torch for CUDA and nvcc."""
+def without_cuda() -> str:
+    """Return why there cannot be a CUDA part, or an empty string."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
-    return bool(torch.version.cuda and CUDA_HOME and (Path(CUDA_HOME) / "bin" / "nvcc").exists())
+    if not torch.version.cuda:
+        return "this torch is for CPUs"
+    if not CUDA_HOME:
+        return "there is no nvcc; set CUDA_HOME to CUDA's folder"
+    return "" if (Path(CUDA_HOME) / "bin" / "nvcc").exists() else f"there is no nvcc in {CUDA_HOME}, which CUDA_HOME names"
 
 
 def cuda_version() -> str:

@@ -12,6 +12,9 @@
 #define SLIMLLM_CUDA_ARCHITECTURES ""
 #define SLIMLLM_CUDA ""
 #endif
+#ifndef SLIMLLM_WITHOUT_CUDA
+#define SLIMLLM_WITHOUT_CUDA ""
+#endif
 
 namespace py = pybind11;
 
@@ -49,9 +52,10 @@ PYBIND11_MODULE(_C, module) {
         info["cpp_standard"] = static_cast<long>(__cplusplus);
         info["cuda"] = SLIMLLM_CUDA;
         info["cuda_architectures"] = words(SLIMLLM_CUDA_ARCHITECTURES);
+        info["without_cuda"] = SLIMLLM_WITHOUT_CUDA;
         info["operations"] = std::vector<std::string>{"lstsq", "affine_fit", "greedy_elimination"};
         return info;
       },
       "How this module was built: compiler, cpp_standard (the value of __cplusplus), cuda (its version, empty "
-      "without), cuda_architectures (as in TORCH_CUDA_ARCH_LIST) and operations.");
+      "without), cuda_architectures (as in TORCH_CUDA_ARCH_LIST), without_cuda (why there is no CUDA part) and operations.");
 }

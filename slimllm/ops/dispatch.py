@@ -106,10 +106,11 @@ def extension_is_missing(device_type: str = "cpu") -> str:
         module = importlib.import_module("slimllm._C")
     except ImportError as error:
         return f"was not built or does not load ({error})"
-    if not all(hasattr(torch.ops.slimllm_C, name) for name in ("small_lstsq", "affine_fit", "greedy_elimination")):
+    known = all(hasattr(torch.ops.slimllm_C, name) for name in ("small_lstsq", "affine_fit", "greedy_elimination"))
+    if not known or "without_cuda" not in (info := module.build_info()):
         return "was built by an older version; reinstall slimllm to rebuild it"
-    if device_type == "cuda" and not module.build_info()["cuda_architectures"]:
-        return "was built without CUDA"
+    if device_type == "cuda" and not info["cuda_architectures"]:
+        return f"was built without CUDA ({info['without_cuda']})"
     return ""
 
 

@@ -85,5 +85,7 @@ def _extension() -> str:
         return f"{missing}; everything works without it"
     info = importlib.import_module("slimllm._C").build_info()
     architectures = ", ".join(info["cuda_architectures"])
-    devices = f"for CPUs and GPUs (CUDA {info['cuda']}, architectures {architectures})" if architectures else "for CPUs"
+    devices = f"for CPUs and GPUs (CUDA {info['cuda']}, architectures {architectures})"
+    if not architectures:
+        devices = f"for CPUs (without CUDA: {info['without_cuda']})"
     return f"built by {info['compiler']}, {devices}: {', '.join(info['operations'])}"
