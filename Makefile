@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page test-simulated-gpu lint docs demo bench bench-latency bench-naive bench-large tables kernels-report gpu clean
+.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page test-simulated-gpu lint docs demo bench bench-latency bench-naive bench-large tables kernels-report gpu-check gpu-bench clean
 
 install: .venv/installed
 
@@ -91,30 +91,23 @@ bench-large: install
 tables: install
 	$(BIN)/python benchmarks/tables.py
 
-# Report registers, shared memory and tensor-core instructions of every kernel on sm_80, sm_86 and sm_90; needs no GPU.
+# Report registers, shared memory and tensor-core instructions of every kernel on sm_80, sm_86, sm_90 and sm_120; needs no GPU.
 kernels-report: install
 	$(BIN)/python benchmarks/kernels_report.py
 
-# The tests for a GPU, on one that is simulated (tests/gpu/simulated_cuda.py), with interpreted kernels: 5 minutes on a core.
+# The tests for a GPU, and both commands below, on a GPU that is simulated (tests/gpu/simulated_cuda), with interpreted
+# kernels: 15 minutes on a core.
 test-simulated-gpu: install
-	PYTHONPATH=tests/gpu TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p simulated_cuda -m gpu tests/gpu
+	PYTHONPATH=tests/gpu SIMULATED_CUDA=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m gpu tests/gpu
+	$(BIN)/python -m pytest -rs -m slow tests/integration/test_gpu_commands.py
 
-# On a machine with a GPU, in its active environment: build, doctor, gpu tests, parity, benchmarks. A failure does not stop
-# the later steps, and most steps have a time limit.
-gpu: export PYTHONPATH := $(CURDIR)
-gpu: export HF_HUB_OFFLINE := 1
-gpu:
-	failed=; \
-	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . || failed=1; \
-	$(PYTHON) -m slimllm doctor || failed=1; \
-	timeout 180 $(PYTHON) -m pytest -m "gpu or not slow" tests/gpu/test_gpu.py tests/unit/ops/test_kernels.py tests/unit/ops/test_columns.py \
-	  tests/unit/ops/test_pearson.py tests/unit/ops/test_greedy_elimination.py tests/unit/ops/test_ops.py tests/unit/ops/test_lstsq.py tests/unit/statistics tests/integration/test_parity.py \
-	  tests/integration/test_examples.py || failed=1; \
-	for bench in gram pearson lstsq; do timeout 45 $(PYTHON) benchmarks/bench_$$bench.py || failed=1; done; \
-	timeout 90 $(PYTHON) benchmarks/bench_prune.py --large || failed=1; \
-	timeout 90 $(PYTHON) benchmarks/bench_large.py --layers 4 --gpu-memory 8GiB || failed=1; \
-	timeout 60 $(PYTHON) -m pytest tests/unit/ops/test_compile.py || failed=1; \
-	test -z "$$failed"
+# On a machine with a GPU, in its active environment, without a network: build with CUDA, doctor, tests, parity; 4 minutes.
+gpu-check:
+	$(PYTHON) benchmarks/gpu.py check
+
+# The same for the measurements that docs/gpu.md explains, the most telling first; 10 minutes.
+gpu-bench:
+	$(PYTHON) benchmarks/gpu.py bench
 
 clean:
 	rm -rf build dist .asan *.egg-info slimllm/*.so .venv/installed

@@ -44,7 +44,7 @@ def check(x: torch.Tensor, pivot: torch.Tensor, weight: torch.Tensor) -> dict[st
         sums = (u * weight.double()[:, None] if name == "ours, weight" else u).sum(0)
         assert (total.double() - sums).abs().max() <= 1e-5 * u.abs().sum(0).max(), f"{name}: the sums are wrong"
     worst = max(errors, key=lambda name: errors[name])
-    assert errors[worst] <= 2 * errors["torch"] + 1e-5, f"the Gram is wrong: relative errors {errors}"
+    assert errors[worst] <= 2 * errors["torch"] + 2e-5, f"the Gram is wrong: relative errors {errors}"
     return errors
 
 

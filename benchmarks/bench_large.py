@@ -1,8 +1,8 @@
 """Layers of a model larger than memory, at their real sizes: peak memory against the plan, and seconds by layer.
 
-Seeded random weights are in sharded safetensors on disk; calibration has 32 x 128 tokens. `--layers` sets how many of the
-model's layers there are: twice as many must not take more memory. Rows are appended to results/large.jsonl. Run it on an
-idle machine with space on the disk (twice 1.1 GB for each layer of LLaMA-33B).
+Seeded random weights are in sharded safetensors on disk; calibration has 32 x 128 tokens (`--samples`). `--layers` sets how
+many of the model's layers there are: twice as many must not take more memory. Rows are appended to results/large.jsonl. Run
+it on an idle machine with space on the disk (twice 1.1 GB for each layer of LLaMA-33B).
 
     python benchmarks/bench_large.py                    LLaMA-33B, 2 and 4 layers
     python benchmarks/bench_large.py --model llama-7b --layers 2 --host-memory 3GiB
@@ -11,6 +11,7 @@ idle machine with space on the disk (twice 1.1 GB for each layer of LLaMA-33B).
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
@@ -58,13 +59,15 @@ def main() -> None:
     parser.add_argument("--model", default="llama-33b")
     parser.add_argument("--layers", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--recovery", default="affine")
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--host-memory")
     parser.add_argument("--gpu-memory", help="budget on the GPU, which torch enforces")
     arguments = parser.parse_args()
     rows = []
     for layers in arguments.layers:
         budgets = {"host_memory": arguments.host_memory, "gpu_memory": arguments.gpu_memory}
-        rows.append(row_of(Setting(arguments.model, layers, recovery=arguments.recovery, on_disk=True, **budgets)))
+        setting = Setting(arguments.model, layers, recovery=arguments.recovery, samples=arguments.samples, on_disk=True)
+        rows.append(row_of(replace(setting, **budgets)))
         append_results("large", rows[-1:])
     show(rows)
 

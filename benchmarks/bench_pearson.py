@@ -1,9 +1,9 @@
 """Head covariances and the greedy exchange at real shapes: the kernels against the torch path of the same run.
 
-    python benchmarks/bench_pearson.py [--shapes llama-7b …] [--rounds 10]
+    python benchmarks/bench_pearson.py [--shapes llama-7b …] [--tokens 1024] [--rounds 10]
 
 Results are checked against each other before timing. `gram` starts from the covariance of o_proj's inputs,
-`stream` from 1024 tokens, `exchange` prunes a quarter of the heads. Rows go to benchmarks/results/pearson.jsonl; on a CPU
+`stream` from the tokens, `exchange` prunes a quarter of the heads. Rows go to benchmarks/results/pearson.jsonl; on a CPU
 only the torch path is timed.
 """
 
@@ -22,8 +22,6 @@ from shapes import H100, SHAPES, Shape, exchange_work, head_covariance_work, str
 from slimllm import ops
 from slimllm.ops.registry import forced
 
-TOKENS = 1024
-
 
 def with_backend(name: str, function: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
     """Return the function bound to one backend."""
@@ -35,20 +33,20 @@ def with_backend(name: str, function: Callable[[], torch.Tensor]) -> Callable[[]
     return run
 
 
-def bench(shape: Shape, units: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+def bench(shape: Shape, units: int, tokens: int, device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """Measure a row for each operation."""
     generator = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     width = shape.attention_width
     weight = (torch.randn(shape.hidden_size, width, generator=generator, device=device) / width**0.5).to(dtype)
-    x = torch.randn(TOKENS, width, generator=generator, device=device).to(dtype)
+    x = torch.randn(tokens, width, generator=generator, device=device).to(dtype)
     centered = x.float() - x.float().mean(0)
-    covariance = centered.T @ centered / TOKENS
+    covariance = centered.T @ centered / tokens
     by_head = ops.head_covariance(weight, covariance, units).double()
     pruned = max(1, units // 4)
     operations = {
         "gram": (lambda: ops.head_covariance(weight, covariance, units), head_covariance_work(shape)),
-        "stream": (lambda: ops.head_covariance_of_tokens(weight, x, units, method="stream"), stream_work(shape, TOKENS)),
+        "stream": (lambda: ops.head_covariance_of_tokens(weight, x, units, method="stream"), stream_work(shape, tokens)),
         "exchange": (lambda: ops.pearson_greedy(by_head, pruned), exchange_work(shape, pruned)),
     }
     backends = ["torch", "triton"] if device.type == "cuda" else ["torch"]
@@ -64,6 +62,7 @@ def bench(shape: Shape, units: int, device: torch.device, rounds: int) -> list[d
                 "operation": name,
                 "shape": shape.name,
                 "units": units,
+                "tokens": tokens,
                 "seconds": seconds,
                 "speedup_over_torch": seconds["torch"] / seconds[backends[-1]],
                 "extra_bytes": {backend: extra_bytes(run, device) for backend, run in runs.items()},
@@ -80,13 +79,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = ["llama-7b", "llama-13b", "llama-33b", "llama-2-70b"] if device.type == "cuda" else ["smollm2-135m"]
     parser.add_argument("--shapes", nargs="+", default=shapes, choices=SHAPES)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
     table = Table(
         "operation", "shape", "units", "torch, ms", "kernel, ms", "× torch", "extra MiB: torch, kernel", "result MiB"
     )
     for name in arguments.shapes:
-        rows = bench(SHAPES[name], SHAPES[name].units, device, arguments.rounds)
+        rows = bench(SHAPES[name], SHAPES[name].units, arguments.tokens, device, arguments.rounds)
         append_results("pearson", rows)
         for row in rows:
             times = [f"{1e3 * row['seconds'][b]:.3f}" if b in row["seconds"] else "" for b in ("torch", "triton")]

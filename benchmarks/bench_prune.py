@@ -2,7 +2,7 @@
 
     python benchmarks/bench_prune.py [MODEL] [--rounds 3]   a small real model (default: the demo's), presets and recoveries
     python benchmarks/bench_prune.py --scaling              time over tokens, layers and width, with random weights
-    python benchmarks/bench_prune.py --large                LLaMA-7B shapes, for a GPU
+    python benchmarks/bench_prune.py --large paper best     eight layers of LLaMA-7B's sizes, for a GPU
 
 Every run is a separate process, and settings take turns. Rows go to benchmarks/results/prune.jsonl; `make tables` makes
 the tables from them.
@@ -39,7 +39,12 @@ SCALING = [
     *(Setting("smollm2-360m", layers=4, samples=samples) for samples in (8, 16, 64, 128)),
     *(Setting(model, layers=4) for model in ("smollm2-135m", "tinyllama-1.1b")),
 ]
-LARGE = [Setting("llama-7b", preset="paper", on_disk=True), Setting("llama-7b", layers=8, recovery="lstsq")]
+LARGE = {
+    "paper": Setting("llama-7b", layers=8, preset="paper"),
+    "default": Setting("llama-7b", layers=8),
+    "lstsq": Setting("llama-7b", layers=8, recovery="lstsq"),
+    "best": Setting("llama-7b", layers=8, preset="best"),
+}
 
 
 def as_safetensors(model: str | Path, folder: str) -> str:
@@ -65,10 +70,12 @@ def run(stack: ExitStack) -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--scaling", action="store_true")
-    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--large", nargs="+", choices=LARGE)
     arguments = parser.parse_args()
     if arguments.scaling or arguments.large:
-        settings, rounds = (SCALING if arguments.scaling else LARGE), 1
+        settings, rounds = SCALING if arguments.scaling else [LARGE[name] for name in arguments.large], 1
+        if arguments.model:
+            settings = [replace(setting, model=arguments.model, layers=None) for setting in settings]
     else:
         if (model := arguments.model or find_demo_model()) is None:
             parser.error("the demo's model is not installed; run make demo, or give a model.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import torch
 
 from slimllm.experiments.bench import append_rows
 
-RESULTS = Path(__file__).parent / "results"
+# Where rows are written; benchmarks/gpu.py sets another folder.
+RESULTS = Path(os.environ.get("SLIMLLM_RESULTS") or Path(__file__).parent / "results")
 
 
 def append_results(name: str, rows: list[dict[str, Any]]) -> None:
