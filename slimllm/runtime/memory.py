@@ -9,6 +9,7 @@ import logging
 import math
 import re
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -98,8 +99,13 @@ def pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
-        _log.warning("Host memory is not pinned, copies are slower: %s", str(error).partition("\n")[0])
+        _warn_of_pageable_memory(str(error).partition("\n")[0])
         return torch.empty(shape, dtype=dtype)
+
+
+@cache
+def _warn_of_pageable_memory(reason: str) -> None:
+    _log.warning("Host memory is not pinned, so copies are slower: %s", reason)
 
 
 def resident_gib() -> float:

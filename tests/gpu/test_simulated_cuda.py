@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import call
+from conftest import STORIES, random_llama
 
 import slimllm
 from slimllm import PruneConfig, ops
+from slimllm.ops.registry import forced
+from slimllm.runtime.hidden_states import Placement
 
 simulated: Any = sys.modules.get("simulated_cuda")
 pytestmark = [
@@ -19,14 +25,16 @@ pytestmark = [
 ]
 
 
-MOST_WAITS = {"default": 75, "best": 100}  # for each layer, with reading and writing its tensors
+MOST_WAITS = {"default": 55, "best": 90}  # for each layer
+KINDS = ("pinned", "pageable")
+MOST_WAITS_OF_BATCH = 8  # for each batch of a run, not for each layer
 
 
 def test_devices_do_not_mix() -> None:
     here, there = torch.ones(3, 3), torch.ones(3, 3, device="cuda")
-    for call in (lambda: here + there, lambda: there @ here, lambda: torch.cat([here, there])):
+    for mixed in (lambda: here + there, lambda: there @ here, lambda: torch.cat([here, there])):
         with pytest.raises(simulated.DeviceError, match="same device"):
-            call()
+            mixed()
     assert float((there * 2.0).sum()) == 18 and float((there + torch.tensor(1.0)).sum()) == 18  # numbers may be anywhere
     assert torch.equal(there.cpu(), here)
     with pytest.raises(ValueError, match="must be on one device"):
@@ -78,12 +86,67 @@ def test_a_kernel_wants_its_device_to_be_the_current_one() -> None:
 
 
 @pytest.mark.parametrize("preset", ["default", pytest.param("best", marks=pytest.mark.slow)])
-def test_memory_and_waits_of_a_run(preset: str, stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
-    """The peak is within the plan's, and the host waits for the device a limited number of times in every layer."""
-    gpu = simulated.GPU
-    gpu.reset()
-    config = PruneConfig(ratio=0.3, preset=preset, calibration=token_ids, device="cuda", compute_dtype="float32")
-    report = slimllm.prune(stories_path, tmp_path / "out", config)
-    assert 0 < report.peak_gpu_gib <= sum(report.gpu_memory_gib.values())
-    waits = sum(gpu.waits.values()) - gpu.waits["synchronize"]  # without those of the stopwatch
-    assert waits <= 5 * MOST_WAITS[preset], dict(gpu.waits)
+def test_waits_of_a_run(preset: str, stories: Any, token_ids: torch.Tensor) -> None:
+    """The host waits for the device a limited number of times in a layer, however many batches pass it."""
+    waits = {}
+    for batch_size in (4, 1):
+        model = copy.deepcopy(stories).to("cuda")
+        simulated.GPU.reset()
+        slimllm.prune_model(model, token_ids[:4, :32], PruneConfig(0.3, preset=preset, batch_size=batch_size))
+        waits[batch_size] = sum(simulated.GPU.waits.values())
+    assert waits[4] <= 5 * MOST_WAITS[preset], dict(simulated.GPU.waits)
+    # The arguments of the layers are computed anew for every batch, once.
+    assert waits[1] - waits[4] <= 3 * MOST_WAITS_OF_BATCH, dict(simulated.GPU.waits)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {},
+        {"preset": "paper"},
+        {"recovery": "lstsq"},
+        {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
+        {"preset": "best"},
+    ],
+)
+def test_peak_of_a_run(choice: dict[str, str], token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """It is what the plan says, without what it reserves for libraries and for fragmentation."""
+    model = random_llama(hidden_size=256, intermediate_size=704, head_dim=64, num_attention_heads=4, num_key_value_heads=4)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    for file in STORIES.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "model")
+    simulated.GPU.reset()
+    config = PruneConfig(0.4, calibration=token_ids[:8] % 128, device="cuda", **choice)
+    with forced("torch"):  # interpreted kernels are slow, and take no memory but their results
+        report = slimllm.prune(tmp_path / "model", tmp_path / "out", config)
+    plan = sum(size for name, size in report.gpu_memory_gib.items() if name not in ("runtime", "slack"))
+    assert report.peak_gpu_gib <= 1.1 * plan + 2 / 1024
+    assert report.peak_gpu_gib >= 0.45 * plan  # the least pruned layer of a run with a recovery by least squares varies
+
+
+def test_memory_runs_out(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another process took what was free when the run began."""
+    simulated.GPU.limit = simulated.GPU.now + 200_000
+    try:
+        code, _, err = call(capsys, "prune", stories_path, "--ratio", "0.3", "--samples", "4", "--out", tmp_path / "out")
+    finally:
+        simulated.GPU.limit = torch.cuda.get_device_properties(0).total_memory
+    assert code == 2 and "There is not enough GPU memory" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_pinned_memory_runs_out(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """Pageable memory gives the same result."""
+
+    def refusing(*_: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    for name in KINDS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("slimllm.pruning.plan.Placement", lambda **_: Placement(states="host", read_ahead=True))
+            if name == "pageable":
+                patch.setattr(simulated.GPU, "pin", refusing)
+            with forced("torch"):
+                slimllm.prune(stories_path, tmp_path / name, PruneConfig(0.3, calibration=token_ids[:4], device="cuda"))
+    shards = {name: [path.read_bytes() for path in sorted((tmp_path / name).glob("*.safetensors"))] for name in KINDS}
+    assert shards["pinned"] and shards["pinned"] == shards["pageable"]

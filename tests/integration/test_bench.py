@@ -82,7 +82,7 @@ def test_first_layers(tmp_path: Path) -> None:
         assert first.config.num_hidden_layers == layers
         report = slimllm.prune(first, tmp_path / f"out-{Path(model).name}", config)
         assert [layer["index"] for layer in report.layers] == [0, 1] and abs(report.achieved_ratio - 0.3) < 0.02
-        loaded, _ = slimllm.load(tmp_path / f"out-{Path(model).name}")
+        loaded, _ = slimllm.load(tmp_path / f"out-{Path(model).name}", device="cpu")
         assert loaded.config.num_hidden_layers == layers and loaded(token_ids).logits.isfinite().all()
     for layers in (0, 6):
         with pytest.raises(InputError, match=f"layers must be from 1 to 5, got {layers}"):
@@ -99,13 +99,13 @@ def test_counted_operations_are_those_of_the_products(tmp_path: Path) -> None:
     report = slimllm.prune(checkpoint, tmp_path / "out", config)
     sizes = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32).sizes()
     work = stage_work(vars(report), sizes, 64, 8, 4.0)
-    model, _ = slimllm.load(STORIES)
+    model, _ = slimllm.load(STORIES, device="cpu")
     with FlopCounterMode(display=False) as counter:
         model.model(token_ids)
     counted = counter.get_flop_counts()["Global"]
     products = sum(count for operation, count in counted.items() if "mm" in str(operation))
     assert work["dense pass"].operations == products + 5 * 2 * 128 * 64 * 64
-    pruned, _ = slimllm.load(tmp_path / "out")
+    pruned, _ = slimllm.load(tmp_path / "out", device="cpu")
     with FlopCounterMode(display=False) as counter:
         pruned.model(token_ids)
     smaller = sum(count for operation, count in counter.get_flop_counts()["Global"].items() if "mm" in str(operation))

@@ -54,7 +54,7 @@ def test_tensors_that_change_nothing_are_left_out(token_ids: torch.Tensor, tmp_p
     change_weights(tmp_path / "model", lambda tensors: tensors | more)
     out = tmp_path / ("m.gguf" if to == "gguf" else "out")
     assert export(tmp_path / "model", out, to) == "llama"
-    models = [slimllm.load(path)[0] for path in (STORIES, out)]
+    models = [slimllm.load(path, device="cpu")[0] for path in (STORIES, out)]
     assert torch.allclose(logits(models[0], token_ids), logits(models[1], token_ids), atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_gguf_without_biases_of_zero(tmp_path: Path) -> None:
     change_weights(out, zero(".bias"))
     assert export(out, tmp_path / "m.gguf", "gguf") == "llama"
     ids = torch.randint(3, 512, (2, 32), generator=torch.Generator().manual_seed(1))
-    models = [slimllm.load(path)[0] for path in (out, tmp_path / "m.gguf")]
+    models = [slimllm.load(path, device="cpu")[0] for path in (out, tmp_path / "m.gguf")]
     assert torch.allclose(logits(models[0], ids), logits(models[1], ids), rtol=0, atol=1e-4)
 
 

@@ -62,7 +62,7 @@ def test_a_recovery(forgotten: None, token_ids: torch.Tensor, tmp_path: Path) ->
 
     for name in ("bias", "half-bias"):
         slimllm.prune(STORIES, tmp_path / name, config(token_ids, recovery=name))
-    whole, half = (slimllm.load(tmp_path / name)[0].model.layers[0] for name in ("bias", "half-bias"))
+    whole, half = (slimllm.load(tmp_path / name, device="cpu")[0].model.layers[0] for name in ("bias", "half-bias"))
     for module in ("self_attn.o_proj", "mlp.down_proj"):
         biases = [layer.get_submodule(module).bias for layer in (whole, half)]
         if biases[0] is not None and module == "self_attn.o_proj":  # the FFN's input depends on the attention's
@@ -249,7 +249,7 @@ def test_what_is_written_is_what_was_fitted(
     settings = config(token_ids, recovery=_constant(change, bias), allocation="uniform")
     slimllm.prune(STORIES, tmp_path / "out", settings)
     slimllm.prune(STORIES, tmp_path / "plain", config(token_ids, recovery="none", allocation="uniform"))
-    model, plain = (slimllm.load(tmp_path / name)[0].model.layers[0] for name in ("out", "plain"))
+    model, plain = (slimllm.load(tmp_path / name, device="cpu")[0].model.layers[0] for name in ("out", "plain"))
     factor = 1.0 if change is None else 0.5
     torch.testing.assert_close(model.self_attn.o_proj.weight, factor * plain.self_attn.o_proj.weight)
     biases = [module.bias for module in (model.self_attn.o_proj, model.mlp.down_proj)]

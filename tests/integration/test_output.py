@@ -30,7 +30,7 @@ def test_reload_is_the_model_in_memory(
     report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, head_unit=head_unit))
     assert report.format == "slim_llama"
     slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3, head_unit=head_unit))
-    local, _ = slimllm.load(tmp_path / "out")
+    local, _ = slimllm.load(tmp_path / "out", device="cpu")
     assert torch.equal(logits(local, token_ids[:4]), logits(stories, token_ids[:4]))
 
 
@@ -122,7 +122,7 @@ def test_a_pruned_checkpoint_can_be_pruned_again(stories_path: Path, token_ids: 
     assert second.achieved_ratio == pytest.approx(0.2, rel=0.01)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=True)
     assert sum(p.numel() for p in model.parameters()) == second.parameters["after"]
-    in_memory, _ = slimllm.load(tmp_path / "once")
+    in_memory, _ = slimllm.load(tmp_path / "once", device="cpu")
     slimllm.prune_model(in_memory, token_ids, PruneConfig(ratio=0.2))
     assert torch.equal(logits(in_memory, token_ids[:2]), logits(model, token_ids[:2]))
 
@@ -133,7 +133,7 @@ def test_a_head_that_differs_is_not_tied(stories_path: Path, stories: Any, token
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
     save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     slimllm.prune(tmp_path / "model", tmp_path / "out", config(token_ids, ratio=1e-5))
-    model, _ = slimllm.load(tmp_path / "out")
+    model, _ = slimllm.load(tmp_path / "out", device="cpu")
     assert torch.allclose(logits(model, token_ids[:1]), 2 * logits(stories, token_ids[:1]), atol=1e-4)
 
 
@@ -177,7 +177,7 @@ def test_uniform_sizes_are_written_as_stock_models(
     report = slimllm.prune(stories_path, out, config(token_ids, **settings))
     assert len({(r["num_heads"], r["intermediate_size"]) for r in report.layers}) == 1
     # What the stock format fills with zeros is counted, too.
-    written, _ = slimllm.load(out)
+    written, _ = slimllm.load(out, device="cpu")
     assert report.parameters["layers_after"] == sum(p.numel() for p in written.model.layers.parameters())
     assert report.format == wanted
     assert not list(out.glob("*.py"))

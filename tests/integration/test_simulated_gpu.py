@@ -1,4 +1,4 @@
-"""A part of the tests for a GPU, on a simulated one, in a process of its own; all of them: make test-simulated-gpu."""
+"""A part of the tests for a GPU, on a simulated one, in processes of their own; all of them: make test-simulated-gpu."""
 
 from __future__ import annotations
 
@@ -19,24 +19,19 @@ def test_on_a_simulated_gpu(capability: str, processors: str, tmp_path: Path) ->
     chosen = "test_simulated_cuda" if capability == "9.0" else "inner_activations or least_squares or dtype1"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(GPU), os.environ.get("PYTHONPATH", "")]),
+        "SIMULATED_CUDA": "1",
         "SIMULATED_CAPABILITY": capability,
         "SIMULATED_PROCESSORS": processors,
         "SLIMLLM_BACKEND": "triton",  # without comparing every kernel with torch, which takes a minute here
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "simulated_cuda",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu and not slow",
-    ]
-    command += ["-k", chosen, "--basetemp", str(tmp_path / "pytest"), str(GPU)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=GPU.parents[1])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu and not slow", "-k", chosen]
+    done = subprocess.run(
+        [*command, "--basetemp", str(tmp_path / "pytest"), str(GPU)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=GPU.parents[1],
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -135,7 +135,9 @@ def test_what_changes_nothing_is_accepted(case: str, tmp_path: Path, token_ids: 
         assert shard.read_bytes() == (tmp_path / "a" / shard.name).read_bytes()
     ids = token_ids[:1]
     with torch.no_grad():
-        assert torch.equal(slimllm.load(folder)[0](ids).logits, slimllm.load(STORIES)[0](ids).logits)
+        assert torch.equal(
+            slimllm.load(folder, device="cpu")[0](ids).logits, slimllm.load(STORIES, device="cpu")[0](ids).logits
+        )
 
 
 def test_the_file_that_transformers_reads(tmp_path: Path, stories: torch.nn.Module) -> None:
@@ -260,7 +262,7 @@ def test_causal_masks_of_old_checkpoints(tmp_path: Path) -> None:
     masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril().bool() for i in range(2)}
     masks |= {f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
     save_file(tensors | masks, tmp_path / SINGLE, metadata={"format": "pt"})
-    loaded, _ = slimllm.load(tmp_path)
+    loaded, _ = slimllm.load(tmp_path, device="cpu")
     assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
     save_file(tensors | {"transformer.h.0.attn.extra.bias": torch.ones(16)}, tmp_path / SINGLE, metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"attn\.extra\.bias has no place"):
@@ -300,10 +302,10 @@ def test_a_stored_head_that_differs_is_not_tied(tmp_path: Path, token_ids: torch
     folder = with_tensors(tmp_path / "m", lambda t: t | {"lm_head.weight": 2 * t["model.embed_tokens.weight"]})
     assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
     with torch.no_grad():
-        twice, once = (slimllm.load(one)[0](token_ids[:1]).logits for one in (folder, STORIES))
+        twice, once = (slimllm.load(one, device="cpu")[0](token_ids[:1]).logits for one in (folder, STORIES))
     assert torch.allclose(twice, 2 * once, rtol=1e-5, atol=1e-5)
     assert slimllm.prune(folder, tmp_path / "out", config(token_ids)).calibration["perplexity_dense"] == pytest.approx(
-        slimllm.perplexity(slimllm.load(folder)[0], token_ids[:4].flatten(), seq_len=64), rel=1e-4
+        slimllm.perplexity(slimllm.load(folder, device="cpu")[0], token_ids[:4].flatten(), seq_len=64), rel=1e-4
     )
 
 

@@ -42,7 +42,7 @@ def test_gguf_holds_the_same_tensors(gguf_path: Path, stories: Any) -> None:
 def test_gguf_loads_prunes_and_gives_the_same_as_the_folder(
     gguf_path: Path, stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    loaded, _ = slimllm.load(gguf_path)
+    loaded, _ = slimllm.load(gguf_path, device="cpu")
     with torch.no_grad():
         assert torch.allclose(loaded(token_ids[:2]).logits, stories(token_ids[:2]).logits, atol=1e-5)
     config = PruneConfig(ratio=0.3, calibration=token_ids)
@@ -193,7 +193,7 @@ def test_a_model_called_mistral_has_no_windows(stories: Any, token_ids: torch.Te
     """transformers takes it for a Mistral with windows of 4096, which llama.cpp does not know of."""
     path = write_gguf(stories, tmp_path / "m.gguf", settings={"general.name": "mistral"})
     assert getattr(open_checkpoint(path).config, "sliding_window", None) is None
-    assert torch.allclose(logits(slimllm.load(path)[0], token_ids), logits(stories, token_ids), atol=1e-5)
+    assert torch.allclose(logits(slimllm.load(path, device="cpu")[0], token_ids), logits(stories, token_ids), atol=1e-5)
 
 
 def inverse_frequencies(path: Path) -> torch.Tensor:
@@ -239,7 +239,7 @@ def test_linear_scaling_gives_the_same_as_the_folder(token_ids: torch.Tensor, tm
     settings |= {"rope_parameters": None, "rope_theta": 10000.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
     path.write_text(json.dumps(settings))
     export(tmp_path / "dense", tmp_path / "m.gguf", "gguf")
-    models = [slimllm.load(tmp_path / name)[0] for name in ("dense", "m.gguf")]
+    models = [slimllm.load(tmp_path / name, device="cpu")[0] for name in ("dense", "m.gguf")]
     assert torch.allclose(logits(models[0], token_ids), logits(models[1], token_ids), atol=1e-4)
     slimllm.prune(tmp_path / "m.gguf", tmp_path / "out", config(token_ids))
     assert torch.allclose(inverse_frequencies(tmp_path / "out"), PLAIN / 2, rtol=1e-6, atol=0)
@@ -305,7 +305,7 @@ def test_scaling_of_llama_3(
     assert torch.equal(own, again) if recovered else torch.allclose(own, again, rtol=2e-6, atol=0)
     assert not torch.allclose(again, theta ** -(torch.arange(0, head_dim, 2) / head_dim), rtol=0.1)
     ids = torch.randint(3, 512, (2, 64), generator=torch.Generator().manual_seed(0))
-    models = [slimllm.load(tmp_path / name)[0] for name in ("dense", "m.gguf")]
+    models = [slimllm.load(tmp_path / name, device="cpu")[0] for name in ("dense", "m.gguf")]
     assert torch.allclose(logits(models[0], ids), logits(models[1], ids), rtol=0, atol=1e-4)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import needs_kernels
 
 pytest.importorskip("triton", minversion="3.6")
 
@@ -17,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(params=["torch", "extension", "triton"])
+@pytest.fixture(params=["torch", "extension", pytest.param("triton", marks=needs_kernels)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "extension" and (DEVICE == "cuda" or dispatch.extension_is_missing()):
         pytest.skip("the extension was not built, or does not have it for this device")

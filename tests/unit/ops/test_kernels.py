@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import needs_kernels
 from tolerances import FLOOR, assert_close
 
 from slimllm import ops
@@ -12,7 +13,7 @@ triton = pytest.importorskip("triton", minversion="3.6")
 from slimllm.kernels import gram as kernel  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [needs_kernels, pytest.mark.usefixtures("poisoned_memory")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -156,6 +156,7 @@ def test_the_residual_is_orthogonal_to_the_columns(seed: int, k: int, m: int, to
     assert (a.mT @ (a @ x - b)).abs().max() <= 1e-5 * (1 + x.abs().max())
 
 
+@pytest.mark.real_device
 def test_registration() -> None:
     gram, cross = normal_equations(LANES, 5, 2)
     ridge = torch.zeros(LANES, dtype=torch.float64)

@@ -32,6 +32,7 @@ def sample() -> dict[str, tuple[Any, ...]]:
     }
 
 
+@pytest.mark.real_device
 @pytest.mark.parametrize("name", sample())
 def test_registration(name: str) -> None:
     operator = getattr(torch.ops.slimllm, name).default
@@ -100,6 +101,7 @@ def test_accumulators_keep_no_graph(monkeypatch: pytest.MonkeyPatch, backend: st
     assert not statistics.covariance().requires_grad
 
 
+@pytest.mark.real_device
 def test_under_torch_compile() -> None:
     x, weight = torch.randn(20, 12), torch.randn(7, 12)
 
@@ -279,7 +281,7 @@ def test_kernels_are_compared_before_they_are_used(
     if wanted == "extension":
         if dispatch.extension_is_missing():
             pytest.skip("slimllm._C was not built")
-        assert dispatch.choose(operation, torch.device("cuda", 0)).reason == "slimllm._C was built without CUDA"
+        assert "slimllm._C was built without CUDA (" in dispatch.choose(operation, torch.device("cuda", 0)).reason
         monkeypatch.setattr(dispatch, "extension_is_missing", lambda device_type: "")
     choice = dispatch.choose(operation, torch.device("cuda", 0))
     assert choice.backend == wanted and "agrees with torch" in choice.reason

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import needs_kernels
 from tolerances import FLOOR, assert_close
 
 pytest.importorskip("triton", minversion="3.6")
@@ -32,7 +33,7 @@ def case(
     return weight.to(DEVICE), x.to(dtype).to(DEVICE)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", pytest.param("triton", marks=needs_kernels)])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("SLIMLLM_BACKEND", request.param)
     return request.param

@@ -24,7 +24,7 @@ def test_pageable_memory_where_pinning_fails(monkeypatch: pytest.MonkeyPatch, ca
     with caplog.at_level(logging.WARNING, "slimllm"):
         made = pinned_like(torch.ones(3, 2, dtype=torch.bfloat16))
     assert (made.shape, made.dtype) == ((3, 2), torch.bfloat16)
-    assert caplog.messages == ["Host memory is not pinned, copies are slower: CUDA error: out of memory"]
+    assert caplog.messages == ["Host memory is not pinned, so copies are slower: CUDA error: out of memory"]
     weights = {"a": torch.arange(4.0), "b": torch.ones(2)}
     source = type("Source", (), {"device": torch.device("cuda"), "weights": lambda self, index: dict(weights)})()
     read = ModelSource._pinned_weights(source, 0)
