@@ -38,6 +38,18 @@ def build(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.skipif(not HAS_STABLE_ABI, reason="torch before 2.11 has no stable ABI")
+def test_the_compilers_own_words(tmp_path: Path) -> None:
+    """Not the exception's, which say only that it failed."""
+    compiler = tmp_path / "broken++"
+    words = "echo 'a.cpp:7: fatal error: no such header'; exit 1"
+    compiler.write_text(f"#!/bin/sh\ncase $1 in -*version*) echo 12.2.0;; *) {words};; esac\n")
+    compiler.chmod(0o755)
+    done = build(tmp_path, SLIMLLM_BUILD_EXT="auto", CXX=str(compiler), CC=str(compiler))
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("slimllm: "))
+    assert line == "slimllm: extension not built; torch is used instead (a.cpp:7: fatal error: no such header)"
+
+
+@pytest.mark.skipif(not HAS_STABLE_ABI, reason="torch before 2.11 has no stable ABI")
 def test_without_a_compiler(tmp_path: Path) -> None:
     none = {"CXX": "/no/such/compiler", "CC": "/no/such/compiler"}
     auto = build(tmp_path, SLIMLLM_BUILD_EXT="auto", **none)

@@ -9,8 +9,9 @@ Every Python process with this environment has the device, which sitecustomize.p
 - Memory that is not initialised is full of NaN, or of the largest integer.
 - Pinned memory must not be written while a copy from it is in flight, nor the target of a copy to the host be read or
   written; both raise RaceError. A wait of the host ends all copies.
-- `GPU.waits` counts the waits of the host by cause, `GPU.launches` the kernels. `GPU.now` and `GPU.peak` are the bytes
-  of all tensors on the device, in blocks of 512, as torch's allocator has them; more than `GPU.limit` is out of memory.
+- `GPU.waits` counts the waits of the host by cause, `GPU.launches` the kernels, `GPU.collectives` the operations of process
+  groups by device, whose tensors have to be contiguous. `GPU.now` and `GPU.peak` are the bytes of all tensors on the
+  device, in blocks of 512, as torch's allocator has them; more than `GPU.limit` is out of memory.
 
 Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1) behind the real dispatch: on the tensors inside, with
 checks that all are on the device and that the device is the current one. SIMULATED_CAPABILITY (9.0) and

@@ -45,6 +45,7 @@ class Gpu:
         """Start counting anew."""
         self.waits: collections.Counter[str] = collections.Counter()
         self.launches: collections.Counter[str] = collections.Counter()
+        self.collectives: collections.Counter[str] = collections.Counter()
         self.peak = self.now
 
     def take(self, storage: torch.UntypedStorage, user: object) -> None:

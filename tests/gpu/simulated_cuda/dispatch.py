@@ -107,6 +107,8 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return GPU.operators[name](*args, **kwargs)
     flat, spec = tree_flatten((args, kwargs))
     simulated = [value for value in flat if isinstance(value, SimulatedTensor)]
+    if function.namespace == "c10d":
+        _check_collective(name, [value for value in flat if isinstance(value, torch.Tensor)])
     if not simulated and not _is_device(kwargs.get("device")):
         return _on_host(function, flat, args, kwargs)
     if name in _IN_PLACE_VIEWS:
@@ -147,6 +149,14 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if function in _EMPTY and not on_host:
         _poison(result)
     return result if on_host else _wrapped(function, args, kwargs, result)
+
+
+def _check_collective(name: str, tensors: list[torch.Tensor]) -> None:
+    """Count a collective operation by the device of its tensors, which NCCL wants to be contiguous."""
+    if tensors and not all(value.is_contiguous() for value in tensors):
+        raise DeviceError(f"{name} got a tensor that is not contiguous")
+    for device in {value.device.type for value in tensors}:
+        GPU.collectives[f"{name} {device}"] += 1
 
 
 def _on_host(function: Any, flat: list[Any], args: Any, kwargs: dict[str, Any]) -> Any:
