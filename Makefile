@@ -98,7 +98,7 @@ kernels-report: install
 # The tests for a GPU, and both commands below, on a GPU that is simulated (tests/gpu/simulated_cuda), with interpreted
 # kernels: 15 minutes on a core.
 test-simulated-gpu: install
-	PYTHONPATH=tests/gpu SIMULATED_CUDA=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m gpu tests/gpu
+	PYTHONPATH=tests/gpu SIMULATED_CUDA=1 SLIMLLM_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m gpu tests/gpu
 	$(BIN)/python -m pytest -rs -m slow tests/integration/test_gpu_commands.py
 
 # On a machine with a GPU, in its active environment, without a network: build with CUDA, doctor, tests, parity; 4 minutes.

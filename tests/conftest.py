@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["SLIMLLM_BACKEND"] = "auto"
+if "simulated_cuda" not in sys.modules:  # on the simulated GPU the choice takes a minute
+    os.environ["SLIMLLM_BACKEND"] = "auto"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line sets it, before transformers is imported
 os.environ["COLUMNS"] = "200"  # keeps printed lines unbroken
 # Without a GPU, kernels run under the interpreter, which must be chosen before triton is imported.

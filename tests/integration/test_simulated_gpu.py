@@ -16,7 +16,7 @@ GPU = Path(__file__).parents[1] / "gpu"
 
 @pytest.mark.parametrize(("capability", "processors"), [("8.0", "108"), ("9.0", "132")])
 def test_on_a_simulated_gpu(capability: str, processors: str, tmp_path: Path) -> None:
-    chosen = "test_simulated_cuda" if capability == "9.0" else "inner_activations or least_squares or dtype1"
+    chosen = "test_simulated" if capability == "9.0" else "inner_activations or least_squares or dtype1"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(GPU), os.environ.get("PYTHONPATH", "")]),
         "SIMULATED_CUDA": "1",
