@@ -73,7 +73,7 @@ def test_the_callers_precision_changes_nothing(name: str) -> None:
     try:
         torch.set_float32_matmul_precision("medium")
         assert torch.equal(call(), wanted)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_float32_matmul_precision() == "medium" and torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
     if hasattr(torch.backends.mkldnn, "matmul") and hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
