@@ -105,7 +105,7 @@ test-simulated-gpu: install
 gpu-check:
 	$(PYTHON) benchmarks/gpu.py check
 
-# The same for the measurements that docs/gpu.md explains, the most telling first; 10 minutes.
+# The same for the measurements that docs/guides/gpu.md explains, the most telling first; 10 minutes.
 gpu-bench:
 	$(PYTHON) benchmarks/gpu.py bench
 

@@ -109,7 +109,7 @@ def reason(error: BaseException, printed: list[str]) -> str:
     """Return the first error that a compiler printed, or else the exception's message: one line, up to 300 characters."""
     found = [line for line in printed if re.search(r"\b(fatal error|error|unsupported)\b", line, re.IGNORECASE)]
     message = " ".join(map(str, error.args))
-    return " ".join((found[0] if found and "compil" in message.lower() else message).split())[:300]
+    return " ".join((found[0] if found and re.search("compiling objects|exit code", message) else message).split())[:300]
 
 
 def extension(without: str) -> Any:

@@ -15,6 +15,7 @@ from slimllm.experiments.bench import append_rows
 
 # Where rows are written; benchmarks/gpu.py sets another folder.
 RESULTS = Path(os.environ.get("SLIMLLM_RESULTS") or Path(__file__).parent / "results")
+_SLEEP_CYCLES = 1_000_000  # about half a millisecond
 
 
 def append_results(name: str, rows: list[dict[str, Any]]) -> None:
@@ -42,6 +43,7 @@ def median_seconds(functions: dict[str, Callable[[], object]], device: torch.dev
                 seconds[name].append(time.perf_counter() - started)
                 continue
             flush.zero_()
+            torch.cuda._sleep(_SLEEP_CYCLES)  # while the host gets ahead, so that its work is not in the time
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             function()

@@ -1,19 +1,23 @@
 """All checks, or all benchmarks, of a GPU in one command: for a machine that is there for minutes.
 
-    python benchmarks/gpu.py check    build with CUDA, doctor, tests, parity; within 4 minutes   (make gpu-check)
+    python benchmarks/gpu.py check    build with CUDA, kernels, tests, parity; within 4 minutes  (make gpu-check)
     python benchmarks/gpu.py bench    the most telling figures first; within 10 minutes          (make gpu-bench)
+    … --seconds 300                   less time
     … --dry-run                       the same steps at small sizes, as on a simulated GPU
     … --list                          the steps and their limits
+    python benchmarks/gpu.py kernels  fail unless every operation uses its kernel, compared with torch, on the GPU
+    python benchmarks/gpu.py keep ARCHIVE   append the rows of an archive to benchmarks/results/
 
-Every step has a limit, and a failure does not stop the later steps. Rows of results are appended to benchmarks/results/. If
-the environment variable OUT names a folder, an archive in it has the logs of all steps, steps.jsonl with their seconds and
-exit status, and the rows that were measured here; it is written again after every step. Nothing is left in the temporary
-folder.
+Every step has a limit, and a failure does not stop the later steps. If the environment variable OUT names a folder, an
+archive in it has the logs of all steps, steps.jsonl with their seconds and exit status, and the rows that were measured. It
+is written again every few seconds, so that a machine that is taken away leaves what was done. Otherwise the rows are
+appended to benchmarks/results/. Nothing is left in the temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -30,9 +34,11 @@ from rich.console import Console
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 STORIES = "slimllm/calibration/data/stories260k"
-MOST_S = {"check": 230, "bench": 570}  # of all steps
+SMALL = "--model smollm2-135m"
+MOST_S = {"check": 230, "bench": 575}  # of all steps
 SLOWER = 10  # is a simulated GPU
 GRACE_S = 10  # from the interrupt to the end
+PACK_S = 15  # between two archives
 TESTS = ("kernels", "columns", "pearson", "greedy_elimination", "ops", "lstsq")
 
 
@@ -58,29 +64,32 @@ def _bench(name: str, arguments: str, limit_s: int, small: str) -> Step:
     return Step(name, f"{script} {arguments}", limit_s, f"{script} {small}")
 
 
+# The extension is built if it is possible; whether its CUDA part was is for `kernels` to say.
+BUILD = "-m pip install -v --no-build-isolation --no-deps -e ."
 STEPS: dict[str, list[Step]] = {
     "check": [
-        Step("build", "-m pip install -v --no-build-isolation --no-deps -e .", 150, "-m pip --version"),
-        Step("doctor", "-m slimllm doctor", 60),
-        Step("gpu tests", _pytest("-m gpu tests/gpu"), 100, _pytest("-m gpu tests/gpu -k least_squares")),
-        Step("parity", _pytest("tests/integration/test_parity.py"), 60, _pytest("tests/integration/test_parity.py -k mha")),
+        Step("build", BUILD, 80, "setup.py build_ext --build-lib build/dry --build-temp build/dry"),
+        Step("kernels", "benchmarks/gpu.py kernels", 40),
+        Step("gpu tests", _pytest("-m gpu tests/gpu"), 40, _pytest("-m gpu tests/gpu -k least_squares")),
         Step(
             "operations",
             _pytest(" ".join(f"tests/unit/ops/test_{name}.py" for name in TESTS) + " tests/unit/statistics"),
-            100,
+            40,
             _pytest("tests/unit/ops/test_lstsq.py"),
         ),
+        Step("parity", _pytest("tests/integration/test_parity.py"), 30, _pytest("tests/integration/test_parity.py -k mha")),
     ],
     "bench": [
-        _bench("gram 7B", "--shapes llama-7b", 45, "--shapes smollm2-135m --tokens 64 --rounds 1"),
-        _bench("pearson 7B", "--shapes llama-7b", 45, "--shapes smollm2-135m --tokens 32 --rounds 1"),
-        _bench("prune 7B", "--large paper default", 90, f"{STORIES} --large paper default"),
-        _bench("large 33B", "--layers 4 --gpu-memory 8GiB", 110, "--model smollm2-135m --layers 1 --samples 1"),
-        _bench("prune 7B, least squares", "--large lstsq best", 110, f"{STORIES} --large lstsq best"),
-        _bench("lstsq", "", 45, "--rounds 1 --most 64"),
-        Step("tune", "benchmarks/tune_gram.py", 75, "benchmarks/tune_gram.py --features 64 --tokens 32 --rounds 1"),
-        _bench("gram", "--shapes llama-13b llama-33b llama-2-70b", 60, "--shapes smollm2-135m --tokens 32 --rounds 1"),
-        _bench("pearson", "--shapes llama-13b llama-33b llama-2-70b", 60, "--shapes smollm2-135m --tokens 32 --rounds 1"),
+        Step("build", BUILD, 60, "setup.py build_ext --build-lib build/dry --build-temp build/dry"),
+        _bench("gram 7B", "--shapes llama-7b", 35, "--shapes smollm2-135m --tokens 64 --rounds 1"),
+        _bench("pearson 7B", "--shapes llama-7b", 35, "--shapes smollm2-135m --tokens 32 --rounds 1"),
+        _bench("prune 7B", "--large paper default", 80, f"{STORIES} --large paper default"),
+        _bench("large 33B", "--layers 4 --gpu-memory 8GiB", 90, f"{SMALL} --layers 1 --samples 1 --gpu-memory 8GiB"),
+        _bench("prune 7B, least squares", "--large lstsq best", 90, f"{STORIES} --large lstsq best"),
+        _bench("lstsq", "", 35, "--rounds 1 --most 64"),
+        Step("tune", "benchmarks/tune_gram.py", 60, "benchmarks/tune_gram.py --features 64 --tokens 32 --rounds 1"),
+        _bench("gram", "--shapes llama-13b llama-33b llama-2-70b", 40, "--shapes smollm2-135m --tokens 32 --rounds 1"),
+        _bench("pearson", "--shapes llama-13b llama-33b llama-2-70b", 40, "--shapes smollm2-135m --tokens 32 --rounds 1"),
     ],
 }
 
@@ -95,7 +104,6 @@ class Runner:
         (folder / "results").mkdir()
         (folder / "tmp").mkdir()
         self.environment = os.environ | {
-            "SLIMLLM_BUILD_EXT": "1",
             "SLIMLLM_RESULTS": str(folder / "results"),
             "TMPDIR": str(folder / "tmp"),
             "HF_HUB_OFFLINE": "1",
@@ -106,42 +114,51 @@ class Runner:
         """Run the steps; return whether all have succeeded."""
         good = True
         for number, step in enumerate(steps, 1):
+            log = self.folder / f"{number}-{step.name}.log"
             limit = min(step.limit_s * (SLOWER if dry_run else 1), self._until - time.monotonic() - GRACE_S)
-            if limit < 5:
-                status, seconds = "no time left", 0.0
-            else:
-                status, seconds = self._call(step.command(dry_run), self.folder / f"{number}-{step.name}.log", limit)
+            started, status = time.monotonic(), "interrupted"
+            try:
+                status = self._call(step.command(dry_run), log, limit) if limit >= 5 else "no time left"
+            finally:
+                seconds = round(time.monotonic() - started, 1)
+                row = {"step": step.name, "status": status, "seconds": seconds, "command": step.command(dry_run)[1:]}
+                with (self.folder / "steps.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                self.console.print(f"{seconds:6.1f} s  {step.name}: {status}", highlight=False)
+                self._pack()
             good = good and status == "done"
-            row = {"step": step.name, "status": status, "seconds": round(seconds, 1), "command": step.command(dry_run)[1:]}
-            with (self.folder / "steps.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            self.console.print(f"{seconds:6.1f} s  {step.name}: {status}", highlight=False)
-            self._pack()
         return good
 
-    def _call(self, command: list[str], log: Path, limit: float) -> tuple[str, float]:
-        started = time.monotonic()
+    def _call(self, command: list[str], log: Path, limit: float) -> str:
+        until = time.monotonic() + limit
         with log.open("w") as file:
+            # A group of its own, so that all that it starts can be ended.
             process = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command, cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp
             )
             try:
-                code = process.wait(limit)
-                status = "done" if code == 0 else f"failed with exit status {code}"
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGINT)  # so that it says where it was, and removes its files
-                status = f"stopped after {limit:.0f} s"
-                try:
-                    process.wait(GRACE_S)
-                except subprocess.TimeoutExpired:
-                    pass
+                status = self._wait(process, until)
+                if status is None:
+                    os.killpg(process.pid, signal.SIGINT)  # so that it says where it was, and removes its files
+                    self._wait(process, time.monotonic() + GRACE_S)
+                    status = f"stopped after {limit:.0f} s"
             finally:
-                if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                process.wait()
         if status != "done":
             self.console.print(log.read_text(errors="replace")[-3000:], markup=False, highlight=False)
-        return status, time.monotonic() - started
+        return status
+
+    def _wait(self, process: subprocess.Popen[bytes], until: float) -> str | None:
+        """Return how a process ended; None if it is still at work at that time. Archives are written meanwhile."""
+        while (left := until - time.monotonic()) > 0:
+            try:
+                code = process.wait(min(left, PACK_S))
+                return "done" if code == 0 else f"failed with exit status {code}"
+            except subprocess.TimeoutExpired:
+                self._pack()
+        return None
 
     def _pack(self) -> None:
         """Write the archive anew, beside its place, so that a run that is cut off leaves the last whole one."""
@@ -154,19 +171,53 @@ class Runner:
 
 
 def keep_rows(measured: Path, results: Path = RESULTS) -> None:
-    """Append the rows that were measured to those of the repository."""
+    """Append the rows in a folder to those of the repository."""
     for path in sorted(measured.glob("*.jsonl")):
         with (results / path.name).open("a") as file:
             file.write(path.read_text())
 
 
+def keep(path: Path) -> None:
+    """Append the rows of an archive to those of the repository."""
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(path) as archive:
+        for member in archive.getmembers():
+            if member.isfile() and Path(member.name).parent.name == "results":
+                content = archive.extractfile(member)
+                assert content is not None
+                (Path(folder) / Path(member.name).name).write_bytes(content.read())
+        keep_rows(Path(folder))
+
+
+def check_kernels() -> bool:
+    """Print what every operation uses on the GPU; return whether none that has a kernel falls back to torch."""
+    from slimllm.ops.registry import OPERATIONS
+    from slimllm.runtime.doctor import diagnose
+
+    found = diagnose()
+    print(found.extension)
+    with_kernel = {name for name, known in OPERATIONS.items() if known.kernel or "cuda" in known.extension}
+    on_gpu = [row for row in found.operations if row[1] != "cpu" and row[0] in with_kernel]
+    for operation, device, backend, reason in on_gpu:
+        print(f"{operation} on {device}: {backend} ({reason})")
+    if "simulated_cuda" in sys.modules:  # beside an extension for CPUs
+        on_gpu = [row for row in on_gpu if "was built without CUDA" not in row[3]]
+    return bool(on_gpu) and all(row[2] in ("triton", "extension") for row in on_gpu)
+
+
 def main() -> None:
     """Run the steps; the exit status is 1 if one of them has failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=sorted(STEPS))
+    parser.add_argument("what", choices=[*STEPS, "kernels", "keep"])
+    parser.add_argument("archive", type=Path, nargs="?")
+    parser.add_argument("--seconds", type=float)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
+    if arguments.what == "kernels":
+        sys.exit(0 if check_kernels() else 1)
+    if arguments.what == "keep":
+        keep(arguments.archive)
+        return
     steps = STEPS[arguments.what]
     if arguments.list:
         for step in steps:
@@ -177,10 +228,12 @@ def main() -> None:
         parser.error(f"OUT names {out}, which is not a folder; make it first.")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="slimllm-gpu-", ignore_cleanup_errors=True) as folder:
-        seconds = MOST_S[arguments.what] * (SLOWER if arguments.dry_run else 1)
-        good = Runner(arguments.what, Path(folder), seconds, out).run(steps, arguments.dry_run)
-        if not arguments.dry_run:
-            keep_rows(Path(folder) / "results")
+        seconds = arguments.seconds or MOST_S[arguments.what] * (SLOWER if arguments.dry_run else 1)
+        try:
+            good = Runner(arguments.what, Path(folder), seconds, out).run(steps, arguments.dry_run)
+        finally:
+            if out is None and not arguments.dry_run:
+                keep_rows(Path(folder) / "results")
     sys.exit(0 if good else 1)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from slimllm.kernels import columns, cosine, elimination, exchange, gram, pearson
+from slimllm.kernels import columns, cosine, elimination, exchange, gram, gram_configs, pearson
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -44,10 +44,12 @@ def _gram(arch: int) -> list[Variant]:
         for launch in launches:
             for split in ("", "partial"):
                 tma, parts = launch == "tma", "pivot" in launch or "weight" in launch
-                if tma and (arch // 10 not in gram.TMA_MAJORS or dtype == "fp32"):
+                if tma and (arch // 10 not in gram_configs.TMA_MAJORS or dtype == "fp32"):
                     continue
                 aligned_rows = "unaligned" not in launch and launch != "transposed"
-                config = gram.config_of(gram.kind_of(torch_dtype, parts, tma, aligned_rows), divmod(arch, 10))
+                config = gram_configs.config_of(
+                    gram_configs.kind_of(torch_dtype, parts, tma, aligned_rows), divmod(arch, 10)
+                )
                 tile = f"[{config.block_n}, {config.block_f}]"
                 types = {"x": f"tensordesc<{dtype}{tile}>" if tma else f"*{dtype}", "tiles": "*i32", "gram": "*fp32"}
                 types |= {"total": "*fp64", **_integers("num_tokens", "features", "split_tokens", "stride_row")}
@@ -74,7 +76,7 @@ def _gram_reduce() -> list[Variant]:
     types = {"tiles": "*i32", "gram": "*fp32", "total": "*fp64", "partial": "*fp32", "partial_sums": "*fp32"}
     types |= _integers("features", "num_slots", "stride_row")
     found = []
-    for block in sorted({config.block_f for config in gram.CONFIGS.values()}):
+    for block in sorted({config.block_f for config in gram_configs.CONFIGS.values()}):
         constants = {"stride_col": 1, "stride_total": 1, "BLOCK_F": block, "ROWS": gram.REDUCE_ROWS}
         found.append(Variant(f"gram reduce {block}", gram.reduce_kernel, types, constants, aligned=("stride_row",)))
     return found

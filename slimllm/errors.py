@@ -1,10 +1,16 @@
 """Exceptions for errors of the input and the environment: the command line prints them as a sentence and exits with 2."""
 
+import errno
+import re
 import unicodedata
 
 _LONGEST_REASON = 400  # characters; some errors repeat their whole input
 _ORDER = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _LONGEST = 1000  # characters; names and values read from files may have any length
+# The runtime and the libraries have their own messages for what torch's allocator raises as OutOfMemoryError.
+_GPU_EXHAUSTED = re.compile(
+    r"(CUDA|Triton Error \[CUDA\]:|Cuda failure) ?(driver )?(error: )?'?out of memory|(CUBLAS|CUSOLVER)_STATUS_ALLOC_FAILED"
+)
 
 
 def _acts(character: str) -> bool:
@@ -50,3 +56,16 @@ def reason(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     words = "".join(character if character.isprintable() else " " for character in " ".join(lines[:2])).rstrip(".")
     return words if len(words) <= _LONGEST_REASON else f"{words[:_LONGEST_REASON]}…"
+
+
+def exhausted(error: BaseException) -> str | None:
+    """Return which memory an error reports as exhausted, `CPU` or `GPU`; None for any other error."""
+    import torch
+
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _GPU_EXHAUSTED.search(text)):
+        return "GPU"
+    # torch has no exception type for it on the CPU, and mapping a file may also fail for lack of memory.
+    told = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "Cannot allocate" in text)
+    told = told or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return "CPU" if told or isinstance(error, MemoryError) else None

@@ -196,7 +196,9 @@ class Registry(Generic[_Method]):
                 try:
                     importlib.import_module(f"{self._folder}.{module.name}")
                 except ModuleNotFoundError as error:  # a dependency that this method alone has
-                    self._broken[module.name] = str(error)
+                    if error.name is None or error.name.partition(".")[0] == "slimllm":
+                        raise
+                    self._broken[module.name] = f"{error}; install it"
 
     def all(self) -> dict[str, type[_Method]]:
         """Return every registered method that can be imported, by name."""
@@ -236,8 +238,8 @@ class Registry(Generic[_Method]):
         if given not in known:
             if given in self._broken:
                 raise InputError(
-                    f"The {self.kind} {given} cannot be imported ({self._broken[given]}); install what is missing, or "
-                    "uninstall its package."
+                    f"The {self.kind} {given} cannot be imported ({self._broken[given]}); repair its package, or do "
+                    "without it."
                 )
             raise InputError(
                 f"{self.kind} must be one of {', '.join(known)}, got {given!r}; import your own with --plugin."

@@ -13,7 +13,7 @@ import typer
 from slimllm.cli import prune, export, eval, compare, sweep, latency, finetune, page, demo, bench, doctor  # noqa: F401, isort: skip
 from slimllm.cli.options import REMOVED, app
 from slimllm.cli.terminal import console, errors, lost, open_closed_streams
-from slimllm.errors import InputError, OtherRankError
+from slimllm.errors import InputError, OtherRankError, exhausted
 from slimllm.runtime.interrupts import SIGNALS, leave
 
 __all__ = ["app", "main"]
@@ -74,8 +74,6 @@ def main() -> None:
         _say(str(error))
         code = 2
     except (MemoryError, RuntimeError, OSError) as error:
-        from slimllm.runtime.memory import exhausted
-
         memory = exhausted(error)
         if memory is not None:
             _say(f"There is not enough {memory} memory; {_LESS_MEMORY.get(sys.argv[1], 'free some')}.")

@@ -15,10 +15,10 @@ from slimllm.checkpoints.headers import Headers, stored_head_differs
 from slimllm.checkpoints.opening import download, open_checkpoint
 from slimllm.checkpoints.tokenizer import load_tokenizer
 from slimllm.config import DTYPES, check_choice, parse_device, torch_dtype
-from slimllm.errors import InputError, first_line
+from slimllm.errors import InputError, exhausted, first_line
 from slimllm.models.families import family_of
 from slimllm.models.meta import expected_tensors, meta_model
-from slimllm.runtime.memory import exhausted, free_bytes, release
+from slimllm.runtime.memory import free_bytes, release
 from slimllm.runtime.progress import ProgressCallback, WindowsScored
 
 _DATASET_WINDOWS = 2048

@@ -14,11 +14,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimllm.errors import HopelessError, InputError
+from slimllm.errors import HopelessError, InputError, exhausted
 from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.data import Example, batch_of, learnt
 from slimllm.runtime.hidden_states import State
-from slimllm.runtime.memory import exhausted
 
 MAX_NORM = 1.0  # largest norm of the gradient: the default of transformers' Trainer, which LLM-Pruner uses
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's moments

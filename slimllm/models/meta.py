@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from slimllm.errors import InputError, reason
+from slimllm.errors import InputError, exhausted, reason
 from slimllm.models.families import Family, family_of
-from slimllm.runtime.memory import exhausted
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:

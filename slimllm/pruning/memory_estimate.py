@@ -160,7 +160,9 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
 
     yield at("read", 1, {}, {"mapped file": d * i * s})
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
-    yield at("dense pass", 1, {"batch": batch * (4 * i + 4 * d) * c + scores})
+    # Of a batch: attention's inputs, q, k and v, both of the last before and after the rotation, and the fp32 norm.
+    in_attention = batch * ((6 * a + 4 * sizes.kv_width + 3 * d) * c + 2 * d * 4) + scores
+    yield at("dense pass", 1, {"batch": max(batch * (4 * i + 4 * d) * c, in_attention)})
     if measures_gram(config):
         # The states before and after a layer, and the layer in fp32.
         probes = (
@@ -176,11 +178,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield at("allocation", 1, both | elimination)
 
     def of_pruning() -> Iterator[Phase]:
-        of_attention = batch * (3 * a + 2 * sizes.kv_width + 3 * d) * c + scores
-        yield at("attention", 1, inner(a) | {"batch": of_attention, "Gram": a**2 * 4})
+        yield at("attention", 1, inner(a) | {"batch": in_attention, "Gram": a**2 * 4})
         if by_heads:  # possibly instead of the Gram: fp64 sums, fp32 sums of a batch, tiles, copies of the weight and x
             sums = units**2 * d * (8 + 4) + 3 * 4 * CONTRIBUTIONS + (0 if c == 4 else a * d * 4) + 2 * batch * a * 4
-            yield at("attention by heads", 1, inner(a) | {"batch": of_attention, "heads' covariances": sums})
+            yield at("attention by heads", 1, inner(a) | {"batch": in_attention, "heads' covariances": sums})
         heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * units**2 * d * 8}
         if obs:
             heads |= {

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import distributed
 
-from slimllm.errors import InputError, LostRankError, OtherRankError, OutputError
+from slimllm.errors import InputError, LostRankError, OtherRankError, OutputError, exhausted
 
 
 class Sums(Protocol):
@@ -202,9 +202,9 @@ class Ranks:
     def _talking(self) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if exhausted(error) is not None:
+                raise
             raise LostRankError(
                 f"Another process of this run has ended or does not answer, as seen from rank {self.rank}."
             ) from error

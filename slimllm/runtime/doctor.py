@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from slimllm.errors import InputError
+from slimllm.errors import InputError, exhausted
 from slimllm.ops.dispatch import check_setting, choose, extension_is_missing
 from slimllm.ops.registry import OPERATIONS
 from slimllm.runtime.memory import GIB
@@ -67,7 +67,9 @@ def _choice(operation: str, device: str) -> tuple[str, str]:
         choice = choose(operation, device)
     except InputError as error:  # SLIMLLM_BACKEND requests a backend that this machine lacks: report it
         return "none", str(error)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if exhausted(error) is None:
+            raise
         return "undecided", "not enough free memory on this GPU for the comparison with torch"
     return choice.backend, choice.reason
 

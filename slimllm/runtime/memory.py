@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
 import logging
 import math
@@ -15,10 +14,9 @@ from pathlib import Path
 import torch
 
 from slimllm.config import GIB as GIB
+from slimllm.errors import exhausted
 
 _log = logging.getLogger("slimllm")
-# The runtime and the libraries have their own messages for what torch's allocator raises as OutOfMemoryError.
-_GPU_EXHAUSTED = re.compile(r"CUDA (error: )?out of memory|(CUBLAS|CUSOLVER)_STATUS_ALLOC_FAILED")
 
 
 def reset_peak(device: torch.device) -> None:
@@ -70,17 +68,6 @@ def free_bytes(device: torch.device) -> float:
     return free
 
 
-def exhausted(error: BaseException) -> str | None:
-    """Return which memory an error reports as exhausted, `CPU` or `GPU`; None for any other error."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and _GPU_EXHAUSTED.search(text)):
-        return "GPU"
-    # torch has no exception type for it on the CPU, and mapping a file may also fail for lack of memory.
-    told = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "Cannot allocate" in text)
-    told = told or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    return "CPU" if told or isinstance(error, MemoryError) else None
-
-
 def moved(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Return a tensor on a device in a dtype.
 
@@ -99,6 +86,8 @@ def pinned_like(tensor: torch.Tensor) -> torch.Tensor:
     try:
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     except RuntimeError as error:
+        if exhausted(error) is None and not re.search("pin|regist", str(error)):
+            raise  # such as a fault of a kernel that shows here
         _warn_of_pageable_memory(str(error).partition("\n")[0])
         return torch.empty(shape, dtype=dtype)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+_MOST_EVENTS = 4096  # before they are added up
+
 
 class Stopwatch:
     """Seconds by stage.
@@ -20,19 +22,22 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._seconds: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[str, Any, Any]] = []
         self._device = device
         self._started = time.perf_counter()
 
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds so far, by stage."""
+        self._add_up_events()
+        return self._seconds
+
+    def _add_up_events(self) -> None:
         if self._events:
             torch.cuda.synchronize(self._device)
         for stage, begin, end in self._events:
             self._seconds[stage] += begin.elapsed_time(end) / 1e3
         self._events.clear()
-        return self._seconds
 
     def elapsed_s(self) -> float:
         """Return the seconds of the run so far, including those before an interruption."""
@@ -49,19 +54,20 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        begin, start = self._event(), time.perf_counter()
+        on_gpu = self._device.type == "cuda"
+        begin = self._event() if on_gpu else time.perf_counter()
         try:
             yield
         finally:
-            if begin is None:
-                self._seconds[stage] += time.perf_counter() - start
-            elif (end := self._event()) is not None:
-                self._events.append((stage, begin, end))
+            if on_gpu:
+                self._events.append((stage, begin, self._event()))
+            else:
+                self._seconds[stage] += time.perf_counter() - begin
+            if len(self._events) >= _MOST_EVENTS:
+                self._add_up_events()
 
-    def _event(self) -> torch.cuda.Event | None:
-        """Return an event that is recorded now, on a GPU."""
-        if self._device.type != "cuda":
-            return None
+    def _event(self) -> Any:
+        """Return an event that is recorded now."""
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event

@@ -120,7 +120,7 @@ def test_peak_of_a_run(choice: dict[str, str], token_ids: torch.Tensor, tmp_path
     with forced("torch"):  # interpreted kernels are slow, and take no memory but their results
         report = slimllm.prune(tmp_path / "model", tmp_path / "out", config)
     plan = sum(size for name, size in report.gpu_memory_gib.items() if name not in ("runtime", "slack"))
-    assert report.peak_gpu_gib <= 1.1 * plan + 2 / 1024
+    assert report.peak_gpu_gib <= 1.06 * plan + 0.5 / 1024
     assert report.peak_gpu_gib >= 0.45 * plan  # the least pruned layer of a run with a recovery by least squares varies
 
 

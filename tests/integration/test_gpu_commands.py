@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,60 @@ def test_no_step_starts_without_time(gpu: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "steps.jsonl").read_text())["status"] == "no time left"
 
 
+def test_an_interrupt_keeps_what_was_measured(gpu: Any, tmp_path: Path) -> None:
+    """And ends the step with all that it has started."""
+    child = "import os, time; open(os.environ['MARK'], 'w').write(str(os.getpid())); time.sleep(600)"
+    (tmp_path / "step.py").write_text(
+        "import os, pathlib, subprocess, sys, time\n"
+        "pathlib.Path(os.environ['SLIMLLM_RESULTS'], 'gram.jsonl').write_text('{}\\n')\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "time.sleep(600)"
+    )
+    (tmp_path / "run.py").write_text(
+        f"import signal, sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import gpu, pathlib\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "gpu.Runner('bench', here / 'work', 60, here / 'out').run([gpu.Step('step', str(here / 'step.py'), 50)])"
+    )
+    for name in ("work", "out"):
+        (tmp_path / name).mkdir()
+    mark = tmp_path / "mark"
+    running = subprocess.Popen([sys.executable, str(tmp_path / "run.py")], env={**os.environ, "MARK": str(mark)})
+    while not (mark.exists() and mark.read_text()):
+        time.sleep(0.02)
+        assert running.poll() is None
+    running.terminate()
+    assert running.wait(30) == 1
+    with tarfile.open(tmp_path / "out" / "gpu-bench.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert "interrupted" in (tmp_path / "gpu-bench" / "steps.jsonl").read_text()
+    assert (tmp_path / "gpu-bench" / "results" / "gram.jsonl").read_text() == "{}\n"
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(mark.read_text()), 0)
+            time.sleep(0.05)
+
+
+def test_rows_of_an_archive(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gpu-bench" / "results").mkdir(parents=True)
+    (tmp_path / "gpu-bench" / "results" / "gram.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "gpu-bench" / "steps.jsonl").write_text("{}\n")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "gpu-bench", "gpu-bench")
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(gpu.keep_rows, "__defaults__", (tmp_path / "results",))
+    gpu.keep(tmp_path / "a.tar.gz")
+    assert {path.name: path.read_text() for path in (tmp_path / "results").iterdir()} == {"gram.jsonl": '{"a": 1}\n'}
+
+
 def test_limits(gpu: Any) -> None:
-    """Steps are real files, and those of a check fit into the four minutes that it may take, one after another."""
-    for steps in gpu.STEPS.values():
+    """Steps are real files, and their limits fit, one after another, into the minutes that a command may take."""
+    for name, steps in gpu.STEPS.items():
         for step in steps:
             for arguments in (step.arguments, step.small or ""):
                 assert all((ROOT / word).exists() for word in arguments.split() if word.startswith(("bench", "tests")))
+        assert sum(step.limit_s for step in steps) <= gpu.MOST_S[name]
     assert gpu.MOST_S["check"] < 240 and gpu.MOST_S["bench"] < 600
 
 

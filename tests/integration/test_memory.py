@@ -13,6 +13,7 @@ import torch
 from conftest import STORIES, random_llama
 
 import slimllm
+from slimllm.errors import exhausted
 from slimllm.evaluation import perplexity as evaluate
 from slimllm.runtime import memory
 
@@ -51,9 +52,9 @@ def test_errors_of_memory_are_known() -> None:
 
     with pytest.raises(RuntimeError) as error:
         allocate()
-    assert memory.exhausted(error.value) == "CPU" and memory.exhausted(MemoryError()) == "CPU"
-    assert memory.exhausted(torch.OutOfMemoryError("CUDA out of memory.")) == "GPU"
-    assert memory.exhausted(RuntimeError("shapes cannot be multiplied")) is None
+    assert exhausted(error.value) == "CPU" and exhausted(MemoryError()) == "CPU"
+    assert exhausted(torch.OutOfMemoryError("CUDA out of memory.")) == "GPU"
+    assert exhausted(RuntimeError("shapes cannot be multiplied")) is None
 
 
 LIMITED = """

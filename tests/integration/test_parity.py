@@ -16,12 +16,14 @@ from slimllm.calibration import Calibration
 from slimllm.config import PruneConfig
 from slimllm.experiments.bench.synthetic import as_mha
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def run_engine(model: Any, token_ids: torch.Tensor, config: PruneConfig) -> tuple[list[dict[str, Any]], list[Any], Any]:
     """Layer reports, removals and the pruned model."""
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).to(DEVICE)
     pruning = pruned(model, Calibration(token_ids), config)
-    return pruning.reports, pruning.removals, model
+    return pruning.reports, pruning.removals, model.to("cpu")
 
 
 def check_parity(model: Any, token_ids: torch.Tensor, config: PruneConfig, keep_lowest: float = 0.0) -> None:

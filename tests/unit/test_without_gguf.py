@@ -34,4 +34,4 @@ def test_folders_are_pruned_and_exported(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     reading, writing = done.stdout.splitlines()
     assert reading == "A GGUF file is read with the package gguf, which is not installed."
-    assert writing.startswith("The exporter gguf cannot be imported (") and "install what is missing" in writing
+    assert writing.startswith("The exporter gguf cannot be imported (") and "install it" in writing

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from slimllm.calibration import longest_input
-from slimllm.errors import InputError, first_line
+from slimllm.errors import InputError, exhausted, first_line
 from slimllm.evaluation.perplexity import load
 from slimllm.runtime import memory
 from slimllm.runtime.interrupts import leave_interrupts_to_parent
@@ -63,7 +63,7 @@ def serve(connection: Connection, name: str, dtype: str | None, device: str, tru
     except EOFError:
         pass
     except Exception as error:  # raised by the model's own code, or by torch
-        if memory.exhausted(error):
+        if exhausted(error):
             connection.send(("refused", f"The memory of {device} is not enough for {name}; use fewer models or tokens."))
             return
         connection.send(("refused", f"{name} cannot be timed: {type(error).__name__}: {first_line(error)}"))

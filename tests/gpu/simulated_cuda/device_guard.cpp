@@ -1,4 +1,4 @@
-// Guard of a CUDA device for simulated_cuda.py, where torch was built for the CPU alone: one device, of which it changes
+// Guard of a CUDA device for this package, where torch was built for the CPU alone: one device, of which it changes
 // nothing.
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>

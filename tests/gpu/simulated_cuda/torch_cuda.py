@@ -31,12 +31,14 @@ class _Properties:
 
 class _Event:
     def __init__(self, *_: Any, **__: Any) -> None:
-        self._recorded = 0.0
+        self._recorded, self._waits = 0.0, 0
 
     def record(self, *_: Any) -> None:
-        self._recorded = time.perf_counter()
+        self._recorded, self._waits = time.perf_counter(), sum(GPU.waits.values())
 
     def elapsed_time(self, end: Any) -> float:
+        if end._waits == sum(GPU.waits.values()):
+            raise RuntimeError("the host did not wait for the event")
         return 1e3 * float(end._recorded - self._recorded)
 
     def wait(self, *_: Any) -> None: ...
@@ -117,6 +119,7 @@ def install() -> None:
         "get_rng_state": _of_device(lambda: torch.zeros(16, dtype=torch.uint8)),
         "set_rng_state": lambda *_: None,
         "get_arch_list": lambda: [f"sm_{CAPABILITY[0]}{CAPABILITY[1]}"],
+        "_sleep": lambda cycles: None,
         "Event": _Event,
         "Stream": _Stream,
         "device": _CurrentDevice,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from slimllm.checkpoints.source import ModelSource
-from slimllm.runtime.memory import exhausted, moved, pinned_like
+from slimllm.errors import exhausted
+from slimllm.runtime.memory import moved, pinned_like
 
 
 def test_pageable_memory_where_pinning_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -44,6 +45,9 @@ def test_cast_where_it_is_needed() -> None:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "GPU"),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors …"), "GPU"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "GPU"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "GPU"),
+        (RuntimeError("CUDA driver error: out of memory"), "GPU"),
+        (RuntimeError("NCCL error: Cuda failure 'out of memory'"), "GPU"),
         (RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED"), "GPU"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "CPU"),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), "CPU"),
