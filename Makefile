@@ -101,13 +101,13 @@ test-simulated-gpu: install
 	PYTHONPATH=tests/gpu SIMULATED_CUDA=1 SLIMLLM_BACKEND=triton TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -m gpu tests/gpu
 	$(BIN)/python -m pytest -rs -m slow tests/integration/test_gpu_commands.py
 
-# On a machine with a GPU, in its active environment, without a network: build with CUDA, doctor, tests, parity; 4 minutes.
+# On a machine with a GPU, in .venv or else the active environment, without a network: build with CUDA, doctor, tests, parity; 4 minutes.
 gpu-check:
-	$(PYTHON) benchmarks/gpu.py check
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py check
 
 # The same for the measurements that docs/guides/gpu.md explains, the most telling first; 10 minutes.
 gpu-bench:
-	$(PYTHON) benchmarks/gpu.py bench
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py bench
 
 clean:
 	rm -rf build dist .asan *.egg-info slimllm/*.so .venv/installed

@@ -15,6 +15,7 @@ from dataclasses import replace
 from statistics import mean
 from typing import Any
 
+import torch
 from common import append_results
 from rich.console import Console
 from rich.table import Table
@@ -63,6 +64,8 @@ def main() -> None:
     parser.add_argument("--host-memory")
     parser.add_argument("--gpu-memory", help="budget on the GPU, which torch enforces")
     arguments = parser.parse_args()
+    if arguments.gpu_memory and not torch.cuda.is_available():
+        parser.error("--gpu-memory is for a GPU, and there is none.")
     rows = []
     for layers in arguments.layers:
         budgets = {"host_memory": arguments.host_memory, "gpu_memory": arguments.gpu_memory}

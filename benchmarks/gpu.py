@@ -29,8 +29,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 STORIES = "slimllm/calibration/data/stories260k"
@@ -99,7 +97,6 @@ class Runner:
 
     def __init__(self, name: str, folder: Path, seconds: float, out: Path | None) -> None:
         self.name, self.folder, self.out = name, folder, out
-        self.console = Console()
         self._until = time.monotonic() + seconds
         (folder / "results").mkdir()
         (folder / "tmp").mkdir()
@@ -124,7 +121,7 @@ class Runner:
                 row = {"step": step.name, "status": status, "seconds": seconds, "command": step.command(dry_run)[1:]}
                 with (self.folder / "steps.jsonl").open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                self.console.print(f"{seconds:6.1f} s  {step.name}: {status}", highlight=False)
+                print(f"{seconds:6.1f} s  {step.name}: {status}", flush=True)
                 self._pack()
             good = good and status == "done"
         return good
@@ -147,7 +144,7 @@ class Runner:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if status != "done":
-            self.console.print(log.read_text(errors="replace")[-3000:], markup=False, highlight=False)
+            print(log.read_text(errors="replace")[-3000:], flush=True)
         return status
 
     def _wait(self, process: subprocess.Popen[bytes], until: float) -> str | None:
@@ -204,6 +201,17 @@ def check_kernels() -> bool:
     return bool(on_gpu) and all(row[2] in ("triton", "extension") for row in on_gpu)
 
 
+def without_gpu() -> str:
+    """Return why there is nothing to check or to measure, or an empty string."""
+    try:
+        import torch
+    except ImportError:
+        return f"{sys.executable} has no torch; use the Python of an environment for the GPU (PYTHON=… for make)"
+    if torch.cuda.is_available():
+        return ""
+    return f"torch {torch.__version__} {'sees no GPU' if torch.version.cuda else 'is built for CPUs'}"
+
+
 def main() -> None:
     """Run the steps; the exit status is 1 if one of them has failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,16 +221,20 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
-    if arguments.what == "kernels":
-        sys.exit(0 if check_kernels() else 1)
     if arguments.what == "keep":
+        if arguments.archive is None:
+            parser.error("keep takes the archive that check or bench has written.")
         keep(arguments.archive)
         return
-    steps = STEPS[arguments.what]
     if arguments.list:
-        for step in steps:
+        for step in STEPS.get(arguments.what, []):
             print(f"{step.limit_s:4} s  {step.name}: python {step.arguments}")
         return
+    if reason := without_gpu():
+        sys.exit(f"There is no GPU: {reason}.")
+    if arguments.what == "kernels":
+        sys.exit(0 if check_kernels() else "Not every operation with a kernel uses it.")
+    steps = STEPS[arguments.what]
     out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
     if out is not None and not out.is_dir():
         parser.error(f"OUT names {out}, which is not a folder; make it first.")

@@ -59,6 +59,16 @@ def kernels_are_missing() -> str:
 needs_kernels = pytest.mark.skipif(bool(kernels_are_missing()), reason=f"no kernels: {kernels_are_missing()}")
 
 
+@pytest.fixture(autouse=True)
+def cpu_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the CPU the default device, also beside a GPU: many tests compare a run with a model on the CPU, bit by bit.
+
+    The tests of a GPU and of operations ask for their devices.
+    """
+    if not {"gpu", "ops", "statistics"} & set(request.path.parts):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill uninitialised memory of torch with NaN (or the largest integer) instead of leftover values."""
