@@ -29,6 +29,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+@pytest.mark.real_device  # tied weights part on the simulated one
 @pytest.mark.parametrize("ratio", [0.1, 0.2, 0.35, 0.5, 0.7])
 def test_the_ratio_is_met(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, ratio: float) -> None:
     report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, ratio=ratio))
