@@ -158,7 +158,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         num_bytes = tokens * width * c
         return {"inner activations": num_bytes if num_bytes <= placement.keep_inner_bytes else 0}
 
-    yield at("read", 1, {}, {"mapped file": d * i * s})
+    cast = {"tensor to cast": d * i * s if sizes.on_gpu and s != c else 0}  # weights are cast on the device
+    yield at("read", 1, cast, {"mapped file": d * i * s})
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
     # Of a batch: attention's inputs, q, k and v, both of the last before and after the rotation, and the fp32 norm.
     in_attention = batch * ((6 * a + 4 * sizes.kv_width + 3 * d) * c + 2 * d * 4) + scores
@@ -208,12 +209,12 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             # The output's variance is streamed with token weights, else it is that of its covariance.
             covariance = {} if config.token_weights == "norm" else {"covariance": d**2 * (2 * 8 + 4)}
             yield at("recovery", streams, inner(i) | covariance | ({} if away else system), system if away else {})
-            yield at("slicing", streams, inner(i) | ({} if away else solution), sliced | (solution if away else {}))
+            yield at("slicing", streams, inner(i) | cast | ({} if away else solution), sliced | (solution if away else {}))
         else:
             if by_channels:
                 needed = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
                 yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
-            yield at("slicing", streams, inner(i) | {"covariance": d**2 * (4 + 8)}, sliced)
+            yield at("slicing", streams, inner(i) | cast | {"covariance": d**2 * (4 + 8)}, sliced)
 
     if config.one_pass:  # only the windows that judge the result pass the pruned layers
         yield at("slicing", 1, {"batch": max(256, sizes.seq_len) * (2 * i + 4 * d) * c}, {"pruned layer": 3 * kept * d * s})
