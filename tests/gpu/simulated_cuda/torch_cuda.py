@@ -99,7 +99,7 @@ def install() -> None:
     fakes: dict[str, Any] = {
         **{name: lambda *_, **__: True for name in ("is_available", "is_initialized", "is_bf16_supported")},
         **{name: lambda *_, **__: None for name in ("init", "_lazy_init", "empty_cache", "ipc_collect", "manual_seed_all")},
-        **{name: _of_device(lambda: None) for name in ("set_device", "manual_seed", "set_per_process_memory_fraction")},
+        **{name: _of_device(lambda: None) for name in ("set_device", "manual_seed")},
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "synchronize": _of_device(lambda: GPU.wait("synchronize")),
@@ -119,6 +119,7 @@ def install() -> None:
         "get_rng_state": _of_device(lambda: torch.zeros(16, dtype=torch.uint8)),
         "set_rng_state": lambda *_: None,
         "get_arch_list": lambda: [f"sm_{CAPABILITY[0]}{CAPABILITY[1]}"],
+        "set_per_process_memory_fraction": lambda part, device=None: setattr(GPU, "limit", int(part * MEMORY)),
         "_sleep": lambda cycles: None,
         "Event": _Event,
         "Stream": _Stream,
