@@ -1,5 +1,6 @@
-// slimllm_C::small_lstsq on a CPU: many small least-squares problems from their normal equations, LANES at a time and
-// parallel over the batch. Uses only torch's stable ABI, so that one build runs on several versions of torch.
+// slimllm_C::small_lstsq on a CPU: least-squares problems from their normal equations. Many small ones with few right-hand
+// sides are solved LANES at a time and in parallel over the batch, all others by substitution.h. Uses only torch's stable
+// ABI, so that one build runs on several versions of torch.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +14,7 @@
 #include "clones.h"
 #include "lanes.h"
 #include "problem.h"
+#include "substitution.h"
 #include "tensors.h"
 
 namespace slimllm {
@@ -21,6 +23,8 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int kLanes = 8;
+// Systems whose lanes fit a core's caches, if most lanes are used.
+constexpr int64_t kLaneUnknowns = 128, kLaneColumns = 16, kFewLanes = 6, kFewUnknowns = 32;
 
 // Loads systems first … first + count - 1 into the lanes; spare lanes hold the first system again.
 template <typename T>
@@ -86,7 +90,14 @@ void run(const Problem<T>& problem) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> small_lstsq(const Tensor& gram, const Tensor& cross, const Tensor& ridge, bool absolute) {
-  return small_lstsq_on(gram, cross, ridge, absolute, [](const auto& problem) { run(problem); });
+  return small_lstsq_on(gram, cross, ridge, absolute, [](const auto& problem) {
+    const bool many = problem.batch >= kFewLanes || problem.k <= kFewUnknowns;
+    if (many && problem.k <= kLaneUnknowns && problem.m <= kLaneColumns) {
+      run(problem);
+    } else {
+      solve_wide(problem);
+    }
+  });
 }
 
 }  // namespace
@@ -96,6 +107,8 @@ STABLE_TORCH_LIBRARY(slimllm_C, m) {
   m.def("small_lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute) -> (Tensor, Tensor, Tensor)");
   m.def("affine_fit(Tensor mean_y, Tensor mean_y_hat, Tensor variance_y_hat, Tensor covariance) -> (Tensor, Tensor)");
   m.def("greedy_elimination(Tensor inverse, Tensor products, int num, float least) -> (Tensor, Tensor)");
+  m.def("half_solve(Tensor matrices, Tensor right) -> (Tensor, Tensor)");
+  m.def("quadratic_forms(Tensor matrices, Tensor right) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(slimllm_C, CPU, m) { m.impl("small_lstsq", TORCH_BOX(&slimllm::small_lstsq)); }

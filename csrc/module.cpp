@@ -53,7 +53,8 @@ PYBIND11_MODULE(_C, module) {
         info["cuda"] = SLIMLLM_CUDA;
         info["cuda_architectures"] = words(SLIMLLM_CUDA_ARCHITECTURES);
         info["without_cuda"] = SLIMLLM_WITHOUT_CUDA;
-        info["operations"] = std::vector<std::string>{"lstsq", "affine_fit", "greedy_elimination"};
+        info["operations"] = std::vector<std::string>{"lstsq", "affine_fit", "greedy_elimination",
+                                                           "half_solve", "quadratic_forms"};
         return info;
       },
       "How this module was built: compiler, cpp_standard (the value of __cplusplus), cuda (its version, empty "

@@ -1,4 +1,4 @@
-// A batch of least-squares problems as normal equations, shared by the CPU and GPU code. No torch headers here.
+// Arguments and results of the solvers, shared by the CPU and GPU code. No torch headers here.
 
 #pragma once
 
@@ -7,13 +7,15 @@
 
 #if defined(__CUDACC__)
 #define SLIMLLM_HOST_DEVICE __host__ __device__
+#define SLIMLLM_DEVICE __device__
 #else
 #define SLIMLLM_HOST_DEVICE
+#define SLIMLLM_DEVICE
 #endif
 
 namespace slimllm {
 
-// All arrays are contiguous: gram (B, K, K), only the lower half is read; cross and solution (B, K, M); the others (B,).
+// A batch of least-squares problems as normal equations. All arrays are contiguous: gram (B, K, K), only the lower half is read; cross and solution (B, K, M); the others (B,).
 template <typename T>
 struct Problem {
   const T* gram;
@@ -49,6 +51,18 @@ struct Problem {
     }
     return true;
   }
+};
+
+// L⁻¹ R of a batch of matrices A = L Lᵀ, or without `solution` the sums of its squares, `forms`, which are tr(Rᵀ A⁻¹ R).
+// Both are NaN, and `failed` 1, for a matrix that is not positive definite. All arrays are contiguous: matrices (B, K, K), only the lower half is read; right and solution (B, K, M); the others (B,).
+template <typename T>
+struct HalfProblem {
+  const T* matrices;
+  const T* right;
+  T* solution;
+  double* forms;
+  int32_t* failed;
+  int64_t batch, k, m;
 };
 
 }  // namespace slimllm

@@ -8,12 +8,6 @@
 
 #include "problem.h"
 
-#if defined(__CUDACC__)
-#define SLIMLLM_DEVICE __device__
-#else
-#define SLIMLLM_DEVICE
-#endif
-
 namespace slimllm {
 
 // Largest number of unknowns.

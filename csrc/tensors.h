@@ -75,6 +75,39 @@ std::tuple<Tensor, Tensor, Tensor> small_lstsq_on(const Tensor& gram, const Tens
   return {solution, used, status};
 }
 
+// matrices (B, K, K) and right (B, K, M), both fp32 or both fp64. Returns L⁻¹ R (B, K, M) if `solve`, else tr(Rᵀ A⁻¹ R)
+// (B,) fp64; and (B,) int32: 1 for a matrix that is not positive definite, else 0.
+template <typename Run>
+std::tuple<Tensor, Tensor> halves_on(const Tensor& matrices, const Tensor& right, bool solve, const Run& run) {
+  STD_TORCH_CHECK(matrices.dim() == 3 && right.dim() == 3, "matrices and right must have three dimensions.");
+  const int64_t batch = matrices.size(0), k = matrices.size(1), m = right.size(2);
+  check_precise(matrices, "matrices");
+  const ScalarType dtype = matrices.scalar_type();
+  check(matrices, "matrices", {batch, k, k}, dtype, matrices);
+  check(right, "right", {batch, k, m}, dtype, matrices);
+  Tensor found = solve ? torch::stable::empty_like(right) : torch::stable::new_empty(matrices, {batch}, ScalarType::Double);
+  Tensor failed = torch::stable::new_empty(matrices, {batch}, ScalarType::Int);
+  const auto on = [&](auto zero) {
+    using T = decltype(zero);
+    run(HalfProblem<T>{
+        static_cast<const T*>(matrices.const_data_ptr()),
+        static_cast<const T*>(right.const_data_ptr()),
+        solve ? static_cast<T*>(found.mutable_data_ptr()) : nullptr,
+        solve ? nullptr : static_cast<double*>(found.mutable_data_ptr()),
+        static_cast<int32_t*>(failed.mutable_data_ptr()),
+        batch,
+        k,
+        m,
+    });
+  };
+  if (dtype == ScalarType::Float) {
+    on(0.0f);
+  } else {
+    on(0.0);
+  }
+  return {found, failed};
+}
+
 // All moments are (D,), all fp32 or all fp64. Returns slope and intercept (D,).
 template <typename Fit>
 std::tuple<Tensor, Tensor> affine_fit_on(const Tensor& mean_y, const Tensor& mean_y_hat, const Tensor& variance_y_hat,

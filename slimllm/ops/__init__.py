@@ -13,6 +13,7 @@ from slimllm.ops.heads import head_covariance, head_covariance_of_tokens
 from slimllm.ops.lstsq import lstsq, lstsq_ex
 from slimllm.ops.pearson import head_importance, pearson_greedy, pearson_similarity
 from slimllm.ops.regression import affine_fit
+from slimllm.ops.substitution import half_solve, quadratic_forms
 from slimllm.ops.tokens import token_cosine
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "feature_space_importance",
     "gram_",
     "greedy_elimination",
+    "half_solve",
     "head_covariance",
     "head_covariance_of_tokens",
     "head_importance",
@@ -30,5 +32,6 @@ __all__ = [
     "lstsq_ex",
     "pearson_greedy",
     "pearson_similarity",
+    "quadratic_forms",
     "token_cosine",
 ]

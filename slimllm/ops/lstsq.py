@@ -11,12 +11,10 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import choose, full_precision
 from slimllm.ops.registry import Random, operator
 
-# Limits within which the extension is faster than the torch path below: unknowns by device, and right-hand sides. On a CPU
-# it solves eight systems side by side, so a batch of fewer than FEWEST systems must have at most SMALL unknowns. On a GPU
-# a warp solves a system, whose size its shared memory limits.
-LARGEST = {"cpu": 128, "cuda": 64}
-MOST_COLUMNS = 16
-FEWEST, SMALL = 6, 32
+# Limits within which the extension is faster than the torch path below: unknowns and right-hand sides by device. On a GPU a
+# warp solves a system, whose size its shared memory limits.
+LARGEST = {"cpu": 256, "cuda": 64}
+MOST_COLUMNS = {"cpu": 2**31, "cuda": 16}
 # Ridges, relative to the mean diagonal, tried in turn for a singular system. A system that needs more is not semidefinite.
 RIDGES = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 # Bits of the status that `torch.ops.slimllm.lstsq` returns for a system. FAILED: it was not solved. ZEROS: it has columns
@@ -151,14 +149,14 @@ def _attempt(
     backend = choose("lstsq", gram.device).backend
     if ridge.shape != gram.shape[:1]:
         raise ValueError(f"ridge must have shape ({gram.shape[0]},), got {tuple(ridge.shape)}.")
-    batch, size, columns = *gram.shape[:2], cross.shape[2]
+    size, columns = gram.shape[1], cross.shape[2]
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if gram.numel() == 0 or cross.numel() == 0:
         used = ridge.clone() if absolute or gram.numel() == 0 else ridge * diagonal.double().mean(-1)
         zeros = torch.zeros_like(cross, memory_format=torch.contiguous_format)
         return zeros, used, FAILED * (~(ridge >= 0)).int()
-    many = batch >= FEWEST or size <= SMALL or gram.device.type != "cpu"
-    if backend == "extension" and size <= LARGEST[gram.device.type] and columns <= MOST_COLUMNS and many:
+    kind = gram.device.type
+    if backend == "extension" and size <= LARGEST[kind] and columns <= MOST_COLUMNS[kind]:
         return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute)  # type: ignore[no-any-return]
     used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)
     with full_precision(gram.device):
@@ -190,10 +188,7 @@ operator(
         torch.empty_like(ridge, dtype=torch.int32),
     ),
     cases=_cases,
-    extension={
-        "cpu": "up to 128 unknowns (32 where there are under 6 systems), 16 right-hand sides; else torch",
-        "cuda": "up to 64 unknowns and 16 right-hand sides; else torch",
-    },
+    extension={"cpu": "up to 256 unknowns; else torch", "cuda": "up to 64 unknowns and 16 right-hand sides; else torch"},
 )(_attempt)
 
 
