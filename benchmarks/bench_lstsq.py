@@ -1,11 +1,13 @@
-"""Least squares: ours against torch's batched Cholesky, and the affine fit against a polynomial fit of each column.
+"""Least squares: ours against torch's Cholesky and numpy, and the affine fit against a polynomial fit of each column.
 
     python benchmarks/bench_lstsq.py [--rounds 15] [--most 2048]
 
-Results are checked against fp64 before timing. Systems are fp32; ours are factored in fp64. `torch` is
+Results are checked against fp64 before timing. Systems of `lstsq` are fp32; ours are factored in fp64. `torch` is
 cholesky_ex and cholesky_solve in fp32, `torch fp64` the same in fp64, and `lstsq` torch.linalg.lstsq on twice as many
-equations as unknowns. The affine fit has 4096 outputs and 4096 tokens. `ours` starts from the streamed moments,
-`ours, with the moments` from the tokens. Rows go to benchmarks/results/lstsq.jsonl.
+equations as unknowns. `heads`: tr(V A⁻¹ Vᵀ) and L⁻¹ V for the heads or KV groups of a layer, in fp32; torch is
+cholesky_ex and solve_triangular. `large`: one system of an FFN, factored, solved and inverted in place; torch does not
+overwrite its arguments. The affine fit has 4096 outputs and 4096 tokens. `ours` starts from the streamed moments, `ours,
+with the moments` from the tokens. Rows go to benchmarks/results/lstsq.jsonl.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimllm import ops
+from slimllm.ops import cholesky
 from slimllm.ops.dispatch import choose
 from slimllm.ops.lstsq import LARGEST, MOST_COLUMNS
 
@@ -36,6 +39,10 @@ SHAPES = [
     (1, 512, 512),
     (1, 2048, 576),
 ]
+# of the layers of SmolLM2-135M, LLaMA-7B, LLaMA-33B, and KV groups of LLaMA-3.1-8B: batch, rows, columns
+HEADS = [(9, 64, 576), (32, 128, 4096), (52, 128, 6656), (8, 512, 4096)]
+# FFNs of SmolLM2-135M, LLaMA-7B and LLaMA-33B, and two between: unknowns, right-hand sides at a time
+LARGE = [(1536, 576), (2048, 2048), (5632, 2048), (11008, 2048), (17920, 2048)]
 
 
 def bench_systems(batch: int, k: int, m: int, device: torch.device, rounds: int) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def bench_systems(batch: int, k: int, m: int, device: torch.device, rounds: int)
     if batch * k * k <= 2**22:
         runs["lstsq"] = lambda: torch.linalg.lstsq(a, b).solution
     seconds = median_seconds(runs, device, rounds)
-    backend = choose("lstsq", device).backend if k <= LARGEST[device.type] and m <= MOST_COLUMNS else "torch"
+    backend = choose("lstsq", device).backend if k <= LARGEST[device.type] and m <= MOST_COLUMNS[device.type] else "torch"
     return {
         "what": f"{batch} systems, k = {k}, m = {m}",
         "backend": backend,
@@ -71,6 +78,85 @@ def bench_systems(batch: int, k: int, m: int, device: torch.device, rounds: int)
         "error_torch": plain,
         "speedup_over_torch": seconds["torch"] / seconds["ours"],
         "speedup_over_torch_fp64": seconds["torch fp64"] / seconds["ours"],
+    }
+
+
+def bench_heads(batch: int, k: int, m: int, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Measure one row: the quadratic forms and half-solutions of a layer's heads."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(batch, 2 * k, k, generator=generator, device=device)
+    matrices = x.mT @ x / (2 * k) + 0.01 * torch.eye(k, device=device)
+    right = torch.randn(batch, k, m, generator=generator, device=device)
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(matrices.double()), right.double(), upper=False)
+
+    def by_torch() -> torch.Tensor:
+        return torch.linalg.solve_triangular(torch.linalg.cholesky_ex(matrices)[0], right, upper=False)
+
+    def by_numpy() -> Any:
+        return np.linalg.solve(np.linalg.cholesky(matrices.cpu().numpy()), right.cpu().numpy())
+
+    error, plain = (
+        float((got.double() - half).abs().max() / half.abs().max())
+        for got in (ops.half_solve(matrices, right)[0], by_torch())
+    )
+    forms = ops.quadratic_forms(matrices, right)[0]
+    assert error <= 2 * plain + 1e-6 and torch.allclose(forms, half.square().sum((1, 2)), rtol=1e-4)
+    runs: dict[str, Callable[[], object]] = {
+        "quadratic forms": lambda: ops.quadratic_forms(matrices, right),
+        "quadratic forms, torch": lambda: by_torch().square().sum((1, 2)),
+        "ours": lambda: ops.half_solve(matrices, right),
+        "torch": by_torch,
+    }
+    seconds = median_seconds(runs, device, rounds)
+    seconds["numpy"] = median_seconds({"numpy": by_numpy}, torch.device("cpu"), 1)["numpy"]
+    return {
+        "what": f"heads: {batch} matrices, k = {k}, m = {m}",
+        "backend": choose("half_solve", device).backend,
+        "seconds": seconds,
+        "error": error,
+        "error_torch": plain,
+        "gflops": batch * k * k * m / seconds["quadratic forms"] / 1e9,
+        "speedup_over_torch": seconds["torch"] / seconds["ours"],
+        "speedup_of_forms": seconds["quadratic forms, torch"] / seconds["quadratic forms"],
+    }
+
+
+def bench_large(k: int, m: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Measure one row: a system of an FFN, each step once."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(k // 4, k, generator=generator, dtype=dtype, device=device)
+    system = (x.T @ x).div_(len(x))
+    system.diagonal().add_(0.3)
+    del x
+    right = torch.randn(k, m, generator=generator, dtype=dtype, device=device)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        started = time.perf_counter()
+        found = run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - started
+        return found
+
+    factor = timed("factor, torch", lambda: torch.linalg.cholesky_ex(system)[0])
+    solution = timed("solve, torch", lambda: torch.cholesky_solve(right, factor))
+    inverse = timed("inverse, torch", lambda: torch.cholesky_inverse(factor))
+    own, ours = system.clone(), right.clone()
+    assert not bool(timed("factor", lambda: cholesky.factorise_(own)))
+    timed("solve", lambda: cholesky.solve_(own, ours))
+    errors = [float((system.double()[:256] @ x.double() - right[:256]).abs().max()) for x in (ours, solution)]
+    timed("inverse", lambda: cholesky.invert_(own))
+    assert torch.allclose(own.tril(), inverse.tril(), atol=1e-3 * float(inverse.abs().max()))
+    return {
+        "what": f"large: k = {k}, m = {m}, {str(dtype).removeprefix('torch.')}",
+        "backend": "torch",
+        "seconds": seconds,
+        "error": errors[0],
+        "error_torch": errors[1],
+        "speedup_over_torch": seconds["factor, torch"] / seconds["factor"],
+        "speedup_of_solve": seconds["solve, torch"] / seconds["solve"],
+        "speedup_of_inverse": seconds["inverse, torch"] / seconds["inverse"],
     }
 
 
@@ -114,22 +200,38 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=2048, help="Leave out systems of more unknowns.")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    table = Table("what", "ours, ms", "torch, ms", "× torch", "× torch fp64", "error: ours, torch")
+    table = Table("what", "ours, ms", "torch, ms", "× torch", "× torch fp64, or …", "error: ours, torch")
     for shape in (shape for shape in SHAPES if shape[1] <= arguments.most):
         row = bench_systems(*shape, device, arguments.rounds)
         append_results("lstsq", [row])
-        ours, torchs = (f"{1e3 * row['seconds'][name]:.3f}" for name in ("ours", "torch"))
-        ratios = [f"{row[name]:.2f}" for name in ("speedup_over_torch", "speedup_over_torch_fp64")]
-        table.add_row(row["what"], ours, torchs, *ratios, f"{row['error']:.0e}, {row['error_torch']:.0e}")
+        table.add_row(*_cells(row, "ours", "torch"), f"{row['speedup_over_torch_fp64']:.2f}", _errors(row))
+    for shape in (shape for shape in HEADS if shape[1] <= arguments.most):
+        row = bench_heads(*shape, device, arguments.rounds)
+        append_results("lstsq", [row])
+        table.add_row(*_cells(row, "ours", "torch"), f"{row['speedup_of_forms']:.2f} (forms)", _errors(row))
+    for k, m in (shape for shape in LARGE if shape[0] <= arguments.most):
+        row = bench_large(k, m, device, torch.float32)
+        append_results("lstsq", [row])
+        solved = f"{row['speedup_of_solve']:.2f} (solve), {row['speedup_of_inverse']:.2f} (inverse)"
+        table.add_row(*_cells(row, "factor", "factor, torch"), solved, _errors(row))
     row = bench_affine(device, arguments.rounds)
     append_results("lstsq", [row])
-    console = Console(width=120)
+    console = Console(width=140)
     console.print(table)
     console.print(
         f"{row['what']}: {1e3 * row['seconds']['ours']:.3f} ms from the moments, {row['speedup_over_polyfit']:.0f} × "
         f"numpy's polyfit by columns; {row['speedup_over_polyfit_with_moments']:.0f} × with the moments",
         highlight=False,
     )
+
+
+def _cells(row: dict[str, Any], ours: str, torchs: str) -> list[str]:
+    times = [f"{1e3 * row['seconds'][name]:.3f}" for name in (ours, torchs)]
+    return [row["what"], *times, f"{row['speedup_over_torch']:.2f}"]
+
+
+def _errors(row: dict[str, Any]) -> str:
+    return f"{row['error']:.0e}, {row['error_torch']:.0e}"
 
 
 if __name__ == "__main__":

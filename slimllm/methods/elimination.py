@@ -14,13 +14,14 @@ joint J. J includes the penalty of the ridge, so it never falls as more columns 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from slimllm import ops
 from slimllm.errors import InputError
-from slimllm.methods.ridge import column_scale, has_few_tokens
+from slimllm.methods.ridge import RidgeSystem, has_few_tokens
 from slimllm.ops.dispatch import full_precision
 from slimllm.ops.elimination import LEAST
 from slimllm.statistics import GramStatistics
@@ -31,8 +32,10 @@ ELIMINATION_RIDGE, ELIMINATION_RIDGE_OF_FEW = 0.01, 0.3
 # Channels are removed in this many blocks, or in more, so that none has more channels than the largest block. Those of a
 # block are chosen one by one among twice as many candidates, so that a block costs only one large product.
 BLOCKS, LARGEST_BLOCK = 16, 128
-_SHIFTS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.0)  # fractions of the mean diagonal, added in turn after each failure
-_ROWS = 256  # rows of a matrix that are copied at a time
+Solve = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Fractions of the mean diagonal, added in turn to a matrix that rounding has made indefinite.
+_SHIFTS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+_ROWS = 768  # rows of A that are updated or copied at a time
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ class Elimination:
 
 
 class Surgeon:
-    """The inverse A and the weights V of the remaining columns, on the device of the statistics.
+    """The inverse A and the weights V of the remaining columns, on the solver's device of the statistics.
 
     Columns are scaled to unit size and the ridge bounds the condition number, so fp32 is accurate enough for choosing.
+    Memory: A and V, and some of their rows. A takes the place of its system, and what remains of it that of the whole.
 
     Args:
         weight: W (D, F), any floating dtype.
@@ -62,34 +66,40 @@ class Surgeon:
             Otherwise `failed` says at the end whether there was one.
 
     Attributes:
-        inverse: A, (F, F) fp32.
+        inverse: A, (F, F) fp32; only the lower half is valid.
         weight: Vᵀ, (F, D) fp32.
     """
 
     def __init__(self, weight: torch.Tensor, statistics: GramStatistics, careful: bool = False) -> None:
         self._given, self._careful = (weight, statistics), careful
-        scale = column_scale(statistics.variance(), statistics.mean())
-        inverse_scale = torch.where(scale > 0, scale.reciprocal(), 0.0)
-        system = torch.empty_like(statistics.gram)
-        for start in range(0, len(scale), _ROWS):
-            rows = slice(start, start + _ROWS)
-            system[rows] = statistics.rows(rows).mul_(inverse_scale[rows, None]).mul_(inverse_scale)
-        system.diagonal().add_(ELIMINATION_RIDGE_OF_FEW if has_few_tokens(statistics) else ELIMINATION_RIDGE)
-        with full_precision(system.device):
-            factor = _factor(system)
-            del system
-            self.inverse = torch.cholesky_inverse(factor)
-        del factor
-        self.weight = (weight.to(scale.device).float() * scale.float()).T.contiguous()
-        self._failures = torch.zeros((), dtype=torch.int64, device=scale.device)
+        ridge = ELIMINATION_RIDGE_OF_FEW if has_few_tokens(statistics) else ELIMINATION_RIDGE
+        for shift in _SHIFTS:  # the diagonal is at most 1
+            system = RidgeSystem(statistics, None, ridge, torch.float32, shift)
+            if not bool(system.failed):
+                break
+        else:
+            raise _ill_conditioned()
+        self.inverse = system.invert()
+        size = torch.where(system.scale > 0, system.scale.reciprocal(), 0.0).float()
+        self.weight = weight.to(size.device).T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self.weight.mul_(size[:, None])
+        self._failures = torch.zeros((), dtype=torch.int64, device=size.device)
 
-    def factor(self, matrices: torch.Tensor) -> torch.Tensor:
-        """Return Cholesky factors of diagonal blocks of A, (…, n, n)."""
-        if self._careful:
-            return _factor(matrices)
-        factor, failed = torch.linalg.cholesky_ex(matrices)
-        self._failures += failed.count_nonzero()
-        return factor
+    def solved(self, operation: Solve, matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return the result of `ops.half_solve` or `ops.quadratic_forms` for diagonal blocks of A, (batch, n, n)."""
+        result, failed = operation(matrices, right)
+        if not self._careful:
+            self._failures += failed.count_nonzero()
+            return result
+        size = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        for shift in _SHIFTS[1:]:
+            if not bool(failed.any()):
+                return result
+            matrices.diagonal(dim1=-2, dim2=-1).add_(shift * size)
+            result, failed = operation(matrices, right)
+        if bool(failed.any()):
+            raise _ill_conditioned()
+        return result
 
     def failed(self) -> bool:
         """Return whether a factor could not be computed; what was computed with it is then of no use."""
@@ -100,31 +110,43 @@ class Surgeon:
         del self.inverse, self.weight
         return Surgeon(*self._given, careful=True)
 
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows of A, by index: (len(rows), F)."""
+        below = torch.arange(len(self.inverse), device=rows.device) <= rows[:, None]
+        return torch.where(below, self.inverse.index_select(0, rows), self.inverse.index_select(1, rows).T)
+
+    def block(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return rows and columns of A, by index: (len(columns), len(columns))."""
+        rows = columns[:, None]
+        return self.inverse[torch.maximum(rows, columns), torch.minimum(rows, columns)]
+
     def remove(self, gone: torch.Tensor) -> None:
-        """Remove columns and refit the others; the removed ones' entries of A and V become 0, up to rounding."""
+        """Remove columns and refit the others; the removed ones' entries of A and V become 0, up to rounding.
+
+        Work: n F²/2 + n F D multiply-adds for n columns.
+        """
+        size = len(self.inverse)
+        across = torch.cat([self.rows(gone), self.weight[gone]], 1)
+        across = self.solved(ops.half_solve, self.block(gone)[None], across[None])[0]
+        inverse, weight = across[:, :size], across[:, size:]
         with full_precision(self.inverse.device):
-            factor = self.factor(self.inverse[gone[:, None], gone])
-            across = torch.linalg.solve_triangular(factor, self.inverse[gone], upper=False)
-            weight = torch.linalg.solve_triangular(factor, self.weight[gone], upper=False)
-            self.weight.addmm_(across.T, weight, alpha=-1)
-            self.inverse.addmm_(across.T, across, alpha=-1)
+            self.weight.addmm_(inverse.T, weight, alpha=-1)
+            for start in range(0, size, _ROWS):
+                stop = min(start + _ROWS, size)
+                self.inverse[start:stop, :stop].addmm_(inverse[:, start:stop].T, inverse[:, :stop], alpha=-1)
 
     def keep(self, left: torch.Tensor) -> None:
-        """Drop all columns except `left`; the dropped ones must have been removed before."""
+        """Drop all columns except `left`, in ascending order; the dropped ones must have been removed before."""
         self.weight = self.weight[left]
-        self.inverse = self.inverse.index_select(0, left).index_select(1, left)
+        size, numbers = len(left), self.inverse.view(-1)
+        for start in range(0, size, _ROWS):  # in place: a row moves to where no later one is
+            rows = self.inverse[left[start : start + _ROWS]].index_select(1, left)
+            numbers[start * size : start * size + rows.numel()] = rows.view(-1)
+        self.inverse = numbers[: size * size].view(size, size)
 
 
-def _factor(matrices: torch.Tensor) -> torch.Tensor:
-    """Return Cholesky factors of positive definite matrices; if rounding made one indefinite, all are shifted in place."""
-    scale = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-    for shift in _SHIFTS:
-        factor, failed = torch.linalg.cholesky_ex(matrices)
-        if not bool(failed.any()):
-            return factor
-        del factor
-        matrices.diagonal(dim1=-2, dim2=-1).add_(shift * scale)
-    raise InputError(
+def _ill_conditioned() -> InputError:
+    return InputError(
         "The activations are not finite or too ill-conditioned for the criterion obs and the allocation auto; "
         "choose other methods."
     )
@@ -140,7 +162,7 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
     """Remove `num` channels.
 
     Work: every block updates A and V, which are made smaller whenever half of their channels are gone. For all I channels
-    this takes 4/7 I³ + 2/3 I²·D multiply-adds.
+    this takes 2/7 I³ + 2/3 I²·D multiply-adds.
     """
     names, alone = torch.arange(len(surgeon.inverse), device=surgeon.inverse.device), channel_costs(surgeon).cpu()
     there = torch.ones_like(names, dtype=torch.bool)
@@ -159,7 +181,7 @@ def eliminate_channels(surgeon: Surgeon, num: int) -> Elimination:
         rows = surgeon.weight[pool]
         with full_precision(rows.device):
             products = rows @ rows.T
-        chosen, found = ops.greedy_elimination(surgeon.inverse[pool[:, None], pool], products, wanted)
+        chosen, found = ops.greedy_elimination(surgeon.block(pool), products, wanted)
         gone = pool[chosen]
         costs.append(found)
         order.append(names[gone])
@@ -186,7 +208,7 @@ def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int 
     order, costs = [units[:0]], [torch.zeros(0, dtype=torch.float64, device=device)]
     for _ in range(num):
         for group in range(num_groups):
-            cost = unit_costs(surgeon, len(units)).double().masked_fill(group_of != group, torch.inf)
+            cost = unit_costs(surgeon, len(units)).masked_fill(group_of != group, torch.inf)
             least = cost.argmin()  # stays on the device
             order.append(units[least][None])
             costs.append(cost[least][None])
@@ -196,7 +218,7 @@ def eliminate_heads(surgeon: Surgeon, num_units: int, num: int, num_groups: int 
             units, group_of = units[left], group_of[left]
     if surgeon.failed():
         return eliminate_heads(surgeon.again(), num_units, num, num_groups)
-    return Elimination(torch.cat(order).cpu(), torch.cat(costs).cpu(), alone.cpu())
+    return Elimination(torch.cat(order).cpu(), torch.cat(costs).cpu(), alone.float().cpu())
 
 
 def _without(start: torch.Tensor, count: int, total: int) -> torch.Tensor:
@@ -206,12 +228,7 @@ def _without(start: torch.Tensor, count: int, total: int) -> torch.Tensor:
 
 
 def unit_costs(surgeon: Surgeon, number: int) -> torch.Tensor:
-    """Compute the cost of removing each of the remaining units: tr(V_u (A_uu)⁻¹ V_uᵀ), (number,) fp32."""
+    """Compute the cost of removing each of the remaining units: tr(V_u (A_uu)⁻¹ V_uᵀ), (number,) fp64."""
     width = len(surgeon.inverse) // number
-    blocks = surgeon.inverse.view(number, width, number, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    with full_precision(blocks.device):
-        factor = surgeon.factor(blocks.contiguous())
-        # A triangular solution with as many right-hand sides as outputs is slower on a CPU than an inverse and a product.
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(width, device=factor.device), upper=False)
-        solved = inverse @ surgeon.weight.view(number, width, -1)
-    return solved.square().sum((1, 2))
+    blocks = surgeon.inverse.view(number, width, number, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    return surgeon.solved(ops.quadratic_forms, blocks, surgeon.weight.view(number, width, -1))

@@ -85,12 +85,12 @@ def channel_moments(
         keep: Indices of the kept columns, on any device.
         output_covariance: Cov(y), (D, D).
     """
-    mean = statistics.mean()
-    kept, removed = kept_and_removed(keep, mean)
-    weight = weight.to(mean.device)
-    kept_weight, removed_weight = weight[:, kept].double(), weight[:, removed].double()
+    kept, removed = kept_and_removed(keep, statistics.mean())
+    mean, weight = statistics.mean().to(statistics.solver), weight.to(statistics.solver)
+    kept_weight, removed_weight = (weight[:, columns.to(weight.device)].double() for columns in (kept, removed))
     of_kept = ((kept_weight @ statistics.block(kept, kept)) * kept_weight).sum(1)
     with_removed = ((kept_weight @ statistics.block(kept, removed)) * removed_weight).sum(1)
+    kept, removed = kept.to(mean.device), removed.to(mean.device)
     moments = (kept_weight @ mean[kept] + removed_weight @ mean[removed], kept_weight @ mean[kept])
     mean_y, mean_y_hat, of_kept, covariance = (
         part.to(output_covariance.device) for part in (*moments, of_kept, of_kept + with_removed)

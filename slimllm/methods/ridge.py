@@ -1,14 +1,20 @@
-"""Column scales for ridge regressions, and whether there are enough tokens for one."""
+"""Ridge regressions on the columns of a Gram: their scale, their system, and its solution."""
 
 from __future__ import annotations
 
 import torch
 
+from slimllm.errors import InputError
+from slimllm.ops import cholesky
 from slimllm.statistics import GramStatistics
 
 # Fraction of a column's squared mean that is added to its variance. It bounds the weights of a nearly constant column,
 # which could otherwise be so large that rounding them moves the output.
 MEAN_PART = 0.01
+# Rows of a system that are made at a time.
+_ROWS = 256
+# Largest residual of a solution in fp32, as a fraction of the right-hand side, that one refinement makes up for.
+LARGEST_RESIDUAL = 1e-3
 
 
 def has_few_tokens(statistics: GramStatistics) -> bool:
@@ -20,3 +26,97 @@ def column_scale(variance: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """Compute the size d of every column for the ridge, (F,) fp64: d² = var z + 0.01 (E z)², and 0 if it is constant."""
     variance = variance.clamp(min=0)
     return torch.where(variance > 0, (variance + MEAN_PART * mean.square()).sqrt(), 0.0)
+
+
+class RidgeSystem:
+    """S = D⁻¹ Cov(z) D⁻¹ + λI of some columns z of a Gram, D² from `column_scale`, with its Cholesky factor in its place.
+
+    The correlations are positive semidefinite and have at most 1 on the diagonal. The eigenvalues of S are therefore
+    between λ and λ + k, and its condition number is at most 1 + k/λ, whatever the columns: 6·10⁴ for 17,920 columns and
+    λ = 0.3. So S is never singular to fp32's precision, and a factor in fp32, with a residual in fp64, solves it.
+
+    All of it is on the Gram's `solver`; the Gram may be elsewhere. Memory: one matrix of the dtype, and some rows.
+
+    Args:
+        statistics: Statistics of the columns.
+        columns: Indices of the columns, (k,), on the device of the Gram; None: all of them.
+        ridge: λ, positive.
+        dtype: fp32 or fp64.
+        shift: Added to the diagonal once more, for a system that rounding has made indefinite.
+
+    Attributes:
+        scale: 1/D, (k,) fp64; 0 for a constant column.
+        matrix: L, lower half, until `invert`.
+        failed: Whether S is not positive definite, a scalar bool tensor.
+    """
+
+    def __init__(
+        self,
+        statistics: GramStatistics,
+        columns: torch.Tensor | None,
+        ridge: float,
+        dtype: torch.dtype = torch.float64,
+        shift: float = 0.0,
+    ) -> None:
+        self.statistics, self.columns, self.ridge, self.dtype = statistics, columns, ridge, dtype
+        size = column_scale(statistics.variance(), statistics.mean())
+        size = (size if columns is None else size[columns]).to(statistics.solver)
+        self.scale = torch.where(size > 0, size.reciprocal(), 0.0)
+        self._factorise(shift)
+
+    def _factorise(self, shift: float = 0.0) -> None:
+        size, device = len(self.scale), self.scale.device
+        self.matrix = torch.empty(size, size, dtype=self.dtype, device=device)
+        for start in range(0, size, _ROWS):
+            rows = slice(start, start + _ROWS)
+            self.matrix[rows] = self._correlations(rows)
+        self.matrix.diagonal().add_(self.ridge + shift)
+        self.failed = cholesky.factorise_(self.matrix)
+
+    def _correlations(self, rows: slice) -> torch.Tensor:
+        """Return rows of D⁻¹ Cov(z) D⁻¹, fp64."""
+        if self.columns is None:
+            covariance = self.statistics.rows(rows)
+        else:
+            covariance = self.statistics.block(self.columns[rows], self.columns)
+        return covariance.mul_(self.scale[rows, None]).mul_(self.scale)
+
+    def invert(self) -> torch.Tensor:
+        """Return the lower half of S⁻¹, (k, k) of the dtype, in place of the factor; the upper half is of no use."""
+        return cholesky.invert_(self.matrix)
+
+    def solve(self, right: torch.Tensor) -> torch.Tensor:
+        """Return S⁻¹ R, (k, m) fp64.
+
+        In fp32, the residual r = R - S X of the first solution X is computed in fp64, and S⁻¹ r is added. If ρ is ‖r‖/‖R‖,
+        this leaves a residual of about ρ‖r‖, and an error of at most ρ²‖R‖/λ. If ρ is more than 10⁻³, the system is
+        factored again in fp64.
+
+        Args:
+            right: R, (k, m) fp64, on the solver's device.
+
+        Raises:
+            ValueError: (as InputError) the system is not positive definite, or not finite.
+        """
+        if self.dtype == torch.float64:
+            return cholesky.solve_(self._checked(), right.clone())
+        single = cholesky.solve_(self._checked(), right.float())
+        solution = single.double()
+        residual = right - self.ridge * solution
+        for start in range(0, len(residual), _ROWS):
+            rows = slice(start, start + _ROWS)
+            residual[rows] -= self._correlations(rows) @ solution
+        small = residual.norm() <= LARGEST_RESIDUAL * right.norm()
+        if not bool(small):  # also for NaN
+            self.dtype = torch.float64
+            self._factorise()
+            return self.solve(right)
+        return solution.add_(cholesky.solve_(self.matrix, residual.float()))
+
+    def _checked(self) -> torch.Tensor:
+        if bool(self.failed):
+            raise InputError(
+                "The activations are not finite, or so large that their products are not; give --compute-dtype float32 or "
+                "other calibration text."
+            )
+        return self.matrix

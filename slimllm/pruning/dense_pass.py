@@ -27,6 +27,7 @@ from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_statistics import DenseStatistics, packed
 from slimllm.pruning.residual_stream import mean_loss, num_windows, overflow, pass_held_out, residual_stream
 from slimllm.pruning.shapes import layer_shapes
+from slimllm.pruning.streaming import empty_gram
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement, Stream
 from slimllm.runtime.memory import trim
@@ -110,7 +111,7 @@ def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ..
         return None
     allocation, one_pass = config.allocation, "one pass" if config.one_pass else None
     settings = None if allocation.needs is None else f"{allocation.code()} {allocation.describe()} {config.seed}"
-    return settings, one_pass, config.token_weights, config.head_unit, placement.gram
+    return settings, one_pass, config.token_weights, config.head_unit, placement.gram, placement.systems
 
 
 @torch.no_grad()
@@ -237,12 +238,10 @@ def _measure_layer(
     needs = config.allocation.needs or Needs.COLUMNS
     inputs = ColumnStatistics(layer.linear(layer.spec.down_proj).out_features, layer.device)  # of the FFN
     for one in sublayers:
-        features = one.output_projection.in_features
         if Needs.COLUMN_GRAM in needs:
-            on_host = not one.is_attention and stream.placement.gram == "host"
-            statistics.append(GramStatistics(features, "cpu" if on_host else layer.device))
+            statistics.append(empty_gram(one, stream.placement))
         else:
-            statistics.append(ColumnStatistics(features, layer.device))
+            statistics.append(ColumnStatistics(one.output_projection.in_features, layer.device))
     similarity = torch.zeros((), dtype=torch.float64, device=layer.device)
     squares = torch.zeros(2, dtype=torch.float64, device=layer.device)  # Σ_t of the mean square after each sub-layer
     for batch in stream:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from slimllm.config import PruneConfig
 from slimllm.methods.allocation.sensitivity import MOST_STATES, TOKENS
+from slimllm.methods.recovery.lstsq import OUTPUTS, ROWS
 from slimllm.methods.statistics import Needs
 from slimllm.models.families import family_of
 from slimllm.models.slicing import LayerSizes
@@ -149,8 +150,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             host |= {"hidden states": batches * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
         return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
 
-    # A factor, its inverse and, on a GPU, the input of the inversion; and the weights.
-    elimination = {"elimination": (3 if sizes.on_gpu else 2) * 4 * i**2 + 2 * 4 * i * d}
+    # The system, whose inverse takes its place, and some of its rows; and the weights, twice.
+    elimination: Parts = {"elimination": 4 * i**2 + 2 * 4 * i * d + 2 * 8 * min(256, i) * i}
     copies = 2 if config.token_weights == "norm" else 1
     tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * i * 4}
 
@@ -158,7 +159,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         num_bytes = tokens * width * c
         return {"inner activations": num_bytes if num_bytes <= placement.keep_inner_bytes else 0}
 
-    cast = {"tensor to cast": d * i * s if sizes.on_gpu and s != c else 0}  # weights are cast on the device
+    cast: Parts = {"tensor to cast": d * i * s if sizes.on_gpu and s != c else 0}  # weights are cast on the device
     yield at("read", 1, cast, {"mapped file": d * i * s})
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
     # Of a batch: attention's inputs, q, k and v, both of the last before and after the rotation, and the fp32 norm.
@@ -173,7 +174,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         of_batch = {"batch": batch * (4 * i + 4 * d) * c + scores}
         if placement.gram == "host":
             yield at("measuring", 1, one | of_batch | tiles, {"Gram of channels": i**2 * 4})
-            yield at("allocation", 1, one, {"Gram of channels": i**2 * 4} | elimination)
+            here, there = (one, elimination) if placement.solves_on_host else (one | elimination, {})
+            yield at("allocation", 1, here, {"Gram of channels": i**2 * 4} | there)
         else:
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
@@ -185,12 +187,19 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield at("attention by heads", 1, inner(a) | {"batch": in_attention, "heads' covariances": sums})
         heads = inner(a) | {"Gram": a**2 * (4 + 8), "heads' covariances": 2 * units**2 * d * 8}
         if obs:
-            heads |= {
-                "elimination": 2 * 4 * a * d + (4 * a**2 if sizes.on_gpu else 0)
-            }  # a² matrices replace the covariance
+            heads |= {"elimination": 2 * 4 * a * d + 2 * 8 * min(256, a) * a}  # the system replaces the covariance
         yield at("heads", 1, heads)
-        ffn_gram = {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
+        ffn_gram: Parts = (
+            {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
+        )
         away = by_channels and placement.gram == "host"
+        stored: tuple[Parts, Parts] = ({}, ffn_gram) if away else (ffn_gram, {})  # on the device, and on the host
+
+        def solving(name: str, system: Parts, device: Parts | None = None, host: Parts | None = None) -> Phase:
+            """Make a phase in which a system is solved beside the FFN's Gram."""
+            here, there = ({}, system) if placement.solves_on_host else (system, {})
+            return at(name, streams, inner(i) | (device or {}) | stored[0] | here, (host or {}) | stored[1] | there)
+
         here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
         yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
         # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or as much for
@@ -198,22 +207,23 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if by_output else d**2 * 8
         yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
         if obs:
-            needed = ffn_gram | elimination
-            yield at("obs", streams, inner(i) | ({} if away else needed), needed if away else {})
-        sliced = {"pruned layer": 3 * kept * d * s}
+            yield solving("obs", elimination)
+        sliced: Parts = {"pruned layer": 3 * kept * d * s}
         if lstsq:
-            moments = 4 * 8 * kept * d + 8 * (i - kept) * d  # two, the solution of half of the system, and the solution
-            across = {"moments": moments / sizes.ranks}  # only this rank's outputs
-            system = ffn_gram | {"system": 2 * 8 * kept**2} | across  # the system and its factor
-            solution = ffn_gram | {"solution": 2 * 8 * kept * d}
+            # Of this rank's outputs: the change of all, and of some the covariances with what is lost, the solution twice,
+            # and their removed weights; some rows of the covariance.
+            own, some = d / sizes.ranks, min(d / sizes.ranks, OUTPUTS)
+            moments = 8 * (kept * (own + 3 * some) + (i - kept) * some)
+            moments += 12 * max(min(ROWS, kept) * (i - kept), min(256, kept) * kept)
+            system: Parts = {"system": 8 * kept**2, "moments": moments}
+            solution: Parts = {"solution": 2 * 8 * kept * d}
             # The output's variance is streamed with token weights, else it is that of its covariance.
-            covariance = {} if config.token_weights == "norm" else {"covariance": d**2 * (2 * 8 + 4)}
-            yield at("recovery", streams, inner(i) | covariance | ({} if away else system), system if away else {})
-            yield at("slicing", streams, inner(i) | cast | ({} if away else solution), sliced | (solution if away else {}))
+            covariance: Parts = {} if config.token_weights == "norm" else {"covariance": d**2 * (2 * 8 + 4)}
+            yield solving("recovery", system, covariance)
+            yield solving("slicing", solution, cast, sliced)
         else:
             if by_channels:
-                needed = ffn_gram | {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)}
-                yield at("recovery", streams, inner(i) | ({} if away else needed), needed if away else {})
+                yield solving("recovery", {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)})
             yield at("slicing", streams, inner(i) | cast | {"covariance": d**2 * (4 + 8)}, sliced)
 
     if config.one_pass:  # only the windows that judge the result pass the pruned layers

@@ -17,7 +17,7 @@ from slimllm.runtime.hidden_states import Placement
 
 # Memory that is freed but stays with the allocator, and parts too small to count: a constant, and a fraction.
 _SLACK_BYTES, _SLACK = GIB / 10, 0.05
-ROUNDINGS = ("keep_inner_bytes", "gram")  # fields of a placement on which the last digits of a result depend
+ROUNDINGS = ("keep_inner_bytes", "gram", "systems")  # fields of a placement on which the last digits of a result depend
 GPU_RUNTIME = GIB / 2  # the CUDA context, and what libraries reserve
 
 
@@ -58,6 +58,7 @@ class Plan:
         return {
             "states": self.placement.states,
             "gram": self.placement.gram,
+            "systems": self.placement.systems,
             "keep_inner_bytes": self.placement.keep_inner_bytes,
             "batch_size": self.config.batch_size,
             "host_phase": self.host_phase,
@@ -96,7 +97,8 @@ def make_plan(
     steps = [step for step in _STEPS if step.applies(sizes, config)]
     start = Placement(folder=folder, read_ahead=sizes.on_gpu)
     if begun:
-        start = dataclasses.replace(start, **{name: begun[name] for name in ROUNDINGS})
+        known = {name: begun[name] for name in ROUNDINGS if name in begun}  # a run that an older version began lacks some
+        start = dataclasses.replace(start, **known)
         steps = [step for step in steps if step.field not in ROUNDINGS]
 
     def planned(taken: list[_Step]) -> Plan:
@@ -153,7 +155,7 @@ class _Step:
     gpu_only: bool = False
 
     def applies(self, sizes: Sizes, config: PruneConfig) -> bool:
-        needed = self.field != "gram" or Needs.COLUMN_GRAM in config.needs or measures_gram(config)
+        needed = self.field not in ("gram", "systems") or Needs.COLUMN_GRAM in config.needs or measures_gram(config)
         return needed and (sizes.on_gpu or not self.gpu_only)
 
 
@@ -162,7 +164,8 @@ _STEPS = [
     _Step("weights are not read ahead", "read_ahead", False, gpu_only=True),
     _Step("hidden states are stored in host memory", "states", "host", gpu_only=True),
     _Step("inner activations are computed twice instead of kept", "keep_inner_bytes", 0),
-    _Step("the FFN's Gram and the regression on it are on the host", "gram", "host", gpu_only=True),
+    _Step("the FFN's Gram is stored in host memory", "gram", "host", gpu_only=True),
+    _Step("the systems of the FFN's Gram are solved on the host", "systems", "host", gpu_only=True),
     _Step("hidden states are stored in files", "states", "disk"),
 ]
 

@@ -21,7 +21,7 @@ from slimllm.models.slicing import slice_output
 from slimllm.models.sublayer import InnerActivations, Sublayer
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.shapes import streams_heads
-from slimllm.runtime.hidden_states import Stored, Stream
+from slimllm.runtime.hidden_states import Placement, Stored, Stream
 from slimllm.runtime.memory import trim
 from slimllm.statistics import ColumnStatistics, GramStatistics, HeadStatistics, PairedMoments, mean_output
 
@@ -68,6 +68,14 @@ class Way(ABC):
         return self.sublayer.token_weights(self.stream[number].hidden.load(), output)
 
 
+def empty_gram(sublayer: Sublayer, placement: Placement) -> GramStatistics:
+    """Create empty statistics of the inputs of a sub-layer's output projection, where the placement stores them."""
+    device = sublayer.layer.device
+    away = not sublayer.is_attention and placement.gram == "host"
+    features = sublayer.output_projection.in_features
+    return GramStatistics(features, "cpu" if away else device, "cpu" if away and placement.solves_on_host else device)
+
+
 class ByGram(Way):
     """Streaming by the Gram of the columns."""
 
@@ -75,8 +83,7 @@ class ByGram(Way):
 
     def collect(self) -> SublayerStatistics:
         sublayer, watch, ranks = self.sublayer, self.watch, self.stream.ranks
-        on_host = not sublayer.is_attention and self.stream.placement.gram == "host"
-        gram = GramStatistics(self.weight.shape[1], "cpu" if on_host else sublayer.layer.device)
+        gram = empty_gram(sublayer, self.stream.placement)
         inputs = self.inputs()
         outputs = ColumnStatistics(len(self.weight), sublayer.layer.device) if self.weighted else None
         for number in range(len(self.stream)):

@@ -31,7 +31,8 @@ class Placement:
         keep_inner_bytes: Largest size of a sub-layer's inner activations, the inputs of its output projection, that are
             kept on the device until the pruned output is computed from them. Larger ones are computed again.
         read_ahead: Whether the next layer's weights are read while the current layer computes.
-        gram: Where the Gram matrix of all FFN channels is stored and its systems are solved: `device` or `host`.
+        gram: Where the Gram matrix of all FFN channels is stored: `device` or `host`.
+        systems: Where the systems of an FFN's Gram are solved: `device`, or `host` if it is stored there.
         folder: Folder for the files of `disk`.
     """
 
@@ -39,7 +40,13 @@ class Placement:
     keep_inner_bytes: int = 256 * 2**20
     read_ahead: bool = False
     gram: str = "device"
+    systems: str = "device"
     folder: Path | None = None
+
+    @property
+    def solves_on_host(self) -> bool:
+        """Whether the systems of an FFN's Gram are solved on the host."""
+        return self.gram == "host" and self.systems == "host"
 
 
 class Stored:

@@ -15,6 +15,7 @@ import torch
 
 from slimllm.config import GIB as GIB
 from slimllm.errors import exhausted
+from slimllm.runtime.precision import has_slow_fp64
 
 _log = logging.getLogger("slimllm")
 
@@ -46,10 +47,14 @@ def release() -> None:
 
 
 def warm_up(device: torch.device) -> None:
-    """Make the linear algebra libraries allocate their own buffers, which are not part of the memory estimate."""
+    """Make the linear algebra libraries allocate their own buffers, which are not part of the memory estimate.
+
+    The device's speed in fp64 is measured as well, while there is room for it.
+    """
     square = torch.ones(1024, 1024, device=device)
     square @ square
     torch.linalg.eigh(torch.eye(512, dtype=torch.float64, device=device))
+    has_slow_fp64(device)
 
 
 def free_bytes(device: torch.device) -> float:

@@ -33,10 +33,13 @@ class GramStatistics(Accumulator):
     Args:
         features: Number of features F.
         device: Device of the accumulators; it may differ from that of the tokens.
+        solver: Device on which large systems of these statistics are solved, and to which `rows` and `block` go; None: the
+            same.
     """
 
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, features: int, device: torch.device | str = "cpu", solver: torch.device | str | None = None) -> None:
         super().__init__(features)
+        self.solver = torch.device(device if solver is None else solver)
         self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
         self.gram = torch.zeros(features, features, dtype=torch.float32, device=device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
@@ -158,17 +161,24 @@ class GramStatistics(Accumulator):
         return (covariance + covariance.T).div_(2)
 
     def rows(self, rows: slice) -> torch.Tensor:
-        """Return some rows of the covariance without the rest, (len(rows), features) fp64."""
+        """Return some rows of the covariance without the rest, (len(rows), features) fp64, on the solver's device."""
         check_mass(self.mass)
-        delta = self.total / self.mass
-        return self.gram[rows].double().div_(self.mass).addr_(delta[rows], delta, alpha=-1)
+        delta = (self.total / self.mass).to(self.solver)
+        return self.gram[rows].to(self.solver).double().div_(self.mass).addr_(delta[rows], delta, alpha=-1)
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Return rows and columns of the covariance without the rest: by index, (len(rows), len(columns)) fp64."""
+        """Return rows and columns of the covariance without the rest, on the solver's device.
+
+        Args:
+            rows, columns: Indices, on the device of the Gram.
+
+        Returns:
+            The covariances, (len(rows), len(columns)) fp64.
+        """
         check_mass(self.mass)
         delta = self.total / self.mass
-        block = self.gram[rows[:, None], columns].double().div_(self.mass)
-        return block.addr_(delta[rows], delta[columns], alpha=-1)
+        block = self.gram[rows[:, None], columns].to(self.solver).double().div_(self.mass)
+        return block.addr_(delta[rows].to(self.solver), delta[columns].to(self.solver), alpha=-1)
 
 
 def _pivot(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from tolerances import FLOOR, assert_close
 
 import slimllm
 from slimllm import PruneConfig, ops
+from slimllm.methods.recovery.lstsq import LeastSquares
 from slimllm.runtime.hidden_states import Placement
 
 pytestmark = pytest.mark.gpu
@@ -45,15 +46,28 @@ def test_inner_activations_made_again(stories_path: Path, token_ids: torch.Tenso
 )
 def test_gram_on_the_host(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, choice: dict[str, str]) -> None:
     kept = {}
-    for gram in ("device", "host"):
+    for gram, systems in (("device", "device"), ("host", "device"), ("host", "host")):
+        where = {"gram": gram, "systems": systems}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("slimllm.pruning.plan.Placement", lambda gram=gram, **rest: Placement(**{**rest, "gram": gram}))
+            patch.setattr("slimllm.pruning.plan.Placement", lambda where=where, **rest: Placement(**{**rest, **where}))
             config = PruneConfig(0.3, calibration=token_ids, device="cuda", compute_dtype="float32", **choice)
-            report = slimllm.prune(stories_path, tmp_path / gram, config)
-        kept[gram] = [(layer["kept_channels"], layer["kept_heads"]) for layer in report.layers]
+            report = slimllm.prune(stories_path, tmp_path / f"{gram} {systems}", config)
+        assert report.plan["gram"] == gram and report.plan["systems"] == systems
+        kept[gram, systems] = [(layer["kept_channels"], layer["kept_heads"]) for layer in report.layers]
         error = report.layers[-1]["ffn_error_after"]
         assert error < report.layers[-1]["ffn_error_before"]
-    assert kept["device"] == kept["host"]
+    assert kept["device", "device"] == kept["host", "device"] == kept["host", "host"]
+
+
+def test_least_squares_in_fp32(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+    """The factor's precision does not show in the result."""
+    errors = {}
+    for precision in ("double", "single"):
+        recovery = LeastSquares(precision=precision)
+        config = PruneConfig(0.3, calibration=token_ids, device="cuda", compute_dtype="float32", recovery=recovery)
+        report = slimllm.prune(stories_path, tmp_path / precision, config)
+        errors[precision] = [layer["ffn_error_after"] for layer in report.layers if "ffn_error_after" in layer]
+    assert errors["single"] == pytest.approx(errors["double"], rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -107,10 +107,17 @@ def test_waits_of_a_run(preset: str, stories: Any, token_ids: torch.Tensor) -> N
         {"recovery": "lstsq"},
         {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
         {"preset": "best"},
+        {"preset": "best", "gram": "host"},
+        {"recovery": "lstsq", "gram": "host"},
     ],
 )
-def test_peak_of_a_run(choice: dict[str, str], token_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_peak_of_a_run(
+    choice: dict[str, str], token_ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is what the plan says, without what it reserves for libraries and for fragmentation."""
+    choice = dict(choice)
+    if gram := choice.pop("gram", ""):
+        monkeypatch.setattr("slimllm.pruning.plan.Placement", lambda **rest: Placement(**{**rest, "gram": gram}))
     model = random_llama(hidden_size=256, intermediate_size=704, head_dim=64, num_attention_heads=4, num_key_value_heads=4)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     for file in STORIES.glob("tokenizer*"):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from slimllm import ops
+from slimllm.errors import InputError
 from slimllm.methods.moments import kept_and_removed, relative_error
 from slimllm.methods.recovery.base import Fit, Recovery, register_recovery
-from slimllm.methods.ridge import column_scale, has_few_tokens
+from slimllm.methods.ridge import RidgeSystem, has_few_tokens
 from slimllm.methods.statistics import Needs, SublayerStatistics
 from slimllm.models.slicing import OutputChange
 from slimllm.models.sublayer import Sublayer
 from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.precision import has_slow_fp64
 from slimllm.statistics import GramStatistics
 
 # λ for columns scaled to unit size, and λ for few tokens (benchmarks/NOTES.md).
 RIDGE, RIDGE_OF_FEW = 0.3, 1.0
+# Outputs that are fitted at a time, and rows of the covariance that are read at a time.
+OUTPUTS, ROWS = 2048, 1024
 
 
 @register_recovery("lstsq")
@@ -27,9 +31,26 @@ class LeastSquares(Recovery):
     needs = Needs.COLUMN_GRAM
     shares_work = True
 
+    @dataclass(frozen=True)
+    class Settings:
+        """Options of the recovery lstsq.
+
+        Attributes:
+            precision: Dtype of the factor: `double`, `single` with refinement in fp64, or `auto`, which is `double` except
+                on GPUs with slow fp64.
+        """
+
+        precision: str = "auto"
+
+        def __post_init__(self) -> None:
+            if self.precision not in ("auto", "double", "single"):
+                raise InputError(f"lstsq.precision must be auto, double or single, got {self.precision!r}.")
+
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
-        weight = sublayer.output_projection.weight
-        refit = refit_kept(weight, statistics.gram, sublayer.columns_of(kept), statistics.ranks)
+        weight, precision = sublayer.output_projection.weight, self.settings.precision
+        single = has_slow_fp64(statistics.gram.solver) if precision == "auto" else precision == "single"
+        dtype = torch.float32 if single else torch.float64
+        refit = refit_kept(weight, statistics.gram, sublayer.columns_of(kept), statistics.ranks, dtype)
         variance = statistics.output_variance()
         return Fit(refit.change, relative_error(refit.before, variance), relative_error(refit.after, variance))
 
@@ -43,48 +64,20 @@ class Refit:
     after: float
 
 
-def refit_kept(weight: torch.Tensor, statistics: GramStatistics, keep: torch.Tensor, ranks: Ranks | None = None) -> Refit:
-    """Fit the output of the removed columns by the kept ones (`least_squares`), from the Gram of all columns.
+def refit_kept(
+    weight: torch.Tensor,
+    statistics: GramStatistics,
+    keep: torch.Tensor,
+    ranks: Ranks | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Refit:
+    """Change the kept columns' weights so that they best make up for the removed columns, from the Gram of all columns.
 
-    With R the removed columns and S the kept ones, e = W_R z_R:
+    With R the removed columns and S the kept ones, e = W_R z_R is the output that pruning removes:
 
         Cov(z_S, e) = Ĝ_SR W_Rᵀ,   E e = W_R E z_R,   var(e_k) = (W_R Ĝ_RR W_Rᵀ)_kk.
 
-    Args:
-        weight: W of the output projection, (D, F).
-        statistics: Statistics of its inputs z, F features; everything is computed on their device.
-        keep: Indices of the kept columns, on any device.
-        ranks: Processes with the same statistics, each of which computes its share of the outputs; None: this process only.
-    """
-    ranks = ranks or Ranks()
-    outputs, mean = len(weight), statistics.mean()
-    weight = ranks.rows(weight).to(mean.device)
-    kept, removed = kept_and_removed(keep, mean)
-    removed_weight = weight[:, removed].double()
-    lost = ((removed_weight @ statistics.block(removed, removed)) * removed_weight).sum(1)
-    across = statistics.block(kept, removed) @ removed_weight.T
-    mean_lost = removed_weight @ mean[removed]
-    ridge = RIDGE_OF_FEW if has_few_tokens(statistics) else RIDGE
-    change, missing = least_squares(statistics.block(kept, kept), across, lost, mean[kept], mean_lost, ridge)
-    assert change.delta is not None and change.intercept is not None
-    whole = OutputChange(ranks.join(change.intercept, outputs), delta=ranks.join(change.delta, outputs))
-    errors = torch.stack([lost.sum() + mean_lost.square().sum(), missing])
-    ranks.sum_(errors)
-    before, after = errors.clamp(min=0).tolist()
-    return Refit(whole, before, after)
-
-
-def least_squares(
-    covariance: torch.Tensor,
-    cross: torch.Tensor,
-    lost: torch.Tensor,
-    mean: torch.Tensor,
-    mean_lost: torch.Tensor,
-    ridge: float = RIDGE,
-) -> tuple[OutputChange, torch.Tensor]:
-    """Compute the change of the kept columns' weights that best makes up for the removed columns.
-
-    With e = y - ŷ the output that pruning removed, a ridge regression of e on the kept inputs z,
+    A ridge regression of e on the kept inputs z,
 
         Δᵀ = D⁻¹ (D⁻¹ Cov(z) D⁻¹ + λI)⁻¹ D⁻¹ Cov(z, e),   D² = diag Cov(z) + 0.01 (E z)²,   b = E e - Δ E z,
 
@@ -92,22 +85,48 @@ def least_squares(
     therefore do no harm.
 
     Args:
-        covariance: Cov(z), (|S|, |S|) fp64; overwritten.
-        cross: Cov(z, e), (|S|, D) fp64; overwritten.
-        lost: var(e_k), (D,) fp64.
-        mean: E z, (|S|,) fp64.
-        mean_lost: E e, (D,) fp64.
-        ridge: λ.
+        weight: W of the output projection, (D, F).
+        statistics: Statistics of its inputs z, F features; everything is computed on their solver's device.
+        keep: Indices of the kept columns, on any device.
+        ranks: Processes with the same statistics, each of which computes its share of the outputs; None: this process only.
+        dtype: fp64 or fp32, of the system's factor; see `RidgeSystem`.
 
-    Returns:
-        The change, and the error that remains, Σ_k var(e_k - Δ_k z), up to rounding.
+    Raises:
+        ValueError: (as InputError) the statistics are not finite.
     """
-    scale = column_scale(covariance.diagonal(), mean)
-    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
-    correlation = covariance.mul_(inverse[:, None]).mul_(inverse)
-    across = cross.mul_(inverse[:, None])
-    scaled = ops.lstsq(correlation[None], across[None], ridge, absolute=True)[0]
-    delta = inverse[:, None] * scaled
-    # As (correlation + λI) scaled = across, tr(Δ Cov(z) Δᵀ) is tr(scaledᵀ across) - λ‖scaled‖².
-    missing = lost.sum() - (scaled * across).sum() - ridge * scaled.square().sum()
-    return OutputChange(mean_lost - delta.T @ mean, delta=delta.T), missing
+    ranks = ranks or Ranks()
+    outputs, solver = len(weight), statistics.solver
+    kept, removed = kept_and_removed(keep, statistics.mean())
+    mean_kept, mean_removed = (statistics.mean()[columns].to(solver) for columns in (kept, removed))
+    system = RidgeSystem(statistics, kept, RIDGE_OF_FEW if has_few_tokens(statistics) else RIDGE, dtype)
+    weight = ranks.rows(weight).to(solver)
+    delta = torch.empty(len(weight), len(kept), dtype=torch.float64, device=solver)
+    intercept = torch.empty(len(weight), dtype=torch.float64, device=solver)
+    errors = torch.zeros(2, dtype=torch.float64, device=solver)
+    for start in range(0, len(weight), OUTPUTS):
+        some = slice(start, start + OUTPUTS)
+        of_removed = weight[some][:, removed.to(solver)].double()
+        mean_lost = of_removed @ mean_removed
+        lost = torch.zeros_like(mean_lost)
+        for at, rows in _parts(removed):
+            lost += ((of_removed @ statistics.block(removed, rows)) * of_removed[:, at]).sum(1)
+        across = torch.empty(len(kept), len(mean_lost), dtype=torch.float64, device=solver)
+        for at, rows in _parts(kept):
+            torch.matmul(statistics.block(rows, removed), of_removed.T, out=across[at])
+        across.mul_(system.scale[:, None])
+        scaled = system.solve(across)
+        # As (correlation + λI) scaled = across, tr(Δ Cov(z) Δᵀ) is tr(scaledᵀ across) - λ‖scaled‖².
+        missing = lost.sum() - (scaled * across).sum() - system.ridge * scaled.square().sum()
+        torch.mul(scaled.T, system.scale, out=delta[some])
+        intercept[some] = mean_lost - delta[some] @ mean_kept
+        errors += torch.stack([lost.sum() + mean_lost.square().sum(), missing])
+    del system
+    whole = OutputChange(ranks.join(intercept, outputs), delta=ranks.join(delta, outputs))
+    ranks.sum_(errors)
+    before, after = errors.clamp(min=0).tolist()
+    return Refit(whole, before, after)
+
+
+def _parts(columns: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    for start in range(0, len(columns), ROWS):
+        yield slice(start, start + ROWS), columns[start : start + ROWS]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from slimllm import InputError
+from slimllm import InputError, ops
 from slimllm.methods import elimination
 from slimllm.methods.elimination import (
     ELIMINATION_RIDGE,
@@ -159,13 +159,20 @@ def test_nothing_goes() -> None:
 
 
 def test_what_rounding_has_made_indefinite() -> None:
-    """A factor is found all the same, of nearly the same matrix; of none at all it is said."""
+    """A result is found all the same, for nearly the same matrix; if there is none at all, it is said."""
+    x, weight = activations("plain")
     vectors = torch.linalg.qr(torch.randn(60, 60)).Q
     matrix = (vectors * torch.cat([torch.full((1,), -1e-5), torch.ones(59)])) @ vectors.T
-    factor = elimination._factor(matrix.clone()[None])[0]
-    torch.testing.assert_close(factor @ factor.T, matrix, rtol=0, atol=1e-4)
+    right = vectors[:, 1:] @ torch.randn(59, 4)  # not along the direction that rounding has spoilt
+    careful = Surgeon(weight, statistics_of(x), careful=True)
+    found = careful.solved(ops.quadratic_forms, matrix.clone()[None], right[None])
+    assert float(found) == pytest.approx(float(right.square().sum()), rel=1e-2)
     with pytest.raises(InputError, match="ill-conditioned"):
-        elimination._factor(torch.full((1, 3, 3), torch.nan))
+        careful.solved(ops.half_solve, torch.full((1, 3, 3), torch.nan), torch.ones(1, 3, 2))
+    statistics = statistics_of(x)
+    statistics.gram.fill_(torch.nan)
+    with pytest.raises(InputError, match="ill-conditioned"):
+        Surgeon(weight, statistics)
 
 
 @pytest.mark.parametrize("part", ["channels", "heads"])
@@ -177,18 +184,35 @@ def test_a_failed_factor_is_made_up_for(part: str, monkeypatch: pytest.MonkeyPat
         return eliminate_channels(surgeon, 29) if part == "channels" else eliminate_heads(surgeon, 6, 4)
 
     wanted = eliminated(Surgeon(weight, statistics_of(x), careful=True))
-    cholesky, calls = torch.linalg.cholesky_ex, 0
+    solve, calls = ops.half_solve, 0
 
-    def fails_once(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fails_once(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1
-        factor, failed = cholesky(matrices)
-        return (factor * torch.nan, failed + 1) if calls == 3 else (factor, failed)
+        result, failed = solve(matrices, right)
+        return (result * torch.nan, ~failed) if calls == 2 else (result, failed)
 
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_once)
+    monkeypatch.setattr(ops, "half_solve", fails_once)
     found = eliminated(Surgeon(weight, statistics_of(x)))
-    assert calls > 6
+    assert calls > 5
     assert torch.equal(found.order, wanted.order) and torch.equal(found.costs, wanted.costs)
+
+
+def test_dropped_columns_leave_the_others_as_they_were() -> None:
+    """In place, with more rows than are moved at a time."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 1200, generator=generator)
+    surgeon = Surgeon(torch.randn(3, 1200, generator=generator), statistics_of(x))
+    left = torch.randperm(1200, generator=generator)[:700].sort().values
+    wanted, weight = surgeon.block(left).clone(), surgeon.weight[left].clone()
+    surgeon.keep(left)
+    everything = torch.arange(700)
+    assert (
+        torch.equal(surgeon.block(everything), wanted)
+        and torch.equal(surgeon.rows(everything), wanted)
+        and torch.equal(surgeon.weight, weight)
+    )
+    assert surgeon.inverse.is_contiguous() and torch.equal(wanted, wanted.T)
 
 
 def test_many_columns_that_are_nearly_one() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimllm.methods.moments import OutputMoments, unit_moments
-from slimllm.methods.recovery.lstsq import RIDGE, RIDGE_OF_FEW, least_squares, refit_kept
+from slimllm.methods.recovery.lstsq import RIDGE, RIDGE_OF_FEW, Refit, refit_kept
 from slimllm.methods.ridge import MEAN_PART
 from slimllm.ops import head_covariance
 from slimllm.statistics import GramStatistics, mean_output
@@ -69,33 +69,45 @@ def test_moments_of_units_are_those_of_the_outputs() -> None:
         assert torch.allclose(getattr(got, name), getattr(wanted, name), rtol=1e-4, atol=1e-5), name
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 300])
+def refit_of(z: torch.Tensor, lost: torch.Tensor) -> Refit:
+    """Refit the columns z to an output that is lost with other columns, one for each dimension."""
+    statistics = GramStatistics(z.shape[1] + lost.shape[1])
+    statistics.update(torch.cat([z, lost], 1).float())
+    weight = torch.cat([torch.zeros(lost.shape[1], z.shape[1]), torch.eye(lost.shape[1])], 1)
+    return refit_kept(weight, statistics, torch.arange(z.shape[1]))
+
+
+def ridge_regression(z: torch.Tensor, lost: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the coefficients of scaled columns and the error left, from the tokens, by rows that ask for 0."""
+    z, lost = z.double(), lost.double()
+    centered, centered_lost = z - z.mean(0), lost - lost.mean(0)
+    variance = centered.square().mean(0)
+    size = torch.where(variance > 0, variance + MEAN_PART * z.mean(0).square(), 0.0).sqrt()
+    scaled = torch.where(size > 0, centered / size, 0.0)
+    rows = torch.cat([scaled, (ridge * len(z)) ** 0.5 * torch.eye(z.shape[1], dtype=torch.float64)])
+    zeros = torch.zeros(z.shape[1], lost.shape[1], dtype=torch.float64)
+    found = torch.linalg.lstsq(rows, torch.cat([centered_lost, zeros])).solution
+    found = torch.where(size[:, None] > 0, found / size[:, None], 0.0)
+    return found, (centered_lost - centered @ found).square().mean(0).sum()
+
+
+@pytest.mark.parametrize("tokens", [7, 300])
 @pytest.mark.parametrize("dead", [False, True])
 def test_least_squares_is_ridge_regression_on_scaled_columns(tokens: int, dead: bool) -> None:
     """Against the regression on the tokens themselves, also with fewer of them than columns, and dead columns."""
     generator = torch.Generator().manual_seed(tokens)
-    z = torch.randn(tokens, 20, generator=generator, dtype=torch.float64) * torch.logspace(-2, 2, 20) + 50
+    z = (torch.randn(tokens, 20, generator=generator) * torch.logspace(-2, 2, 20) + 50).float()
     if dead:
         z[:, 3] = 7.0
-    lost = torch.randn(tokens, 4, generator=generator, dtype=torch.float64) + 0.1 * z[:, :4] - 3
-    centered, centered_lost = z - z.mean(0), lost - lost.mean(0)
-    change, missing = least_squares(
-        centered.T @ centered / tokens,
-        centered.T @ centered_lost / tokens,
-        centered_lost.square().mean(0),
-        z.mean(0),
-        lost.mean(0),
-    )
-    variance = centered.square().mean(0)
-    size = torch.where(variance > 0, variance + MEAN_PART * z.mean(0).square(), 0.0).sqrt()
-    scaled = torch.where(size > 0, centered / size, 0.0)
-    # Rows that ask for 0 with the weight of the ridge.
-    rows = torch.cat([scaled, (RIDGE * tokens) ** 0.5 * torch.eye(20, dtype=torch.float64)])
-    wanted = torch.linalg.lstsq(rows, torch.cat([centered_lost, torch.zeros(20, 4, dtype=torch.float64)])).solution
-    wanted = torch.where(size[:, None] > 0, wanted / size[:, None], 0.0)
-    assert torch.allclose(change.delta.T, wanted, rtol=1e-7, atol=1e-10)
-    assert torch.allclose(change.intercept, lost.mean(0) - z.mean(0) @ wanted, rtol=1e-7, atol=1e-7)
-    assert abs(missing - (centered_lost - centered @ wanted).square().mean(0).sum()) < 1e-8 * (1 + missing)
+    lost = torch.randn(tokens, 4, generator=generator) + 0.1 * (z[:, :4] - 50)
+    refit = refit_of(z, lost)
+    wanted, missing = ridge_regression(z, lost, RIDGE if tokens == 300 else RIDGE_OF_FEW)
+    assert refit.change.delta is not None and refit.change.intercept is not None
+    size = z.double().std(0, correction=0)  # of the effect on an output
+    assert torch.allclose(refit.change.delta.T * size[:, None], wanted * size[:, None], rtol=1e-4, atol=1e-5)
+    intercept = lost.double().mean(0) - z.double().mean(0) @ wanted
+    assert torch.allclose(refit.change.intercept, intercept, rtol=1e-4, atol=1e-3)
+    assert refit.after == pytest.approx(float(missing), rel=1e-4)
 
 
 @pytest.mark.parametrize("spread", [1e-6, 1e-4, 1e-2, 1.0])
@@ -105,15 +117,10 @@ def test_nearly_constant_columns_survive_rounding(spread: float) -> None:
     z = torch.randn(500, 40, generator=generator, dtype=torch.float64)
     z[:, :4] = spread * z[:, :4] + torch.tensor([1.0, 2.0, 3.0, 4.0])
     lost = torch.randn(500, 10, generator=generator, dtype=torch.float64) + z[:, 10:20]
-    statistics = GramStatistics(50)
-    statistics.update(torch.cat([z, lost], 1).float())
-    covariance, mean = statistics.covariance(), statistics.mean()
-    change, missing = least_squares(
-        covariance[:40, :40], covariance[:40, 40:], covariance.diagonal()[40:], mean[:40], mean[40:]
-    )
-    delta, intercept = (t.bfloat16().double() for t in (change.delta, change.intercept))
+    refit = refit_of(z, lost)
+    delta, intercept = (t.bfloat16().double() for t in (refit.change.delta, refit.change.intercept))
     real = (lost - z @ delta.T - intercept).square().mean(0).sum()
-    assert real <= 1.02 * missing + 1e-3
+    assert real <= 1.02 * refit.after + 1e-3
 
 
 def test_refit_is_least_squares_of_what_was_removed() -> None:
@@ -127,10 +134,9 @@ def test_refit_is_least_squares_of_what_was_removed() -> None:
     statistics.update(z)
     refit = refit_kept(weight, statistics, keep)
     kept, lost = z[:, keep].double(), z[:, gone].double() @ weight[:, gone].double().T
-    u, e = kept - kept.mean(0), lost - lost.mean(0)
-    wanted, missing = least_squares(u.T @ u / 400, u.T @ e / 400, e.square().mean(0), kept.mean(0), lost.mean(0))
-    assert torch.allclose(refit.change.delta, wanted.delta, rtol=1e-4, atol=1e-6)
-    assert torch.allclose(refit.change.intercept, wanted.intercept, rtol=1e-4, atol=1e-4)
+    wanted, missing = ridge_regression(kept, lost, RIDGE)
+    assert torch.allclose(refit.change.delta.T, wanted, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(refit.change.intercept, lost.mean(0) - kept.mean(0) @ wanted, rtol=1e-4, atol=1e-4)
     assert refit.after == pytest.approx(float(missing), rel=1e-4)
     assert refit.before == pytest.approx(float(lost.square().mean(0).sum()), rel=1e-4)
     left = lost - kept @ refit.change.delta.T - refit.change.intercept

@@ -202,7 +202,7 @@ def test_plan_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     code, _, err = call(capsys, "plan", "llama-33b", "--host-memory", "1GiB")
     assert code == 2 and "at least (in the phase" in " ".join(err.split())
     code, out, _ = call(capsys, "plan", "llama-33b", "--device", "cuda", "--gpu-memory", "8GiB", "--recovery", "lstsq")
-    assert code == 0 and "GPU memory" in out and "the regression on it are on the host" in out
+    assert code == 0 and "GPU memory" in out and "the FFN's Gram is stored in host memory" in out
     code, out, _ = call(capsys, "plan", "llama-33b", "--ranks", "4")
     assert code == 0 and "shared by 4 ranks" in out and "through the busiest rank: Grams" in out
     code, _, err = call(capsys, "plan", "llama-33b", "--ranks", "40")
