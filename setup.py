@@ -19,8 +19,8 @@ from typing import Any
 from setuptools import setup
 
 MODES = ("auto", "1", "0")
-SOURCES = ["csrc/module.cpp", "csrc/lstsq.cpp", "csrc/affine.cpp", "csrc/elimination.cpp", "csrc/substitution.cpp"]
-CUDA_SOURCES = ["csrc/lstsq_cuda.cu", "csrc/affine_cuda.cu", "csrc/substitution_cuda.cu"]
+SOURCES = ["csrc/module.cpp", "csrc/lstsq.cpp", "csrc/elimination.cpp", "csrc/substitution.cpp"]
+CUDA_SOURCES = ["csrc/lstsq_cuda.cu", "csrc/substitution_cuda.cu"]
 # Target version of torch's stable ABI, 2.11: one build runs on that version and all later ones.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 

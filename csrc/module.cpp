@@ -53,7 +53,7 @@ PYBIND11_MODULE(_C, module) {
         info["cuda"] = SLIMLLM_CUDA;
         info["cuda_architectures"] = words(SLIMLLM_CUDA_ARCHITECTURES);
         info["without_cuda"] = SLIMLLM_WITHOUT_CUDA;
-        info["operations"] = std::vector<std::string>{"lstsq", "affine_fit", "greedy_elimination",
+        info["operations"] = std::vector<std::string>{"lstsq", "greedy_elimination",
                                                            "half_solve", "quadratic_forms"};
         return info;
       },

@@ -67,15 +67,15 @@ struct Wholes {
 
   const Problem<T>& p;
   int64_t batch = p.batch, k = p.k, m = p.m;
+  std::vector<char> finite = {};  // of every tile
 
-  void start(int64_t) {}
+  void start(int64_t tiles) { finite.assign(batch * tiles, 1); }
 
   // A system whose solution is not finite has none.
-  void finish(int64_t b, int64_t) {
-    T* x = p.solution + b * k * m;
+  void finish(int64_t b, int64_t tiles) {
     bool fine = p.status[b] == 0;
-    for (int64_t i = 0; i < k * m && fine; ++i) fine = std::isfinite(x[i]);
-    if (!fine) std::fill_n(x, k * m, std::numeric_limits<T>::quiet_NaN());
+    for (int64_t i = 0; i < tiles; ++i) fine = fine && finite[b * tiles + i];
+    if (!fine) std::fill_n(p.solution + b * k * m, k * m, std::numeric_limits<T>::quiet_NaN());
     p.status[b] = fine ? 0 : 1;
   }
 
@@ -92,7 +92,7 @@ struct Wholes {
   }
 
   template <typename F, typename Columns>
-  void solve(const F& factor, Columns& tile, int64_t b, int64_t number, int64_t) {
+  void solve(const F& factor, Columns& tile, int64_t b, int64_t number, int64_t tiles) {
     const int64_t first = number * Columns::WIDTH, width = std::min<int64_t>(Columns::WIDTH, m - first);
     tile.clear();
     for (int64_t i = 0; i < k; ++i) {
@@ -100,9 +100,15 @@ struct Wholes {
     }
     tile.forward(factor);
     tile.backward(factor);
+    T nothing = 0;  // NaN as soon as a number is not finite
     for (int64_t i = 0; i < k; ++i) {
-      for (int64_t c = 0; c < width; ++c) p.solution[(b * k + i) * m + first + c] = static_cast<T>(tile.row(i)[c]);
+      T* to = p.solution + (b * k + i) * m + first;
+      for (int64_t c = 0; c < width; ++c) {
+        to[c] = static_cast<T>(tile.row(i)[c]);
+        nothing += to[c] * 0;
+      }
     }
+    finite[b * tiles + number] = nothing == 0;
   }
 };
 

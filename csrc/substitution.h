@@ -43,30 +43,44 @@ template <typename T, int ROWS>
 struct Factor {
   explicit Factor(int64_t size)
       : k(size), blocks((size + ROWS - 1) / ROWS), row(blocks * ROWS), lower(row * row), packed(row * row / 2), inverse(row),
-        column(row) {}
+        column(kColumns * row) {}
+
+  static constexpr int kColumns = 4;  // whose products are subtracted from the later columns at once
 
   int64_t k, blocks, row;
   std::vector<T> lower;    // A, then L, lower half, [i][j]
   std::vector<T> packed;   // L left of the diagonal blocks, by blocks of rows: [i / ROWS][j][i % ROWS]
   std::vector<T> inverse;  // 1 / L_ii, 0 for a column of zeros
-  std::vector<T> column;
+  std::vector<T> column;   // those columns
 
   // Factors `lower`, whose pivots must exceed `least` times the diagonal; returns whether they do. A column of zeros is
   // left out if `zeros`.
   bool factorise(T least, bool zeros) {
     bool regular = true;
     for (int64_t i = 0; i < k; ++i) inverse[i] = least * lower[i * row + i];
-    for (int64_t j = 0; j < k; ++j) {
-      const T pivot = lower[j * row + j];
-      const bool dead = zeros && pivot == 0 && inverse[j] == 0;
-      regular = regular && (dead || pivot > inverse[j]);  // a NaN compares false
-      const T inv = inverse[j] = dead ? 0 : 1 / std::sqrt(pivot > 0 ? pivot : 1);
-      T* col = column.data();
-      for (int64_t i = j + 1; i < k; ++i) col[i] = lower[i * row + j] *= inv;
-      for (int64_t i = j + 1; i < k; ++i) {
+    T* columns[kColumns];
+    for (int c = 0; c < kColumns; ++c) columns[c] = column.data() + c * row;
+    for (int64_t first = 0; first < k; first += kColumns) {
+      const int64_t last = std::min<int64_t>(first + kColumns, k);
+      for (int64_t j = first; j < last; ++j) {
+        const T pivot = lower[j * row + j];
+        const bool dead = zeros && pivot == 0 && inverse[j] == 0;
+        regular = regular && (dead || pivot > inverse[j]);  // a NaN compares false
+        const T inv = inverse[j] = dead ? 0 : 1 / std::sqrt(pivot > 0 ? pivot : 1);
+        T* own = columns[j - first];
+        for (int64_t i = j + 1; i < k; ++i) {
+          T* to = lower.data() + i * row;
+          own[i] = to[j] *= inv;
+          for (int64_t r = j + 1; r < std::min(last, i + 1); ++r) to[r] -= own[i] * own[r];
+        }
+      }
+      if (last < first + kColumns) break;  // these were the last rows
+      for (int64_t i = last; i < k; ++i) {
         T* to = lower.data() + i * row;
-        const T left = col[i];
-        for (int64_t r = j + 1; r <= i; ++r) to[r] -= left * col[r];
+        const T l0 = columns[0][i], l1 = columns[1][i], l2 = columns[2][i], l3 = columns[3][i];
+        for (int64_t r = last; r <= i; ++r) {
+          to[r] -= l0 * columns[0][r] + l1 * columns[1][r] + l2 * columns[2][r] + l3 * columns[3][r];
+        }
       }
     }
     T* to = packed.data();

@@ -12,7 +12,6 @@
 #include <initializer_list>
 #include <tuple>
 
-#include "affine.h"
 #include "problem.h"
 
 namespace slimllm {
@@ -106,39 +105,6 @@ std::tuple<Tensor, Tensor> halves_on(const Tensor& matrices, const Tensor& right
     on(0.0);
   }
   return {found, failed};
-}
-
-// All moments are (D,), all fp32 or all fp64. Returns slope and intercept (D,).
-template <typename Fit>
-std::tuple<Tensor, Tensor> affine_fit_on(const Tensor& mean_y, const Tensor& mean_y_hat, const Tensor& variance_y_hat,
-                                         const Tensor& covariance, const Fit& fit) {
-  STD_TORCH_CHECK(mean_y.dim() == 1, "mean_y must have one dimension.");
-  check_precise(mean_y, "mean_y");
-  const ScalarType dtype = mean_y.scalar_type();
-  check(mean_y, "mean_y", {mean_y.size(0)}, dtype, mean_y);
-  check(mean_y_hat, "mean_y_hat", {mean_y.size(0)}, dtype, mean_y);
-  check(variance_y_hat, "variance_y_hat", {mean_y.size(0)}, dtype, mean_y);
-  check(covariance, "covariance", {mean_y.size(0)}, dtype, mean_y);
-  Tensor slope = torch::stable::empty_like(mean_y);
-  Tensor intercept = torch::stable::empty_like(mean_y);
-  const auto on = [&](auto zero) {
-    using T = decltype(zero);
-    fit(AffineFit<T>{
-        static_cast<const T*>(mean_y.const_data_ptr()),
-        static_cast<const T*>(mean_y_hat.const_data_ptr()),
-        static_cast<const T*>(variance_y_hat.const_data_ptr()),
-        static_cast<const T*>(covariance.const_data_ptr()),
-        static_cast<T*>(slope.mutable_data_ptr()),
-        static_cast<T*>(intercept.mutable_data_ptr()),
-        mean_y.size(0),
-    });
-  };
-  if (dtype == ScalarType::Float) {
-    on(0.0f);
-  } else {
-    on(0.0);
-  }
-  return {slope, intercept};
 }
 
 }  // namespace slimllm

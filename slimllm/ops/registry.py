@@ -53,7 +53,13 @@ def register(operation: Operation) -> None:
 
 
 def operator(
-    schema: str, shape: Callable[..., Any], cases: Cases, *, kernel: bool = False, extension: dict[str, str] | None = None
+    schema: str,
+    shape: Callable[..., Any],
+    cases: Cases | None = None,
+    *,
+    kernel: bool = False,
+    extension: dict[str, str] | None = None,
+    only_torch: str = "",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return a decorator that registers a function as torch.ops.slimllm.NAME, for all devices; it defines no gradients.
 
@@ -65,10 +71,10 @@ def operator(
     Args:
         schema: Schema in torch's syntax, `name(Tensor a, …) -> Tensor`.
         shape: Function of the same arguments that returns an empty result of the right shape and dtype.
-        cases, kernel, extension: See `Operation`.
+        cases, kernel, extension, only_torch: See `Operation`.
     """
     name = schema.split("(")[0]
-    register(Operation(name, kernel, extension or {}, cases=cases))
+    register(Operation(name, kernel, extension or {}, only_torch, cases))
 
     def define(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from slimllm.ops.checks import PRECISE, check_dtype, check_floating, check_tensors
-from slimllm.ops.dispatch import choose
-from slimllm.ops.registry import Random, operator
+from slimllm.ops.checks import check_dtype, check_floating, check_tensors
+from slimllm.ops.registry import operator
 
 
 def affine_fit(
@@ -37,25 +36,14 @@ def affine_fit(
     return _affine_fit(*(tensor.detach() for tensor in arguments.values()))
 
 
-def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
-    moments = [random(1000), random(1000), random(1000).abs(), random(1000)]
-    moments[2][:10] = 0
-    return [x for dtype in PRECISE for x in affine_fit(*(moment.to(dtype) for moment in moments))]
-
-
 @operator(
     "affine_fit(Tensor mean_y, Tensor mean_y_hat, Tensor variance_y_hat, Tensor covariance) -> (Tensor, Tensor)",
     shape=lambda mean_y, *others: tuple(torch.empty_like(mean_y, memory_format=torch.contiguous_format) for _ in range(2)),
-    cases=_cases,
-    extension={"cpu": "float32 and float64", "cuda": "float32 and float64"},
+    only_torch="a few operations on D numbers",
 )
 def _affine_fit(
     mean_y: torch.Tensor, mean_y_hat: torch.Tensor, variance_y_hat: torch.Tensor, covariance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = choose("affine_fit", mean_y.device).backend
-    if backend == "extension" and mean_y.dtype in PRECISE and mean_y.ndim == 1:
-        contiguous = [tensor.contiguous() for tensor in (mean_y, mean_y_hat, variance_y_hat, covariance)]
-        return torch.ops.slimllm_C.affine_fit(*contiguous)  # type: ignore[no-any-return]
     # fp32 activations carry relative errors near 1e-7 of |ŷ|, hence variances below (1e-7)²·E[ŷ²] are noise.
     noise = 1e-14 * (variance_y_hat + mean_y_hat.square())
     slope = torch.where(variance_y_hat <= noise, 1.0, covariance / variance_y_hat)

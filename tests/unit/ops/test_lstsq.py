@@ -164,9 +164,10 @@ def test_registration() -> None:
         assert set(torch.library.opcheck(torch.ops.slimllm.lstsq.default, arguments).values()) == {"SUCCESS"}
     if not NO_EXTENSION:
         checks = ("test_schema",)
-        solve, fit = torch.ops.slimllm_C.small_lstsq.default, torch.ops.slimllm_C.affine_fit.default
+        solve = torch.ops.slimllm_C.small_lstsq.default
         assert torch.library.opcheck(solve, (gram, cross, ridge, False), test_utils=checks)
-        assert torch.library.opcheck(fit, tuple(torch.rand(4, 7)), test_utils=checks)
+        for half in (torch.ops.slimllm_C.half_solve.default, torch.ops.slimllm_C.quadratic_forms.default):
+            assert torch.library.opcheck(half, (gram, cross), test_utils=checks)
 
 
 def test_the_status_of_a_system(backend: str) -> None:
@@ -184,12 +185,7 @@ def test_the_status_of_a_system(backend: str) -> None:
 def test_the_extension_itself_checks_what_it_is_given() -> None:
     gram, cross = normal_equations(LANES, 5, 2)
     ridge = torch.zeros(LANES, dtype=torch.float64)
-    solve, fit = torch.ops.slimllm_C.small_lstsq, torch.ops.slimllm_C.affine_fit
-    moments = torch.rand(4, 5)
-    three = tuple(moments[:3])
-    for four in ((*three, moments[3, :4]), (*three, moments[3].double()), tuple(moments.half()), (moments,) * 4):
-        with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
-            fit(*four)
+    solve = torch.ops.slimllm_C.small_lstsq
     for arguments in (
         (gram[0], cross, ridge),
         (gram[:, :4], cross, ridge),
@@ -201,6 +197,10 @@ def test_the_extension_itself_checks_what_it_is_given() -> None:
     ):
         with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
             solve(*arguments, False)
+    for half in (torch.ops.slimllm_C.half_solve, torch.ops.slimllm_C.quadratic_forms):
+        for pair in ((gram[0], cross), (gram, cross[:3]), (gram, cross.float()), (gram.half(), cross.half())):
+            with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
+                half(*pair)
 
 
 def test_errors(backend: str) -> None:
