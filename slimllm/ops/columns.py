@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_not_overlapping, check_tensors
-from slimllm.ops.dispatch import choose
+from slimllm.ops.dispatch import backend_of_call
 from slimllm.ops.registry import Random, operator
 
 
@@ -139,7 +139,7 @@ def _column_sums_(
 ) -> None:
     if x.numel() == 0:
         return
-    if choose("column_sums_", x.device).backend == "triton":
+    if backend_of_call("column_sums_", x.device) == "triton":
         from slimllm.kernels.columns import column_sums as kernel
 
         pivot, weight = (None if vector is None else vector.contiguous() for vector in (pivot, weight))
@@ -185,7 +185,7 @@ def _column_products_(
 ) -> None:
     if y.numel() == 0:
         return
-    if choose("column_products_", y.device).backend == "triton":
+    if backend_of_call("column_products_", y.device) == "triton":
         from slimllm.kernels.columns import column_sums as kernel
 
         weight = None if weight is None else weight.contiguous()

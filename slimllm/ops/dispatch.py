@@ -77,6 +77,32 @@ def choose(operation: str, device: torch.device | str) -> Choice:
     return _automatic(operation, _index(device))
 
 
+_ran: dict[str, set[str]] = {}
+
+
+def backend_of_call(operation: str, device: torch.device, fits: bool = True) -> str:
+    """Return the backend for one call, and remember it for `ran`.
+
+    Args:
+        operation, device: As for `choose`.
+        fits: Whether the kernel or the extension supports these arguments; if not, torch is used.
+    """
+    name = choose(operation, device).backend if fits else "torch"
+    if forced_backend() is None:
+        _ran.setdefault(operation, set()).add(name)
+    return name
+
+
+def ran() -> dict[str, str]:
+    """Return the backends that every operation has used in this process since `forget`, such as `extension, torch`."""
+    return {operation: ", ".join(sorted(names)) for operation, names in sorted(_ran.items())}
+
+
+def forget() -> None:
+    """Begin a new record of the backends in use."""
+    _ran.clear()
+
+
 def _index(device: torch.device) -> int:
     if device.index is not None:
         return device.index

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_integer, check_tensors
-from slimllm.ops.dispatch import choose
+from slimllm.ops.dispatch import backend_of_call
 from slimllm.ops.registry import Random, operator
 
 LEAST = 1e-7  # fraction of the largest A_cc; smaller pivots are rounding errors
@@ -76,7 +76,7 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     extension={"cpu": "float32 and float64"},
 )
 def _greedy_elimination(inverse: torch.Tensor, products: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = choose("greedy_elimination", inverse.device).backend
+    backend = backend_of_call("greedy_elimination", inverse.device)
     a, k = inverse.double().contiguous(), products.double().contiguous()
     if backend == "extension":
         return torch.ops.slimllm_C.greedy_elimination(a, k, num, LEAST)  # type: ignore[no-any-return]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_not_overlapping, check_tensors
-from slimllm.ops.dispatch import choose, full_precision
+from slimllm.ops.dispatch import backend_of_call, full_precision
 from slimllm.ops.registry import Random, operator
 
 # On a CPU only the lower half of the product is computed, in rows of blocks, and mirrored. For 1024 tokens this is 1.1
@@ -90,7 +90,7 @@ def _gram_(
 ) -> None:
     if x.numel() == 0:
         return
-    if choose("gram_", x.device).backend == "triton":
+    if backend_of_call("gram_", x.device) == "triton":
         from slimllm.kernels.gram import gram_ as kernel
 
         pivot, weight = (None if vector is None else vector.contiguous() for vector in (pivot, weight))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_floating, check_integer, check_tensors
-from slimllm.ops.dispatch import choose, full_precision
+from slimllm.ops.dispatch import backend_of_call, full_precision
 from slimllm.ops.gram import gram_
 from slimllm.ops.registry import Random, operator
 
@@ -57,7 +57,7 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     kernel=True,
 )
 def _head_covariance(weight: torch.Tensor, covariance: torch.Tensor, num_heads: int) -> torch.Tensor:
-    if choose("head_covariance", weight.device).backend == "triton":
+    if backend_of_call("head_covariance", weight.device) == "triton":
         from slimllm.kernels.pearson import head_covariance as kernel
 
         return kernel(weight if weight.dtype in ACTIVATIONS else weight.float(), covariance, num_heads)
@@ -133,7 +133,7 @@ def _cases_of_tokens(random: Random, tokens: int) -> list[torch.Tensor]:
     kernel=True,
 )
 def _head_covariance_of_tokens(weight: torch.Tensor, x: torch.Tensor, num_heads: int, method: str | None) -> torch.Tensor:
-    fused = choose("head_covariance_of_tokens", x.device).backend == "triton"
+    fused = backend_of_call("head_covariance_of_tokens", x.device) == "triton"
     if (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads, fused)) == "stream":
         return _stream_head_covariance(weight, x, num_heads, fused)
     mean = x.mean(0, dtype=torch.float32)

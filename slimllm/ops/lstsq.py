@@ -8,7 +8,7 @@ import numbers
 import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
-from slimllm.ops.dispatch import choose, full_precision
+from slimllm.ops.dispatch import backend_of_call, full_precision
 from slimllm.ops.registry import Random, operator
 
 # Limits within which the extension is faster than the torch path below: unknowns and right-hand sides by device. On a GPU a
@@ -146,7 +146,6 @@ def _attempt(
     gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Solve once, without waiting for a GPU; return solutions (NaN where it failed), absolute ridges and statuses."""
-    backend = choose("lstsq", gram.device).backend
     if ridge.shape != gram.shape[:1]:
         raise ValueError(f"ridge must have shape ({gram.shape[0]},), got {tuple(ridge.shape)}.")
     size, columns = gram.shape[1], cross.shape[2]
@@ -155,8 +154,8 @@ def _attempt(
         used = ridge.clone() if absolute or gram.numel() == 0 else ridge * diagonal.double().mean(-1)
         zeros = torch.zeros_like(cross, memory_format=torch.contiguous_format)
         return zeros, used, FAILED * (~(ridge >= 0)).int()
-    kind = gram.device.type
-    if backend == "extension" and size <= LARGEST[kind] and columns <= MOST_COLUMNS[kind]:
+    fits = size <= LARGEST.get(gram.device.type, 0) and columns <= MOST_COLUMNS.get(gram.device.type, 0)
+    if backend_of_call("lstsq", gram.device, fits) == "extension":
         return torch.ops.slimllm_C.small_lstsq(gram.contiguous(), cross.contiguous(), ridge, absolute)  # type: ignore[no-any-return]
     used = ridge.clone() if absolute else ridge * diagonal.double().mean(-1)
     with full_precision(gram.device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_finite, check_floating, check_integer, check_tensors
-from slimllm.ops.dispatch import choose
+from slimllm.ops.dispatch import backend_of_call
 from slimllm.ops.heads import head_covariance
 from slimllm.ops.registry import Random, forced, operator
 
@@ -137,7 +137,7 @@ def _pearson_greedy(covariance: torch.Tensor, num_pruned: int, groups: int) -> t
     kept = torch.ones(num_heads, dtype=torch.bool, device=covariance.device)
     kept[by_group[:, : num_pruned // groups].flatten()] = False
     pruned = order[torch.argsort(kept[order].int(), stable=True)[:num_pruned]]  # least important first, over all groups
-    if choose("pearson_greedy", covariance.device).backend == "triton":
+    if backend_of_call("pearson_greedy", covariance.device) == "triton":
         from slimllm.kernels.exchange import exchange_ as kernel
 
         kernel(kept, covariance, pruned, num_heads // groups, ROUNDING)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
-from slimllm.ops.dispatch import choose, full_precision
+from slimllm.ops.dispatch import backend_of_call, full_precision
 from slimllm.ops.registry import Random, operator
 
 # Rows up to which the extension is used: a factor of more does not fit a core's caches, or a tile a GPU's shared memory.
@@ -60,8 +60,8 @@ def _check(matrices: torch.Tensor, right: torch.Tensor) -> None:
 
 
 def _by_extension(operation: str, matrices: torch.Tensor, right: torch.Tensor) -> bool:
-    backend = choose(operation, matrices.device).backend
-    return backend == "extension" and matrices.shape[1] <= WIDEST[matrices.device.type] and right.numel() > 0
+    fits = matrices.shape[1] <= WIDEST.get(matrices.device.type, 0) and right.numel() > 0
+    return backend_of_call(operation, matrices.device, fits) == "extension"
 
 
 def _cases(random: Random, tokens: int) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from slimllm.ops.checks import ACTIVATIONS, check_dtype, check_tensors
-from slimllm.ops.dispatch import choose
+from slimllm.ops.dispatch import backend_of_call
 from slimllm.ops.registry import Random, operator
 
 
@@ -44,7 +44,7 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     kernel=True,
 )
 def _token_cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if choose("token_cosine", a.device).backend == "triton":
+    if backend_of_call("token_cosine", a.device) == "triton":
         from slimllm.kernels.cosine import token_cosine as kernel
 
         return kernel(a, b)

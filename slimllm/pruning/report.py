@@ -80,6 +80,7 @@ _SHAPE = {
     "dense_stage_s?": float,
     "schema_version": int,
     "gpu_memory_gib?": {EVERY: float},
+    "operations?": {EVERY: str},
     "plan?": dict,
 }
 
@@ -111,6 +112,7 @@ class PruneReport:
         dense_pass_shared: Whether another run's dense pass was used; its seconds are then not included in `elapsed_s`.
         dense_stage_s: Seconds of the whole dense pass, with reading and measuring (of its last part, if it was resumed).
         plan: Where tensors were stored, the settings chosen to fit the budgets, and the estimate of disk space.
+        operations: What every operation of `slimllm.ops` has run on in the first process: torch, triton or extension.
         backend, device, compute_dtype, format: What computed, where, in which dtype, and the architecture written.
         versions: Versions of python, torch, triton (where it is installed), transformers, slimllm.
         threads: Threads of torch on the CPU, on which the last bits of a result depend; 0: not recorded.
@@ -152,6 +154,7 @@ class PruneReport:
     dense_stage_s: float = 0.0
     gpu_memory_gib: dict[str, float] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
+    operations: dict[str, str] = field(default_factory=dict)
 
     @property
     def seconds_alone(self) -> float:

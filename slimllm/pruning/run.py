@@ -26,6 +26,7 @@ from slimllm.methods.allocation.target import Allocated, allocate
 from slimllm.methods.statistics import Needs
 from slimllm.models.families import family_of
 from slimllm.models.slicing import LayerSizes
+from slimllm.ops import dispatch
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass, run_dense_pass, steps_of
 from slimllm.pruning.identity import say_changes
@@ -81,6 +82,7 @@ class Run:
         check_settings(source, config)
         self.source, self.config = source, config
         self.calibration, self.token_ids = calibration, token_ids
+        dispatch.forget()
         self.backend = ops.backend(source.device, operations_of(source.device))
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
@@ -195,6 +197,7 @@ class Run:
             gpu_memory_gib={name: size / GIB for name, size in self.plan.gpu.items()},
             plan=self.plan.describe(),
             backend=self.backend,
+            operations=dispatch.ran(),
             device=str(source.device),
             compute_dtype=str(source.dtype).removeprefix("torch."),
             format=output.name,
