@@ -6,6 +6,7 @@ import torch
 
 from slimllm.errors import InputError
 from slimllm.ops import cholesky
+from slimllm.runtime.distributed import Ranks
 from slimllm.statistics import GramStatistics
 
 # Fraction of a column's squared mean that is added to its variance. It bounds the weights of a nearly constant column,
@@ -43,6 +44,7 @@ class RidgeSystem:
         ridge: λ, positive.
         dtype: fp32 or fp64.
         shift: Added to the diagonal once more, for a system that rounding has made indefinite.
+        ranks: Processes with the same statistics that share the work of the factor; all of them have all of it.
 
     Attributes:
         scale: 1/D, (k,) fp64; 0 for a constant column.
@@ -57,21 +59,22 @@ class RidgeSystem:
         ridge: float,
         dtype: torch.dtype = torch.float64,
         shift: float = 0.0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.statistics, self.columns, self.ridge, self.dtype = statistics, columns, ridge, dtype
         size = column_scale(statistics.variance(), statistics.mean())
         size = (size if columns is None else size[columns]).to(statistics.solver)
         self.scale = torch.where(size > 0, size.reciprocal(), 0.0)
-        self._factorise(shift)
+        self._factorise(shift, ranks)
 
-    def _factorise(self, shift: float = 0.0) -> None:
+    def _factorise(self, shift: float = 0.0, ranks: Ranks | None = None) -> None:
         size, device = len(self.scale), self.scale.device
         self.matrix = torch.empty(size, size, dtype=self.dtype, device=device)
         for start in range(0, size, _ROWS):
             rows = slice(start, start + _ROWS)
             self.matrix[rows] = self._correlations(rows)
         self.matrix.diagonal().add_(self.ridge + shift)
-        self.failed = cholesky.factorise_(self.matrix)
+        self.failed = cholesky.factorise_(self.matrix, ranks)
 
     def _correlations(self, rows: slice) -> torch.Tensor:
         """Return rows of D⁻¹ Cov(z) D⁻¹, fp64."""

@@ -60,7 +60,8 @@ class SublayerStatistics:
         output_covariance: Computes the covariance of y, (D, D) fp64; None: it was not streamed.
         moments: Computes the moments of y and of the kept units' output, or only their means if the statistics are those of
             the dense model; None: they are streamed later (`give_moments`).
-        ranks: The processes of the run. A criterion is called in the first process only, a recovery in all of them.
+        ranks: The processes of the run. A recovery is called in all of them, a criterion in the first one only, unless
+            it shares its work.
         outputs: Statistics of every dimension of y; None: its variance follows from the covariance.
     """
 

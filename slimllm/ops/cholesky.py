@@ -6,6 +6,8 @@ beside it, on any device. Products, which are nearly all of the work, are large 
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
@@ -14,13 +16,24 @@ from slimllm.ops.dispatch import full_precision
 PANEL = 256  # columns
 
 
-def factorise_(system: torch.Tensor) -> torch.Tensor:
+class Sharing(Protocol):
+    """Processes that share the work, see `slimllm.runtime.distributed.Ranks`."""
+
+    rank: int
+    size: int
+
+    def broadcast_(self, tensor: torch.Tensor, rank: int) -> None: ...
+
+
+def factorise_(system: torch.Tensor, ranks: Sharing | None = None) -> torch.Tensor:
     """Overwrite the lower half of a symmetric positive definite A by its factor L, with A = L Lᵀ; the rest is not read.
 
-    Work: k³/6 multiply-adds in its dtype. Extra memory: one panel.
+    Work: k³/6 multiply-adds in its dtype, shared by the processes. Extra memory: one panel, two if it is shared.
 
     Args:
         system: A, (k, k) fp32 or fp64, contiguous.
+        ranks: Processes with the same system, whose panels they factor in turn. All of them have the whole factor
+            afterwards, the same to the last bit; it differs by rounding from that of another number of processes.
 
     Returns:
         Whether A is not positive definite, a scalar bool tensor on its device. L is then of no use.
@@ -33,17 +46,40 @@ def factorise_(system: torch.Tensor) -> torch.Tensor:
     size = len(system)
     failed = torch.zeros((), dtype=torch.bool, device=system.device)
     with torch.no_grad(), full_precision(system.device):
+        if ranks is not None and ranks.size > 1:
+            return _factorise_together(system, ranks)
         for start in range(0, size, PANEL):
             stop = min(start + PANEL, size)
             panel = system[start:, start:stop]
             panel.addmm_(system[start:, :start], system[start:stop, :start].T, alpha=-1)
-            diagonal, status = torch.linalg.cholesky_ex(panel[: stop - start])
-            failed |= status != 0
-            panel[: stop - start] = diagonal
-            below = panel[stop - start :]
-            if len(below):
-                below.copy_(below @ _inverse(diagonal).T)
+            failed |= _factorise_panel(panel)
     return failed
+
+
+def _factorise_panel(panel: torch.Tensor) -> torch.Tensor:
+    """Factor a panel (rows, width) whose upper square is on the diagonal; return whether that is not positive definite."""
+    width = panel.shape[1]
+    diagonal, status = torch.linalg.cholesky_ex(panel[:width])
+    panel[:width] = diagonal
+    if len(panel) > width:
+        panel[width:] = panel[width:] @ _inverse(diagonal).T
+    return status != 0
+
+
+def _factorise_together(system: torch.Tensor, ranks: Sharing) -> torch.Tensor:
+    """Factor panels in turn; everyone subtracts the products of a new panel from its own later ones."""
+    size = len(system)
+    for number, start in enumerate(range(0, size, PANEL)):
+        stop, owner = min(start + PANEL, size), number % ranks.size
+        panel = system[start:, start:stop].contiguous()
+        if owner == ranks.rank and bool(_factorise_panel(panel)):
+            panel.fill_(torch.nan)
+        ranks.broadcast_(panel, owner)
+        system[start:, start:stop] = panel
+        for later in range(start + PANEL * ((ranks.rank - owner - 1) % ranks.size + 1), size, PANEL * ranks.size):
+            rows = panel[later - start :]
+            system[later:, later : later + PANEL].addmm_(rows, rows[:PANEL].T, alpha=-1)
+    return system[-1, -1].isnan()  # a NaN spreads to all later panels
 
 
 def invert_(factor: torch.Tensor) -> torch.Tensor:
@@ -72,7 +108,7 @@ def invert_(factor: torch.Tensor) -> torch.Tensor:
     return factor
 
 
-def solve_(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def solve_(factor: torch.Tensor, right: torch.Tensor, zero_rows: int = 0) -> torch.Tensor:
     """Overwrite R by (L Lᵀ)⁻¹ R, and return it.
 
     Work: k²m multiply-adds. Extra memory: PANEL rows of R.
@@ -80,6 +116,7 @@ def solve_(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     Args:
         factor: As from `factorise_`, (k, k).
         right: R, (k, m) of the same dtype.
+        zero_rows: Number of first rows of R that are 0, for which there is nothing to do at first.
     """
     _check(factor)
     check_tensors(factor=factor, right=right)
@@ -89,10 +126,11 @@ def solve_(factor: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         )
     size = len(factor)
     starts = range(0, size, PANEL)
+    first = zero_rows // PANEL * PANEL
     with torch.no_grad(), full_precision(factor.device):
-        for start in starts:
+        for start in range(first, size, PANEL):
             rows = slice(start, min(start + PANEL, size))
-            right[rows].addmm_(factor[rows, :start], right[:start], alpha=-1)
+            right[rows].addmm_(factor[rows, first:start], right[first:start], alpha=-1)
             right[rows] = _inverse(factor[rows, rows]) @ right[rows]
         for start in reversed(starts):
             rows = slice(start, min(start + PANEL, size))

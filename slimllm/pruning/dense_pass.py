@@ -279,7 +279,7 @@ def _measure_layer(
         def measured() -> list[list[float]]:
             curves = []
             for one, columns, square in zip(sublayers, statistics, squares.tolist()):
-                dense = DenseSublayer(one, columns, square, weighted, shape)
+                dense = DenseSublayer(one, columns, square, weighted, shape, ranks)
                 with calling(config.allocation, f"measuring the {one.kind} of layer {index}"):
                     costs = config.allocation.costs(dense)
                     if costs.shape != (one.units // one.groups,) or not bool(costs.isfinite().all()):
@@ -290,7 +290,8 @@ def _measure_layer(
                 curves.append(sampled(costs))
             return curves
 
-        curves = Curves(*ranks.made_by_first(measured))
+        make = ranks.made_together if config.allocation.shares_work else ranks.made_by_first
+        curves = Curves(*make(measured))
     trim()
     return similarity, curves, found
 

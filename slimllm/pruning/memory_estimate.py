@@ -150,8 +150,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             host |= {"hidden states": batches * (_pinned(of_batch) if sizes.on_gpu else of_batch)}
         return Phase(name, device, host) if sizes.on_gpu else Phase(name, {}, {**host, **device})
 
-    # The system, whose inverse takes its place, and some of its rows; and the weights, twice.
-    elimination: Parts = {"elimination": 4 * i**2 + 2 * 4 * i * d + 2 * 8 * min(256, i) * i}
+    # The system, whose inverse takes its place, and some of its rows; and the weights, twice. Each of several ranks has the
+    # system beside its part of the inverse.
+    shared = 1 if sizes.ranks == 1 else 1 + 1 / sizes.ranks
+    elimination: Parts = {"elimination": 4 * i**2 * shared + 2 * 4 * i * d / sizes.ranks + 2 * 8 * min(256, i) * i}
     copies = 2 if config.token_weights == "norm" else 1
     tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * i * 4}
 
@@ -262,12 +264,21 @@ def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
     journal; its disk may not be ready for those of every layer.
     """
     d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
-    lstsq = Needs.COLUMN_GRAM in config.recovery.needs
+    lstsq, kept = Needs.COLUMN_GRAM in config.recovery.needs, (1 - config.ratio) * i
     grams = 0 if config.one_pass else 4 * (a**2 + (i if Needs.COLUMN_GRAM in config.needs else d) ** 2)
     grams += 4 * (a**2 + i**2) if measures_gram(config) else 0
     dense = dense_windows(config, i, sizes.samples, sizes.seq_len)
     windows = dense + (sizes.ranks if config.one_pass else sizes.samples) + 2 * sizes.held_out
     states = windows * sizes.seq_len * d * sizes.computed
     solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
-    parts = {"Grams": 2 * grams * others, "hidden states": states * others, "solutions": solutions * others}
+    # A factor by panels, and the rows of an inverse that a removal needs.
+    solutions += 4 * kept**2 if lstsq else 0
+    removals = 4 * (i**2 / 2 + i * (i - kept)) if Needs.COLUMN_GRAM in config.criterion.needs else 0
+    removals += 4 * (i**2 / 2 + i**2 / 2) if measures_gram(config) else 0
+    parts = {
+        "Grams": 2 * grams * others,
+        "hidden states": states * others,
+        "solutions": solutions * others,
+        "eliminations": 2 * removals * others,
+    }
     return {name: size for name, size in parts.items() if size}

@@ -65,7 +65,7 @@ def prune_sublayer(
                 chosen.check(sublayer.units, sublayer.groups, num_removed)
             return {"kept": chosen.kept.tolist(), "importance": chosen.importance.tolist()}
 
-        found = ranks.made_by_first(select)
+        found = ranks.made_together(select) if criterion.shares_work else ranks.made_by_first(select)
         kept = torch.tensor(found["kept"], dtype=torch.int64)
     way.prepare(kept)
     with run.watch("recovery"):

@@ -118,6 +118,11 @@ class Ranks:
             of_ranks = self.everyone([one.count, one.mass])
             one.count, one.mass = sum(count for count, _ in of_ranks), sum(mass for _, mass in of_ranks)
 
+    def broadcast_(self, tensor: torch.Tensor, rank: int) -> None:
+        """Replace a tensor by that of a rank, in place; shape, dtype and kind of device are the same on all ranks."""
+        if self.size > 1:
+            self._broadcast(tensor, rank)
+
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the first rank's tensor; shape and dtype are the same on all ranks."""
         if self.size == 1:
@@ -136,6 +141,12 @@ class Ranks:
         with self.together():
             if self.first:
                 made = make()
+        return self.tell(made)
+
+    def made_together(self, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns on the first rank, plain JSON data; for work that the ranks share within `make`."""
+        with self.together():
+            made = make()
         return self.tell(made)
 
     def everyone(self, value: Any) -> list[Any]:

@@ -93,6 +93,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         model_config.hidden_size,
         head_dim,
         stored.itemsize,
+        ranks,
     )
     rates = measure_rates(device, computed) if there else None
     return Forecast(

@@ -54,7 +54,7 @@ class Rates:
 
 
 def stage_work(
-    report: dict[str, Any], sizes: list[LayerSizes], hidden_size: int, head_dim: int, read_bytes: float
+    report: dict[str, Any], sizes: list[LayerSizes], hidden_size: int, head_dim: int, read_bytes: float, ranks: int = 1
 ) -> dict[str, Work]:
     """Count the work of every stage of a run, by the stage's name in `stages_s`.
 
@@ -63,6 +63,7 @@ def stage_work(
         sizes: Sizes of the dense layers.
         hidden_size, head_dim: The model's sizes.
         read_bytes: Bytes that a parameter takes in the files that are read.
+        ranks: Processes that share large solves; the windows of the report are those of one.
     """
     tokens, seq_len = report["calibration"]["tokens"], report["calibration"]["seq_len"]
     held_out = report["calibration"].get("held_out", 0) * seq_len
@@ -72,7 +73,9 @@ def stage_work(
     by_stage: dict[str, Work] = defaultdict(Work)
     probed = probed_layers(len(sizes)) if config["by_sensitivity"] else []
     for index, (size, layer) in enumerate(zip(sizes, report["layers"])):
-        found = _layer_work(size, layer, (tokens, measured, held_out), seq_len, hidden_size, head_dim, config, on_gpu)
+        found = _layer_work(
+            size, layer, (tokens, measured, held_out), seq_len, hidden_size, head_dim, config, on_gpu, ranks
+        )
         if probed:  # one window, and two damaged copies of it for each probed layer up to this one
             passing = (1 + 2 * sum(at <= index for at in probed)) * min(TOKENS, seq_len)
             found["sensitivity"] = Work(found["dense pass"].operations * passing / measured)
@@ -91,6 +94,7 @@ def _layer_work(
     head_dim: int,
     config: dict[str, Any],
     on_gpu: bool,
+    ranks: int,
 ) -> dict[str, Work]:
     """Count the work of a layer; `num_tokens` are those of the pruning, of the dense pass, and those held out of both."""
     tokens, measured_tokens, held_out = num_tokens
@@ -109,7 +113,7 @@ def _layer_work(
     by_output, measured = "OUTPUT_GRAM" in needs["criterion"] + needs["recovery"], "COLUMN_GRAM" in needs["allocation"]
     if measured:
         statistics += Work(measured_tokens * (width**2 + channels**2))
-        allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size)
+        allocation = _elimination(width, 0, hidden_size) + _elimination(channels, 0, hidden_size, ranks)
     if config.get("one_pass"):  # no Gram, and no window passes the pruned layers
         forward, attention_pruned, ffn_pruned = 0.0, False, False
     weighted = config.get("token_weights") == "norm"  # the weights need the dense output
@@ -125,7 +129,7 @@ def _layer_work(
         if obs:
             heads += _elimination(width, kept_width, hidden_size)
         if lstsq:
-            recover += _regression(width, kept_width, hidden_size)
+            recover += _regression(width, kept_width, hidden_size, ranks)
     if ffn_pruned:
         if by_output:
             # Eigenvectors of a symmetric matrix: tridiagonal reduction and transformation back. Or a matrix function: about
@@ -142,9 +146,9 @@ def _layer_work(
             else:
                 selection += Work(single=hidden_size * channels * (2 * channels + hidden_size))  # the output's covariance
         if obs:
-            selection += _elimination(channels, kept_channels, hidden_size)
+            selection += _elimination(channels, kept_channels, hidden_size, ranks)
         if lstsq:
-            recover += _regression(channels, kept_channels, hidden_size)
+            recover += _regression(channels, kept_channels, hidden_size, ranks)
         if not (obs or lstsq):
             statistics += Work(tokens * hidden_size**2 if by_output else 0.0)
             forward += out * channels  # y, in addition to ŷ
@@ -161,16 +165,21 @@ def _layer_work(
     }
 
 
-def _regression(features: int, kept: int, hidden_size: int) -> Work:
+def _regression(features: int, kept: int, hidden_size: int, ranks: int) -> Work:
     """Count the regression of removed features' output on kept ones: cross moments, a factor, and two triangular solves."""
     removed = features - kept
-    return Work(precise=2 * removed * hidden_size * (kept + removed) + kept**3 / 3 + 2 * kept**2 * hidden_size)
+    each = 2 * removed * hidden_size * (kept + removed) + kept**3 / 3 + 2 * kept**2 * hidden_size
+    return Work(precise=each / ranks)
 
 
-def _elimination(features: int, kept: int, hidden_size: int) -> Work:
-    """Count an inverse, and the updates of the inverse and of the weights for all removed features."""
-    updates = 2 / 3 * (features**3 - kept**3) + hidden_size * (features**2 - kept**2)
-    return Work(single=features**3 + updates)
+def _elimination(features: int, kept: int, hidden_size: int, ranks: int = 1) -> Work:
+    """Count an inverse, and the updates of the inverse and of the weights for all removed features.
+
+    A process alone updates half of the inverse, as it is symmetric; each of several has whole rows of it.
+    """
+    inverse, updates = (1, 1 / 3) if ranks == 1 else (5 / 3, 2 / 3)
+    updated = updates * (features**3 - kept**3) + hidden_size * (features**2 - kept**2)
+    return Work(single=(inverse * features**3 + updated) / ranks)
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:

@@ -17,8 +17,9 @@ from slimllm.methods.allocation.base import (
     register_allocation,
     spend_at_least_cost,
 )
-from slimllm.methods.elimination import Surgeon, eliminate_channels, eliminate_heads
+from slimllm.methods.elimination import eliminate_channels, eliminate_heads
 from slimllm.methods.statistics import Needs
+from slimllm.methods.surgeon import Surgeon, surgeon_for
 from slimllm.statistics import GramStatistics
 
 # Factor on the loss of attention: heads that one text does not need may be needed by another. With 1 instead, SmolLM2
@@ -33,19 +34,22 @@ class Auto(Allocation):
     needs = Needs.COLUMN_GRAM
     version = "2"  # fewer probed layers, larger blocks
     by_sensitivity = True
+    shares_work = True
 
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
         sublayer, statistics = dense.sublayer, dense.columns
         assert isinstance(statistics, GramStatistics)
-        surgeon, units, groups = Surgeon(sublayer.effective_weight(), statistics), sublayer.units, sublayer.groups
+        weight, units, groups = sublayer.effective_weight(), sublayer.units, sublayer.groups
         if sublayer.is_attention:
-            found = eliminate_heads(surgeon, units, units // groups, groups).costs.view(-1, groups).sum(1)
+            found = (
+                eliminate_heads(Surgeon(weight, statistics), units, units // groups, groups).costs.view(-1, groups).sum(1)
+            )
         else:
-            found = eliminate_channels(surgeon, units).costs
+            found = eliminate_channels(surgeon_for(weight, statistics, dense.ranks), units).costs
         # J is a mean over tokens, weighted or not, of a square summed over the outputs.
-        weight = statistics.mass if dense.weighted else statistics.count**2 / dense.stream_square
-        weight *= ATTENTION_WEIGHT if sublayer.is_attention else 1.0
-        return found * (weight / statistics.count / sublayer.output_projection.out_features)
+        factor = statistics.mass if dense.weighted else statistics.count**2 / dense.stream_square
+        factor *= ATTENTION_WEIGHT if sublayer.is_attention else 1.0
+        return found * (factor / statistics.count / sublayer.output_projection.out_features)
 
     def allocate(self, request: Request) -> Removals:
         return spend_at_least_cost(request)

@@ -14,6 +14,7 @@ from slimllm.methods.allocation.spending import Curves, spend
 from slimllm.methods.statistics import Needs
 from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import ALLOCATIONS, Method
+from slimllm.runtime.distributed import Ranks
 from slimllm.statistics import ColumnStatistics, GramStatistics
 
 register_allocation = ALLOCATIONS.register
@@ -76,6 +77,7 @@ class DenseSublayer:
         stream_square: Mean square of the residual stream after the sub-layer, summed over all tokens.
         weighted: Whether tokens are weighted as the next norm scales them (token weights `norm`).
         shape: Sizes of the layer.
+        ranks: The processes of the run.
     """
 
     sublayer: Sublayer
@@ -83,6 +85,7 @@ class DenseSublayer:
     stream_square: float
     weighted: bool
     shape: LayerShape
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 class Allocation(Method, ABC):
@@ -93,11 +96,14 @@ class Allocation(Method, ABC):
             `Needs.COLUMN_GRAM`; None: `costs` is not called, and only the layers' similarities are measured.
         by_sensitivity: Whether costs are multiplied by how strongly the model's output reacts to a sub-layer's error.
         alike: Whether all layers lose the same if they have equal sizes.
+        shares_work: Whether the processes of a run share the work of `costs`: all of them call it, and the first one's
+            result is used.
     """
 
     needs: ClassVar[Needs | None] = None
     by_sensitivity: ClassVar[bool] = False
     alike: ClassVar[bool] = False
+    shares_work: ClassVar[bool] = False
 
     def check(self, heads_multiple_of: int) -> None:
         """Raise InputError for settings of a run that the allocation cannot meet; the default accepts all settings."""
@@ -117,7 +123,8 @@ class Allocation(Method, ABC):
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
         """Return the cost of removing each further unit from every group, in the order of removal, (rounds,) fp64.
 
-        There are `dense.sublayer.units // dense.sublayer.groups` rounds. Only the first process calls this.
+        There are `dense.sublayer.units // dense.sublayer.groups` rounds. Only the first process calls this, or
+        all if they share the work.
         """
         raise NotImplementedError(f"{type(self).__name__} needs statistics, so it has to define costs().")
 

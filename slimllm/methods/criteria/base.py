@@ -27,12 +27,15 @@ class Criterion(Method, ABC):
         needs_recovery: Whether its choice is only good after a refit of the remaining weights.
         dense_statistics: Whether its statistics are those of the dense model, not of the model pruned so far. If the
             recovery accepts them, too, the dense pass is the only pass over the windows. It must not need a Gram.
+        shares_work: Whether the processes of a run share the work of `select`: all of them call it, and the first one's
+            choice is used. Otherwise only the first one calls it.
     """
 
     needs: ClassVar[Needs] = Needs.COLUMNS
     attention_gram: ClassVar[bool] = True
     needs_recovery: ClassVar[bool] = False
     dense_statistics: ClassVar[bool] = False
+    shares_work: ClassVar[bool] = False
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         """Return the importance of every unit, (units,); units with the lowest are removed first.

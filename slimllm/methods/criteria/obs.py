@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from slimllm.methods.criteria.base import Criterion, register_criterion
-from slimllm.methods.elimination import Surgeon, eliminate_channels, eliminate_heads
+from slimllm.methods.elimination import eliminate_channels, eliminate_heads
 from slimllm.methods.selection import Selection, complement
 from slimllm.methods.statistics import Needs, SublayerStatistics
+from slimllm.methods.surgeon import Surgeon, surgeon_for
 from slimllm.models.sublayer import Sublayer
 
 
@@ -16,11 +17,12 @@ class Obs(Criterion):
     version = "2"  # larger blocks
     needs = Needs.COLUMN_GRAM
     needs_recovery = True
+    shares_work = True
 
     def select(self, sublayer: Sublayer, statistics: SublayerStatistics, num_removed: int) -> Selection:
-        surgeon = Surgeon(sublayer.effective_weight(), statistics.gram)
+        weight, gram = sublayer.effective_weight(), statistics.gram
         if sublayer.is_attention:
-            found = eliminate_heads(surgeon, sublayer.units, num_removed, sublayer.groups)
+            found = eliminate_heads(Surgeon(weight, gram), sublayer.units, num_removed, sublayer.groups)
         else:
-            found = eliminate_channels(surgeon, num_removed)
+            found = eliminate_channels(surgeon_for(weight, gram, statistics.ranks), num_removed)
         return Selection(complement(found.order, sublayer.units), found.alone)

@@ -98,7 +98,7 @@ def refit_kept(
     outputs, solver = len(weight), statistics.solver
     kept, removed = kept_and_removed(keep, statistics.mean())
     mean_kept, mean_removed = (statistics.mean()[columns].to(solver) for columns in (kept, removed))
-    system = RidgeSystem(statistics, kept, RIDGE_OF_FEW if has_few_tokens(statistics) else RIDGE, dtype)
+    system = RidgeSystem(statistics, kept, RIDGE_OF_FEW if has_few_tokens(statistics) else RIDGE, dtype, ranks=ranks)
     weight = ranks.rows(weight).to(solver)
     delta = torch.empty(len(weight), len(kept), dtype=torch.float64, device=solver)
     intercept = torch.empty(len(weight), dtype=torch.float64, device=solver)

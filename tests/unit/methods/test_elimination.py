@@ -6,16 +6,9 @@ from transformers import PreTrainedModel
 
 from slimllm import InputError, ops
 from slimllm.methods import elimination
-from slimllm.methods.elimination import (
-    ELIMINATION_RIDGE,
-    ELIMINATION_RIDGE_OF_FEW,
-    Surgeon,
-    channel_costs,
-    eliminate_channels,
-    eliminate_heads,
-    unit_costs,
-)
+from slimllm.methods.elimination import channel_costs, eliminate_channels, eliminate_heads, unit_costs
 from slimllm.methods.ridge import column_scale
+from slimllm.methods.surgeon import ELIMINATION_RIDGE, ELIMINATION_RIDGE_OF_FEW, Surgeon
 from slimllm.statistics import GramStatistics
 
 KINDS = ("plain", "few tokens", "large means", "dead", "twins")
