@@ -43,7 +43,7 @@ test-asan: install
 	CFLAGS="-fsanitize=address -fno-omit-frame-pointer" LDFLAGS="-fsanitize=address" SLIMLLM_BUILD_EXT=1 \
 	  $(BIN)/python setup.py -q build_ext --build-lib .asan --build-temp .asan/build
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/unit/ops/test_lstsq.py
+	  PYTHONPATH=.asan $(BIN)/pytest -p no:cacheprovider tests/unit/ops/test_lstsq.py tests/unit/ops/test_substitution.py tests/unit/ops/test_greedy_elimination.py
 
 # Fuzz with damaged and hostile files for ten minutes; make test does so for half a minute.
 test-fuzz: install
