@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from least_squares import normal_equations, reference
+from sanitizers import sanitized
 from tolerances import FLOOR, assert_close
 
 ROOT = Path(__file__).parents[3]
@@ -47,28 +48,6 @@ def team(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def panels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """csrc/panels.h with threads in place of a block, under two sanitizers."""
     return sanitized("panels_on_host.cpp", tmp_path_factory.mktemp("panels"))
-
-
-def sanitized(source: str, folder: Path) -> dict[str, Path]:
-    if not shutil.which("g++"):
-        pytest.skip("needs a C++ compiler")
-    for name in ("thread", "address,undefined"):
-        command = [
-            "g++",
-            "-std=c++17",
-            "-O1",
-            "-g",
-            "-pthread",
-            f"-fsanitize={name}",
-            "-Wall",
-            "-Wextra",
-            "-Wshadow",
-            "-Werror",
-        ]
-        command += [str(ROOT / "tests" / source), "-o", str(folder / name)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    return {name: folder / name for name in ("thread", "address,undefined")}
 
 
 def solve(
