@@ -150,9 +150,46 @@ def lstsq_table() -> str:
             *(f"{error:.0e}".replace("e-0", "e-") for error in errors),
         ]
 
-    settings = newest("lstsq", ("what",), lambda row: "error" in row and "AMD EPYC" in row["machine"])
+    settings = newest("lstsq", ("what",), lambda row: "torch fp64" in row["seconds"] and "Xeon" in row["machine"])
     header = ["systems", "unknowns", "right-hand sides", "slimllm", "× torch fp32", "× torch fp64", "error", "torch fp32's"]
     return table(header, [line(rows) for rows in settings])
+
+
+def heads_table() -> str:
+    """Quadratic forms and half-solutions of a layer's heads against torch's batched Cholesky and substitution."""
+
+    def line(rows: Rows) -> list[str]:
+        seconds = {name: statistics.median(row["seconds"][name] for row in rows) for name in rows[0]["seconds"]}
+        forms, half = seconds["quadratic forms"], seconds["ours"]
+        return [
+            *re.findall(r"\d+", rows[0]["what"]),
+            f"{1e3 * forms:.2f} ms",
+            f"{seconds['quadratic forms, torch'] / forms:.1f}",
+            f"{1e3 * half:.2f} ms",
+            f"{seconds['torch'] / half:.1f}",
+            f"{seconds['numpy'] / half:.0f}",
+        ]
+
+    settings = newest("lstsq", ("what",), lambda row: row["what"].startswith("heads"))
+    header = ["matrices", "rows", "right-hand sides", "`quadratic_forms`", "× torch", "`half_solve`", "× torch", "× numpy"]
+    return table(header, [line(rows) for rows in settings])
+
+
+def systems_table() -> str:
+    """Make the table of large systems, in place, against torch in one piece."""
+
+    def line(rows: Rows) -> list[str]:
+        cells = re.findall(r"\d+", rows[0]["what"])[:2]
+        for step in ("factor", "solve", "inverse"):
+            ours, torchs = (statistics.median(row["seconds"][name] for row in rows) for name in (step, f"{step}, torch"))
+            cells += [f"{ours:.2f} s", f"{torchs / ours:.2f}"]
+        return cells
+
+    settings = newest("lstsq", ("what",), lambda row: row["what"].startswith("large"))
+    return table(
+        ["unknowns", "right-hand sides", *(h for step in ("factor", "solve", "inverse") for h in (step, "× torch"))],
+        [line(rows) for rows in settings],
+    )
 
 
 def large_table() -> str:
@@ -242,6 +279,8 @@ TABLES = {
     "naive": naive_table,
     "recovery": recovery_table,
     "lstsq": lstsq_table,
+    "heads": heads_table,
+    "systems": systems_table,
     "contended": contended_table,
     "large": large_table,
     "accuracy": accuracy_table,
