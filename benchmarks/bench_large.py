@@ -59,7 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-33b")
     parser.add_argument("--layers", nargs="*", type=int, default=[2, 4])
-    parser.add_argument("--recovery", default="affine")
+    parser.add_argument("--preset", default="default")
+    parser.add_argument("--recovery", help="default: the preset's")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--host-memory")
     parser.add_argument("--gpu-memory", help="budget on the GPU, which torch enforces")
@@ -69,7 +70,8 @@ def main() -> None:
     rows = []
     for layers in arguments.layers:
         budgets = {"host_memory": arguments.host_memory, "gpu_memory": arguments.gpu_memory}
-        setting = Setting(arguments.model, layers, recovery=arguments.recovery, samples=arguments.samples, on_disk=True)
+        methods = {"preset": arguments.preset, "recovery": arguments.recovery}
+        setting = Setting(arguments.model, layers, samples=arguments.samples, on_disk=True, **methods)
         rows.append(row_of(replace(setting, **budgets)))
         append_results("large", rows[-1:])
     show(rows)

@@ -37,7 +37,7 @@ MOST_S = {"check": 230, "bench": 575}  # of all steps
 SLOWER = 10  # is a simulated GPU
 GRACE_S = 10  # from the interrupt to the end
 PACK_S = 15  # between two archives
-TESTS = ("kernels", "columns", "pearson", "greedy_elimination", "ops", "lstsq")
+TESTS = ("kernels", "columns", "pearson", "greedy_elimination", "substitution", "cholesky", "ops", "lstsq")
 
 
 @dataclass(frozen=True)

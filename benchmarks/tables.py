@@ -194,7 +194,7 @@ def systems_table() -> str:
 
 def large_table() -> str:
     """Make the table of layers of models that are larger than the machine's memory."""
-    settings = newest("large", ("model", "layers", "recovery", "host_memory"), lambda row: row["device"] == "cpu")
+    settings = newest("large", ("model", "layers", "preset", "recovery", "host_memory"), lambda row: row["device"] == "cpu")
     settings.sort(key=lambda rows: (rows[0]["model"], rows[0]["recovery"], rows[0]["layers"]))
 
     def line(rows: Rows) -> list[str]:
@@ -202,7 +202,7 @@ def large_table() -> str:
         return [
             first["model"],
             str(first["layers"]),
-            first["recovery"],
+            first["recovery"] if first["preset"] == "default" else first["preset"],
             first["host_memory"] or "none",
             f"{median(rows, lambda r: statistics.mean(r['layer_s'])):.0f} s",
             f"{median(rows, lambda r: r['elapsed_s']):.0f} s",

@@ -53,7 +53,7 @@ class PanelFactor {
   // Factors one column and subtracts it from the later ones of the panel.
   static SLIMLLM_DEVICE bool column(int rows, int c, int width, T* panel, const Team& team) {
     const T pivot = panel[c * kRow + c];
-    const bool positive = pivot > 0;  // a NaN is not
+    const bool positive = pivot > 0 && pivot < static_cast<T>(INFINITY);  // a NaN is not
     const T inverse = 1 / std::sqrt(positive ? pivot : T(1));
     team.sync();
     for (int i = c + team.lane(); i < rows; i += team.width()) panel[i * kRow + c] *= inverse;
@@ -153,8 +153,9 @@ class PanelTile {
   template <int SIGN>
   SLIMLLM_DEVICE void add(int row, int column, const T* from, T (&sum)[kRows][kEach]) const {
     for (int r = 0; r < kRows; ++r) {
-      const T left = row + r < k && row + r >= column ? l[static_cast<int64_t>(row + r) * k + column] : T(0);
-      for (int e = 0; e < kEach; ++e) sum[r][e] += SIGN * left * from[32 * e];
+      if (row + r >= k || row + r < column) continue;
+      const T left = SIGN * l[static_cast<int64_t>(row + r) * k + column];
+      for (int e = 0; e < kEach; ++e) sum[r][e] += left * from[32 * e];
     }
   }
 

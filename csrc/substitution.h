@@ -65,7 +65,7 @@ struct Factor {
       for (int64_t j = first; j < last; ++j) {
         const T pivot = lower[j * row + j];
         const bool dead = zeros && pivot == 0 && inverse[j] == 0;
-        regular = regular && (dead || pivot > inverse[j]);  // a NaN compares false
+        regular = regular && (dead || (pivot > inverse[j] && pivot <= std::numeric_limits<T>::max()));  // a NaN is neither
         const T inv = inverse[j] = dead ? 0 : 1 / std::sqrt(pivot > 0 ? pivot : 1);
         T* own = columns[j - first];
         for (int64_t i = j + 1; i < k; ++i) {

@@ -77,7 +77,9 @@ __global__ void __launch_bounds__(kThreads) add_up(const HalfProblem<T> problem,
 template <typename Kernel>
 void allow(Kernel kernel, int bytes) {
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  STD_TORCH_CHECK(status == cudaSuccess, "half_solve: ", bytes, " bytes of shared memory: ", cudaGetErrorString(status));
+  cudaGetLastError();  // so that no later launch reports it
+  STD_TORCH_CHECK(status == cudaSuccess, "this GPU does not have the shared memory that a matrix needs, ", bytes, " bytes: ",
+                  cudaGetErrorString(status));
 }
 
 template <typename T>
@@ -87,7 +89,7 @@ void run(const HalfProblem<T>& problem, const Tensor& matrices) {
                   "up to 256 rows and 65535 matrices at once, got ", k, " and ", problem.batch, ".");
   if (problem.batch == 0) return;
   const Tensor factors = torch::stable::empty_like(matrices);
-  const Tensor squares = torch::stable::new_empty(matrices, {problem.batch * tiles}, ScalarType::Double);
+  const Tensor squares = torch::stable::new_empty(matrices, {problem.solution ? 0 : problem.batch * tiles}, ScalarType::Double);
   T* l = static_cast<T*>(factors.mutable_data_ptr());
   double* sums = static_cast<double*>(squares.mutable_data_ptr());
   const unsigned batch = static_cast<unsigned>(problem.batch);
@@ -101,7 +103,7 @@ void run(const HalfProblem<T>& problem, const Tensor& matrices) {
     solve<T><<<dim3(static_cast<unsigned>(tiles), batch), kThreads, tile, stream>>>(problem, l, sums);
   }
   if (!problem.solution) add_up<T><<<(batch + kThreads - 1) / kThreads, kThreads, 0, stream>>>(problem, sums, tiles);
-  check_launch("half_solve");
+  check_launch(problem.solution ? "half_solve" : "quadratic_forms");
 }
 
 std::tuple<Tensor, Tensor> half_solve(const Tensor& matrices, const Tensor& right) {

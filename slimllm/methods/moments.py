@@ -9,6 +9,8 @@ import torch
 from slimllm import ops
 from slimllm.statistics import GramStatistics
 
+PART = 1024  # columns of a covariance that are read at a time
+
 
 @dataclass(frozen=True)
 class OutputMeans:
@@ -88,8 +90,11 @@ def channel_moments(
     kept, removed = kept_and_removed(keep, statistics.mean())
     mean, weight = statistics.mean().to(statistics.solver), weight.to(statistics.solver)
     kept_weight, removed_weight = (weight[:, columns.to(weight.device)].double() for columns in (kept, removed))
-    of_kept = ((kept_weight @ statistics.block(kept, kept)) * kept_weight).sum(1)
-    with_removed = ((kept_weight @ statistics.block(kept, removed)) * removed_weight).sum(1)
+    of_kept, with_removed = torch.zeros_like(kept_weight[:, 0]), torch.zeros_like(kept_weight[:, 0])
+    for part, columns in zip(kept_weight.split(PART, 1), kept.split(PART)):
+        of_kept += ((kept_weight @ statistics.block(kept, columns)) * part).sum(1)
+    for part, columns in zip(removed_weight.split(PART, 1), removed.split(PART)):
+        with_removed += ((kept_weight @ statistics.block(kept, columns)) * part).sum(1)
     kept, removed = kept.to(mean.device), removed.to(mean.device)
     moments = (kept_weight @ mean[kept] + removed_weight @ mean[removed], kept_weight @ mean[kept])
     mean_y, mean_y_hat, of_kept, covariance = (

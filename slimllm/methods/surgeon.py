@@ -46,19 +46,22 @@ class Surgeon:
     ) -> None:
         self.ranks = ranks or Ranks()
         self._given, self._careful = (weight, statistics), careful
-        ridge = ELIMINATION_RIDGE_OF_FEW if has_few_tokens(statistics) else ELIMINATION_RIDGE
-        for shift in _SHIFTS:  # the diagonal is at most 1
-            system = RidgeSystem(statistics, None, ridge, torch.float32, shift, self.ranks)
-            if not bool(system.failed):
-                break
-        else:
-            raise _ill_conditioned()
+        system = self._regular_system(statistics)
         self.inverse = self._inverse(system)
         size = torch.where(system.scale > 0, system.scale.reciprocal(), 0.0).float()
         own = self.ranks.rows(weight).to(size.device)
         self.weight = own.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         self.weight.mul_(size[:, None])
         self._failures = torch.zeros((), dtype=torch.int64, device=size.device)
+
+    def _regular_system(self, statistics: GramStatistics) -> RidgeSystem:
+        ridge = ELIMINATION_RIDGE_OF_FEW if has_few_tokens(statistics) else ELIMINATION_RIDGE
+        for shift in _SHIFTS:  # the diagonal is at most 1
+            system = RidgeSystem(statistics, None, ridge, torch.float32, shift, self.ranks)
+            if not bool(system.failed):
+                return system
+            del system  # before the next one
+        raise _ill_conditioned()
 
     def _inverse(self, system: RidgeSystem) -> torch.Tensor:
         return system.invert()
@@ -69,15 +72,18 @@ class Surgeon:
         if not self._careful:
             self._failures += failed.count_nonzero()
             return result
-        size = matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        matrices, size = matrices.clone(), matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
         for shift in _SHIFTS[1:]:
-            if not bool(failed.any()):
+            if not self._any(failed):
                 return result
             matrices.diagonal(dim1=-2, dim2=-1).add_(shift * size)
             result, failed = operation(matrices, right)
-        if bool(failed.any()):
+        if self._any(failed):
             raise _ill_conditioned()
         return result
+
+    def _any(self, failed: torch.Tensor) -> bool:
+        return bool(failed.any())
 
     def failed(self) -> bool:
         """Return whether a factor could not be computed; what was computed with it is then of no use."""
@@ -163,8 +169,11 @@ class SharedSurgeon(Surgeon):
         del system.matrix  # before the columns are copied
         return columns.T.contiguous()
 
+    def _any(self, failed: torch.Tensor) -> bool:
+        return bool(self._put_together(failed.count_nonzero()))
+
     def failed(self) -> bool:
-        self.ranks.sum_(self._failures)
+        self._put_together(self._failures)
         return super().failed()
 
     def pivots(self) -> torch.Tensor:

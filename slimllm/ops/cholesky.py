@@ -1,7 +1,8 @@
 """Cholesky factor, inverse and solution of one large system, in place, by panels of columns.
 
 A system of many thousand unknowns is the largest tensor of a run. Everything here overwrites it and needs only some panels
-beside it, on any device. Products, which are nearly all of the work, are large matrix products.
+beside it, on any device. Products, which are nearly all of the work, are large matrix products. On a CPU, small systems are
+LAPACK's in one piece.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import full_precision
 
 PANEL = 256  # columns
+# Unknowns up to which LAPACK in one piece is faster on a CPU, where the panels' products are too small for several threads:
+# for the factor and the inverse, and for a solution.
+FACTOR_IN_ONE, SOLVE_IN_ONE = 1280, 4096
 
 
 class Sharing(Protocol):
@@ -46,8 +50,12 @@ def factorise_(system: torch.Tensor, ranks: Sharing | None = None) -> torch.Tens
     size = len(system)
     failed = torch.zeros((), dtype=torch.bool, device=system.device)
     with torch.no_grad(), full_precision(system.device):
-        if ranks is not None and ranks.size > 1:
+        if ranks is not None and ranks.size > 1 and size:
             return _factorise_together(system, ranks)
+        if _in_one_piece(system, FACTOR_IN_ONE):
+            upper, status = system.mT, torch.empty((), dtype=torch.int32)  # in place: LAPACK reads by columns
+            torch.linalg.cholesky_ex(upper, upper=True, out=(upper, status))
+            return status != 0
         for start in range(0, size, PANEL):
             stop = min(start + PANEL, size)
             panel = system[start:, start:stop]
@@ -94,6 +102,8 @@ def invert_(factor: torch.Tensor) -> torch.Tensor:
     size = len(factor)
     starts = range(0, size, PANEL)
     with torch.no_grad(), full_precision(factor.device):
+        if _in_one_piece(factor, FACTOR_IN_ONE):
+            return factor.copy_(torch.cholesky_inverse(factor))
         for start in reversed(starts):  # L⁻¹ by columns, each from its last row on
             stop = min(start + PANEL, size)
             own = factor[start:stop, start:stop] = _inverse(factor[start:stop, start:stop])  # with zeros above
@@ -128,6 +138,9 @@ def solve_(factor: torch.Tensor, right: torch.Tensor, zero_rows: int = 0) -> tor
     starts = range(0, size, PANEL)
     first = zero_rows // PANEL * PANEL
     with torch.no_grad(), full_precision(factor.device):
+        if _in_one_piece(factor, SOLVE_IN_ONE):
+            half = torch.linalg.solve_triangular(factor, right, upper=False)
+            return right.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True))
         for start in range(first, size, PANEL):
             rows = slice(start, min(start + PANEL, size))
             right[rows].addmm_(factor[rows, first:start], right[first:start], alpha=-1)
@@ -137,6 +150,10 @@ def solve_(factor: torch.Tensor, right: torch.Tensor, zero_rows: int = 0) -> tor
             right[rows].addmm_(factor[rows.stop :, rows].T, right[rows.stop :], alpha=-1)
             right[rows] = _inverse(factor[rows, rows]).T @ right[rows]
     return right
+
+
+def _in_one_piece(system: torch.Tensor, most: int) -> bool:
+    return system.device.type == "cpu" and len(system) <= most
 
 
 def _inverse(lower: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from slimllm.ops.checks import PRECISE, check_dtype, check_integer, check_tensors
-from slimllm.ops.dispatch import backend_of_call
+from slimllm.ops.dispatch import backend_of_call, choose
 from slimllm.ops.registry import Random, operator
 
 LEAST = 1e-7  # fraction of the largest A_cc; smaller pivots are rounding errors
@@ -76,11 +76,12 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     extension={"cpu": "float32 and float64"},
 )
 def _greedy_elimination(inverse: torch.Tensor, products: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
-    backend = backend_of_call("greedy_elimination", inverse.device)
+    fits = len(inverse) <= MOST or choose("greedy_elimination", inverse.device).backend != "triton"
+    backend = backend_of_call("greedy_elimination", inverse.device, fits)
     a, k = inverse.double().contiguous(), products.double().contiguous()
     if backend == "extension":
         return torch.ops.slimllm_C.greedy_elimination(a, k, num, LEAST)  # type: ignore[no-any-return]
-    if backend == "triton" and len(a) <= MOST:
+    if backend == "triton":
         from slimllm.kernels.elimination import greedy_elimination as kernel
 
         return kernel(a, k, num, LEAST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from slimllm.ops.checks import ACTIVATIONS, PRECISE, check_dtype, check_floating, check_integer, check_tensors
-from slimllm.ops.dispatch import backend_of_call, full_precision
+from slimllm.ops.dispatch import backend_of_call, choose, full_precision
 from slimllm.ops.gram import gram_
 from slimllm.ops.registry import Random, operator
 
@@ -133,8 +133,10 @@ def _cases_of_tokens(random: Random, tokens: int) -> list[torch.Tensor]:
     kernel=True,
 )
 def _head_covariance_of_tokens(weight: torch.Tensor, x: torch.Tensor, num_heads: int, method: str | None) -> torch.Tensor:
-    fused = backend_of_call("head_covariance_of_tokens", x.device) == "triton"
-    if (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads, fused)) == "stream":
+    fused = choose("head_covariance_of_tokens", x.device).backend == "triton"
+    streams = (method or cheaper_method(x.shape[0], weight.shape[0], weight.shape[1], num_heads, fused)) == "stream"
+    backend_of_call("head_covariance_of_tokens", x.device, streams)
+    if streams:
         return _stream_head_covariance(weight, x, num_heads, fused)
     mean = x.mean(0, dtype=torch.float32)
     gram, total = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32), torch.zeros_like(mean)

@@ -10,6 +10,7 @@ from slimllm.ops.registry import Random, operator
 
 # Rows up to which the extension is used: a factor of more does not fit a core's caches, or a tile a GPU's shared memory.
 WIDEST = {"cpu": 1024, "cuda": 256}
+MOST = 65535  # matrices at once on a GPU
 
 
 def half_solve(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,13 +61,19 @@ def _check(matrices: torch.Tensor, right: torch.Tensor) -> None:
 
 
 def _by_extension(operation: str, matrices: torch.Tensor, right: torch.Tensor) -> bool:
-    fits = matrices.shape[1] <= WIDEST.get(matrices.device.type, 0) and right.numel() > 0
+    kind = matrices.device.type
+    fits = matrices.shape[1] <= WIDEST.get(kind, 0) and right.numel() > 0 and (kind == "cpu" or len(matrices) <= MOST)
     return backend_of_call(operation, matrices.device, fits) == "extension"
 
 
 def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     results: list[torch.Tensor] = []
-    for size, columns, dtype in ((64, 130, torch.float32), (40, 1, torch.float64), (7, 33, torch.float32)):
+    for size, columns, dtype in (
+        (64, 130, torch.float32),
+        (40, 1, torch.float64),
+        (7, 33, torch.float32),
+        (256, 9, torch.float32),
+    ):
         a, right = random(3, 2 * size, size).to(dtype), random(3, size, columns).to(dtype)
         matrices = a.mT @ a / (2 * size)
         results += [half_solve(matrices, right)[0], quadratic_forms(matrices, right)[0]]
@@ -88,10 +95,15 @@ _EXTENSION = {"cpu": "up to 1024 rows; else torch", "cuda": "up to 256 rows; els
 def _half_solve(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if _by_extension("half_solve", matrices, right):
         return torch.ops.slimllm_C.half_solve(matrices.contiguous(), right.contiguous())  # type: ignore[no-any-return]
-    factor, failed = torch.linalg.cholesky_ex(matrices)
+    factor, failed = _factor(matrices)
     with full_precision(right.device):
         solution = torch.linalg.solve_triangular(factor, right, upper=False).contiguous()
-    return solution.masked_fill_((failed != 0)[:, None, None], torch.nan), (failed != 0).int()
+    return solution.masked_fill_(failed[:, None, None], torch.nan), failed.int()
+
+
+def _factor(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    factor, status = torch.linalg.cholesky_ex(matrices)
+    return factor, (status != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
 
 
 @operator(
@@ -106,10 +118,10 @@ def _half_solve(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tens
 def _quadratic_forms(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if _by_extension("quadratic_forms", matrices, right):
         return torch.ops.slimllm_C.quadratic_forms(matrices.contiguous(), right.contiguous())  # type: ignore[no-any-return]
-    factor, failed = torch.linalg.cholesky_ex(matrices)
+    factor, failed = _factor(matrices)
     with full_precision(right.device):
         # A triangular solution with many right-hand sides is slower on a CPU than an inverse and a product.
         one = torch.eye(matrices.shape[1], dtype=matrices.dtype, device=matrices.device)
         half = torch.linalg.solve_triangular(factor, one, upper=False) @ right
     forms = half.square().sum((1, 2), dtype=torch.float64)
-    return forms.masked_fill_(failed != 0, torch.nan), (failed != 0).int()
+    return forms.masked_fill_(failed, torch.nan), failed.int()

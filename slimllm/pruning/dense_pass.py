@@ -276,22 +276,19 @@ def _measure_layer(
         return similarity, None, found
     with watch("allocation"):
 
-        def measured() -> list[list[float]]:
-            curves = []
-            for one, columns, square in zip(sublayers, statistics, squares.tolist()):
-                dense = DenseSublayer(one, columns, square, weighted, shape, ranks)
-                with calling(config.allocation, f"measuring the {one.kind} of layer {index}"):
-                    costs = config.allocation.costs(dense)
-                    if costs.shape != (one.units // one.groups,) or not bool(costs.isfinite().all()):
-                        raise ValueError(
-                            f"costs must be {one.units // one.groups} finite numbers, one for each round, got shape "
-                            f"{tuple(costs.shape)}."
-                        )
-                curves.append(sampled(costs))
-            return curves
+        def measured(one: Sublayer, columns: ColumnStatistics | GramStatistics, square: float) -> list[float]:
+            dense = DenseSublayer(one, columns, square, weighted, shape, ranks)
+            with calling(config.allocation, f"measuring the {one.kind} of layer {index}"):
+                costs = config.allocation.costs(dense)
+                if costs.shape != (one.units // one.groups,) or not bool(costs.isfinite().all()):
+                    raise ValueError(
+                        f"costs must be {one.units // one.groups} finite numbers, one for each round, got shape "
+                        f"{tuple(costs.shape)}."
+                    )
+            return sampled(costs)
 
         make = ranks.made_together if config.allocation.shares_work else ranks.made_by_first
-        curves = Curves(*make(measured))
+        curves = Curves(*(make(partial(measured, *each)) for each in zip(sublayers, statistics, squares.tolist())))
     trim()
     return similarity, curves, found
 

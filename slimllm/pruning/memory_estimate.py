@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from slimllm.config import PruneConfig
 from slimllm.methods.allocation.sensitivity import MOST_STATES, TOKENS
+from slimllm.methods.moments import PART
 from slimllm.methods.recovery.lstsq import OUTPUTS, ROWS
 from slimllm.methods.statistics import Needs
 from slimllm.models.families import family_of
@@ -225,7 +226,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             yield solving("slicing", solution, cast, sliced)
         else:
             if by_channels:
-                yield solving("recovery", {"moments": 12 * kept**2 + 8 * d * (2 * kept + i)})
+                yield solving("recovery", {"moments": 12 * min(PART, kept) * kept + 8 * d * (i + min(PART, kept))})
             yield at("slicing", streams, inner(i) | cast | {"covariance": d**2 * (4 + 8)}, sliced)
 
     if config.one_pass:  # only the windows that judge the result pass the pruned layers

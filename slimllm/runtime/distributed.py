@@ -144,9 +144,20 @@ class Ranks:
         return self.tell(made)
 
     def made_together(self, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns on the first rank, plain JSON data; for work that the ranks share within `make`."""
-        with self.together():
+        """Return what `make` returns on the first rank, plain JSON data; for work that the ranks share within `make`.
+
+        An InputError is one of all ranks. Any other error ends this rank, which the others report.
+        """
+        made = error = None
+        try:
             made = make()
+        except InputError as met:
+            if type(met) is not InputError:
+                raise
+            error = met
+        with self.together():
+            if error is not None:
+                raise error
         return self.tell(made)
 
     def everyone(self, value: Any) -> list[Any]:

@@ -37,7 +37,7 @@ def system_of(size: int) -> torch.Tensor:
 
 
 def _factor(group: distributed.ProcessGroup, size: int, bad: int) -> list[Any]:
-    cholesky.PANEL = 16
+    cholesky.PANEL, cholesky.SOLVE_IN_ONE = 16, 0
     system = system_of(size)
     if bad >= 0:
         system[bad, bad] = -1.0
@@ -59,7 +59,7 @@ def test_all_see_what_is_not_positive_definite(bad: int, tmp_path: Path) -> None
 
 
 def _eliminate(group: distributed.ProcessGroup, features: int, num: int, careful: bool) -> list[Any]:
-    cholesky.PANEL = 16
+    cholesky.PANEL, cholesky.SOLVE_IN_ONE = 16, 0
     surgeon = surgeon_for(weight_of(features), statistics_of(features), Ranks(group))
     found = eliminate_channels(surgeon.again() if careful else surgeon, num)
     return [found.order.tolist(), found.costs.tolist(), found.alone.tolist()]
@@ -89,8 +89,35 @@ def test_statistics_that_are_not_finite_stop_all(tmp_path: Path) -> None:
     assert all("ill-conditioned" in one["error"] and one["error"].startswith("InputError") for one in found)
 
 
+def _one_fails(group: distributed.ProcessGroup) -> Any:
+    ranks = Ranks(group)
+
+    def make() -> None:
+        if ranks.rank == 1:
+            raise RuntimeError("only here")
+        ranks.sum_(torch.ones(3))
+
+    return ranks.made_together(make)
+
+
+def test_an_error_of_one_is_not_waited_for(tmp_path: Path) -> None:
+    other, failed = World(_one_fails, 2, tmp_path / "world", seconds=5).results()
+    assert "LostRankError" in other["error"] and "only here" in failed["error"]
+
+
+def _without_outputs(group: distributed.ProcessGroup) -> None:
+    statistics = statistics_of(40)
+    statistics.gram[0, 0] = torch.nan
+    refit_kept(weight_of(40)[:1], statistics, torch.arange(0, 40, 2), Ranks(group))
+
+
+def test_more_processes_than_outputs(tmp_path: Path) -> None:
+    found = World(_without_outputs, 3, tmp_path / "world").results()
+    assert all("not finite" in one["error"] for one in found)
+
+
 def _refit(group: distributed.ProcessGroup) -> list[Any]:
-    cholesky.PANEL = 16
+    cholesky.PANEL, cholesky.SOLVE_IN_ONE = 16, 0
     refit = refit_kept(weight_of(96), statistics_of(96), torch.arange(0, 96, 2), Ranks(group))
     assert refit.change.delta is not None
     return [refit.change.delta.tolist(), refit.after]

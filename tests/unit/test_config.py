@@ -63,7 +63,8 @@ def test_every_setting_is_checked(settings: dict[str, Any], error: type[Exceptio
         ),
         (SlimLLM, {"keep_lowest": 1.0}, InputError, "from 0 to below 1"),
         (SlimLLM, {"keep_lowest": float("nan")}, InputError, "keep_lowest must be a finite number"),
-        (LeastSquares, {"ridge": 1.0}, TypeError, "lstsq has no option ridge; it has no options"),
+        (LeastSquares, {"ridge": 1.0}, TypeError, "lstsq has no option ridge; its options are precision"),
+        (LeastSquares, {"precision": "half"}, InputError, "lstsq.precision must be auto, double or single, got .half."),
     ],
 )
 def test_every_option_of_a_method_is_checked(

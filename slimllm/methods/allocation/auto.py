@@ -32,7 +32,7 @@ class Auto(Allocation):
     """Allocation by measured error: every step is taken where a parameter costs least, weighted by output sensitivity."""
 
     needs = Needs.COLUMN_GRAM
-    version = "2"  # fewer probed layers, larger blocks
+    version = "3"  # fewer probed layers, larger blocks; half of the inverse
     by_sensitivity = True
     shares_work = True
 

@@ -14,7 +14,7 @@ from slimllm.models.sublayer import Sublayer
 class Obs(Criterion):
     """Structured optimal brain surgeon: lowest output error after refit, one unit after the other."""
 
-    version = "2"  # larger blocks
+    version = "3"  # larger blocks; half of the inverse
     needs = Needs.COLUMN_GRAM
     needs_recovery = True
     shares_work = True

@@ -10,7 +10,7 @@ import torch
 from slimllm.errors import InputError
 from slimllm.methods.moments import kept_and_removed, relative_error
 from slimllm.methods.recovery.base import Fit, Recovery, register_recovery
-from slimllm.methods.ridge import RidgeSystem, has_few_tokens
+from slimllm.methods.ridge import RidgeSystem, has_few_tokens, not_finite
 from slimllm.methods.statistics import Needs, SublayerStatistics
 from slimllm.models.slicing import OutputChange
 from slimllm.models.sublayer import Sublayer
@@ -28,6 +28,7 @@ OUTPUTS, ROWS = 2048, 1024
 class LeastSquares(Recovery):
     """Ridge regression of all kept weights of an output projection, for a result closer to the dense model."""
 
+    version = "2"  # by panels
     needs = Needs.COLUMN_GRAM
     shares_work = True
 
@@ -49,6 +50,7 @@ class LeastSquares(Recovery):
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
         weight, precision = sublayer.output_projection.weight, self.settings.precision
         single = has_slow_fp64(statistics.gram.solver) if precision == "auto" else precision == "single"
+        single = statistics.ranks.tell(single)  # the processes share the factor
         dtype = torch.float32 if single else torch.float64
         refit = refit_kept(weight, statistics.gram, sublayer.columns_of(kept), statistics.ranks, dtype)
         variance = statistics.output_variance()
@@ -99,6 +101,7 @@ def refit_kept(
     kept, removed = kept_and_removed(keep, statistics.mean())
     mean_kept, mean_removed = (statistics.mean()[columns].to(solver) for columns in (kept, removed))
     system = RidgeSystem(statistics, kept, RIDGE_OF_FEW if has_few_tokens(statistics) else RIDGE, dtype, ranks=ranks)
+    system.check()
     weight = ranks.rows(weight).to(solver)
     delta = torch.empty(len(weight), len(kept), dtype=torch.float64, device=solver)
     intercept = torch.empty(len(weight), dtype=torch.float64, device=solver)
@@ -123,6 +126,8 @@ def refit_kept(
     del system
     whole = OutputChange(ranks.join(intercept, outputs), delta=ranks.join(delta, outputs))
     ranks.sum_(errors)
+    if not bool(errors.isfinite().all()):
+        raise not_finite()
     before, after = errors.clamp(min=0).tolist()
     return Refit(whole, before, after)
 

@@ -61,6 +61,23 @@ def test_statistics_that_are_not_finite_are_an_error(dtype: torch.dtype) -> None
         RidgeSystem(statistics, None, 0.3, dtype).solve(torch.ones(300, 1, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("where", [(0, 1), (1, 1), (0, 3)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_refit_of_statistics_that_are_not_finite_is_an_error(
+    where: tuple[int, int], bad: float, dtype: torch.dtype
+) -> None:
+    """Of kept columns, of removed ones, or between them."""
+    statistics, keep = statistics_of("plain"), torch.arange(0, 300, 3)
+    statistics.gram[where] = statistics.gram[where[::-1]] = bad
+    with pytest.raises(InputError, match="not finite"):
+        refit_kept(torch.randn(4, 300), statistics, keep, dtype=dtype)
+    weight = torch.randn(4, 300)
+    weight[2, 1] = bad
+    with pytest.raises(InputError, match="not finite"):
+        refit_kept(weight, statistics_of("plain"), keep, dtype=dtype)
+
+
 def test_shares_and_precisions_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refit of all outputs at once, of a few at a time, and with a factor in fp32."""
     statistics, weight, keep = statistics_of("scaled"), torch.randn(40, 300), torch.arange(0, 300, 3)

@@ -10,9 +10,12 @@ from slimllm.ops import cholesky
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=["panels", "one piece"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cholesky, "PANEL", 16)
+    if request.param == "panels":
+        monkeypatch.setattr(cholesky, "FACTOR_IN_ONE", 0)
+        monkeypatch.setattr(cholesky, "SOLVE_IN_ONE", 0)
 
 
 def system(size: int, dtype: torch.dtype) -> torch.Tensor:
