@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 if "OMP_WAIT_POLICY" not in os.environ:
     # OpenMP reads this when torch is loaded, so it has no effect after `import torch`. By default, threads spin at every
     # barrier until they get a core, which takes very long if other work has one (benchmarks/bench_contended.py).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = importlib.metadata.version("slimllm-engine")
 

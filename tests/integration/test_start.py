@@ -61,7 +61,7 @@ def test_the_package_offers_what_it_says() -> None:
 @pytest.mark.parametrize(
     ("environment", "code", "wanted"),
     [
-        ({}, "import slimllm", "1000"),
+        ({}, "import slimllm", "2000"),
         ({"GOMP_SPINCOUNT": "7"}, "import slimllm", "7"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "import slimllm", "None"),
     ],
