@@ -1,37 +1,14 @@
 // The solver of csrc/panels.h with threads and a barrier in place of a block of a GPU. Arguments: threads, float or double,
 // batch, k, m. Standard input: matrices, right. Standard output: L⁻¹ R, the sums of its squares (fp64), failed (int32).
 
-#include <cstdio>
 #include <cstdlib>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include <pthread.h>
-
 #include "../csrc/panels.h"
+#include "on_host.h"
 
 namespace {
-
-struct Threads {
-  int index, count;
-  pthread_barrier_t* barrier;
-  int lane() const { return index; }
-  int width() const { return count; }
-  void sync() const { pthread_barrier_wait(barrier); }
-};
-
-template <typename T>
-std::vector<T> read(size_t count) {
-  std::vector<T> values(count);
-  if (std::fread(values.data(), sizeof(T), count, stdin) != count) std::exit(3);
-  return values;
-}
-
-template <typename T>
-void write(const std::vector<T>& values) {
-  std::fwrite(values.data(), sizeof(T), values.size(), stdout);
-}
 
 template <typename T>
 void run(int threads, int64_t batch, int64_t k, int64_t m) {
@@ -44,26 +21,18 @@ void run(int threads, int64_t batch, int64_t k, int64_t m) {
   std::vector<int32_t> failed(batch, 7);
   // Exactly as much as a kernel is given, so that a sanitizer sees what goes beyond it.
   std::vector<T> panel(Factor::numbers(size), T(1e30)), columns(Tile::numbers(size), T(1e30));
-  pthread_barrier_t barrier;
-  pthread_barrier_init(&barrier, nullptr, threads);
-  std::vector<std::thread> team;
-  for (int index = 0; index < threads; ++index) {
-    team.emplace_back([&, index] {
-      const Threads self{index, threads, &barrier};
-      for (int64_t b = 0; b < batch; ++b) {
-        const bool regular =
-            Factor::run(matrices.data() + b * k * k, factors.data() + b * k * k, size, panel.data(), self);
-        if (index == 0) failed[b] = regular ? 0 : 1;
-        for (int64_t first = 0; first < m; first += Tile::kWidth) {
-          Tile tile(factors.data() + b * k * k, size, columns.data(), self);
-          parts[b * threads + index] += tile.run(right.data() + b * k * m, solution.data() + b * k * m, m, first);
-          self.sync();
-        }
+  run_team(threads, [&](const Threads& self) {
+    for (int64_t b = 0; b < batch; ++b) {
+      const bool regular =
+          Factor::run(matrices.data() + b * k * k, factors.data() + b * k * k, size, panel.data(), self);
+      if (self.index == 0) failed[b] = regular ? 0 : 1;
+      for (int64_t first = 0; first < m; first += Tile::kWidth) {
+        Tile tile(factors.data() + b * k * k, size, columns.data(), self);
+        parts[b * threads + self.index] += tile.run(right.data() + b * k * m, solution.data() + b * k * m, m, first);
+        self.sync();
       }
-    });
-  }
-  for (auto& thread : team) thread.join();
-  pthread_barrier_destroy(&barrier);
+    }
+  });
   for (int64_t b = 0; b < batch; ++b) {
     for (int index = 0; index < threads; ++index) forms[b] += parts[b * threads + index];
   }

@@ -2,37 +2,14 @@
 // there is no GPU. Arguments: threads, float or double, batch, k, m, absolute (0 or 1). Standard input: gram, cross,
 // ridge (fp64). Standard output: solution, used (fp64), status (int32).
 
-#include <cstdio>
 #include <cstdlib>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include <pthread.h>
-
 #include "../csrc/team.h"
+#include "on_host.h"
 
 namespace {
-
-struct Threads {
-  int index, count;
-  pthread_barrier_t* barrier;
-  int lane() const { return index; }
-  int width() const { return count; }
-  void sync() const { pthread_barrier_wait(barrier); }
-};
-
-template <typename T>
-std::vector<T> read(size_t count) {
-  std::vector<T> values(count);
-  if (std::fread(values.data(), sizeof(T), count, stdin) != count) std::exit(3);
-  return values;
-}
-
-template <typename T>
-void write(const std::vector<T>& values) {
-  std::fwrite(values.data(), sizeof(T), values.size(), stdout);
-}
 
 template <typename T>
 void run(int threads, int64_t batch, int64_t k, int64_t m, bool absolute) {
@@ -46,20 +23,12 @@ void run(int threads, int64_t batch, int64_t k, int64_t m, bool absolute) {
   // Exactly as much as a kernel is given, so that a sanitizer sees what goes beyond it.
   const size_t bytes = slimllm::TeamMemory::bytes(static_cast<int>(k));
   std::vector<double> memory((bytes + 7) / 8, 1e300);
-  pthread_barrier_t barrier;
-  pthread_barrier_init(&barrier, nullptr, threads);
-  std::vector<std::thread> team;
-  for (int index = 0; index < threads; ++index) {
-    team.emplace_back([&, index] {
-      const Threads self{index, threads, &barrier};
-      for (int64_t b = 0; b < batch; ++b) {
-        slimllm::TeamSolver<T, Threads>(problem, b, self, memory.data()).solve();
-        self.sync();
-      }
-    });
-  }
-  for (auto& thread : team) thread.join();
-  pthread_barrier_destroy(&barrier);
+  run_team(threads, [&](const Threads& self) {
+    for (int64_t b = 0; b < batch; ++b) {
+      slimllm::TeamSolver<T, Threads>(problem, b, self, memory.data()).solve();
+      self.sync();
+    }
+  });
   write(solution);
   write(used);
   write(status);

@@ -2,21 +2,14 @@
 // (64, 32, 16), float or double, k, m. Standard input: a matrix, and right-hand sides. Standard output: L⁻¹ R, (L Lᵀ)⁻¹ R,
 // and the sum of the squares of the former (fp64).
 
-#include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
 #include "../csrc/substitution.h"
+#include "on_host.h"
 
 namespace {
-
-template <typename T>
-std::vector<T> read(size_t count) {
-  std::vector<T> values(count);
-  if (std::fread(values.data(), sizeof(T), count, stdin) != count) std::exit(3);
-  return values;
-}
 
 template <typename T, typename R>
 void run(int64_t k, int64_t m) {
@@ -38,9 +31,9 @@ void run(int64_t k, int64_t m) {
     tile.backward(factor);
     for (int64_t i = 0; i < k; ++i) std::copy_n(tile.row(i), width, whole.data() + i * m + first);
   }
-  std::fwrite(half.data(), sizeof(T), half.size(), stdout);
-  std::fwrite(whole.data(), sizeof(T), whole.size(), stdout);
-  std::fwrite(squares.data(), sizeof(double), 1, stdout);
+  write(half);
+  write(whole);
+  write(squares);
 }
 
 template <typename T>

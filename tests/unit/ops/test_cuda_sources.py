@@ -53,22 +53,28 @@ def panels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def solve(
     program: Path, threads: int, gram: torch.Tensor, cross: torch.Tensor, ridge: torch.Tensor, absolute: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, k, m = cross.shape
-    dtype = {torch.float32: "float", torch.float64: "double"}[gram.dtype]
-    arguments = [threads, dtype, batch, k, m, int(absolute)]
-    tensors = [gram, cross, ridge]
+    """Run the program of `team`; return solutions, ridges and statuses."""
+    return called(program, threads, [gram, cross, ridge], int(absolute))
+
+
+def called(
+    program: Path, threads: int, tensors: list[torch.Tensor], *arguments: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a program on matrices (batch, k, k), (batch, k, m) and others; return results like the latter, fp64 and int32."""
+    cross = tensors[1]
+    dtype = {torch.float32: "float", torch.float64: "double"}[cross.dtype]
     done = subprocess.run(
-        [str(program), *map(str, arguments)],
+        [str(program), *map(str, [threads, dtype, *cross.shape, *arguments])],
         input=b"".join(t.contiguous().numpy().tobytes() for t in tensors),
         capture_output=True,
         timeout=300,
     )
     assert done.returncode == 0 and not done.stderr, done.stderr.decode()
-    split = cross.numel() * cross.element_size()
+    split, batch = cross.numel() * cross.element_size(), len(cross)
     solution = np.frombuffer(done.stdout[:split], dtype=cross.numpy().dtype).reshape(cross.shape)
-    used = np.frombuffer(done.stdout[split : split + 8 * batch], dtype=np.float64)
+    precise = np.frombuffer(done.stdout[split : split + 8 * batch], dtype=np.float64)
     status = np.frombuffer(done.stdout[split + 8 * batch :], dtype=np.int32)
-    return tuple(torch.from_numpy(array.copy()) for array in (solution, used, status))  # type: ignore[return-value]
+    return tuple(torch.from_numpy(array.copy()) for array in (solution, precise, status))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
@@ -130,26 +136,6 @@ def test_a_bad_system_says_so(team: dict[str, Path]) -> None:
     assert torch.allclose(solution[10], torch.linalg.solve(1e200 * gram[10], 1e200 * cross[10]))
 
 
-def halves(
-    program: Path, threads: int, matrices: torch.Tensor, right: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the program of `panels`; return L⁻¹ R, the sums of its squares, and what failed."""
-    batch, k, m = right.shape
-    dtype = {torch.float32: "float", torch.float64: "double"}[matrices.dtype]
-    done = subprocess.run(
-        [str(program), *map(str, [threads, dtype, batch, k, m])],
-        input=b"".join(t.contiguous().numpy().tobytes() for t in (matrices, right)),
-        capture_output=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr.decode()
-    split = right.numel() * right.element_size()
-    solution = np.frombuffer(done.stdout[:split], dtype=right.numpy().dtype).reshape(right.shape)
-    forms = np.frombuffer(done.stdout[split : split + 8 * batch], dtype=np.float64)
-    failed = np.frombuffer(done.stdout[split + 8 * batch :], dtype=np.int32)
-    return tuple(torch.from_numpy(array.copy()) for array in (solution, forms, failed))  # type: ignore[return-value]
-
-
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("threads", "k", "m"), [(4, 1, 1), (3, 31, 5), (4, 32, 64), (4, 75, 70), (2, 256, 3)])
@@ -158,7 +144,7 @@ def test_panels_against_fp64(
 ) -> None:
     matrices, right = normal_equations(2, k, m, condition=1e3, dtype=dtype)
     unread = matrices.tril() + torch.full_like(matrices, torch.nan).triu(1)
-    solution, forms, failed = halves(panels[sanitizer], threads, unread, right)
+    solution, forms, failed = called(panels[sanitizer], threads, [unread, right])
     factor = torch.linalg.cholesky(matrices.double())
     wanted = torch.linalg.solve_triangular(factor, right.double(), upper=False)
     assert not failed.any()
@@ -174,6 +160,6 @@ def test_panels_say_what_is_not_positive_definite(panels: dict[str, Path]) -> No
     matrices[0, 3, 3] = -1.0
     matrices[2, 69, 69] = 0.0
     matrices[3, 40, 7] = torch.nan
-    solution, _, failed = halves(panels["address,undefined"], 4, matrices, right)
+    solution, _, failed = called(panels["address,undefined"], 4, [matrices, right])
     assert failed.tolist() == [1, 0, 1, 1, 1]
     assert solution[1, :60].isfinite().all() and not solution[1, 60:].isfinite().any()  # only what follows from it
