@@ -14,6 +14,12 @@ from slimllm.errors import HopelessError, InputError
 from slimllm.models.families import Family, family_of
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinity."""
+    # Both extremes are NaN if any value is; unlike a sum, they are found without a copy.
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
 class Checkpoint(ABC):
     """A model on disk: its configuration, its tensors by their Hugging Face names, its tokenizer."""
 
@@ -56,8 +62,7 @@ class Checkpoint(ABC):
         """
         tensors = self._read(list(names))
         for name, tensor in tensors.items():
-            # Both extremes are NaN if any value is; unlike a sum, they are found without a copy.
-            if tensor.numel() and not torch.stack(torch.aminmax(tensor)).isfinite().all():
+            if not all_finite(tensor):
                 raise HopelessError(
                     f"Tensor {name} of {self.path} holds NaN or infinite values; the checkpoint is damaged."
                 )

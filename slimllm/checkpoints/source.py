@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimllm.checkpoints.base import Checkpoint
+from slimllm.checkpoints.base import Checkpoint, all_finite
 from slimllm.errors import InputError
 from slimllm.models.families import READ_AS, family_of, head_dim_of
 from slimllm.models.layer import Layer
@@ -220,7 +220,7 @@ class InMemoryModel(ModelSource):
                 f"{different[0]} differs; load it with AutoModelForCausalLM, and merge adapters first."
             )
         for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
+            if not all_finite(parameter.detach()):
                 raise InputError(f"Parameter {name} of the model holds NaN or infinite values.")
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
         if len(dtypes) > 1:

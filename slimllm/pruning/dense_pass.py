@@ -239,7 +239,8 @@ def _measure_layer(
     inputs = ColumnStatistics(layer.linear(layer.spec.down_proj).out_features, layer.device)  # of the FFN
     for one in sublayers:
         if Needs.COLUMN_GRAM in needs:
-            statistics.append(empty_gram(one, stream.placement))
+            with ranks.together():  # the disk can be full
+                statistics.append(empty_gram(one, stream.placement))
         else:
             statistics.append(ColumnStatistics(one.output_projection.in_features, layer.device))
     similarity = torch.zeros((), dtype=torch.float64, device=layer.device)
@@ -289,7 +290,8 @@ def _measure_layer(
 
         make = ranks.made_together if config.allocation.shares_work else ranks.made_by_first
         curves = Curves(*(make(partial(measured, *each)) for each in zip(sublayers, statistics, squares.tolist())))
-    trim()
+    if Needs.COLUMN_GRAM in needs:
+        trim()
     return similarity, curves, found
 
 
