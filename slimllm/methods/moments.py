@@ -92,9 +92,9 @@ def channel_moments(
     kept_weight, removed_weight = (weight[:, columns.to(weight.device)].double() for columns in (kept, removed))
     of_kept, with_removed = torch.zeros_like(kept_weight[:, 0]), torch.zeros_like(kept_weight[:, 0])
     for part, columns in zip(kept_weight.split(PART, 1), kept.split(PART)):
-        of_kept += ((kept_weight @ statistics.block(kept, columns)) * part).sum(1)
+        of_kept += ((kept_weight @ statistics.block(columns, kept).T) * part).sum(1)
     for part, columns in zip(removed_weight.split(PART, 1), removed.split(PART)):
-        with_removed += ((kept_weight @ statistics.block(kept, columns)) * part).sum(1)
+        with_removed += ((kept_weight @ statistics.block(columns, kept).T) * part).sum(1)
     kept, removed = kept.to(mean.device), removed.to(mean.device)
     moments = (kept_weight @ mean[kept] + removed_weight @ mean[removed], kept_weight @ mean[kept])
     mean_y, mean_y_hat, of_kept, covariance = (

@@ -22,6 +22,7 @@ from slimllm.models.slicing import LayerSizes
 from slimllm.ops.heads import CONTRIBUTIONS, cheaper_method
 from slimllm.pruning.shapes import dense_windows, may_stream_heads
 from slimllm.runtime.hidden_states import Placement
+from slimllm.runtime.mapped import WAITING
 from slimllm.statistics import TILE
 
 Parts = dict[str, float]
@@ -157,6 +158,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     elimination: Parts = {"elimination": 4 * i**2 * shared + 2 * 4 * i * d / sizes.ranks + 2 * 8 * min(256, i) * i}
     copies = 2 if config.token_weights == "norm" else 1
     tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * i * 4}
+    if placement.gram == "disk":
+        tiles["batches for the Gram"] = (WAITING + batch) * i * c
+    # What of a Gram that is not on the device is in host memory: all of it, or what is used at a time of a file.
+    gram_on_host: Parts = {"Gram of channels": (2 * min(i, TILE) * i if placement.gram == "disk" else i**2) * 4}
 
     def inner(width: int) -> Parts:
         num_bytes = tokens * width * c
@@ -175,10 +180,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         )
         both, one = {"Gram": (a**2 + i**2) * 4, "probes": probes}, {"Gram": a**2 * 4, "probes": probes}
         of_batch = {"batch": batch * (4 * i + 4 * d) * c + scores}
-        if placement.gram == "host":
-            yield at("measuring", 1, one | of_batch | tiles, {"Gram of channels": i**2 * 4})
+        if placement.gram != "device":
+            yield at("measuring", 1, one | of_batch | tiles, gram_on_host)
             here, there = (one, elimination) if placement.solves_on_host else (one | elimination, {})
-            yield at("allocation", 1, here, {"Gram of channels": i**2 * 4} | there)
+            yield at("allocation", 1, here, gram_on_host | there)
         else:
             yield at("measuring", 1, both | of_batch)
             yield at("allocation", 1, both | elimination)
@@ -195,15 +200,15 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         ffn_gram: Parts = (
             {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
         )
-        away = by_channels and placement.gram == "host"
-        stored: tuple[Parts, Parts] = ({}, ffn_gram) if away else (ffn_gram, {})  # on the device, and on the host
+        away = by_channels and placement.gram != "device"
+        stored: tuple[Parts, Parts] = ({}, gram_on_host) if away else (ffn_gram, {})  # on the device, and on the host
 
         def solving(name: str, system: Parts, device: Parts | None = None, host: Parts | None = None) -> Phase:
             """Make a phase in which a system is solved beside the FFN's Gram."""
             here, there = ({}, system) if placement.solves_on_host else (system, {})
             return at(name, streams, inner(i) | (device or {}) | stored[0] | here, (host or {}) | stored[1] | there)
 
-        here, there = (tiles, ffn_gram) if away else (ffn_gram, {})
+        here, there = (tiles, gram_on_host) if away else (ffn_gram, {})
         yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
         # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or as much for
         # the matrices of the function (6 in fp32).

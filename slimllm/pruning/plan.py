@@ -167,6 +167,7 @@ _STEPS = [
     _Step("the FFN's Gram is stored in host memory", "gram", "host", gpu_only=True),
     _Step("the systems of the FFN's Gram are solved on the host", "systems", "host", gpu_only=True),
     _Step("hidden states are stored in files", "states", "disk"),
+    _Step("the FFN's Gram is stored in a file", "gram", "disk"),
 ]
 
 
@@ -183,4 +184,5 @@ def _disk(sizes: Sizes, config: PruneConfig, placement: Placement) -> Parts:
         "result, at most": sizes.params * sizes.written,
         "journal": 2 * held_out + 2 * (states + (probe_bytes(sizes) if config.allocation.by_sensitivity else 0)),
         "files of hidden states": 2 * states + held_out if placement.states == "disk" else 0,  # lstsq has no outputs there
+        "file of the Gram": sizes.ranks * 4 * sizes.intermediate_size**2 if placement.gram == "disk" else 0,
     }

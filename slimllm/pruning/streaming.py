@@ -22,6 +22,7 @@ from slimllm.models.sublayer import InnerActivations, Sublayer
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.shapes import streams_heads
 from slimllm.runtime.hidden_states import Placement, Stored, Stream
+from slimllm.runtime.mapped import GramInFile
 from slimllm.runtime.memory import trim
 from slimllm.statistics import ColumnStatistics, GramStatistics, HeadStatistics, PairedMoments, mean_output
 
@@ -70,10 +71,13 @@ class Way(ABC):
 
 def empty_gram(sublayer: Sublayer, placement: Placement) -> GramStatistics:
     """Create empty statistics of the inputs of a sub-layer's output projection, where the placement stores them."""
-    device = sublayer.layer.device
-    away = not sublayer.is_attention and placement.gram == "host"
-    features = sublayer.output_projection.in_features
-    return GramStatistics(features, "cpu" if away else device, "cpu" if away and placement.solves_on_host else device)
+    device, features = sublayer.layer.device, sublayer.output_projection.in_features
+    if sublayer.is_attention or placement.gram == "device":
+        return GramStatistics(features, device)
+    solver = "cpu" if placement.solves_on_host else device
+    if placement.gram == "disk":
+        return GramInFile(features, solver, placement.folder)
+    return GramStatistics(features, "cpu", solver)
 
 
 class ByGram(Way):
@@ -83,7 +87,8 @@ class ByGram(Way):
 
     def collect(self) -> SublayerStatistics:
         sublayer, watch, ranks = self.sublayer, self.watch, self.stream.ranks
-        gram = empty_gram(sublayer, self.stream.placement)
+        with ranks.together():  # the disk can be full
+            gram = empty_gram(sublayer, self.stream.placement)
         inputs = self.inputs()
         outputs = ColumnStatistics(len(self.weight), sublayer.layer.device) if self.weighted else None
         for number in range(len(self.stream)):

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol
 
@@ -26,7 +26,7 @@ class Sums(Protocol):
     count: int
     mass: float
 
-    def sums(self) -> list[torch.Tensor]: ...
+    def sums(self) -> Iterable[torch.Tensor]: ...
 
 
 class Ranks:
@@ -114,7 +114,8 @@ class Ranks:
                 pivot: torch.Tensor = one.pivot.clone()  # type: ignore[attr-defined]
                 self._broadcast(pivot, 0)
                 move(pivot)
-            self.sum_(*one.sums())
+            for tensor in one.sums():
+                self.sum_(tensor)
             of_ranks = self.everyone([one.count, one.mass])
             one.count, one.mass = sum(count for count, _ in of_ranks), sum(mass for _, mass in of_ranks)
 

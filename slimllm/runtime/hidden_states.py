@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import mmap
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 import torch
 
 from slimllm.runtime.distributed import Ranks
+from slimllm.runtime.mapped import in_file, release
 from slimllm.runtime.memory import pinned_like
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -31,8 +28,8 @@ class Placement:
         keep_inner_bytes: Largest size of a sub-layer's inner activations, the inputs of its output projection, that are
             kept on the device until the pruned output is computed from them. Larger ones are computed again.
         read_ahead: Whether the next layer's weights are read while the current layer computes.
-        gram: Where the Gram matrix of all FFN channels is stored: `device` or `host`.
-        systems: Where the systems of an FFN's Gram are solved: `device`, or `host` if it is stored there.
+        gram: Where the Gram matrix of all FFN channels is stored: one of `PLACES`.
+        systems: Where the systems of an FFN's Gram are solved: `device`, or `host` if it is not stored on the device.
         folder: Folder for the files of `disk`.
     """
 
@@ -46,7 +43,7 @@ class Placement:
     @property
     def solves_on_host(self) -> bool:
         """Whether the systems of an FFN's Gram are solved on the host."""
-        return self.gram == "host" and self.systems == "host"
+        return self.gram != "device" and self.systems == "host"
 
 
 class Stored:
@@ -58,8 +55,7 @@ class Stored:
     Args:
         tensor: Initial value, on the device; with place `device` it is not copied.
         place: `device`, `host` or `disk`.
-        folder: Folder of the file of `disk`; if it does not exist, its parent or the system's temporary folder. The file
-            is unlinked as soon as it is mapped, so it is never left on the disk.
+        folder: Folder of the file of `disk`, see `in_file`.
     """
 
     def __init__(self, tensor: torch.Tensor, place: str = "device", folder: Path | None = None) -> None:
@@ -68,11 +64,7 @@ class Stored:
         if place == "host":
             self._tensor = pinned_like(tensor) if tensor.is_cuda else torch.empty(tensor.shape, dtype=tensor.dtype)
         elif place == "disk":
-            folder = folder and next((existing for existing in (folder, folder.parent) if existing.is_dir()), None)
-            with tempfile.NamedTemporaryFile(dir=folder) as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))  # raises here if the disk is full
-                mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-            self._tensor, self._mapped = mapped.view(tensor.shape), True
+            self._tensor, self._mapped = in_file(tuple(tensor.shape), tensor.dtype, folder), True
         else:
             self._tensor = tensor
         self.save(tensor)
@@ -98,8 +90,7 @@ class Stored:
     def release(self) -> None:
         """Let the system reclaim the memory of a file's pages, which it writes back in its own time."""
         if self._mapped:
-            pages = ctypes.c_void_p(self._tensor.data_ptr())  # page-aligned, as from_file maps whole pages
-            ctypes.CDLL(None).madvise(pages, ctypes.c_size_t(self._tensor.nbytes), mmap.MADV_DONTNEED)
+            release(self._tensor)
 
 
 class Batch:

@@ -52,7 +52,7 @@ def check_batch(x: torch.Tensor, features: int, name: str = "x") -> torch.Tensor
 
 def check_other(ours: object, other: object, features: int) -> None:
     """Raise TypeError or ValueError if other statistics cannot be merged into ours."""
-    if type(other) is not type(ours):
+    if not isinstance(other, type(ours)) and not isinstance(ours, type(other)):
         raise TypeError(f"only another {type(ours).__name__} can be merged, got {type(other).__name__}.")
     if other.features != features:  # type: ignore[attr-defined]
         raise ValueError(f"cannot merge statistics of {other.features} features into {features}.")  # type: ignore[attr-defined]

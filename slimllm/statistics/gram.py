@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 
@@ -37,13 +38,23 @@ class GramStatistics(Accumulator):
             same.
     """
 
+    by_tiles = False  # whether no more than TILE rows of the Gram should be in use at a time
+
     def __init__(self, features: int, device: torch.device | str = "cpu", solver: torch.device | str | None = None) -> None:
         super().__init__(features)
         self.solver = torch.device(device if solver is None else solver)
         self.pivot = torch.zeros(features, dtype=torch.float32, device=device)
-        self.gram = torch.zeros(features, features, dtype=torch.float32, device=device)
+        self.gram = self._zeros(device)
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
         self._plain = True  # the pivot is zero everywhere
+        self._is_half = False  # only the lower half of the Gram is valid
+
+    def _zeros(self, device: torch.device | str) -> torch.Tensor:
+        """Return memory for the Gram."""
+        return torch.zeros(self.features, self.features, dtype=torch.float32, device=device)
+
+    def _release(self) -> None:
+        """Do what is to be done after some rows of the Gram have been used."""
 
     def update(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
         """Add a batch.
@@ -59,22 +70,34 @@ class GramStatistics(Accumulator):
         if self.count == 0:
             self.pivot = _pivot(x, weight).to(self.gram.device)
             self._plain = x.dtype != torch.float32 and not bool(self.pivot.any())
-        if x.device == self.gram.device:
+        if x.device == self.gram.device and not self.by_tiles:
             ops.gram_(self.gram, self.total, x, pivot=None if self._plain else self.pivot, weight=weight)
         else:
-            self._add_tiles(x, weight)
+            self._add_tiles([(x, weight)])
         self._count(len(x), weight)
 
-    def _add_tiles(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Do the work of `ops.gram_` for a batch on another device: multiply there, TILE rows at a time, and add here."""
-        u = x.float() if self._plain else x.float() - self.pivot.to(x.device)
-        weighted = u if weight is None else u * weight[:, None]
-        with full_precision(x.device):
-            for start in range(0, self.features, TILE):
+    def _add_tiles(self, batches: list[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        """Do the work of `ops.gram_` for some batches, in the lower half, TILE rows at a time; products on their device."""
+        for start in range(0, self.features, TILE):
+            stop = min(start + TILE, self.features)
+            for x, weight in batches:
+                u = x[:, :stop].float() if self._plain else x[:, :stop].float() - self.pivot[:stop].to(x.device)
+                weighted = u if weight is None else u * weight[:, None]
+                with full_precision(x.device):
+                    self.gram[start:stop, :stop] += (u[:, start:].T @ weighted).to(self.gram.device)
+                if stop == self.features:
+                    self.total += weighted.sum(0, dtype=torch.float64).to(self.total.device)
+            self._release()
+        self._is_half = True
+
+    def _complete(self) -> None:
+        """Make the Gram whole: whatever reads it begins with this."""
+        if self._is_half:
+            for start in range(TILE, self.features, TILE):
                 stop = min(start + TILE, self.features)
-                self.gram[start:stop, :stop] += (u[:, start:stop].T @ weighted[:, :stop]).to(self.gram.device)
                 self.gram[:start, start:stop] = self.gram[start:stop, :start].T
-        self.total += weighted.sum(0, dtype=torch.float64).to(self.total.device)
+                self._release()
+            self._is_half = False
 
     def merge(self, other: GramStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
@@ -83,24 +106,31 @@ class GramStatistics(Accumulator):
             return
         if self.count == 0:
             self.pivot, self._plain = other.pivot.to(self.gram.device, copy=True), other._plain
+        self._complete()
+        other._complete()
         total = other._total_about(self.pivot)
         for start in range(0, self.features, _ROWS):
             rows = slice(start, start + _ROWS)
             self.gram[rows] = self.gram[rows].double().add_(other._gram_about(self.pivot, rows)).float()
+            self._release()
+            other._release()
         self.total += total
         self._count_other(other)
 
     def move(self, pivot: torch.Tensor) -> None:
         """Shift the sums to another pivot, (features,) fp32, in place, so that other sums about it can be added."""
+        self._complete()
         total = self._total_about(pivot)
         for start in range(0, self.features, _ROWS):
             rows = slice(start, start + _ROWS)
             self.gram[rows] = self._gram_about(pivot, rows).float()
+            self._release()
         self.total, self.pivot = total, pivot.to(self.pivot)
         self._plain = self._plain and not bool(pivot.any())
 
-    def sums(self) -> list[torch.Tensor]:
+    def sums(self) -> Iterable[torch.Tensor]:
         """Return the tensors that add up between statistics about the same pivot."""
+        self._complete()
         return [self.gram, self.total]
 
     def _total_about(self, pivot: torch.Tensor) -> torch.Tensor:
@@ -121,6 +151,7 @@ class GramStatistics(Accumulator):
     def covariance(self) -> torch.Tensor:
         """Return the population covariance, (features, features) fp64, symmetric to the last bit."""
         check_mass(self.mass)
+        self._complete()
         delta = self.total / self.mass
         covariance = torch.empty_like(self.gram, dtype=torch.float64)
         for start in range(0, self.features, _ROWS):  # avoids a second matrix of this size
@@ -129,12 +160,18 @@ class GramStatistics(Accumulator):
             rows.sub_(delta[start:stop, None] * delta[:stop])
             covariance[start:stop, :stop] = rows
             covariance[:stop, start:stop] = rows.T
+            self._release()
         return covariance
 
     def variance(self) -> torch.Tensor:
         """Return the population variance, (features,) fp64."""
         check_mass(self.mass)
-        return (self.gram.diagonal().double() / self.mass - (self.total / self.mass).square()).clamp_(min=0)
+        self._complete()
+        squares = torch.empty_like(self.total)
+        for start in range(0, self.features, TILE):  # of a file, no more rows at a time
+            squares[start : start + TILE] = self.gram[start : start + TILE, start : start + TILE].diagonal()
+            self._release()
+        return (squares / self.mass - (self.total / self.mass).square()).clamp_(min=0)
 
     def norms(self) -> torch.Tensor:
         """Return (Σ_t w_t x_tj²)^½, which is ‖X[:,j]‖₂ without weights: (features,) fp64."""
@@ -142,6 +179,7 @@ class GramStatistics(Accumulator):
 
     def leading(self, features: int) -> GramStatistics:
         """Return the statistics of the first features alone, as views that change with these statistics."""
+        self._complete()
         part = copy.copy(self)
         part.features = features
         part.pivot, part.total, part.gram = self.pivot[:features], self.total[:features], self.gram[:features, :features]
@@ -150,21 +188,26 @@ class GramStatistics(Accumulator):
     def of_product(self, weight: torch.Tensor) -> torch.Tensor:
         """Return Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64 on its device, computed in fp32."""
         check_mass(self.mass)
+        self._complete()
         single, delta = weight.float(), (self.total / self.mass).to(weight.device)
         moved = torch.cat([rows.double() @ delta for rows in weight.split(_ROWS)])
-        at_once = self.features if weight.device == self.gram.device else TILE
+        at_once = self.features if weight.device == self.gram.device and not self.by_tiles else TILE
         raw = single.new_zeros(len(single), len(single))
         with full_precision(weight.device):
             for columns, rows in zip(single.split(at_once, 1), self.gram.split(at_once)):
                 raw.addmm_(columns, rows.to(weight.device) @ single.T)
+                self._release()
         covariance = raw.double().div_(self.mass).addr_(moved, moved, alpha=-1)
         return (covariance + covariance.T).div_(2)
 
     def rows(self, rows: slice) -> torch.Tensor:
         """Return some rows of the covariance without the rest, (len(rows), features) fp64, on the solver's device."""
         check_mass(self.mass)
+        self._complete()
         delta = (self.total / self.mass).to(self.solver)
-        return self.gram[rows].to(self.solver).double().div_(self.mass).addr_(delta[rows], delta, alpha=-1)
+        covariance = self.gram[rows].to(self.solver).double()
+        self._release()
+        return covariance.div_(self.mass).addr_(delta[rows], delta, alpha=-1)
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return rows and columns of the covariance without the rest, on the solver's device.
@@ -176,9 +219,11 @@ class GramStatistics(Accumulator):
             The covariances, (len(rows), len(columns)) fp64.
         """
         check_mass(self.mass)
+        self._complete()
         delta = self.total / self.mass
-        block = self.gram[rows[:, None], columns].to(self.solver).double().div_(self.mass)
-        return block.addr_(delta[rows].to(self.solver), delta[columns].to(self.solver), alpha=-1)
+        block = self.gram[rows[:, None], columns].to(self.solver).double()
+        self._release()
+        return block.div_(self.mass).addr_(delta[rows].to(self.solver), delta[columns].to(self.solver), alpha=-1)
 
 
 def _pivot(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

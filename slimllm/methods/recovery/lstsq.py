@@ -112,7 +112,7 @@ def refit_kept(
         mean_lost = of_removed @ mean_removed
         lost = torch.zeros_like(mean_lost)
         for at, rows in _parts(removed):
-            lost += ((of_removed @ statistics.block(removed, rows)) * of_removed[:, at]).sum(1)
+            lost += ((of_removed @ statistics.block(rows, removed).T) * of_removed[:, at]).sum(1)
         across = torch.empty(len(kept), len(mean_lost), dtype=torch.float64, device=solver)
         for at, rows in _parts(kept):
             torch.matmul(statistics.block(rows, removed), of_removed.T, out=across[at])
