@@ -4,10 +4,10 @@
 
 Results are checked against fp64 before timing. Systems of `lstsq` are fp32; ours are factored in fp64. `torch` is
 cholesky_ex and cholesky_solve in fp32, `torch fp64` the same in fp64, and `lstsq` torch.linalg.lstsq on twice as many
-equations as unknowns. `heads`: tr(V A⁻¹ Vᵀ) and L⁻¹ V for the heads or KV groups of a layer, in fp32; torch is
-cholesky_ex and solve_triangular. `large`: one system of an FFN, factored, solved and inverted in place; torch does not
-overwrite its arguments. The affine fit has 4096 outputs and 4096 tokens. `ours` starts from the streamed moments, `ours,
-with the moments` from the tokens. Rows go to benchmarks/results/lstsq.jsonl.
+equations as unknowns. `heads`: tr(V A⁻¹ Vᵀ), and L⁻¹ V in place, for the heads or KV groups of a layer, in fp32;
+torch is cholesky_ex and solve_triangular. `large`: one system of an FFN, factored, solved and inverted in place; torch does
+not overwrite its arguments. The affine fit has 4096 outputs and 4096 tokens. `ours` starts from the streamed moments,
+`ours, with the moments` from the tokens. Rows go to benchmarks/results/lstsq.jsonl.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def bench_heads(batch: int, k: int, m: int, device: torch.device, rounds: int) -
     """Measure one row: the quadratic forms and half-solutions of a layer's heads."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(batch, 2 * k, k, generator=generator, device=device)
-    matrices = x.mT @ x / (2 * k) + 0.01 * torch.eye(k, device=device)
+    matrices = x.mT @ x / k + 0.01 * torch.eye(k, device=device)  # of which L⁻¹ makes nothing larger
     right = torch.randn(batch, k, m, generator=generator, device=device)
     half = torch.linalg.solve_triangular(torch.linalg.cholesky(matrices.double()), right.double(), upper=False)
 
@@ -95,23 +95,22 @@ def bench_heads(batch: int, k: int, m: int, device: torch.device, rounds: int) -
     def by_numpy() -> Any:
         return np.linalg.solve(np.linalg.cholesky(matrices.cpu().numpy()), right.cpu().numpy())
 
-    error, plain = (
-        float((got.double() - half).abs().max() / half.abs().max())
-        for got in (ops.half_solve(matrices, right)[0], by_torch())
-    )
+    ours = right.clone()
+    ops.half_solve_(matrices, ours)
+    error, plain = (float((got.double() - half).abs().max() / half.abs().max()) for got in (ours, by_torch()))
     forms = ops.quadratic_forms(matrices, right)[0]
     assert error <= 2 * plain + 1e-6 and torch.allclose(forms, half.square().sum((1, 2)), rtol=1e-4)
     runs: dict[str, Callable[[], object]] = {
         "quadratic forms": lambda: ops.quadratic_forms(matrices, right),
         "quadratic forms, torch": lambda: by_torch().square().sum((1, 2)),
-        "ours": lambda: ops.half_solve(matrices, right),
+        "ours": lambda: ops.half_solve_(matrices, ours),  # again and again
         "torch": by_torch,
     }
     seconds = median_seconds(runs, device, rounds)
     seconds["numpy"] = median_seconds({"numpy": by_numpy}, torch.device("cpu"), 1)["numpy"]
     return {
         "what": f"heads: {batch} matrices, k = {k}, m = {m}",
-        "backend": choose("half_solve", device).backend,
+        "backend": choose("half_solve_", device).backend,
         "seconds": seconds,
         "error": error,
         "error_torch": plain,

@@ -2,7 +2,8 @@
 
     python benchmarks/kernels_report.py [--arch 80 86 90 120] [--every 8] [--json]
 
-The first table lists registers, stack, spills, shared memory, and tensor-core instructions in the machine code. A stack, a
+The first table lists registers, stack, spills, shared memory, and tensor-core instructions in the machine code of the
+Triton kernels and, if there is nvcc, of the extension's (without the shared memory that a launch asks for). A stack, a
 spill, too much shared memory or a missing tensor-core instruction is a fault; the exit status is then 1. The second table
 lists the work of each kernel at real shapes, and the lower bound of its time.
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +33,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
 
@@ -62,12 +66,10 @@ def compile_variant(name: str, arch: int) -> Compiled:
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     source = ASTSource(variant.kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = dumped("-res-usage", file.name), dumped("-sass", file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     instruction = variant.tensor_cores if arch == 90 else "HMMA"  # wgmma is Hopper's alone
@@ -89,6 +91,34 @@ def compile_variant(name: str, arch: int) -> Compiled:
     return row
 
 
+def dumped(what: str, cubin: str) -> str:
+    """Return what cuobjdump prints of a compiled file."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, what, cubin], capture_output=True, text=True, check=True).stdout
+
+
+def compile_extension(source: str, arch: int) -> list[Compiled]:
+    """Compile the kernels of one CUDA source of the extension for one architecture."""
+    from torch.utils.cpp_extension import include_paths
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/kernels.cubin"
+        command = [NVCC, "-cubin", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        command += [f"-arch=sm_{arch}{'a' if arch >= 90 else ''}", *(f"-isystem={path}" for path in include_paths())]
+        subprocess.run([*command, str(CSRC / source), "-o", cubin], check=True)
+        usage, code = dumped("-res-usage", cubin), dumped("-sass", cubin)
+    for name, registers, stack, shared in re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage):
+        own = code.partition(f"Function : {name}\n")[2].partition("Function : ")[0]
+        spills = len(re.findall(r"\b(?:STL|LDL)\b", own))
+        title = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+        title = re.sub(r"void |slimllm::|\(anonymous namespace\)::|\(.*", "", title.strip())
+        title = f"{source}: {title}"
+        faults = ["spills"] if int(stack) or spills else []
+        rows.append(Compiled(title, arch, int(registers), int(stack), spills, int(shared), 0, faults))
+    return rows
+
+
 def work_table() -> Table:
     """Make the table of work, arithmetic intensity and floors of each kernel at the shapes of LLaMA-7B and 33B."""
     tokens = 4096
@@ -106,6 +136,7 @@ def work_table() -> Table:
             "exchange, a quarter of the heads": shapes.exchange_work(shape, shape.units // 4),
             f"columns, {shape.intermediate_size} features": shapes.columns_work(shape, tokens),
             "cosine": shapes.cosine_work(shape, tokens),
+            "half-solution, in place": shapes.half_solve_work(shape),
         }
         for kernel, work in works.items():
             floors = [", ".join(f"{1e3 * s:.3f}" for s in work.floor_s(gpu)) for gpu in (shapes.A100, shapes.H100)]
@@ -118,12 +149,15 @@ def main() -> None:
     """Compile all and print two tables, or JSON lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=sorted(SHARED_LIMIT), choices=sorted(SHARED_LIMIT))
-    parser.add_argument("--every", type=int, default=1, help="Compile only every Nth configuration.")
+    parser.add_argument("--every", type=int, default=1, help="Compile only every Nth configuration, not the extension.")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     jobs = [(variant.name, arch) for arch in arguments.arch for variant in variants(arch)[:: arguments.every]]
     with ProcessPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         rows = list(pool.map(compile_variant, *zip(*jobs)))
+        if NVCC and arguments.every == 1:
+            of_extension = [(path.name, arch) for arch in arguments.arch for path in sorted(CSRC.glob("*.cu"))]
+            rows += [row for found in pool.map(compile_extension, *zip(*of_extension)) for row in found]
     if arguments.json:
         for row in rows:
             print(json.dumps(asdict(row)))

@@ -79,3 +79,9 @@ def columns_work(shape: Shape, num_tokens: int) -> Work:
 def cosine_work(shape: Shape, num_tokens: int) -> Work:
     """Count the cosines of two bf16 streams, read once."""
     return Work(6 * num_tokens * shape.hidden_size, 4 * num_tokens * shape.hidden_size, "fp32")
+
+
+def half_solve_work(shape: Shape) -> Work:
+    """Count the factors of all units' blocks and L⁻¹ of (head_dim, D) in place, in fp32: half of each product is zero."""
+    k, m = shape.attention_width // shape.units, shape.hidden_size
+    return Work(shape.units * (k**3 / 3 + k**2 * m), 4 * shape.units * (k**2 + 2 * k * m), "fp32")

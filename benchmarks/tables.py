@@ -171,7 +171,7 @@ def heads_table() -> str:
         ]
 
     settings = newest("lstsq", ("what",), lambda row: row["what"].startswith("heads"))
-    header = ["matrices", "rows", "right-hand sides", "`quadratic_forms`", "× torch", "`half_solve`", "× torch", "× numpy"]
+    header = ["matrices", "rows", "right-hand sides", "`quadratic_forms`", "× torch", "`half_solve_`", "× torch", "× numpy"]
     return table(header, [line(rows) for rows in settings])
 
 

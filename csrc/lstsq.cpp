@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> small_lstsq(const Tensor& gram, const Tensor&
 STABLE_TORCH_LIBRARY(slimllm_C, m) {
   m.def("small_lstsq(Tensor gram, Tensor cross, Tensor ridge, bool absolute) -> (Tensor, Tensor, Tensor)");
   m.def("greedy_elimination(Tensor inverse, Tensor products, int num, float least) -> (Tensor, Tensor)");
-  m.def("half_solve(Tensor matrices, Tensor right) -> (Tensor, Tensor)");
+  m.def("half_solve_(Tensor matrices, Tensor(a!) right) -> Tensor");
   m.def("quadratic_forms(Tensor matrices, Tensor right) -> (Tensor, Tensor)");
 }
 

@@ -54,7 +54,7 @@ PYBIND11_MODULE(_C, module) {
         info["cuda_architectures"] = words(SLIMLLM_CUDA_ARCHITECTURES);
         info["without_cuda"] = SLIMLLM_WITHOUT_CUDA;
         info["operations"] = std::vector<std::string>{"lstsq", "greedy_elimination",
-                                                           "half_solve", "quadratic_forms"};
+                                                           "half_solve_", "quadratic_forms"};
         return info;
       },
       "How this module was built: compiler, cpp_standard (the value of __cplusplus), cuda (its version, empty "

@@ -1,5 +1,5 @@
 // Cholesky factor of one matrix, and substitution in a tile of right-hand sides, by a team of threads that share memory: a
-// block on a GPU, threads with a barrier in a test. A factor is stored by panels of kPanel columns. No torch headers here.
+// block on a GPU, threads with a barrier in a test. A factor is made by panels of kPanel columns. No torch headers here.
 
 #pragma once
 
@@ -10,10 +10,15 @@
 
 namespace slimllm {
 
-constexpr int kPanel = 32;     // columns of a panel, and rows by which a tile advances
+constexpr int kPanel = 32;       // columns of a panel, and rows by which a tile advances
 constexpr int kPanelMost = 256;  // rows of a matrix
 
-// Factors A = L Lᵀ: L (K, K) by rows, its lower half only, and in place of its diagonal blocks their inverses.
+// Numbers of a column of a factor: K, and as many as make it a multiple of kPanel.
+inline SLIMLLM_HOST_DEVICE int padded(int k) { return (k + kPanel - 1) / kPanel * kPanel; }
+
+// Factors A = L Lᵀ. The factor has L by columns, (K, padded(K)), so that threads read the rows of a column together. In place of
+// the diagonal blocks of kPanel rows are their inverses, with zeros above the diagonal and beyond K; the rest of L's upper
+// half is not written.
 template <typename T, typename Team>
 class PanelFactor {
  public:
@@ -39,13 +44,12 @@ class PanelFactor {
 
   // Panel ← A less the products of the panels before it.
   static SLIMLLM_DEVICE void load(const T* a, const T* l, int k, int first, int width, T* panel, const Team& team) {
+    const int64_t length = padded(k);
     for (int e = team.lane(); e < (k - first) * width; e += team.width()) {
       const int i = e / width, c = e % width;
       if (i < c) continue;
-      const T* row = l + static_cast<int64_t>(first + i) * k;
-      const T* other = l + static_cast<int64_t>(first + c) * k;
       T sum = a[static_cast<int64_t>(first + i) * k + first + c];
-      for (int j = 0; j < first; ++j) sum -= row[j] * other[j];
+      for (int j = 0; j < first; ++j) sum -= l[j * length + first + i] * l[j * length + first + c];
       panel[i * kRow + c] = sum;
     }
   }
@@ -68,16 +72,18 @@ class PanelFactor {
   }
 
   static SLIMLLM_DEVICE void store(T* l, int k, int first, int width, const T* panel, const Team& team) {
-    for (int e = team.lane(); e < (k - first - width) * width; e += team.width()) {
-      const int i = width + e / width, c = e % width;
-      l[static_cast<int64_t>(first + i) * k + first + c] = panel[i * kRow + c];
+    const int64_t length = padded(k);
+    const int below = padded(k) - first - kPanel;
+    for (int e = team.lane(); e < below * width; e += team.width()) {
+      const int i = kPanel + e % below, c = e / below;
+      l[(first + c) * length + first + i] = first + i < k ? panel[i * kRow + c] : T(0);
     }
     for (int c = team.lane(); c < width; c += team.width()) {  // a column of the diagonal block's inverse
-      T* to = l + static_cast<int64_t>(first) * k + first + c;
-      for (int i = c; i < width; ++i) {
+      T* to = l + (first + c) * length + first;
+      for (int i = 0; i < kPanel; ++i) {
         T sum = i == c;
-        for (int t = c; t < i; ++t) sum -= panel[i * kRow + t] * to[static_cast<int64_t>(t) * k];
-        to[static_cast<int64_t>(i) * k] = sum / panel[i * kRow + i];
+        for (int t = c; t < i && i < width; ++t) sum -= panel[i * kRow + t] * to[t];
+        to[i] = i < c || i >= width ? T(0) : sum / panel[i * kRow + i];
       }
     }
   }
@@ -91,14 +97,14 @@ class PanelTile {
   static constexpr int kWidth = 32 * kEach;
 
   // Numbers of shared memory: the tile, whose rows are a multiple of kPanel, and kPanel rows more.
-  static SLIMLLM_HOST_DEVICE int numbers(int k) { return (k + 2 * kPanel - 1) / kPanel * kPanel * kWidth; }
+  static SLIMLLM_HOST_DEVICE int numbers(int k) { return (padded(k) + kPanel) * kWidth; }
 
   SLIMLLM_DEVICE PanelTile(const T* factor, int size, T* memory, const Team& the_team)
-      : l(factor), k(size), tile(memory), next(memory + numbers(size) - kPanel * kWidth), team(the_team) {}
+      : l(factor), k(size), length(padded(size)), tile(memory), next(memory + padded(size) * kWidth), team(the_team) {}
 
-  // right and solution: (K, M), of which columns first … first + kWidth - 1 are solved; `solution` may be missing. Returns
-  // the sum of the squares of this thread's part of the result.
-  SLIMLLM_DEVICE double run(const T* right, T* solution, int64_t m, int64_t first) {
+  // right: (K, M), of which columns first … first + kWidth - 1 are solved, in place if `store`. Returns the sum of the squares
+  // of this thread's part of the result.
+  SLIMLLM_DEVICE double run(T* right, bool store, int64_t m, int64_t first) {
     for (T* at = tile + team.lane(); at < next; at += team.width()) {
       const int64_t i = (at - tile) / kWidth, c = first + (at - tile) % kWidth;
       *at = i < k && c < m ? right[i * m + c] : T(0);
@@ -106,9 +112,9 @@ class PanelTile {
     team.sync();
     double squares = 0;
     for (int block = 0; block < k; block += kPanel) squares += advance(block);
-    for (int e = team.lane(); e < k * kWidth && solution; e += team.width()) {
+    for (int e = team.lane(); e < k * kWidth && store; e += team.width()) {
       const int64_t i = e / kWidth, c = first + e % kWidth;
-      if (c < m) solution[i * m + c] = tile[e];
+      if (c < m) right[i * m + c] = tile[e];
     }
     return squares;
   }
@@ -116,6 +122,11 @@ class PanelTile {
  private:
   static constexpr int kRows = 4;                       // rows of a thread
   static constexpr int kParts = kPanel / kRows * 32;  // threads that have work
+
+  // Rows of a column of L, which one instruction reads.
+  struct alignas(16) Rows {
+    T of[kRows];
+  };
 
   // Solves kPanel rows, given those before them.
   SLIMLLM_DEVICE double advance(int block) {
@@ -143,24 +154,25 @@ class PanelTile {
     double squares = 0;
     for (int e = team.lane(); e < kPanel * kWidth; e += team.width()) {
       const T value = tile[block * kWidth + e] = next[e];
-      squares += static_cast<double>(value) * static_cast<double>(value);
+      if (block + e / kWidth < k) squares += static_cast<double>(value) * static_cast<double>(value);
     }
     team.sync();
     return squares;
   }
 
-  // Adds or subtracts L[row …, column] times a row of the tile; there is no L beyond its lower half.
+  // Adds L[row …, column], of a diagonal block, times a row of the tile, or subtracts it, of other blocks.
   template <int SIGN>
   SLIMLLM_DEVICE void add(int row, int column, const T* from, T (&sum)[kRows][kEach]) const {
+    const Rows left = *reinterpret_cast<const Rows*>(l + column * length + row);
     for (int r = 0; r < kRows; ++r) {
-      if (row + r >= k || row + r < column) continue;
-      const T left = SIGN * l[static_cast<int64_t>(row + r) * k + column];
-      for (int e = 0; e < kEach; ++e) sum[r][e] += left * from[32 * e];
+      if (SIGN > 0 && row + r < column) continue;  // in a diagonal block, where an infinity must not meet a zero
+      for (int e = 0; e < kEach; ++e) sum[r][e] += SIGN * left.of[r] * from[32 * e];
     }
   }
 
   const T* l;
   const int k;
+  const int64_t length;  // of a column of L
   T* tile;
   T* next;
   const Team& team;

@@ -53,16 +53,17 @@ struct Problem {
   }
 };
 
-// L⁻¹ R of a batch of matrices A = L Lᵀ, or without `solution` the sums of its squares, `forms`, which are tr(Rᵀ A⁻¹ R).
-// Both are NaN, and `failed` 1, for a matrix that is not positive definite. All arrays are contiguous: matrices (B, K, K), only the lower half is read; right and solution (B, K, M); the others (B,).
+// L⁻¹ R of a batch of matrices A = L Lᵀ in place of R, or without `solve` the sums of its squares, `forms`, which are
+// tr(Rᵀ A⁻¹ R). Both are NaN, and `failed` 1, for a matrix that is not positive definite. All arrays are contiguous: matrices
+// (B, K, K), only the lower half is read; right (B, K, M); the others (B,).
 template <typename T>
 struct HalfProblem {
   const T* matrices;
-  const T* right;
-  T* solution;
+  T* right;
   double* forms;
   int32_t* failed;
   int64_t batch, k, m;
+  bool solve;
 };
 
 }  // namespace slimllm

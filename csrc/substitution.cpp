@@ -1,4 +1,4 @@
-// slimllm_C::half_solve and slimllm_C::quadratic_forms on a CPU, and the path of small_lstsq for many right-hand sides. A
+// slimllm_C::half_solve_ and slimllm_C::quadratic_forms on a CPU, and the path of small_lstsq for many right-hand sides. A
 // group of matrices is factored in parallel, then the tiles of all of them are solved in parallel.
 
 #include "substitution.h"
@@ -29,12 +29,12 @@ struct Halves {
   int64_t batch = p.batch, k = p.k, m = p.m;
   std::vector<double> squares = {};  // of every tile, so that the order of the sum does not depend on the threads
 
-  void start(int64_t tiles) { squares.assign(p.solution ? 0 : batch * tiles, 0); }
+  void start(int64_t tiles) { squares.assign(p.solve ? 0 : batch * tiles, 0); }
 
   void finish(int64_t b, int64_t tiles) {
     const T nothing = std::numeric_limits<T>::quiet_NaN();
-    if (p.solution) {
-      if (p.failed[b]) std::fill_n(p.solution + b * k * m, k * m, nothing);
+    if (p.solve) {
+      if (p.failed[b]) std::fill_n(p.right + b * k * m, k * m, nothing);
       return;
     }
     p.forms[b] = p.failed[b] ? static_cast<double>(nothing) : 0;
@@ -55,8 +55,8 @@ struct Halves {
     tile.clear();
     for (int64_t i = 0; i < k; ++i) std::copy_n(p.right + (b * k + i) * m + first, width, tile.row(i));
     const double sum = tile.forward(factor);
-    if (!p.solution) squares[b * tiles + number] = sum;
-    for (int64_t i = 0; i < k && p.solution; ++i) std::copy_n(tile.row(i), width, p.solution + (b * k + i) * m + first);
+    if (!p.solve) squares[b * tiles + number] = sum;
+    for (int64_t i = 0; i < k && p.solve; ++i) std::copy_n(tile.row(i), width, p.right + (b * k + i) * m + first);
   }
 };
 
@@ -168,8 +168,8 @@ void run_halves(const HalfProblem<T>& problem) {
   run(Halves<T>{problem});
 }
 
-std::tuple<Tensor, Tensor> half_solve(const Tensor& matrices, const Tensor& right) {
-  return halves_on(matrices, right, true, [](const auto& problem) { run_halves(problem); });
+Tensor half_solve_(const Tensor& matrices, const Tensor& right) {
+  return std::get<1>(halves_on(matrices, right, true, [](const auto& problem) { run_halves(problem); }));
 }
 
 std::tuple<Tensor, Tensor> quadratic_forms(const Tensor& matrices, const Tensor& right) {
@@ -184,6 +184,6 @@ void solve_wide(const Problem<double>& problem) { run(Wholes<double>{problem}); 
 }  // namespace slimllm
 
 STABLE_TORCH_LIBRARY_IMPL(slimllm_C, CPU, m) {
-  m.impl("half_solve", TORCH_BOX(&slimllm::half_solve));
+  m.impl("half_solve_", TORCH_BOX(&slimllm::half_solve_));
   m.impl("quadratic_forms", TORCH_BOX(&slimllm::quadratic_forms));
 }

@@ -1,4 +1,4 @@
-// slimllm_C::half_solve and slimllm_C::quadratic_forms on a GPU: a block factors a matrix, then blocks solve its tiles. Uses
+// slimllm_C::half_solve_ and slimllm_C::quadratic_forms on a GPU: a block factors a matrix, then blocks solve its tiles. Uses
 // only torch's stable ABI and the CUDA runtime.
 
 #include <torch/csrc/stable/accelerator.h>
@@ -34,9 +34,10 @@ __device__ T* shared_memory() {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) factorise(const HalfProblem<T> problem, T* factors) {
-  const int64_t k = problem.k, at = blockIdx.x * k * k;
-  const bool regular =
-      PanelFactor<T, Block>::run(problem.matrices + at, factors + at, static_cast<int>(k), shared_memory<T>(), Block());
+  const int k = static_cast<int>(problem.k);
+  const int64_t b = blockIdx.x;
+  T* own = factors + b * k * padded(k);
+  const bool regular = PanelFactor<T, Block>::run(problem.matrices + b * k * k, own, k, shared_memory<T>(), Block());
   if (threadIdx.x == 0) problem.failed[blockIdx.x] = regular ? 0 : 1;
 }
 
@@ -45,17 +46,17 @@ __global__ void __launch_bounds__(kThreads) solve(const HalfProblem<T> problem, 
   const int64_t b = blockIdx.y, k = problem.k, m = problem.m;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * PanelTile<T, Block>::kWidth;
   const Block block;
-  T* solution = problem.solution ? problem.solution + b * k * m : nullptr;
-  PanelTile<T, Block> tile(factors + b * k * k, static_cast<int>(k), shared_memory<T>(), block);
-  double sum = tile.run(problem.right + b * k * m, solution, m, first);
+  T* right = problem.right + b * k * m;
+  PanelTile<T, Block> tile(factors + b * k * padded(static_cast<int>(k)), static_cast<int>(k), shared_memory<T>(), block);
+  double sum = tile.run(right, problem.solve, m, first);
   if (problem.failed[b]) {
-    for (int64_t e = threadIdx.x; e < k * PanelTile<T, Block>::kWidth && solution; e += kThreads) {
+    for (int64_t e = threadIdx.x; e < k * PanelTile<T, Block>::kWidth && problem.solve; e += kThreads) {
       const int64_t i = e / PanelTile<T, Block>::kWidth, c = first + e % PanelTile<T, Block>::kWidth;
-      if (c < m) solution[i * m + c] = static_cast<T>(NAN);
+      if (c < m) right[i * m + c] = static_cast<T>(NAN);
     }
     sum = NAN;
   }
-  if (solution) return;
+  if (problem.solve) return;
   __shared__ double sums[kThreads];
   sums[threadIdx.x] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {  // always in the same order
@@ -88,8 +89,9 @@ void run(const HalfProblem<T>& problem, const Tensor& matrices) {
   STD_TORCH_CHECK(k <= kPanelMost && problem.batch <= std::numeric_limits<uint16_t>::max(),
                   "up to 256 rows and 65535 matrices at once, got ", k, " and ", problem.batch, ".");
   if (problem.batch == 0) return;
-  const Tensor factors = torch::stable::empty_like(matrices);
-  const Tensor squares = torch::stable::new_empty(matrices, {problem.solution ? 0 : problem.batch * tiles}, ScalarType::Double);
+  const int64_t sizes[] = {problem.batch, k, padded(static_cast<int>(k))};
+  const Tensor factors = torch::stable::new_empty(matrices, sizes);
+  const Tensor squares = torch::stable::new_empty(matrices, {problem.solve ? 0 : problem.batch * tiles}, ScalarType::Double);
   T* l = static_cast<T*>(factors.mutable_data_ptr());
   double* sums = static_cast<double*>(squares.mutable_data_ptr());
   const unsigned batch = static_cast<unsigned>(problem.batch);
@@ -102,13 +104,13 @@ void run(const HalfProblem<T>& problem, const Tensor& matrices) {
     allow(solve<T>, tile);
     solve<T><<<dim3(static_cast<unsigned>(tiles), batch), kThreads, tile, stream>>>(problem, l, sums);
   }
-  if (!problem.solution) add_up<T><<<(batch + kThreads - 1) / kThreads, kThreads, 0, stream>>>(problem, sums, tiles);
-  check_launch(problem.solution ? "half_solve" : "quadratic_forms");
+  if (!problem.solve) add_up<T><<<(batch + kThreads - 1) / kThreads, kThreads, 0, stream>>>(problem, sums, tiles);
+  check_launch(problem.solve ? "half_solve_" : "quadratic_forms");
 }
 
-std::tuple<Tensor, Tensor> half_solve(const Tensor& matrices, const Tensor& right) {
+Tensor half_solve_(const Tensor& matrices, const Tensor& right) {
   const torch::stable::accelerator::DeviceGuard guard(matrices.get_device_index());
-  return halves_on(matrices, right, true, [&](const auto& problem) { run(problem, matrices); });
+  return std::get<1>(halves_on(matrices, right, true, [&](const auto& problem) { run(problem, matrices); }));
 }
 
 std::tuple<Tensor, Tensor> quadratic_forms(const Tensor& matrices, const Tensor& right) {
@@ -120,6 +122,6 @@ std::tuple<Tensor, Tensor> quadratic_forms(const Tensor& matrices, const Tensor&
 }  // namespace slimllm
 
 STABLE_TORCH_LIBRARY_IMPL(slimllm_C, CUDA, m) {
-  m.impl("half_solve", TORCH_BOX(&slimllm::half_solve));
+  m.impl("half_solve_", TORCH_BOX(&slimllm::half_solve_));
   m.impl("quadratic_forms", TORCH_BOX(&slimllm::quadratic_forms));
 }

@@ -74,8 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> small_lstsq_on(const Tensor& gram, const Tens
   return {solution, used, status};
 }
 
-// matrices (B, K, K) and right (B, K, M), both fp32 or both fp64. Returns L⁻¹ R (B, K, M) if `solve`, else tr(Rᵀ A⁻¹ R)
-// (B,) fp64; and (B,) int32: 1 for a matrix that is not positive definite, else 0.
+// matrices (B, K, K) and right (B, K, M), both fp32 or both fp64. `right` becomes L⁻¹ R, or without `solve` it is left as it
+// is. Returns tr(Rᵀ A⁻¹ R), (B,) fp64, empty with `solve`; and (B,) int32: 1 for a matrix that is not positive definite,
+// else 0.
 template <typename Run>
 std::tuple<Tensor, Tensor> halves_on(const Tensor& matrices, const Tensor& right, bool solve, const Run& run) {
   STD_TORCH_CHECK(matrices.dim() == 3 && right.dim() == 3, "matrices and right must have three dimensions.");
@@ -84,19 +85,19 @@ std::tuple<Tensor, Tensor> halves_on(const Tensor& matrices, const Tensor& right
   const ScalarType dtype = matrices.scalar_type();
   check(matrices, "matrices", {batch, k, k}, dtype, matrices);
   check(right, "right", {batch, k, m}, dtype, matrices);
-  Tensor found = solve ? torch::stable::empty_like(right) : torch::stable::new_empty(matrices, {batch}, ScalarType::Double);
+  Tensor forms = torch::stable::new_empty(matrices, {solve ? 0 : batch}, ScalarType::Double);
   Tensor failed = torch::stable::new_empty(matrices, {batch}, ScalarType::Int);
   const auto on = [&](auto zero) {
     using T = decltype(zero);
     run(HalfProblem<T>{
         static_cast<const T*>(matrices.const_data_ptr()),
-        static_cast<const T*>(right.const_data_ptr()),
-        solve ? static_cast<T*>(found.mutable_data_ptr()) : nullptr,
-        solve ? nullptr : static_cast<double*>(found.mutable_data_ptr()),
+        static_cast<T*>(right.mutable_data_ptr()),
+        static_cast<double*>(forms.mutable_data_ptr()),
         static_cast<int32_t*>(failed.mutable_data_ptr()),
         batch,
         k,
         m,
+        solve,
     });
   };
   if (dtype == ScalarType::Float) {
@@ -104,7 +105,7 @@ std::tuple<Tensor, Tensor> halves_on(const Tensor& matrices, const Tensor& right
   } else {
     on(0.0);
   }
-  return {found, failed};
+  return {forms, failed};
 }
 
 }  // namespace slimllm

@@ -16,19 +16,19 @@ void run(int threads, int64_t batch, int64_t k, int64_t m) {
   using Tile = slimllm::PanelTile<T, Threads>;
   const int size = static_cast<int>(k);
   const auto matrices = read<T>(batch * k * k), right = read<T>(batch * k * m);
-  std::vector<T> factors(batch * k * k, T(1e30)), solution(batch * k * m);
+  std::vector<T> factors(batch * k * slimllm::padded(size), T(1e30)), solution = right;
   std::vector<double> parts(batch * threads), forms(batch);
   std::vector<int32_t> failed(batch, 7);
   // Exactly as much as a kernel is given, so that a sanitizer sees what goes beyond it.
   std::vector<T> panel(Factor::numbers(size), T(1e30)), columns(Tile::numbers(size), T(1e30));
   run_team(threads, [&](const Threads& self) {
     for (int64_t b = 0; b < batch; ++b) {
-      const bool regular =
-          Factor::run(matrices.data() + b * k * k, factors.data() + b * k * k, size, panel.data(), self);
+      T* factor = factors.data() + b * k * slimllm::padded(size);
+      const bool regular = Factor::run(matrices.data() + b * k * k, factor, size, panel.data(), self);
       if (self.index == 0) failed[b] = regular ? 0 : 1;
       for (int64_t first = 0; first < m; first += Tile::kWidth) {
-        Tile tile(factors.data() + b * k * k, size, columns.data(), self);
-        parts[b * threads + self.index] += tile.run(right.data() + b * k * m, solution.data() + b * k * m, m, first);
+        Tile tile(factor, size, columns.data(), self);
+        parts[b * threads + self.index] += tile.run(solution.data() + b * k * m, true, m, first);
         self.sync();
       }
     }

@@ -67,20 +67,18 @@ class Surgeon:
         return system.invert()
 
     def solved(self, operation: Solve, matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Return the result of `ops.half_solve` or `ops.quadratic_forms` for diagonal blocks of A, (batch, n, n)."""
-        result, failed = operation(matrices, right)
+        """Return the result of `half_solved` or `ops.quadratic_forms` for diagonal blocks of A, (batch, n, n)."""
         if not self._careful:
+            result, failed = operation(matrices, right)
             self._failures += failed.count_nonzero()
             return result
         matrices, size = matrices.clone(), matrices.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-        for shift in _SHIFTS[1:]:
+        for shift in _SHIFTS:
+            matrices.diagonal(dim1=-2, dim2=-1).add_(shift * size)
+            result, failed = operation(matrices, right.clone() if operation is half_solved else right)
             if not self._any(failed):
                 return result
-            matrices.diagonal(dim1=-2, dim2=-1).add_(shift * size)
-            result, failed = operation(matrices, right)
-        if self._any(failed):
-            raise _ill_conditioned()
-        return result
+        raise _ill_conditioned()
 
     def _any(self, failed: torch.Tensor) -> bool:
         return bool(failed.any())
@@ -128,7 +126,7 @@ class Surgeon:
         Work: n F²/2 + n F D multiply-adds for n columns.
         """
         across = torch.cat([self.rows(gone), self.weight[gone]], 1)
-        across = self.solved(ops.half_solve, self.block(gone)[None], across[None])[0]
+        across = self.solved(half_solved, self.block(gone)[None], across[None])[0]
         inverse, weight = across.split([len(self.weight), self.weight.shape[1]], 1)
         with full_precision(across.device):
             self.weight.addmm_(inverse.T, weight, alpha=-1)
@@ -219,6 +217,12 @@ class SharedSurgeon(Surgeon):
         first, stop = starts[self.ranks.rank], starts[self.ranks.rank + 1]
         self.inverse = self.inverse[left[first:stop] - self._first].index_select(1, left)
         self._first, self._bounds = first, starts[:-1]
+
+
+def half_solved(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return R, overwritten by L⁻¹ R, and the mask of `ops.half_solve_`."""
+    failed = ops.half_solve_(matrices, right)
+    return right, failed
 
 
 def surgeon_for(weight: torch.Tensor, statistics: GramStatistics, ranks: Ranks | None = None) -> Surgeon:

@@ -13,7 +13,7 @@ from slimllm.ops.heads import head_covariance, head_covariance_of_tokens
 from slimllm.ops.lstsq import lstsq, lstsq_ex
 from slimllm.ops.pearson import head_importance, pearson_greedy, pearson_similarity
 from slimllm.ops.regression import affine_fit
-from slimllm.ops.substitution import half_solve, quadratic_forms
+from slimllm.ops.substitution import half_solve_, quadratic_forms
 from slimllm.ops.tokens import token_cosine
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
     "feature_space_importance",
     "gram_",
     "greedy_elimination",
-    "half_solve",
+    "half_solve_",
     "head_covariance",
     "head_covariance_of_tokens",
     "head_importance",

@@ -2,7 +2,7 @@
 
 A system of many thousand unknowns is the largest tensor of a run. Everything here overwrites it and needs only some panels
 beside it, on any device. Products, which are nearly all of the work, are large matrix products. On a CPU, small systems are
-LAPACK's in one piece.
+LAPACK's in one piece, and so are all solutions.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import full_precision
 
 PANEL = 256  # columns
-# Unknowns up to which LAPACK in one piece is faster on a CPU, where the panels' products are too small for several threads:
-# for the factor and the inverse, and for a solution.
-FACTOR_IN_ONE, SOLVE_IN_ONE = 1280, 4096
+# Unknowns up to which LAPACK in one piece is faster on a CPU, for the factor and the inverse: the panels' products are too
+# small for several threads.
+IN_ONE = 1280
 
 
 class Sharing(Protocol):
@@ -52,7 +52,7 @@ def factorise_(system: torch.Tensor, ranks: Sharing | None = None) -> torch.Tens
     with torch.no_grad(), full_precision(system.device):
         if ranks is not None and ranks.size > 1 and size:
             return _factorise_together(system, ranks)
-        if _in_one_piece(system, FACTOR_IN_ONE):
+        if _in_one_piece(system):
             upper, status = system.mT, torch.empty((), dtype=torch.int32)  # in place: LAPACK reads by columns
             torch.linalg.cholesky_ex(upper, upper=True, out=(upper, status))
             return status != 0
@@ -102,7 +102,7 @@ def invert_(factor: torch.Tensor) -> torch.Tensor:
     size = len(factor)
     starts = range(0, size, PANEL)
     with torch.no_grad(), full_precision(factor.device):
-        if _in_one_piece(factor, FACTOR_IN_ONE):
+        if _in_one_piece(factor):
             return factor.copy_(torch.cholesky_inverse(factor))
         for start in reversed(starts):  # L⁻¹ by columns, each from its last row on
             stop = min(start + PANEL, size)
@@ -121,7 +121,7 @@ def invert_(factor: torch.Tensor) -> torch.Tensor:
 def solve_(factor: torch.Tensor, right: torch.Tensor, zero_rows: int = 0) -> torch.Tensor:
     """Overwrite R by (L Lᵀ)⁻¹ R, and return it.
 
-    Work: k²m multiply-adds. Extra memory: PANEL rows of R.
+    Work: k²m multiply-adds. Extra memory: PANEL rows of R; on a CPU none.
 
     Args:
         factor: As from `factorise_`, (k, k).
@@ -134,17 +134,21 @@ def solve_(factor: torch.Tensor, right: torch.Tensor, zero_rows: int = 0) -> tor
         raise ValueError(
             f"right must be ({len(factor)}, m) {factor.dtype} like the factor, got {tuple(right.shape)} {right.dtype}."
         )
-    size = len(factor)
+    size, in_one_piece = len(factor), _solves_in_one_piece(factor)
     starts = range(0, size, PANEL)
     first = zero_rows // PANEL * PANEL
+    transposed = right.mT  # Rᵀ is stored by columns, as LAPACK wants it
     with torch.no_grad(), full_precision(factor.device):
-        if _in_one_piece(factor, SOLVE_IN_ONE):
-            half = torch.linalg.solve_triangular(factor, right, upper=False)
-            return right.copy_(torch.linalg.solve_triangular(factor.mT, half, upper=True))
-        for start in range(first, size, PANEL):
-            rows = slice(start, min(start + PANEL, size))
-            right[rows].addmm_(factor[rows, first:start], right[first:start], alpha=-1)
-            right[rows] = _inverse(factor[rows, rows]) @ right[rows]
+        if in_one_piece and not first:
+            torch.linalg.solve_triangular(factor.mT, transposed, upper=True, left=False, out=transposed)
+        else:
+            for start in range(first, size, PANEL):
+                rows = slice(start, min(start + PANEL, size))
+                right[rows].addmm_(factor[rows, first:start], right[first:start], alpha=-1)
+                right[rows] = _inverse(factor[rows, rows]) @ right[rows]
+        if in_one_piece:
+            torch.linalg.solve_triangular(factor, transposed, upper=False, left=False, out=transposed)
+            return right
         for start in reversed(starts):
             rows = slice(start, min(start + PANEL, size))
             right[rows].addmm_(factor[rows.stop :, rows].T, right[rows.stop :], alpha=-1)
@@ -152,8 +156,12 @@ def solve_(factor: torch.Tensor, right: torch.Tensor, zero_rows: int = 0) -> tor
     return right
 
 
-def _in_one_piece(system: torch.Tensor, most: int) -> bool:
-    return system.device.type == "cpu" and len(system) <= most
+def _in_one_piece(system: torch.Tensor) -> bool:
+    return system.device.type == "cpu" and len(system) <= IN_ONE
+
+
+def _solves_in_one_piece(factor: torch.Tensor) -> bool:
+    return factor.device.type == "cpu"
 
 
 def _inverse(lower: torch.Tensor) -> torch.Tensor:

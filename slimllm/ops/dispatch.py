@@ -132,7 +132,7 @@ def extension_is_missing(device_type: str = "cpu") -> str:
         module = importlib.import_module("slimllm._C")
     except ImportError as error:
         return f"was not built or does not load ({error})"
-    names = ("small_lstsq", "greedy_elimination", "half_solve", "quadratic_forms")
+    names = ("small_lstsq", "greedy_elimination", "half_solve_", "quadratic_forms")
     known = all(hasattr(torch.ops.slimllm_C, name) for name in names)
     if not known or "without_cuda" not in (info := module.build_info()):
         return "was built by an older version; reinstall slimllm to rebuild it"

@@ -13,36 +13,42 @@ WIDEST = {"cpu": 1024, "cuda": 256}
 MOST = 65535  # matrices at once on a GPU
 
 
-def half_solve(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute L⁻¹ R of symmetric positive definite matrices A = L Lᵀ.
+def half_solve_(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Overwrite R by L⁻¹ R, with symmetric positive definite matrices A = L Lᵀ.
 
     With it, products with the inverse are symmetric products: R₁ᵀ A⁻¹ R₂ = (L⁻¹ R₁)ᵀ (L⁻¹ R₂). Work: k³/6 + k²m/2
     multiply-adds a matrix, in its dtype.
 
     Args:
         matrices: A, (batch, k, k) fp32 or fp64; only the lower half is read.
-        right: R, (batch, k, m) of the same dtype.
+        right: R, (batch, k, m) of the same dtype, contiguous.
 
     Returns:
-        L⁻¹ R, (batch, k, m) of the same dtype, and a mask of the matrices that are not positive definite, (batch,). Their
-        results are NaN.
+        A mask of the matrices that are not positive definite, (batch,). Their results are NaN.
 
     Raises:
-        ValueError: shapes or devices are inconsistent.
+        ValueError: shapes or devices are inconsistent, or R is not contiguous.
         TypeError: a dtype is not one of those above.
     """
     _check(matrices, right)
-    solution, failed = _half_solve(matrices.detach(), right.detach())
-    return solution, failed.bool()
+    if not right.is_contiguous():
+        raise ValueError("right must be contiguous, as it is overwritten; give right.contiguous().")
+    return _half_solve_(matrices.detach(), right.detach()).bool()
 
 
 def quadratic_forms(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute tr(Rᵀ A⁻¹ R) = ‖L⁻¹ R‖² of symmetric positive definite matrices A = L Lᵀ.
 
-    Arguments and errors are those of `half_solve`, whose result is not stored.
+    Args:
+        matrices: A, (batch, k, k) fp32 or fp64; only the lower half is read.
+        right: R, (batch, k, m) of the same dtype; it is not changed.
 
     Returns:
         The sums, (batch,) fp64, and a mask of the matrices that are not positive definite, (batch,). Their sums are NaN.
+
+    Raises:
+        ValueError: shapes or devices are inconsistent.
+        TypeError: a dtype is not one of those above.
     """
     _check(matrices, right)
     forms, failed = _quadratic_forms(matrices.detach(), right.detach())
@@ -76,7 +82,9 @@ def _cases(random: Random, tokens: int) -> list[torch.Tensor]:
     ):
         a, right = random(3, 2 * size, size).to(dtype), random(3, size, columns).to(dtype)
         matrices = a.mT @ a / (2 * size)
-        results += [half_solve(matrices, right)[0], quadratic_forms(matrices, right)[0]]
+        results.append(quadratic_forms(matrices, right)[0])
+        half_solve_(matrices, right)
+        results.append(right)
     return results
 
 
@@ -84,21 +92,19 @@ _EXTENSION = {"cpu": "up to 1024 rows; else torch", "cuda": "up to 256 rows; els
 
 
 @operator(
-    "half_solve(Tensor matrices, Tensor right) -> (Tensor, Tensor)",
-    shape=lambda matrices, right: (
-        torch.empty_like(right, memory_format=torch.contiguous_format),
-        matrices.new_empty(len(matrices), dtype=torch.int32),
-    ),
+    "half_solve_(Tensor matrices, Tensor(a!) right) -> Tensor",
+    shape=lambda matrices, right: matrices.new_empty(len(matrices), dtype=torch.int32),
     cases=_cases,
     extension=_EXTENSION,
 )
-def _half_solve(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    if _by_extension("half_solve", matrices, right):
-        return torch.ops.slimllm_C.half_solve(matrices.contiguous(), right.contiguous())  # type: ignore[no-any-return]
+def _half_solve_(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    if _by_extension("half_solve_", matrices, right):
+        return torch.ops.slimllm_C.half_solve_(matrices.contiguous(), right)  # type: ignore[no-any-return]
     factor, failed = _factor(matrices)
     with full_precision(right.device):
-        solution = torch.linalg.solve_triangular(factor, right, upper=False).contiguous()
-    return solution.masked_fill_(failed[:, None, None], torch.nan), failed.int()
+        right.copy_(torch.linalg.solve_triangular(factor, right, upper=False))
+    right.masked_fill_(failed[:, None, None], torch.nan)
+    return failed.int()
 
 
 def _factor(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

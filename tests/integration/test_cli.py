@@ -322,7 +322,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert code == 0
     for operation in ("gram_", "head_covariance", "pearson_greedy", "feature_space_importance", "column_sums_"):
         assert any(operation in line and " torch " in line for line in out.splitlines()), operation
-    for operation in ("lstsq", "half_solve"):
+    for operation in ("lstsq", "half_solve_"):
         assert any(operation in line and (" extension " in line or " torch " in line) for line in out.splitlines()), (
             operation
         )

@@ -8,7 +8,7 @@ from slimllm import InputError, ops
 from slimllm.methods import elimination
 from slimllm.methods.elimination import channel_costs, eliminate_channels, eliminate_heads, unit_costs
 from slimllm.methods.ridge import column_scale
-from slimllm.methods.surgeon import ELIMINATION_RIDGE, ELIMINATION_RIDGE_OF_FEW, Surgeon
+from slimllm.methods.surgeon import ELIMINATION_RIDGE, ELIMINATION_RIDGE_OF_FEW, Surgeon, half_solved
 from slimllm.statistics import GramStatistics
 
 KINDS = ("plain", "few tokens", "large means", "dead", "twins")
@@ -161,7 +161,7 @@ def test_what_rounding_has_made_indefinite() -> None:
     found = careful.solved(ops.quadratic_forms, matrix.clone()[None], right[None])
     assert float(found) == pytest.approx(float(right.square().sum()), rel=1e-2)
     with pytest.raises(InputError, match="ill-conditioned"):
-        careful.solved(ops.half_solve, torch.full((1, 3, 3), torch.nan), torch.ones(1, 3, 2))
+        careful.solved(half_solved, torch.full((1, 3, 3), torch.nan), torch.ones(1, 3, 2))
     statistics = statistics_of(x)
     statistics.gram.fill_(torch.nan)
     with pytest.raises(InputError, match="ill-conditioned"):
@@ -177,15 +177,18 @@ def test_a_failed_factor_is_made_up_for(part: str, monkeypatch: pytest.MonkeyPat
         return eliminate_channels(surgeon, 29) if part == "channels" else eliminate_heads(surgeon, 6, 4)
 
     wanted = eliminated(Surgeon(weight, statistics_of(x), careful=True))
-    solve, calls = ops.half_solve, 0
+    solve, calls = ops.half_solve_, 0
 
-    def fails_once(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def fails_once(matrices: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        result, failed = solve(matrices, right)
-        return (result * torch.nan, ~failed) if calls == 2 else (result, failed)
+        failed = solve(matrices, right)
+        if calls != 2:
+            return failed
+        right.fill_(torch.nan)
+        return ~failed
 
-    monkeypatch.setattr(ops, "half_solve", fails_once)
+    monkeypatch.setattr(ops, "half_solve_", fails_once)
     found = eliminated(Surgeon(weight, statistics_of(x)))
     assert calls > 5
     assert torch.equal(found.order, wanted.order) and torch.equal(found.costs, wanted.costs)

@@ -14,8 +14,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cholesky, "PANEL", 16)
     if request.param == "panels":
-        monkeypatch.setattr(cholesky, "FACTOR_IN_ONE", 0)
-        monkeypatch.setattr(cholesky, "SOLVE_IN_ONE", 0)
+        monkeypatch.setattr(cholesky, "IN_ONE", 0)
+        monkeypatch.setattr(cholesky, "_solves_in_one_piece", lambda factor: False)
 
 
 def system(size: int, dtype: torch.dtype) -> torch.Tensor:

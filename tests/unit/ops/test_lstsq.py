@@ -166,7 +166,7 @@ def test_registration() -> None:
         checks = ("test_schema",)
         solve = torch.ops.slimllm_C.small_lstsq.default
         assert torch.library.opcheck(solve, (gram, cross, ridge, False), test_utils=checks)
-        for half in (torch.ops.slimllm_C.half_solve.default, torch.ops.slimllm_C.quadratic_forms.default):
+        for half in (torch.ops.slimllm_C.half_solve_.default, torch.ops.slimllm_C.quadratic_forms.default):
             assert torch.library.opcheck(half, (gram, cross), test_utils=checks)
 
 
@@ -197,7 +197,7 @@ def test_the_extension_itself_checks_what_it_is_given() -> None:
     ):
         with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
             solve(*arguments, False)
-    for half in (torch.ops.slimllm_C.half_solve, torch.ops.slimllm_C.quadratic_forms):
+    for half in (torch.ops.slimllm_C.half_solve_, torch.ops.slimllm_C.quadratic_forms):
         for pair in ((gram[0], cross), (gram, cross[:3]), (gram, cross.float()), (gram.half(), cross.half())):
             with pytest.raises(RuntimeError, match=r"must be|has the wrong|must have"):
                 half(*pair)

@@ -33,6 +33,12 @@ def systems(batch: int, k: int, m: int, dtype: torch.dtype, ridge: float = 0.3) 
     return matrices.to(DEVICE, dtype), right.to(DEVICE, dtype)
 
 
+def half_solved(matrices: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    solution = right.clone()
+    failed = ops.half_solve_(matrices, solution)
+    return solution, failed
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("batch", "k", "m"),
@@ -43,8 +49,8 @@ def test_against_fp64(backend: str, batch: int, k: int, m: int, dtype: torch.dty
     unread = matrices.tril() + torch.full_like(matrices, torch.nan).triu(1)  # only the lower half is read
     factor = torch.linalg.cholesky(matrices.double())
     wanted = torch.linalg.solve_triangular(factor, right.double(), upper=False)
-    solution, failed = ops.half_solve(unread, right)
     forms, also_failed = ops.quadratic_forms(unread, right)
+    solution, failed = half_solved(unread, right)
     assert not failed.any() and not also_failed.any()
     assert solution.dtype == dtype and solution.shape == right.shape and forms.dtype == torch.float64
     bound = 20 * EPS[dtype] * float(torch.linalg.cond(matrices.double()).max()) ** 0.5 * k
@@ -60,7 +66,7 @@ def test_a_matrix_that_is_not_positive_definite_gives_nan(backend: str) -> None:
     matrices[5] = 0
     matrices[3, 7, 7] = torch.inf
     bad = [1, 2, 3, 4, 5]
-    for function in (ops.half_solve, ops.quadratic_forms):
+    for function in (half_solved, ops.quadratic_forms):
         result, failed = function(matrices, right)
         assert failed.nonzero()[:, 0].tolist() == bad
         assert bool(result[bad].isnan().all()) and bool(result[0].isfinite().all())
@@ -68,18 +74,21 @@ def test_a_matrix_that_is_not_positive_definite_gives_nan(backend: str) -> None:
 
 def test_strides_of_the_arguments(backend: str) -> None:
     matrices, right = systems(3, 24, 50, torch.float32)
-    wanted = ops.half_solve(matrices, right)[0]
+    wanted = [function(matrices, right)[0] for function in (half_solved, ops.quadratic_forms)]
     among = torch.full((3, 30, 60), torch.nan, device=DEVICE)
     among[:, 3:27, 5:29] = matrices
     across = torch.full((50, 24, 3), torch.nan, device=DEVICE)
     across[:] = right.permute(2, 1, 0)
-    assert torch.equal(ops.half_solve(among[:, 3:27, 5:29], across.permute(2, 1, 0))[0], wanted)
+    assert torch.equal(half_solved(among[:, 3:27, 5:29], right)[0], wanted[0])
+    assert torch.equal(ops.quadratic_forms(among[:, 3:27, 5:29], across.permute(2, 1, 0))[0], wanted[1])
+    with pytest.raises(ValueError, match=r"right must be contiguous.*give right\.contiguous"):
+        ops.half_solve_(matrices, across.permute(2, 1, 0))
 
 
 def test_wide_matrices_go_to_torch(backend: str) -> None:
     matrices, right = systems(1, WIDEST[DEVICE] + 1, 3, torch.float32)
     wanted = torch.linalg.solve_triangular(torch.linalg.cholesky(matrices.double()), right.double(), upper=False)
-    assert torch.allclose(ops.half_solve(matrices, right)[0].double(), wanted, atol=1e-3)
+    assert torch.allclose(half_solved(matrices, right)[0].double(), wanted, atol=1e-3)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="threads are the CPU's")
@@ -90,7 +99,7 @@ def test_the_bits_do_not_depend_on_the_threads(backend: str) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append((ops.half_solve(matrices, right)[0], ops.quadratic_forms(matrices, right)[0]))
+            found.append((half_solved(matrices, right)[0], ops.quadratic_forms(matrices, right)[0]))
     finally:
         torch.set_num_threads(before)
     if backend == "extension":
@@ -99,7 +108,7 @@ def test_the_bits_do_not_depend_on_the_threads(backend: str) -> None:
 
 def test_arguments_are_checked() -> None:
     matrices, right = systems(2, 4, 3, torch.float32)
-    for function in (ops.half_solve, ops.quadratic_forms):
+    for function in (ops.half_solve_, ops.quadratic_forms):
         with pytest.raises(ValueError, match="a single matrix is a batch of one"):
             function(matrices[0], right[0])
         with pytest.raises(ValueError, match="must have shapes"):
