@@ -6,47 +6,18 @@ import dataclasses
 import math
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimllm.errors import InputError
 from slimllm.plugins import ALLOCATIONS, CRITERIA, RECOVERIES
+from slimllm.presets import PRESETS
 
 if TYPE_CHECKING:  # where it is needed it is imported: wrong settings are refused before that
     import torch
 
-# Values that a preset gives to settings that are not given; `settings` are options of methods, by kind and name. The preset
-# `paper` also puts no BOS before the windows, unless asked to, and draws them from the whole file.
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
-        "criterion": "slimllm",
-        "allocation": "layer-importance",
-        "recovery": "affine",
-        "token_weights": "none",
-        "round_to": None,
-        "settings": {},
-    },
-    "paper": {
-        "criterion": "slimllm",
-        "allocation": "layer-importance",
-        "recovery": "affine",
-        "token_weights": "none",
-        "round_to": 1,
-        "settings": {
-            ("criterion", "slimllm"): {"keep_lowest": 0.01},
-            ("allocation", "layer-importance"): {"published": True},
-        },
-    },
-    "best": {
-        "criterion": "obs",
-        "allocation": "auto",
-        "recovery": "lstsq",
-        "token_weights": "norm",
-        "round_to": None,
-        "settings": {},
-    },
-}
 # The settings that are methods, and the registries that find them by name.
 METHODS = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "recovery": RECOVERIES}
 HEAD_UNITS = ("kv-group", "query")
@@ -89,11 +60,13 @@ class PruneConfig:
             of query heads from every group). Both are a single head if the group size is 1.
         calibration: A file (text, JSON lines, CSV, .gz) or a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]]; the default is bundled
             text. Parts of a long file are drawn by `seed`, see `slimllm.calibration.read_texts`; the preset `paper` draws
-            its windows from the whole file. A folder of data files is a dataset, too. Or token ids (samples, seq_len)
-            int64, which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
+            its windows from the whole file. A folder of data files is a dataset, too. Or several of these, NAME:0.7 and
+            NAME:0.3 with shares of the windows, or NAME and NAME with the same; `bundled` is the bundled text. Or token ids
+            (samples, seq_len) int64, which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
         bos: BOS before every calibration window: `auto` (if the tokenizer adds one to a text), `always` or `never`. The
             preset `paper` treats `auto` as `never`, as published.
-        samples: Number of calibration windows.
+        samples: Number of calibration windows; the default is 32, and more for wide layers with `lstsq`, `obs` or `auto`.
+            They fit the channels of an FFN and get two tokens for each, as far as the text goes; the report has the number.
         seq_len: Tokens per window, the BOS included.
         seed: Seed of the draw of the windows, and of the criterion random. Nothing else in a run is random.
         batch_size: Windows in a forward pass; the default is about 1024 tokens.
@@ -122,9 +95,9 @@ class PruneConfig:
     recovery: Any = None
     token_weights: str | None = None
     head_unit: str = "kv-group"
-    calibration: str | Path | torch.Tensor | None = None
+    calibration: str | Path | Sequence[str | Path] | torch.Tensor | None = None
     bos: str = "auto"
-    samples: int = 32
+    samples: int | None = None
     seq_len: int = 128
     seed: int = 0
     batch_size: int | None = None
@@ -154,23 +127,34 @@ class PruneConfig:
         for name in ("dtype", "compute_dtype"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), DTYPES)
-        for name, least in (("samples", 1), ("seq_len", 2), ("seed", 0), ("heads_multiple_of", 1)):
+        for name, least in (("seq_len", 2), ("seed", 0), ("heads_multiple_of", 1)):
             check_number(name, getattr(self, name), int, least)
         if self.seed >= 2**63:
             raise InputError(f"seed must be below 2 to the power of 63, got {self.seed}.")
-        for name in ("batch_size", "round_to"):
+        for name in ("samples", "batch_size", "round_to"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), int, 1)
-        if self.calibration is not None and not (isinstance(self.calibration, (str, Path)) or self.token_ids is not None):
-            raise TypeError(
-                "calibration must be a path, the name of a dataset or a tensor of token ids, "
-                f"got {type(self.calibration).__name__}."
-            )
+        self._check_calibration()
         if self.device is not None:
             parse_device(self.device)
         for name in ("host_memory", "gpu_memory"):
             parse_bytes(name, getattr(self, name))
         self._make_methods(row["settings"])
+
+    def _check_calibration(self) -> None:
+        given: Any = self.calibration
+        if given is None or self.token_ids is not None:
+            return
+        texts = tuple(given) if isinstance(given, (list, tuple)) else (given,)
+        for text in texts:
+            if not isinstance(text, (str, Path)):
+                raise TypeError(
+                    "calibration must be a path, the name of a dataset, several of these or a tensor of token ids, "
+                    f"got {type(text).__name__}."
+                )
+        if not texts:
+            raise InputError("calibration is an empty list; give a text, or leave it out for the bundled one.")
+        object.__setattr__(self, "calibration", texts if len(texts) > 1 else texts[0])
 
     def _make_methods(self, settings: dict[tuple[str, str], dict[str, Any]]) -> None:
         """Make methods of their names, with the preset's settings by kind and name, and check that they go together."""
@@ -236,6 +220,8 @@ class PruneConfig:
         settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if (token_ids := self.token_ids) is not None:
             settings["calibration"] = f"token ids {tuple(token_ids.shape)}"
+        elif isinstance(self.calibration, tuple):
+            settings["calibration"] = [str(text) for text in self.calibration]
         elif self.calibration is not None:
             settings["calibration"] = str(self.calibration)
         methods = {kind: getattr(self, kind) for kind in METHODS}

@@ -3,6 +3,7 @@
 from slimllm.calibration.bos import about_bos, window_bos
 from slimllm.calibration.files import check_regular, shown
 from slimllm.calibration.formats import recognise
+from slimllm.calibration.mixture import sources_of
 from slimllm.calibration.records import check_messages, fields_of, has_empty, is_unicode, rendered
 from slimllm.calibration.texts import bundled_text, read_texts
 from slimllm.calibration.windows import (
@@ -36,6 +37,7 @@ __all__ = [
     "recognise",
     "rendered",
     "shown",
+    "sources_of",
     "tokenize",
     "window_bos",
     "windows_of",

@@ -11,12 +11,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from slimllm.calibration.bos import about_bos, window_bos
+from slimllm.calibration.mixture import apportioned, mixed, sources_of
 from slimllm.calibration.texts import bundled_text, read_texts
 from slimllm.checkpoints.tokenizer import encode
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 
 _log = logging.getLogger("slimllm")
+
+SAMPLES = 32  # windows, unless the settings say otherwise
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, documents: list[str], bos: str = "auto") -> torch.Tensor:
@@ -126,12 +129,18 @@ def check_seq_len(seq_len: int, model_config: PretrainedConfig) -> None:
 
 
 def calibration_windows(
-    config: PruneConfig, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig
+    config: PruneConfig, tokenizer: PreTrainedTokenizerBase | None, model_config: PretrainedConfig, samples: int = SAMPLES
 ) -> Calibration:
     """Make the calibration windows that the settings ask for, and the held-out windows.
 
     Both come from one draw, so the calibration windows do not depend on how many are held out. No windows are held out if
     the user gives token ids, or if the text has no more windows than `samples`.
+
+    Args:
+        config: The settings.
+        tokenizer: The model's tokenizer; None: the settings have token ids.
+        model_config: The model's configuration.
+        samples: Number of windows if the settings leave it open; a shorter text gives fewer, but at least SAMPLES.
 
     Raises:
         ValueError: (as InputError) the text cannot be read or is too short, or a window is longer than the model accepts.
@@ -141,14 +150,6 @@ def calibration_windows(
     check_seq_len(config.seq_len, model_config)
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"expected a tokenizer or a tensor of token ids, got {type(tokenizer).__name__}.")
-    if config.calibration is None:
-        _log.info("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
-        documents = [bundled_text("calibration")]
-    else:
-        wanted: float = config.samples * config.seq_len
-        if config.preset == "paper" and Path(config.calibration).expanduser().is_file():
-            wanted = math.inf  # this preset draws its windows from the whole text
-        documents = read_texts(config.calibration, wanted, seed=config.seed, tokenizer=tokenizer)
     as_published = config.preset == "paper" and config.bos == "auto"
     bos = window_bos(tokenizer, "never" if as_published else config.bos)
     if as_published and window_bos(tokenizer, "auto") is not None:
@@ -156,18 +157,47 @@ def calibration_windows(
             "The preset paper puts no BOS before the calibration windows, as published, although this model's tokenizer "
             "adds one to every text; give --bos always to add it."
         )
-    tokens = tokenize(tokenizer, documents, config.bos)
-    wanted = num_held_out(config.samples)
-    held_out = min(wanted, max(0, len(windows_of(tokens, config.seq_len, bos)) - config.samples))
-    if held_out < wanted:
-        none = "" if held_out else ", so perplexity is measured on the windows that the model is fitted to"
+    sources, samples = sources_of(config.calibration), config.samples or samples
+    texts = [
+        tokenize(tokenizer, _documents(config, source.name, samples * source.share, tokenizer), config.bos)
+        for source in sources
+    ]
+    there = [len(windows_of(text, config.seq_len, bos)) for text in texts]
+    if config.samples is None:
+        enough = min(int(count / source.share) for count, source in zip(there, sources))
+        if enough < samples + num_held_out(samples):
+            samples = max(min(samples, SAMPLES), enough - num_held_out(enough))
+    numbers, wanted = apportioned(samples, sources), num_held_out(samples)
+    held_out = [
+        min(some, max(0, count - number)) for some, count, number in zip(apportioned(wanted, sources), there, numbers)
+    ]
+    if sum(held_out) < wanted:
+        none = "" if sum(held_out) else ", so perplexity is measured on the windows that the model is fitted to"
         _log.info(
-            f"The text has {held_out or 'no'} windows beyond those for the statistics, but {wanted} should be held out to "
-            f"measure the result{none}; give more text."
+            f"The text has {sum(held_out) or 'no'} windows beyond those for the statistics, but {wanted} should be held "
+            f"out to measure the result{none}; give more text."
         )
-    windows = draw_windows(tokens, config.samples + held_out, config.seq_len, config.seed, bos)
-    windows = _check_token_ids(windows, model_config)
-    return Calibration(windows[: config.samples], windows[config.samples :], bos)
+    drawn = [
+        draw_windows(text, number + rest, config.seq_len, config.seed, bos)
+        for text, number, rest in zip(texts, numbers, held_out)
+    ]
+    windows = mixed([one[:number] for one, number in zip(drawn, numbers)], config.seed)
+    rest = mixed([one[number:] for one, number in zip(drawn, numbers)], config.seed)
+    windows = _check_token_ids(torch.cat([windows, rest]), model_config)
+    return Calibration(windows[:samples], windows[samples:], bos)
+
+
+def _documents(
+    config: PruneConfig, name: str | Path | None, samples: float, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Read a text of the settings, with enough for a number of windows."""
+    if name is None:
+        _log.info("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
+        return [bundled_text("calibration")]
+    wanted = samples * config.seq_len
+    if config.preset == "paper" and Path(name).expanduser().is_file():
+        wanted = math.inf  # this preset draws its windows from the whole text
+    return read_texts(name, wanted, seed=config.seed, tokenizer=tokenizer)
 
 
 def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) -> torch.Tensor:
@@ -193,4 +223,10 @@ def _check_token_ids(token_ids: torch.Tensor, model_config: PretrainedConfig) ->
 
 def calibration_name(config: PruneConfig) -> str:
     """Return the name of the calibration text, for reports."""
-    return "bundled text (War and Peace)" if config.calibration is None else str(config.to_dict()["calibration"])
+    if config.token_ids is not None:
+        return str(config.to_dict()["calibration"])
+    sources = sources_of(config.calibration)
+    names = ["bundled text (War and Peace)" if source.name is None else str(source.name) for source in sources]
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(f"{source.share:.0%} {name}" for name, source in zip(names, sources))

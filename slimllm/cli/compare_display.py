@@ -18,6 +18,7 @@ from slimllm.cli.options import COMMON
 from slimllm.config import PruneConfig
 from slimllm.evaluation.perplexity import evaluation_tokens
 from slimllm.experiments.compare import Compared, compare
+from slimllm.experiments.samples import with_samples
 
 
 def run_compare(
@@ -39,7 +40,8 @@ def run_compare(
         ValueError: (as InputError) as `compare`, or `out` exists or its folder does not.
     """
     check_new_file(out)
-    tokenizer = open_checkpoint(model).tokenizer()
+    checkpoint = open_checkpoint(model)
+    tokenizer, config = checkpoint.tokenizer(), with_samples(config, methods.values(), checkpoint)
     bos_token_id = window_bos(tokenizer, config.bos)
     common = {name: value for name, value in config.to_dict().items() if name in COMMON}
     with PruneDisplay(console, quiet) as display:

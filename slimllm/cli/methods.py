@@ -11,9 +11,10 @@ from typer.core import TyperCommand
 
 from slimllm.cli.help import epilog, set_groups
 from slimllm.cli.settings import help_of
-from slimllm.config import METHODS, PRESETS
+from slimllm.config import METHODS
 from slimllm.errors import InputError
 from slimllm.plugins import EXPORTERS, Method, Registry, import_plugin
+from slimllm.presets import PRESETS
 
 _OPTION = re.compile(r"--([a-z0-9-]+)\.([a-z0-9-]+)(?:=(.*))?", re.DOTALL)
 _KEY = "slimllm.options"

@@ -64,7 +64,9 @@ def help_of(kind: type) -> dict[str, str]:
 
 
 def _simple(hint: str) -> Any:
-    """Return the type of an option from an annotation as it is written: a switch, a number, or else a text."""
+    """Return the type of an option from an annotation as it is written: a switch, a number, texts, or else a text."""
+    if "Sequence[" in hint:
+        return list[str] | None
     kinds = hint.split(" | ")
     simple = next((one for one in (bool, int, float, str) if one.__name__ in kinds), str)
     return simple | None if "None" in kinds or hint == "Any" else simple

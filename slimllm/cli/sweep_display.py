@@ -22,6 +22,7 @@ from slimllm.errors import InputError, OutputError
 from slimllm.evaluation.perplexity import evaluation_tokens
 from slimllm.experiments.bench.run import machine
 from slimllm.experiments.methods import config_of, identity_of
+from slimllm.experiments.samples import with_samples
 from slimllm.experiments.sweep import Swept, on_front, sweep
 from slimllm.pruning.report import versions
 
@@ -53,7 +54,8 @@ def run_sweep(
             other settings.
     """
     device = parse_device(config.device)
-    tokenizer = open_checkpoint(model).tokenizer()
+    checkpoint = open_checkpoint(model)
+    tokenizer, config = checkpoint.tokenizer(), with_samples(config, presets.values(), checkpoint)
     bos_token_id = window_bos(tokenizer, config.bos)
     settings = {
         "model": model,

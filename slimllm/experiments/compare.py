@@ -21,6 +21,7 @@ from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.evaluation.perplexity import perplexity_of
 from slimllm.experiments.methods import METHODS, config_of, rows_of
+from slimllm.experiments.samples import with_samples
 from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.report import PruneReport
 from slimllm.runtime.distributed import Ranks
@@ -76,7 +77,7 @@ def compare(
         model: A folder, a GGUF file or a hub id.
         ratios: Fractions of the layers' parameters to remove.
         config: The common settings: calibration, memory, device. A method sets the criterion, the allocation, the recovery
-            and the token weights.
+            and the token weights. Without `samples`, all get as many windows as the method that needs most.
         token_ids: The evaluation text, (num_tokens,) int64; not the calibration text.
         methods: Names, see `slimllm.experiments.methods.row_of`; or settings of `PruneConfig` by a name for the table.
         seq_len: Tokens per window of the text.
@@ -97,8 +98,9 @@ def compare(
         raise InputError("Give at least one method and one ratio.")
     rows = rows_of(methods)
     order = [*(name for name in METHODS if name in rows), *(name for name in rows if name not in METHODS)]
-    configs = {(name, ratio): config_of(config, rows[name], ratio) for name in order for ratio in ratios}
     checkpoint = open_checkpoint(model)
+    config = with_samples(config, rows.values(), checkpoint)
+    configs = {(name, ratio): config_of(config, rows[name], ratio) for name in order for ratio in ratios}
     lines: list[Compared] = []
 
     def measure(folder: str | Path) -> float:

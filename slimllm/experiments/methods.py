@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimllm.config import METHODS as KINDS
-from slimllm.config import PRESETS, PruneConfig
+from slimllm.config import PruneConfig
 from slimllm.errors import InputError
+from slimllm.presets import PRESETS
 
 # Settings of each method, by its name in a table. Each comes after one whose dense pass serves it, if there is one.
 METHODS: dict[str, dict[str, Any]] = {

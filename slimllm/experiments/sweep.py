@@ -24,6 +24,7 @@ from slimllm.evaluation.latency.measure import check_shapes
 from slimllm.evaluation.latency.worker import check_length
 from slimllm.evaluation.perplexity import perplexity_of
 from slimllm.experiments.methods import config_of, rows_of
+from slimllm.experiments.samples import with_samples
 from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.report import PruneReport
 from slimllm.runtime.distributed import Ranks
@@ -105,7 +106,8 @@ def sweep(
     Args:
         model: A folder, a GGUF file or a hub id.
         ratios: Fractions of the layers' parameters to remove.
-        config: Calibration, memory, device; the preset sets criterion, allocation, recovery and token weights.
+        config: Calibration, memory, device; the preset sets criterion, allocation, recovery and token weights. Without
+            `samples`, all presets get as many windows as the one that needs most.
         token_ids: The evaluation text, (num_tokens,) int64; not the calibration text.
         presets: Names of presets or other methods, as for `compare`. Each prunes at all ratios, with one dense pass.
         seq_len, max_windows, bos_token_id: Windows of the evaluation text, as for `perplexity`.
@@ -130,6 +132,7 @@ def sweep(
     check_length(checkpoint.config, str(model), Shape(1, prompt, new_tokens))
     there = {(point.preset, point.ratio) for point in points}
     rows = rows_of(presets)
+    config = with_samples(config, rows.values(), checkpoint)
     configs = {
         (preset, ratio): config_of(config, row, ratio)
         for preset, row in rows.items()

@@ -23,6 +23,7 @@ from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.run import Run
+from slimllm.pruning.shapes import samples_for
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
@@ -175,6 +176,7 @@ def _prepare(
     if isinstance(given, torch.Tensor):
         config = dataclasses.replace(config, calibration=given)
     tokenizer = None if isinstance(given, torch.Tensor) else given
-    calibration = calibration_windows(config, tokenizer, source.config)
+    samples = samples_for(config, max(size.intermediate_size for size in source.sizes()))
+    calibration = calibration_windows(config, tokenizer, source.config, samples)
     memory.warm_up(source.device)
     return Run(source, calibration, config, started, memory.resident_gib() * GIB, ranks=ranks)

@@ -40,6 +40,7 @@ def identity_in_memory(source: ModelSource, calibration: Calibration, config: Pr
     settings, token_ids = config.to_dict(), calibration.token_ids
     for name in ("calibration", "device", "host_memory", "gpu_memory"):
         del settings[name]
+    settings["samples"] = len(token_ids)
     settings["batch_size"] = batch_windows(len(token_ids), token_ids.shape[1], config.batch_size)
     model = source.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):

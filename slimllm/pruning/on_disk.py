@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from slimllm import ops
-from slimllm.calibration import calibration_windows
+from slimllm.calibration import calibration_windows, sources_of
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.destination import check_destination, check_space
 from slimllm.checkpoints.journal import begun_with, fingerprint
@@ -29,7 +29,7 @@ from slimllm.pruning.model_card import write_model_card
 from slimllm.pruning.pipeline import PrunedLayer, Pruning
 from slimllm.pruning.report import REPORT_NAME, PruneReport
 from slimllm.pruning.run import Run, operations_of, weight_dtype
-from slimllm.pruning.shapes import check_settings
+from slimllm.pruning.shapes import check_settings, samples_for
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
@@ -55,8 +55,8 @@ def prune_all(
     started = time.perf_counter()
     config = jobs[0][1]
     inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
-    if isinstance(config.calibration, (str, Path)):
-        inputs.append(Path(config.calibration).expanduser())
+    texts = [] if config.token_ids is not None else sources_of(config.calibration)
+    inputs += [Path(text.name).expanduser() for text in texts if text.name is not None]
     name = model.name if isinstance(model, Checkpoint) else str(model)
     maybe_complete = []
     with ranks.together():
@@ -77,7 +77,9 @@ def prune_all(
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
         if tokenizer and (code := tokenizer_code(checkpoint.path)):
             _log.warning("The tokenizer's own Python code (%s) is not run; its tokenizer.json is used without it.", code)
-        calibration = calibration_windows(config, tokenizer, source.config)
+        channels = max(size.intermediate_size for size in source.sizes())
+        samples = max(samples_for(wanted, channels) for _, wanted in jobs)  # all have the same windows
+        calibration = calibration_windows(config, tokenizer, source.config, samples)
     memory.warm_up(device)
     runtime = max(ranks.everyone(memory.resident_gib() * GIB))
     reports: list[PruneReport] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from slimllm.calibration.windows import SAMPLES
 from slimllm.checkpoints.source import ModelSource
 from slimllm.config import PruneConfig
 from slimllm.methods.allocation.removal import LayerShape
@@ -12,6 +13,9 @@ from slimllm.methods.statistics import Needs
 from slimllm.models.slicing import LayerSizes
 from slimllm.ops.dispatch import choose
 from slimllm.ops.heads import cheaper_method
+
+# From two tokens for a column on, its ridge is the weaker one of `has_few_tokens`.
+TOKENS_PER_CHANNEL = 2
 
 
 def layer_shapes(source: ModelSource, config: PruneConfig) -> list[LayerShape]:
@@ -57,6 +61,22 @@ def streams_heads(
         return False
     fused = choose("head_covariance_of_tokens", device).backend == "triton"
     return cheaper_method(tokens[0], shape[0], shape[1], units, fused, tokens[1]) == "stream"
+
+
+def samples_for(config: PruneConfig, channels: int) -> int:
+    """Return how many calibration windows the settings ask for, or else what their methods need.
+
+    Args:
+        config: The settings.
+        channels: Width of the widest FFN. Methods that fit its Gram get TOKENS_PER_CHANNEL tokens for each.
+    """
+    if config.token_ids is not None:
+        return len(config.token_ids)
+    if config.samples is not None:
+        return config.samples
+    needs, of_allocation = config.needs, config.allocation.needs
+    fits = Needs.COLUMN_GRAM in (needs if of_allocation is None else needs | of_allocation)
+    return max(SAMPLES, -(-TOKENS_PER_CHANNEL * channels // config.seq_len)) if fits else SAMPLES
 
 
 def dense_windows(config: PruneConfig, channels: int, samples: int, seq_len: int) -> int:

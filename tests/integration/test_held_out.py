@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ import slimllm
 from slimllm import PruneConfig
 from slimllm.calibration import Calibration, calibration_windows, draw_windows, num_held_out, tokenize
 from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.pruning.shapes import samples_for
 from slimllm.runtime.hidden_states import Placement
 
 
@@ -53,6 +55,50 @@ def test_windows_in_the_statistics_do_not_depend_on_those_held_out(tokenizer: An
         short = [sentence for sentence in told if "windows beyond those for the statistics" in sentence]
         assert len(short) == (held_out < num_held_out(samples))
     assert "no windows beyond" in short[0] and "the windows that the model is fitted to" in short[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "channels", "wanted"),
+    [
+        ({}, 11008, 32),
+        ({"preset": "paper"}, 11008, 32),
+        ({"preset": "best"}, 1536, 32),
+        ({"preset": "best"}, 11008, 172),
+        ({"preset": "best", "seq_len": 512}, 11008, 43),
+        ({"recovery": "lstsq"}, 17920, 280),
+        ({"allocation": "auto"}, 17920, 280),
+        ({"preset": "best", "samples": 8}, 17920, 8),
+    ],
+)
+def test_wide_layers_get_two_tokens_for_a_channel(settings: dict[str, Any], channels: int, wanted: int) -> None:
+    assert samples_for(PruneConfig(ratio=0.2, **settings), channels) == wanted
+
+
+def test_a_short_text_gives_fewer_windows(tokenizer: Any, tmp_path: Path) -> None:
+    """A tenth of its windows is held out. Fewer than the usual number are refused, and so is a given number."""
+    model_config = open_checkpoint(STORIES).config
+    text = tmp_path / "text.txt"
+    config = PruneConfig(ratio=0.2, calibration=text, seq_len=32, bos="never")
+    for length in (60, 20):
+        text.write_text(tokenizer.decode(tokenize(tokenizer, ["word " * 4000], "never")[: length * 32 + 5]))
+        there = len(tokenize(tokenizer, [text.read_text()], "never")) // 32
+        if length == 20:
+            with pytest.raises(slimllm.InputError, match=r"windows of 32, but 32 are asked"):
+                calibration_windows(config, tokenizer, model_config, 200)
+            continue
+        calibration = calibration_windows(config, tokenizer, model_config, 200)
+        assert len(calibration.held_out) == num_held_out(there)
+        assert len(calibration.token_ids) + len(calibration.held_out) == there
+        with pytest.raises(slimllm.InputError, match=r"windows of 32, but 200 are asked"):
+            calibration_windows(dataclasses.replace(config, samples=200), tokenizer, model_config, 200)
+
+
+def test_the_report_has_the_number_that_was_taken(tmp_path: Path) -> None:
+    """Two tokens for each of 172 channels are 43 windows of 8 tokens."""
+    settings = {"ratio": 0.2, "seq_len": 8}
+    report = slimllm.prune(STORIES, tmp_path / "out", PruneConfig(preset="best", **settings))
+    assert report.calibration["samples"] == 43
+    assert slimllm.prune(STORIES, tmp_path / "other", PruneConfig(**settings)).calibration["samples"] == 32
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])

@@ -24,7 +24,7 @@ from slimllm.models.slicing import LayerSizes, sizes_by_layer
 from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traffic
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.pruning.run import too_few_tokens, weight_dtype
-from slimllm.pruning.shapes import dense_windows, streams_heads
+from slimllm.pruning.shapes import dense_windows, samples_for, streams_heads
 from slimllm.runtime.memory import resident_gib
 
 # A run's time divided by that of the counted operations, which leave out norms, activations and copies
@@ -58,7 +58,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
 
     Args:
         model: A folder with a config.json, a GGUF file, a hub id (its config.json is fetched), or the name of a shape.
-        config: The settings; the number of tokens is `samples` times `seq_len`, whatever the calibration text.
+        config: The settings; the number of tokens is `samples` times `seq_len`, as if the text were long enough.
         ranks: Processes that share the windows, each on a machine or a GPU like this one.
         for_gpu: Plan for a GPU, even if this machine has none; the time is then unknown.
 
@@ -67,8 +67,6 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
             is not a multiple of `heads_multiple_of`.
     """
     check_config(config)
-    if not 1 <= ranks <= config.samples:
-        raise InputError(f"ranks must be from 1 to the number of samples ({config.samples}), got {ranks}.")
     device = torch.device("cuda") if for_gpu else parse_device(config.device)
     there = device.type == "cpu" or torch.cuda.is_available()
     model_config, stored, in_memory = _description(model)
@@ -79,14 +77,17 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     for layer in layers:
         layer.unit_step(config.head_unit, config.heads_multiple_of)  # raises the errors that the run would raise
+    channels = max(size.intermediate_size for size in layers)
+    config = dataclasses.replace(config, samples=(samples := samples_for(config, channels)))
+    if not 1 <= ranks <= samples:
+        raise InputError(f"ranks must be from 1 to the number of samples ({samples}), got {ranks}.")
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
     dtypes = in_memory, computed, torch_dtype(config.dtype) if config.dtype else stored
-    windows = (config.samples, config.seq_len, num_held_out(config.samples))
+    windows = (samples, config.seq_len, num_held_out(samples))
     sizes = sizes_of(model_config, layers, head_dim, params, dtypes, windows, device, ranks)
     plan = make_plan(sizes, config, resident_gib() * GIB + _LOADED_LATER, GPU_RUNTIME)
-    channels = max(size.intermediate_size for size in layers)
-    windows_of_all = dense_windows(config, channels, config.samples, config.seq_len)
-    own = dataclasses.replace(config, samples=math.ceil(config.samples / ranks))
+    windows_of_all = dense_windows(config, channels, samples, config.seq_len)
+    own = dataclasses.replace(config, samples=math.ceil(samples / ranks))
     work = stage_work(
         _report(layers, own, device, (model_config.hidden_size, head_dim), math.ceil(windows_of_all / ranks)),
         layers,
@@ -106,7 +107,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()) if rates else None,
         ranks=ranks,
         traffic=traffic(sizes, config) if ranks > 1 else {},
-        warning=too_few_tokens(config, layers, config.samples, config.seq_len),
+        warning=too_few_tokens(config, layers, samples, config.seq_len),
     )
 
 
@@ -137,13 +138,14 @@ def _report(
         windows: Number of windows of the dense pass.
     """
     kept, samples = 1 - config.ratio, config.samples
+    assert samples is not None
     return {
         "calibration": {
             "samples": samples,
             "dense_windows": windows,
-            "tokens": config.samples * config.seq_len,
+            "tokens": samples * config.seq_len,
             "seq_len": config.seq_len,
-            "held_out": num_held_out(config.samples),
+            "held_out": num_held_out(samples),
         },
         "config": config.to_dict(),
         "device": str(device),
@@ -151,7 +153,7 @@ def _report(
             {
                 "num_heads": max(1, round(kept * size.num_kv_heads)) * size.group_size,
                 "intermediate_size": max(1, round(kept * size.intermediate_size)),
-                "attention_statistics": _statistics(size, config, device, shape),
+                "attention_statistics": _statistics(size, config, samples, device, shape),
                 "parameters_before": size.params,
                 "parameters_after": round(kept * size.params),
             }
@@ -160,9 +162,9 @@ def _report(
     }
 
 
-def _statistics(size: LayerSizes, config: PruneConfig, device: torch.device, shape: tuple[int, int]) -> str:
+def _statistics(size: LayerSizes, config: PruneConfig, samples: int, device: torch.device, shape: tuple[int, int]) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         return "gram"
-    batches = math.ceil(config.samples / batch_windows(config.samples, config.seq_len, config.batch_size))
-    tokens, weight = (config.samples * config.seq_len, batches), torch.Size([shape[0], size.num_heads * shape[1]])
+    batches = math.ceil(samples / batch_windows(samples, config.seq_len, config.batch_size))
+    tokens, weight = (samples * config.seq_len, batches), torch.Size([shape[0], size.num_heads * shape[1]])
     return "heads" if streams_heads(config, tokens, weight, size.units(config.head_unit)[0], device) else "gram"

@@ -1,0 +1,31 @@
+"""The number of calibration windows that all methods of a comparison get."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from slimllm.checkpoints.base import Checkpoint
+from slimllm.checkpoints.source import CheckpointModel
+from slimllm.config import PruneConfig
+from slimllm.experiments.methods import config_of
+from slimllm.pruning.shapes import samples_for
+
+
+def with_samples(config: PruneConfig, rows: Iterable[Mapping[str, Any]], checkpoint: Checkpoint) -> PruneConfig:
+    """Return the settings with a number of windows: the one given, or the most that one of the methods gets by default.
+
+    Args:
+        config: The common settings.
+        rows: The settings of each method.
+        checkpoint: The model.
+    """
+    if config.token_ids is not None or config.samples is not None:
+        return config
+    source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
+    channels = max(size.intermediate_size for size in source.sizes())
+    samples = max(samples_for(config_of(config, row, config.ratio), channels) for row in rows)
+    return dataclasses.replace(config, samples=samples)
