@@ -104,7 +104,7 @@ def compile_extension(source: str, arch: int) -> list[Compiled]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/kernels.cubin"
-        command = [NVCC, "-cubin", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+        command = [str(NVCC), "-cubin", "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
         command += [f"-arch=sm_{arch}{'a' if arch >= 90 else ''}", *(f"-isystem={path}" for path in include_paths())]
         subprocess.run([*command, str(CSRC / source), "-o", cubin], check=True)
         usage, code = dumped("-res-usage", cubin), dumped("-sass", cubin)

@@ -28,14 +28,16 @@ class Source:
     share: float = 1.0
 
 
-def sources_of(calibration: str | Path | Sequence[str | Path] | None) -> list[Source]:
-    """Return the texts of the setting `calibration`: one, or several of the form NAME or NAME:SHARE.
+def sources_of(calibration: str | Path | Sequence[str | Path] | torch.Tensor | None) -> list[Source]:
+    """Return the texts of the setting `calibration`: one, or several of the form NAME or NAME:SHARE; token ids have none.
 
     Without shares, all texts have the same. Shares are relative to their sum.
 
     Raises:
         ValueError: (as InputError) some texts have a share and others not, or a share is 0.
     """
+    if isinstance(calibration, torch.Tensor):
+        return []
     if calibration is None or isinstance(calibration, (str, Path)):
         return [Source(calibration)]
     names: list[str | Path | None] = []

@@ -55,8 +55,7 @@ def prune_all(
     started = time.perf_counter()
     config = jobs[0][1]
     inputs = [model.path if isinstance(model, Checkpoint) else Path(model).expanduser()]
-    texts = [] if config.token_ids is not None else sources_of(config.calibration)
-    inputs += [Path(text.name).expanduser() for text in texts if text.name is not None]
+    inputs += [Path(text.name).expanduser() for text in sources_of(config.calibration) if text.name is not None]
     name = model.name if isinstance(model, Checkpoint) else str(model)
     maybe_complete = []
     with ranks.together():

@@ -15,6 +15,7 @@ ORDER = [
     "_lazy",
     "errors",
     "plugins",
+    "presets",
     "config",
     "kernels",
     "ops",
