@@ -26,6 +26,10 @@ def finetune_command(
         typer.Option(help="JSON lines, a JSON list or CSV: instruction, input, output as in Alpaca; or messages; or text."),
     ],
     out: Annotated[Path, typer.Option(*OUT, help="The folder to create.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="A model, such as the dense one, whose next-token distributions are learnt."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in the output folder.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted training, if there is one.")] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -60,6 +64,7 @@ def finetune_command(
                 data,
                 out,
                 config,
+                teacher=teacher,
                 overwrite=overwrite,
                 resume=resume,
                 trust_remote_code=trust_remote_code,
@@ -88,8 +93,9 @@ def _summary(report: FinetuneReport) -> None:
     )
     if report.held_out:
         (_, before), (_, after) = report.held_out[0], report.held_out[-1]
+        what = "Divergence from the teacher" if report.teacher and not report.config["labels"] else "Loss"
         console.print(
-            f"Loss on {report.held_out_examples} held-out examples: {before:.4f} before, {after:.4f} after.",
+            f"{what} on {report.held_out_examples} held-out examples: {before:.4f} before, {after:.4f} after.",
             highlight=False,
         )
     console.print(f"{report.out} is written; every step is in its finetune.json.", highlight=False, soft_wrap=True)

@@ -30,6 +30,8 @@ class FinetuneConfig:
             tenth of all.
         max_steps: Number of steps after which the training ends, with the learning rate at 0; the default is all epochs.
         save_every: Steps between two states on the disk, from which an interrupted training is resumed.
+        labels: Share of the labels' loss where a teacher is given; the rest is the divergence from the teacher. Without a
+            teacher the labels are all of it.
         seed: Seed of the choice of held-out examples, the order of examples, the factors and the dropout.
         dtype: dtype of the model's computation, `float32` or `bfloat16`; the default is float32 on a CPU and bfloat16 on a
             GPU. The factors are always float32. The range of float16 is too small for gradients.
@@ -52,6 +54,7 @@ class FinetuneConfig:
     held_out: int = 64
     max_steps: int | None = None
     save_every: int = 20
+    labels: float = 0.0
     seed: int = 0
     dtype: str | None = None
     device: str | None = None
@@ -71,13 +74,15 @@ class FinetuneConfig:
             check_number(name, getattr(self, name), int, least)
         if self.max_steps is not None:
             check_number("max_steps", self.max_steps, int, 1)
-        for name in ("dropout", "learning_rate", "warmup"):
+        for name in ("dropout", "learning_rate", "warmup", "labels"):
             check_number(name, getattr(self, name), (int, float), 0)
         if not self.learning_rate:
             raise InputError("learning_rate must be above 0, or nothing is learnt; got 0.")
         for name in ("dropout", "warmup"):
             if getattr(self, name) >= 1:
                 raise InputError(f"{name} is a share and must be below 1, got {getattr(self, name)}.")
+        if self.labels > 1:
+            raise InputError(f"labels is a share and must be at most 1, got {self.labels}.")
         if self.dtype is not None:
             check_choice("dtype", self.dtype, ("float32", "bfloat16"))
 

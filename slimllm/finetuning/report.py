@@ -35,6 +35,7 @@ _SHAPE = {
     "compute_dtype": str,
     "versions": {EVERY: str},
     "identity": dict,
+    "teacher?": str,
 }
 
 
@@ -56,6 +57,8 @@ class FinetuneReport:
         peak_host_gib, peak_gpu_gib: Peak memory since the last interruption.
         device, compute_dtype, versions: Device, dtype and software versions of the computation.
         identity: Everything that two trainings must have in common for one to resume the other.
+        teacher: The model whose distributions were learnt, as given by the user; empty: none. Losses are then the
+            divergence from it, in nats a token, and the labels' loss by its share.
     """
 
     model: str
@@ -76,6 +79,7 @@ class FinetuneReport:
     compute_dtype: str
     versions: dict[str, str]
     identity: dict[str, Any]
+    teacher: str = ""
 
     def save(self, folder: Path) -> None:
         """Write finetune.json into the folder."""
@@ -101,9 +105,9 @@ def add_to_model_card(report: FinetuneReport, folder: Path) -> None:
     card, config = folder / "README.md", report.config
     if not card.is_file():
         return
-    held_out = ""
+    held_out = f" It learnt the distributions of {in_line(Path(report.teacher).name)}." if report.teacher else ""
     if report.held_out:
-        held_out = f" The loss on {report.held_out_examples} held-out examples went from {report.held_out[0][1]:.3f} to "
+        held_out += f" The loss on {report.held_out_examples} held-out examples went from {report.held_out[0][1]:.3f} to "
         held_out += f"{report.held_out[-1][1]:.3f} nats a token."
     pruned = " Perplexities above are those before." if (folder / REPORT_NAME).is_file() else ""
     text = f"""

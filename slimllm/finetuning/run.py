@@ -40,6 +40,7 @@ def finetune(
     out: str | Path,
     config: FinetuneConfig | None = None,
     *,
+    teacher: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
     trust_remote_code: bool = False,
@@ -52,6 +53,8 @@ def finetune(
         data: A file of training examples, see `read_examples`.
         out: The folder to write. It appears only when it is complete.
         config: The settings; None: the defaults.
+        teacher: A model with the same tokens, such as the one that was pruned: its next-token distributions are learnt
+            instead of the labels, or beside them (`FinetuneConfig.labels`). It is held in memory as a whole.
         overwrite: Replace an existing model in `out`.
         resume: Resume the interrupted training, if there is one. The result is the same as without the interruption.
         trust_remote_code: Run Python code that comes with the model, such as its tokenizer's.
@@ -92,8 +95,11 @@ def finetune(
             "give a smaller rank."
         )
     examples, held_out = _examples(data, checkpoint.tokenizer(trust_remote_code), config, source)
+    taught_by = _teacher(teacher, source, config)
     compute_dtype = config.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     identity = _identity(source, examples + held_out, config, compute_dtype)
+    if taught_by:
+        identity["teacher, by checksum"] = _checksum(taught_by)
     if resume and not can_resume(out) and (out / FINETUNE_NAME).is_file():
         report = FinetuneReport.read(out)
         if report.identity == json.loads(json.dumps(identity)):
@@ -108,7 +114,10 @@ def finetune(
             return FinetuneReport.read(out)
         loaded, _ = load(checkpoint.path, dtype=compute_dtype, device=config.device, trust_remote_code=trust_remote_code)
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
-        training = Training(loaded, source.spec.layers, examples, config)
+        teaching = None
+        if teacher is not None:
+            teaching, _ = load(teacher, dtype=compute_dtype, device=config.device, trust_remote_code=trust_remote_code)
+        training = Training(loaded, source.spec.layers, examples, config, teaching)
         missing = [name for name in training.projections if f"{name}.weight" not in source.shapes()]
         if missing:
             raise InputError(
@@ -134,6 +143,7 @@ def finetune(
             compute_dtype=compute_dtype,
             versions=versions(),
             identity=identity,
+            teacher="" if teacher is None else str(teacher),
         )
         report.save(writer.folder)
         add_to_model_card(report, writer.folder)
@@ -162,15 +172,37 @@ def _identity(
     """Return everything that two trainings must have in common for one to resume the other."""
     settings = config.to_dict()
     del settings["device"], settings["dtype"]
-    checksums = [fingerprint(source.weights(index)) for index in range(source.num_layers)]
-    checksums += [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()]
     return {
         "slimllm": versions()["slimllm"],
         **settings,
         "compute_dtype": compute_dtype,
         "examples, by checksum": zlib.crc32(json.dumps([[example.given, *example.ids] for example in examples]).encode()),
-        "model, by checksum": checksum_of(checksums),
+        "model, by checksum": _checksum(source),
     }
+
+
+def _checksum(source: CheckpointModel) -> int:
+    """Return a checksum of all weights."""
+    checksums = [fingerprint(source.weights(index)) for index in range(source.num_layers)]
+    return checksum_of(checksums + [fingerprint(source.checkpoint.read([name])) for name in source.other_tensors()])
+
+
+def _teacher(teacher: str | Path | None, source: CheckpointModel, config: FinetuneConfig) -> CheckpointModel | None:
+    """Return the teacher's checkpoint, after checking that it can teach this model; None: there is none."""
+    if teacher is None:
+        if config.labels:
+            raise InputError(
+                f"labels is {config.labels}, the labels' share beside a teacher; give a teacher, or leave it out."
+            )
+        return None
+    found = CheckpointModel(open_checkpoint(teacher), torch.device("cpu"), torch.float32)
+    if found.config.vocab_size != source.config.vocab_size:
+        raise InputError(
+            f"The teacher {teacher} has {found.config.vocab_size} tokens and the model {source.config.vocab_size}; give "
+            "the model that was pruned, or another one with the same tokenizer."
+        )
+    check_seq_len(config.seq_len, found.config)
+    return found
 
 
 def _train(

@@ -31,6 +31,8 @@ class Training:
         layers: The name of its list of layers, in which all projections get factors.
         examples: The examples to train on.
         config: The settings.
+        teacher: A model with the same vocabulary, such as the dense one, whose next-token distributions are learnt; None:
+            the labels alone are.
 
     Attributes:
         num_steps: Total number of steps.
@@ -39,8 +41,15 @@ class Training:
         projections: Projections with factors, by their names in the model.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: str, examples: list[Example], config: FinetuneConfig) -> None:
-        self._examples, self._config = examples, config
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: str,
+        examples: list[Example],
+        config: FinetuneConfig,
+        teacher: PreTrainedModel | None = None,
+    ) -> None:
+        self._examples, self._config, self._teacher = examples, config, teacher
         self.device = model.device
         steps = math.ceil(len(examples) / config.batch_size)
         self.num_steps = min(steps * config.epochs, config.max_steps or steps * config.epochs)
@@ -171,8 +180,21 @@ class Training:
             raise InputError(f"The {kind} memory is not enough for {number} examples at once; {advice}.") from None
 
     def _loss(self, examples: list[Example]) -> torch.Tensor:
-        """Return the loss summed over all learnt tokens, in nats."""
+        """Return the loss summed over all learnt tokens, in nats.
+
+        With a teacher p and this model q, a token's loss is (1 - w) KL(p ‖ q) - w log q(label).
+        """
         ids, mask, labels = batch_of(examples, self.device)
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-        where = learnt(labels)
-        return nn.functional.cross_entropy(logits[where].float(), labels[:, 1:][where], reduction="sum")
+        where, share = learnt(labels), 1.0 if self._teacher is None else self._config.labels
+
+        def log_probabilities(model: Any) -> torch.Tensor:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            return nn.functional.log_softmax(logits[where].float(), -1)
+
+        own = log_probabilities(self.model)
+        loss = share * nn.functional.nll_loss(own, labels[:, 1:][where], reduction="sum") if share else own.new_zeros(())
+        if share == 1:
+            return loss
+        with torch.no_grad():
+            wanted = log_probabilities(self._teacher)
+        return loss + (1 - share) * nn.functional.kl_div(own, wanted, reduction="sum", log_target=True)
