@@ -11,7 +11,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from slimllm.calibration.bos import about_bos, window_bos
-from slimllm.calibration.mixture import apportioned, mixed, sources_of
+from slimllm.calibration.files import shown
+from slimllm.calibration.mixture import Source, apportioned, mixed, sources_of
 from slimllm.calibration.texts import bundled_text, read_texts
 from slimllm.checkpoints.tokenizer import encode
 from slimllm.config import PruneConfig
@@ -165,9 +166,13 @@ def calibration_windows(
     there = [len(windows_of(text, config.seq_len, bos)) for text in texts]
     if config.samples is None:
         enough = min(int(count / source.share) for count, source in zip(there, sources))
-        if enough < samples + num_held_out(samples):
+        if enough < (most := samples) + num_held_out(samples):
             samples = max(min(samples, SAMPLES), enough - num_held_out(enough))
+            if samples < most:
+                _log.info(f"The text gives {samples} calibration windows; the methods should have {most}: give more text.")
     numbers, wanted = apportioned(samples, sources), num_held_out(samples)
+    if len(sources) > 1:
+        _check_parts(sources, numbers, there)
     held_out = [
         min(some, max(0, count - number)) for some, count, number in zip(apportioned(wanted, sources), there, numbers)
     ]
@@ -185,6 +190,19 @@ def calibration_windows(
     rest = mixed([one[number:] for one, number in zip(drawn, numbers)], config.seed)
     windows = _check_token_ids(torch.cat([windows, rest]), model_config)
     return Calibration(windows[:samples], windows[samples:], bos)
+
+
+def _check_parts(sources: list[Source], numbers: list[int], there: list[int]) -> None:
+    """Raise ValueError (as InputError) if one of several texts gives no window, or has fewer than it should give."""
+    for source, number, count in zip(sources, numbers, there):
+        name = "The bundled text" if source.name is None else shown(source.name)
+        if not number:
+            raise InputError(f"{name} gives none of the {sum(numbers)} windows; give a larger share or more samples.")
+        if count < number:
+            raise InputError(
+                f"{name} has {count} windows, but {number} of the {sum(numbers)} should be of it; give more text, a "
+                "smaller share or fewer samples."
+            )
 
 
 def _documents(

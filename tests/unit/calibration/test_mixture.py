@@ -117,6 +117,22 @@ def test_shares_that_are_refused(texts: dict[str, Path], tokenizer: Any, shares:
         calibration_windows(PruneConfig(ratio=0.2, calibration=calibration), tokenizer, open_checkpoint(STORIES).config)
 
 
+@pytest.mark.parametrize(
+    ("shares", "samples", "words"),
+    [
+        ((".99", ".01"), 20, r"two.txt gives none of the 20 windows; give a larger share or more samples"),
+        ((".1", ".9"), 2000, r"two.txt has \d+ windows, but 1800 of the 2000 should be of it; give more text"),
+    ],
+)
+def test_texts_that_give_too_little(
+    texts: dict[str, Path], tokenizer: Any, shares: tuple[str, str], samples: int, words: str
+) -> None:
+    calibration = [f"{path}:{share}" for path, share in zip(texts.values(), shares)]
+    config = PruneConfig(ratio=0.2, calibration=calibration, samples=samples, seq_len=16)
+    with pytest.raises(InputError, match=words):
+        calibration_windows(config, tokenizer, open_checkpoint(STORIES).config)
+
+
 def test_on_the_command_line(texts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
     options = ["--ratio", "0.2", "--samples", "8", "--seq-len", "16", "--no-page"]
