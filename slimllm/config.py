@@ -58,11 +58,11 @@ class PruneConfig:
             dominate the statistics.
         head_unit: Unit removed from attention: `kv-group` (a KV head with all its query heads) or `query` (the same number
             of query heads from every group). Both are a single head if the group size is 1.
-        calibration: A file (text, JSON lines, CSV, .gz) or a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]]; the default is bundled
-            text. Parts of a long file are drawn by `seed`, see `slimllm.calibration.read_texts`; the preset `paper` draws
-            its windows from the whole file. A folder of data files is a dataset, too. Or several of these, NAME:0.7 and
-            NAME:0.3 with shares of the windows, or NAME and NAME with the same; `bundled` is the bundled text. Or token ids
-            (samples, seq_len) int64, which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
+        calibration: A file (text, JSON lines, CSV, .gz) or a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]], or several that share
+            the windows, NAME:0.7 and NAME:0.3; the default is `bundled`, a text of the package. Without numbers
+            the shares are equal. Parts of a long file are drawn by `seed`, see `slimllm.calibration.read_texts`; the preset
+            `paper` draws its windows from the whole file. A folder of data files is a dataset, too. Or token ids (samples,
+            seq_len) int64, which then are the windows: `bos`, `samples`, `seq_len` and `seed` do not apply.
         bos: BOS before every calibration window: `auto` (if the tokenizer adds one to a text), `always` or `never`. The
             preset `paper` treats `auto` as `never`, as published.
         samples: Number of calibration windows; the default is 32, and more for wide layers with `lstsq`, `obs` or `auto`.

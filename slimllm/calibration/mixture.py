@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ import torch
 
 from slimllm.errors import InputError
 
-BUNDLED = "bundled"  # the name of the bundled text among others
-_WITH_SHARE = re.compile(r"(.+):(0?\.\d+|1(?:\.0*)?)")
+BUNDLED = "bundled"  # the name of the bundled text
+_SHARE = re.compile(r"0?\.\d+|[01](?:\.0*)?")  # a share after a name that may be a dataset's, with colons of its own
 
 
 @dataclass(frozen=True)
@@ -29,30 +30,53 @@ class Source:
 
 
 def sources_of(calibration: str | Path | Sequence[str | Path] | torch.Tensor | None) -> list[Source]:
-    """Return the texts of the setting `calibration`: one, or several of the form NAME or NAME:SHARE; token ids have none.
+    """Return the texts of the setting `calibration`, each of the form NAME or NAME:SHARE; token ids have none.
 
     Without shares, all texts have the same. Shares are relative to their sum.
 
     Raises:
-        ValueError: (as InputError) some texts have a share and others not, or a share is 0.
+        ValueError: (as InputError) some texts have a share and others not, a share is not a positive number, or a text is
+            given twice.
     """
     if isinstance(calibration, torch.Tensor):
         return []
-    if calibration is None or isinstance(calibration, (str, Path)):
-        return [Source(calibration)]
-    names: list[str | Path | None] = []
-    shares: list[float | None] = []
-    for given in calibration:
-        found = None if Path(given).expanduser().exists() else _WITH_SHARE.fullmatch(str(given))
-        name = found[1] if found else given
-        names.append(None if str(name) == BUNDLED and not Path(BUNDLED).exists() else name)
-        shares.append(float(found[2]) if found else None)
-    if any(share is None for share in shares) and any(share is not None for share in shares):
-        raise InputError(f"Give every calibration text a share, NAME:0.7, or none, got {', '.join(map(str, calibration))}.")
-    if 0 in shares:
-        raise InputError(f"The share of a calibration text must be more than 0, got {', '.join(map(str, calibration))}.")
+    if calibration is None:
+        return [Source(None)]
+    given = [calibration] if isinstance(calibration, (str, Path)) else list(calibration)
+    found = [_parsed(text) for text in given]
+    shares = [share for _, share in found]
+    if None in shares and any(share is not None for share in shares):
+        raise InputError(f"Give every calibration text a share, NAME:0.7, or none, got {', '.join(map(str, given))}.")
+    names = [name if name is None or not Path(name).exists() else Path(name).resolve() for name, _ in found]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise InputError(f"Calibration text {given[number]} is given twice; give it once, with the sum of its shares.")
     whole = [1.0 if share is None else share for share in shares]
-    return [Source(name, share / sum(whole)) for name, share in zip(names, whole)]
+    return [Source(name, share / sum(whole)) for (name, _), share in zip(found, whole)]
+
+
+def _parsed(text: str | Path) -> tuple[str | Path | None, float | None]:
+    """Return the name of a text, None for the bundled one, and its share, if it is given."""
+    before, colon, share = str(text).rpartition(":")
+    if colon and not Path(text).expanduser().exists():
+        known = before == BUNDLED or Path(before).expanduser().exists()
+        if known or _SHARE.fullmatch(share):
+            return _bundled(before), _positive(share, text)
+    return _bundled(text), None
+
+
+def _bundled(name: str | Path) -> str | Path | None:
+    return None if str(name) == BUNDLED and not Path(BUNDLED).exists() else name
+
+
+def _positive(share: str, text: str | Path) -> float:
+    try:
+        value = float(share)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise InputError(f"The share of a calibration text must be a number above 0, such as NAME:0.7, got {text}.")
+    return value
 
 
 def apportioned(total: int, sources: Sequence[Source]) -> list[int]:

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from slimllm.calibration.bos import about_bos, window_bos
 from slimllm.calibration.files import shown
-from slimllm.calibration.mixture import Source, apportioned, mixed, sources_of
+from slimllm.calibration.mixture import BUNDLED, Source, apportioned, mixed, sources_of
 from slimllm.calibration.texts import bundled_text, read_texts
 from slimllm.checkpoints.tokenizer import encode
 from slimllm.config import PruneConfig
@@ -173,10 +173,14 @@ def calibration_windows(
     numbers, wanted = apportioned(samples, sources), num_held_out(samples)
     if len(sources) > 1:
         _check_parts(sources, numbers, there)
+        parts = [f"{number} of {_shown(source)}" for source, number in zip(sources, numbers)]
+        _log.info(f"Calibrating on {samples} windows: {', '.join(parts)}.")
+    elif sources[0].name is None:
+        _log.info("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
     held_out = [
         min(some, max(0, count - number)) for some, count, number in zip(apportioned(wanted, sources), there, numbers)
     ]
-    if sum(held_out) < wanted:
+    if sum(held_out) < wanted and there[0] >= numbers[0]:  # or else there is an error
         none = "" if sum(held_out) else ", so perplexity is measured on the windows that the model is fitted to"
         _log.info(
             f"The text has {sum(held_out) or 'no'} windows beyond those for the statistics, but {wanted} should be held "
@@ -195,14 +199,20 @@ def calibration_windows(
 def _check_parts(sources: list[Source], numbers: list[int], there: list[int]) -> None:
     """Raise ValueError (as InputError) if one of several texts gives no window, or has fewer than it should give."""
     for source, number, count in zip(sources, numbers, there):
-        name = "The bundled text" if source.name is None else shown(source.name)
+        name = _shown(source)
         if not number:
-            raise InputError(f"{name} gives none of the {sum(numbers)} windows; give a larger share or more samples.")
+            raise InputError(
+                f"Calibration text {name} gives none of the {sum(numbers)} windows; give a larger share or more samples."
+            )
         if count < number:
             raise InputError(
-                f"{name} has {count} windows, but {number} of the {sum(numbers)} should be of it; give more text, a "
-                "smaller share or fewer samples."
+                f"Calibration text {name} has {count} windows, but {number} of the {sum(numbers)} should be of it; give "
+                "more text, a smaller share or fewer samples."
             )
+
+
+def _shown(source: Source) -> str:
+    return BUNDLED if source.name is None else shown(source.name)
 
 
 def _documents(
@@ -210,7 +220,6 @@ def _documents(
 ) -> list[str]:
     """Read a text of the settings, with enough for a number of windows."""
     if name is None:
-        _log.info("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
         return [bundled_text("calibration")]
     wanted = samples * config.seq_len
     if config.preset == "paper" and Path(name).expanduser().is_file():

@@ -139,6 +139,7 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
             when = f"in the phase '{phase}': " if phase else ""
             estimate = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= GIB / 200)
             table.add_row(title, f"{sum(parts.values()) / GIB:.2f} GiB", f"{when}{estimate}")
+    table.add_row("calibration", f"{plan.config.samples} × {plan.config.seq_len}", "windows × tokens")
     if forecast.traffic:
         estimate = ", ".join(f"{name} {size / GIB:.2f}" for name, size in forecast.traffic.items())
         table.add_row(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
+from slimllm.calibration import calibration_windows
+from slimllm.calibration.windows import SAMPLES
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.config import PruneConfig
@@ -28,4 +31,11 @@ def with_samples(config: PruneConfig, rows: Iterable[Mapping[str, Any]], checkpo
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
     channels = max(size.intermediate_size for size in source.sizes())
     samples = max(samples_for(config_of(config, row, config.ratio), channels) for row in rows)
+    if samples > SAMPLES:  # the text may have fewer
+        logger = logging.getLogger("slimllm")
+        logger.disabled = True  # each run says it again
+        try:
+            samples = len(calibration_windows(config, checkpoint.tokenizer(), source.config, samples).token_ids)
+        finally:
+            logger.disabled = False
     return dataclasses.replace(config, samples=samples)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from slimllm.calibration import num_held_out
+from slimllm.calibration import num_held_out, sources_of
 from slimllm.checkpoints.folder import read_config
 from slimllm.checkpoints.fused import read_as
 from slimllm.checkpoints.opening import download, open_checkpoint
@@ -67,6 +67,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
             is not a multiple of `heads_multiple_of`.
     """
     check_config(config)
+    sources_of(config.calibration)  # raises the errors that the run would raise
     device = torch.device("cuda") if for_gpu else parse_device(config.device)
     there = device.type == "cpu" or torch.cuda.is_available()
     model_config, stored, in_memory = _description(model)

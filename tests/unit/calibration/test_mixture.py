@@ -48,7 +48,10 @@ def counted(windows: torch.Tensor, texts: dict[str, Path], tokenizer: Any) -> di
         (["a:.9", "org/b:c:d:e:.9", "bundled:0.2"], [("a", 0.45), ("org/b:c:d:e", 0.45), (None, 0.1)]),
         (["a:1", "b:1.0"], [("a", 0.5), ("b", 0.5)]),
         (["org/b:20231101", "bundled"], [("org/b:20231101", 0.5), (None, 0.5)]),
-        ("a:0.7", [("a:0.7", 1.0)]),
+        (["a:1", "b:.0001"], [("a", 10000 / 10001), ("b", 1 / 10001)]),
+        ("a:0.7", [("a", 1.0)]),
+        ("bundled", [(None, 1.0)]),
+        (["bundled:70", "a:1"], [(None, 70 / 71), ("a", 1 / 71)]),
         (None, [(None, 1.0)]),
     ],
 )
@@ -109,12 +112,31 @@ def test_settings_that_are_refused(calibration: Any, error: type[Exception], wor
 
 
 @pytest.mark.parametrize(
-    ("shares", "words"), [((":0.5", ""), "Give every calibration text a share"), ((":0.5", ":0.0"), "must be more than 0")]
+    ("shares", "words"),
+    [
+        ((":0.5", ""), "Give every calibration text a share"),
+        ((":0.5", ":0.0"), "must be a number above 0, such as NAME:0.7, got .*two.txt:0.0"),
+        ((":1", ":0"), "must be a number above 0"),
+        ((":1", ":-0.5"), "must be a number above 0"),
+        ((":nan", ":1"), "must be a number above 0"),
+        ((":70%", ":30%"), "must be a number above 0"),
+    ],
 )
 def test_shares_that_are_refused(texts: dict[str, Path], tokenizer: Any, shares: tuple[str, str], words: str) -> None:
     calibration = [f"{path}{share}" for path, share in zip(texts.values(), shares)]
     with pytest.raises(InputError, match=words):
         calibration_windows(PruneConfig(ratio=0.2, calibration=calibration), tokenizer, open_checkpoint(STORIES).config)
+
+
+def test_a_text_given_twice(texts: dict[str, Path]) -> None:
+    path = texts["one"]
+    with pytest.raises(InputError, match=r"one.txt:0.3 is given twice; give it once, with the sum of its shares"):
+        sources_of([f"{path}:0.7", f"{path.parent / '.' / path.name}:0.3"])
+
+
+def test_shares_of_files_are_any_numbers(texts: dict[str, Path]) -> None:
+    found = sources_of([f"{path}:{share}" for path, share in zip(texts.values(), (50, 30.0, 20))])
+    assert [source.share for source in found] == pytest.approx([0.5, 0.3, 0.2])
 
 
 @pytest.mark.parametrize(
