@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from slimllm import ops
+from slimllm.config import GIB
 from slimllm.ops import cholesky
 from slimllm.ops.dispatch import choose
 from slimllm.ops.lstsq import LARGEST, MOST_COLUMNS
+from slimllm.runtime import memory
 
 # batch, unknowns, right-hand sides
 SHAPES = [
@@ -121,7 +123,7 @@ def bench_heads(batch: int, k: int, m: int, device: torch.device, rounds: int) -
 
 
 def bench_large(k: int, m: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Measure one row: a system of an FFN, each step once."""
+    """Measure one row: a system of an FFN, each step once: seconds, and memory beside the arguments."""
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(k // 4, k, generator=generator, dtype=dtype, device=device)
     system = (x.T @ x).div_(len(x))
@@ -129,13 +131,19 @@ def bench_large(k: int, m: int, device: torch.device, dtype: torch.dtype) -> dic
     del x
     right = torch.randn(k, m, generator=generator, dtype=dtype, device=device)
     seconds: dict[str, float] = {}
+    extra_gib: dict[str, float] = {}
 
     def timed(name: str, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        memory.release()
+        memory.reset_peak(device)
+        before = torch.cuda.memory_allocated(device) / GIB if device.type == "cuda" else memory.resident_gib()
         started = time.perf_counter()
         found = run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds[name] = time.perf_counter() - started
+        peak = memory.peak_gpu_gib(device) if device.type == "cuda" else memory.peak_host_gib()
+        extra_gib[name] = max(0.0, peak - before)
         return found
 
     factor = timed("factor, torch", lambda: torch.linalg.cholesky_ex(system)[0])
@@ -151,6 +159,7 @@ def bench_large(k: int, m: int, device: torch.device, dtype: torch.dtype) -> dic
         "what": f"large: k = {k}, m = {m}, {str(dtype).removeprefix('torch.')}",
         "backend": "torch",
         "seconds": seconds,
+        "extra_gib": extra_gib,
         "error": errors[0],
         "error_torch": errors[1],
         "speedup_over_torch": seconds["factor, torch"] / seconds["factor"],

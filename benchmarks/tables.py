@@ -183,12 +183,16 @@ def systems_table() -> str:
         for step in ("factor", "solve", "inverse"):
             ours, torchs = (statistics.median(row["seconds"][name] for row in rows) for name in (step, f"{step}, torch"))
             cells += [f"{ours:.2f} s", f"{torchs / ours:.2f}"]
+        for kind in ("", ", torch"):
+            names = [f"{step}{kind}" for step in ("factor", "solve", "inverse")]
+            most = statistics.median(max(row["extra_gib"][name] for name in names) for row in rows)
+            cells.append(f"{most:.2f} GiB")
         return cells
 
     settings = newest("lstsq", ("what",), lambda row: row["what"].startswith("large"))
+    steps = (h for step in ("factor", "solve", "inverse") for h in (step, "× torch"))
     return table(
-        ["unknowns", "right-hand sides", *(h for step in ("factor", "solve", "inverse") for h in (step, "× torch"))],
-        [line(rows) for rows in settings],
+        ["unknowns", "right-hand sides", *steps, "most memory beside them", "torch's"], [line(rows) for rows in settings]
     )
 
 
