@@ -26,7 +26,7 @@ import pytest
 import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from slimllm import PruneConfig
+from slimllm import PruneConfig, prune
 from slimllm.calibration import Calibration, bundled_text, draw_windows, tokenize
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import InMemoryModel
@@ -225,3 +225,19 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and path.name != "report.json"
     }
+
+
+@pytest.fixture(scope="module", name="pruned")
+def _pruned_by_half(token_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model on disk, with half of its layers' parameters; for the tests of training."""
+    out = tmp_path_factory.mktemp("pruned") / "half"
+    prune(STORIES, out, config(token_ids, ratio=0.5))
+    return out
+
+
+@pytest.fixture(scope="module", name="text")
+def _text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 40,000 characters."""
+    path = tmp_path_factory.mktemp("text") / "war.txt"
+    path.write_text(bundled_text("calibration")[:40_000])
+    return path

@@ -32,20 +32,6 @@ QUICK: dict[str, Any] = {"seq_len": 32, "max_steps": 6, "save_every": 2, "learni
 
 
 @pytest.fixture(scope="module")
-def pruned(token_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "half"
-    prune(STORIES, out, config(token_ids, ratio=0.5))
-    return out
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "war.txt"
-    path.write_text(bundled_text("calibration")[:40_000])
-    return path
-
-
-@pytest.fixture(scope="module")
 def whole(pruned: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     finetune(pruned, text, out, FinetuneConfig(**QUICK))

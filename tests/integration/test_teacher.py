@@ -8,30 +8,15 @@ from typing import Any
 import pytest
 import torch
 from commands import call
-from conftest import STORIES, config, contents, stop_at
+from conftest import STORIES, contents, stop_at
 from tiny_models import tiny
 
-from slimllm import InputError, load, prune
-from slimllm.calibration import bundled_text
+from slimllm import InputError, load
 from slimllm.finetuning import FinetuneConfig, FinetuneReport, finetune
 from slimllm.finetuning.data import read_examples
 from slimllm.finetuning.train import Training
 
 QUICK: dict[str, Any] = {"seq_len": 32, "max_steps": 6, "save_every": 2, "learning_rate": 3e-3, "held_out": 8}
-
-
-@pytest.fixture(scope="module")
-def pruned(token_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("pruned") / "half"
-    prune(STORIES, out, config(token_ids, ratio=0.5))
-    return out
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "war.txt"
-    path.write_text(bundled_text("calibration")[:40_000])
-    return path
 
 
 @pytest.mark.parametrize("labels", [0.0, 0.25, 1.0])
