@@ -2,9 +2,9 @@
 
     python benchmarks/bench_contended.py [MODEL] [--rounds 3]    (default: the demo's model)
 
-Presets and conditions take turns in every round. The competitor has one thread, pinned to a core or not. `spinning` runs
-with OpenMP's default wait policy, as a Python program does that has set nothing; the command line sets GOMP_SPINCOUNT. Rows
-go to benchmarks/results/contended.jsonl; `make tables` makes the table of them.
+Presets and conditions take turns in every round. The competitor has one thread, pinned to a core or not. Threads wait by
+`spinning`, OpenMP's default, or by `sharing` the cores, as slimllm does (slimllm/runtime/cores.py). Rows go to
+benchmarks/results/contended.jsonl; `make tables` makes the table of them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ while True:
     a = a @ a
     a /= np.abs(a).max()
 """
-# Of OpenMP: its own default, which spins for 300 000 iterations, and what the command line sets.
-WAITING = {"spinning": {"GOMP_SPINCOUNT": "300000"}, "command line": {}}
+# How to run the command line. torch is loaded first, as in a program that imports slimllm later.
+WAITING = {
+    "spinning": "import torch, math, slimllm.runtime.cores as cores; cores._NEED = math.inf; ",
+    "sharing": "import torch; ",
+}
 CONDITIONS = ("idle", "pinned", "free")
 
 
@@ -61,21 +64,10 @@ def competitor(condition: str) -> Iterator[None]:
 
 def pruned(model: str, preset: str, waiting: str, out: Path) -> dict[str, object]:
     """Prune by the command line, and return the figures of its report."""
-    command = [
-        "prune",
-        model,
-        "--out",
-        str(out),
-        "--ratio",
-        "0.2",
-        "--preset",
-        preset,
-        "--no-page",
-        "--quiet",
-        "--overwrite",
-    ]
+    settings = ["--ratio", "0.2", "--preset", preset, "--no-page", "--quiet", "--overwrite"]
+    code = f"{WAITING[waiting]}from slimllm.cli import main; main()"
     load, started = os.getloadavg()[0], time.monotonic()
-    subprocess.run([sys.executable, "-m", "slimllm", *command], check=True, env={**os.environ, **WAITING[waiting]})
+    subprocess.run([sys.executable, "-c", code, "prune", model, "--out", str(out), *settings], check=True)
     report = json.loads((out / "report.json").read_text())
     widths = [(layer["num_heads"], layer["intermediate_size"]) for layer in report["layers"]]
     return {

@@ -192,7 +192,7 @@ def latency_table() -> str:
 
 def contended_table() -> str:
     """Pruning beside another process, by OpenMP's way of waiting."""
-    settings = newest("contended", ("preset", "condition", "waiting"), lambda row: True)
+    settings = newest("contended", ("preset", "condition", "waiting"), lambda row: row["waiting"] in _WAITING)
     found = {tuple(rows[0][key] for key in ("preset", "condition", "waiting")): rows for rows in settings}
 
     def cell(preset: str, condition: str, waiting: str) -> str:
@@ -212,7 +212,7 @@ def contended_table() -> str:
     )
 
 
-_WAITING = {"spinning": "by spinning, OpenMP's default", "command line": "as the command line sets it"}
+_WAITING = {"spinning": "by spinning, OpenMP's default", "sharing": "briefly, while others need the cores"}
 
 TABLES = {
     "prune": prune_table,

@@ -14,7 +14,6 @@ The public interface; everything else may change:
 """
 
 import importlib.metadata
-import os
 from typing import TYPE_CHECKING
 
 from slimllm._lazy import lazily
@@ -26,11 +25,6 @@ if TYPE_CHECKING:
     from slimllm.evaluation.perplexity import load, perplexity
     from slimllm.pruning.api import prune, prune_model, prune_ratios
     from slimllm.pruning.report import PruneReport
-
-if "OMP_WAIT_POLICY" not in os.environ:
-    # OpenMP reads this when torch is loaded, so it has no effect after `import torch`. By default, threads spin at every
-    # barrier until they get a core, which takes very long if other work has one (benchmarks/bench_contended.py).
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = importlib.metadata.version("slimllm-engine")
 

@@ -18,6 +18,7 @@ from slimllm.config import DTYPES, check_choice, parse_device, torch_dtype
 from slimllm.errors import InputError, exhausted, first_line
 from slimllm.models.families import family_of
 from slimllm.models.meta import expected_tensors, meta_model
+from slimllm.runtime.cores import share_cores
 from slimllm.runtime.memory import free_bytes, release
 from slimllm.runtime.progress import ProgressCallback, WindowsScored
 
@@ -173,6 +174,7 @@ def perplexity_of(
     return value
 
 
+@share_cores()
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel,

@@ -19,6 +19,7 @@ from slimllm.errors import InputError
 from slimllm.evaluation.perplexity import evaluation_tokens, load, locate, perplexity
 from slimllm.evaluation.tasks import task_manager, zero_shot
 from slimllm.pruning.report import versions
+from slimllm.runtime.cores import share_cores
 from slimllm.runtime.memory import release
 from slimllm.runtime.progress import ProgressCallback
 
@@ -56,6 +57,7 @@ class Evaluated:
     seconds: float
 
 
+@share_cores()
 def evaluate(
     models: Sequence[str | Path],
     text: str | None = None,

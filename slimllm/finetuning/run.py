@@ -29,11 +29,13 @@ from slimllm.finetuning.report import FINETUNE_NAME, FinetuneReport, add_to_mode
 from slimllm.pruning.identity import checksum_of, environment_of, say_changes
 from slimllm.pruning.report import REPORT_NAME, versions
 from slimllm.runtime import memory
+from slimllm.runtime.cores import share_cores
 from slimllm.runtime.progress import PartWritten, ProgressCallback, StepTrained
 
 _log = logging.getLogger("slimllm")
 
 
+@share_cores()
 def finetune(
     model: str | Path,
     data: str | Path,

@@ -25,6 +25,7 @@ from slimllm.pruning.report import PruneReport
 from slimllm.pruning.run import Run
 from slimllm.pruning.shapes import samples_for
 from slimllm.runtime import memory
+from slimllm.runtime.cores import share_cores
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
 
@@ -106,6 +107,7 @@ def prune_ratios(
         return prune_all(model, jobs, overwrite, resume, progress, command, ranks)
 
 
+@share_cores()
 def prune_model(
     model: PreTrainedModel,
     tokenizer_or_token_ids: PreTrainedTokenizerBase | torch.Tensor,

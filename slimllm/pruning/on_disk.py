@@ -31,12 +31,14 @@ from slimllm.pruning.report import REPORT_NAME, PruneReport
 from slimllm.pruning.run import Run, operations_of, weight_dtype
 from slimllm.pruning.shapes import check_settings, samples_for
 from slimllm.runtime import memory
+from slimllm.runtime.cores import share_cores
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
 
 _log = logging.getLogger("slimllm")
 
 
+@share_cores()
 def prune_all(
     model: str | Path | Checkpoint,
     jobs: list[tuple[Path, PruneConfig]],
