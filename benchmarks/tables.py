@@ -201,7 +201,9 @@ def contended_table() -> str:
         if not rows or not idle:
             return ""
         seconds = median(rows, lambda r: r["elapsed_s"])
-        times = f" ({seconds / median(idle, lambda r: r['elapsed_s']):.1f} ×)" if condition != "idle" else ""
+        times = f" ({seconds / median(idle, lambda r: r['elapsed_s']):.1f} ×)"
+        if condition == "idle" or rows[0]["commit"] != idle[0]["commit"]:
+            return f"{seconds:.1f} s"
         return f"{seconds:.1f} s{times}"
 
     lines = dict.fromkeys((preset, waiting) for preset, _, waiting in found)

@@ -1,100 +1,149 @@
 """Sharing the cores with other processes.
 
 By default, OpenMP's threads spin at the barrier of every operation for milliseconds before they sleep. If another process
-has the core of one of them, the others spin until the scheduler gives it back, and pruning takes seven times as long
-(benchmarks/bench_contended.py). GNU's OpenMP, which torch comes with, spins only briefly while it manages more threads
-than there are cores. So while other processes need the cores, a team of threads is kept asleep. Computation keeps its own
-threads, and results are the same to the last bit.
+has the core of one of them, the others spin until the scheduler gives it back, and pruning takes several times as long
+(benchmarks/bench_contended.py). GNU's OpenMP, with which torch is built for Linux, spins only briefly while it manages more
+threads than there are cores. So while other processes need the cores, further threads of it are kept asleep. Computation
+keeps its own threads, and results are the same to the last bit.
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from threading import Event, Lock, Thread
 
-import psutil
 import torch
 
-_INTERVAL_S = 0.5  # the system counts in hundredths of a second
-_NEED = 0.25  # of a core that computes, before the threads wait briefly
-_ONE_THREAD = 32768  # elements; torch uses a further thread only for more
-_watched = Lock()  # held while the cores are watched: calls may be nested
+_INTERVAL_S = 0.5  # the system counts processor times in hundredths of a second
+_NEED = 0.25  # of a core on which a thread computes, taken by others
+_QUIET = 4  # intervals without need after which the threads spin again
+_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0  # OpenMP counts when it is loaded, too
+_log = logging.getLogger("slimllm")
+_lock = Lock()
+_users = 0  # of `share_cores`
+_watch: tuple[Thread, Event] | None = None  # while there are users
 
 
 @contextmanager
 def share_cores() -> Iterator[None]:
-    """Meanwhile, let OpenMP's threads wait only briefly whenever other processes need their cores. Calls may be nested."""
-    if torch.get_num_threads() == 1 or not _watched.acquire(blocking=False):
-        yield
-        return
-    done = Event()
-    watch = Thread(target=_watch, args=(done,), name="slimllm-cores", daemon=True)
-    watch.start()
+    """Meanwhile, let OpenMP's threads wait only briefly whenever other processes need their cores.
+
+    It does nothing if there is a single thread, if the environment says how threads wait (`OMP_WAIT_POLICY`,
+    `GOMP_SPINCOUNT`), or without GNU's OpenMP. It may be nested, and entered in several threads.
+    """
+    global _users, _watch
+    with _lock:
+        _users += 1
+        if _users == 1:
+            _watch = _started()
     try:
         yield
     finally:
-        done.set()
-        watch.join()
-        _watched.release()
+        with _lock:
+            _users -= 1
+            ended, _watch = (None, _watch) if _users else (_watch, None)
+        if ended is not None:
+            thread, done = ended
+            done.set()
+            thread.join()
 
 
-def _watch(done: Event) -> None:
-    """Keep a sleeping team while other processes need the cores, until `done`."""
-    before = _Times()
-    team: _SleepingTeam | None = None
-    while before.cores and not done.wait(_INTERVAL_S):
-        now = _Times()
-        needed = now.taken_by_others(before) > now.cores - torch.get_num_threads() + _NEED
-        if needed and team is None:
-            team = _SleepingTeam(now.cores)
-        elif not needed and team is not None:
-            team.dismiss()
-            team = None
-        before = now
-    if team is not None:
-        team.dismiss()
+def _started() -> tuple[Thread, Event] | None:
+    """Start to watch the cores; None: there is nothing to watch, or no thread for it."""
+    threads = torch.get_num_threads()
+    if threads == 1 or not _CORES or {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() or _openmp() is None:
+        return None
+    done = Event()
+    watch = Thread(target=_watch_cores, args=(threads, done), name="slimllm-cores", daemon=True)
+    try:
+        watch.start()
+    except RuntimeError:  # the system's limit
+        return None
+    return watch, done
 
 
-class _Times:
-    """Processor times so far, in seconds: of the system on the cores of this process, and of this process."""
+def _watch_cores(threads: int, done: Event) -> None:
+    """Keep further threads asleep while other processes need the cores that `threads` compute on, until `done`."""
+    asleep: _Asleep | None = None
+    quiet = 0
+    try:
+        before = Times.now()
+        while not done.wait(_INTERVAL_S):
+            now = Times.now()
+            if now.needed_by_others(before, threads):
+                quiet, asleep = 0, asleep or _Asleep(_CORES - threads + 2)
+            elif (quiet := quiet + 1) >= _QUIET and asleep is not None:
+                asleep.end()
+                asleep = None
+            before = now
+    except Exception as error:  # a system that does not say what its cores do
+        _log.debug("The cores are not watched (%s: %s); other work on them slows the run.", type(error).__name__, error)
+    finally:
+        if asleep is not None:
+            asleep.end()
 
-    def __init__(self) -> None:
-        cores = psutil.Process().cpu_affinity() if hasattr(psutil.Process, "cpu_affinity") else []
-        times = psutil.cpu_times(percpu=True)
-        mine = [times[core] for core in cores if core < len(times)]  # a container may count its own cores only
-        self.cores = len(mine)
-        self.idle = sum(core.idle + getattr(core, "iowait", 0.0) for core in mine)
-        self.own = time.process_time()
-        self.wall = time.monotonic()
 
-    def taken_by_others(self, before: _Times) -> float:
-        """Return the cores that other processes, and other virtual machines, had on average."""
-        return self.cores - (self.idle - before.idle + self.own - before.own) / (self.wall - before.wall)
+@dataclass(frozen=True)
+class Times:
+    """Seconds so far: of each core of this process without work, of this process on all cores, and of a clock."""
+
+    idle: list[float]
+    own: float
+    clock: float
+
+    @classmethod
+    def now(cls) -> Times:
+        """Read the times of the system."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines() if line.split(" ", 1)[0] in cores]
+        # user nice system idle iowait …
+        idle = [(int(fields[4]) + int(fields[5])) / ticks for fields in lines]
+        return cls(idle, time.process_time(), time.monotonic())
+
+    def needed_by_others(self, before: Times, threads: int) -> bool:
+        """Return whether others took a quarter of a core more than `threads` leave them; also if there are more threads."""
+        elapsed, cores = self.clock - before.clock, len(self.idle)
+        taken = cores - (sum(self.idle) - sum(before.idle) + self.own - before.own) / elapsed
+        return len(before.idle) == cores > 0 and taken > cores - threads + _NEED
 
 
-class _SleepingTeam:
-    """Threads of OpenMP that sleep, and with the computing ones are more than `cores`."""
+class _Asleep:
+    """A team of OpenMP's threads that sleep until they are ended."""
 
-    def __init__(self, cores: int) -> None:
-        self._dismissed = Event()
-        threads = torch.get_num_threads()
-        # OpenMP gives each leader threads - 1 more, and keeps them until it ends.
-        ready = [Event() for _ in range((cores - threads) // (threads - 1) + 1)]
-        self._leaders = [Thread(target=self._lead, args=(event,), name="slimllm-asleep", daemon=True) for event in ready]
-        for leader in self._leaders:
-            leader.start()
-        for event in ready:
-            event.wait()
+    def __init__(self, threads: int) -> None:
+        self._end = Event()
+        made = Event()
+        self._leader = Thread(target=self._lead, args=(threads, made), name="slimllm-asleep", daemon=True)
+        self._leader.start()
+        made.wait()
 
-    def _lead(self, ready: Event) -> None:
-        torch.zeros(torch.get_num_threads() * _ONE_THREAD, dtype=torch.uint8).add_(1)
-        ready.set()
-        self._dismissed.wait()
+    def _lead(self, threads: int, made: Event) -> None:
+        """Make the team by a parallel region that does nothing; its threads exist as long as this one."""
+        try:
+            if (openmp := _openmp()) is not None:
+                openmp.GOMP_parallel(openmp.omp_get_num_threads, None, threads, 0)
+        finally:
+            made.set()
+        self._end.wait()
 
-    def dismiss(self) -> None:
-        """End the threads."""
-        self._dismissed.set()
-        for leader in self._leaders:
-            leader.join()
+    def end(self) -> None:
+        self._end.set()
+        self._leader.join()
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """Return GNU's OpenMP of this process, torch's if there are several; None: it has none."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        files = {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line}
+        return ctypes.CDLL(min(files, key=lambda file: "torch" not in file)) if files else None
+    except OSError:
+        return None
