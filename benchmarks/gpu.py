@@ -82,7 +82,7 @@ STEPS: dict[str, list[Step]] = {
         _bench("gram 7B", "--shapes llama-7b", 35, "--shapes smollm2-135m --tokens 64 --rounds 1"),
         _bench("pearson 7B", "--shapes llama-7b", 35, "--shapes smollm2-135m --tokens 32 --rounds 1"),
         _bench("prune 7B", "--large paper default", 80, f"{STORIES} --large paper default"),
-        _bench("large 33B", "--layers 4 --gpu-memory 8GiB", 90, f"{SMALL} --layers 1 --samples 1 --gpu-memory 8GiB"),
+        _bench("large 33B", "--layers 4", 90, f"{SMALL} --layers 1 --samples 1"),
         _bench("prune 7B, least squares", "--large lstsq best", 90, f"{STORIES} --large lstsq best"),
         _bench("lstsq", "", 35, "--rounds 1 --most 64"),
         Step("tune", "benchmarks/tune_gram.py", 60, "benchmarks/tune_gram.py --features 64 --tokens 32 --rounds 1"),
