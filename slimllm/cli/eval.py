@@ -38,6 +38,9 @@ def eval_command(
     few_shot: Annotated[int, typer.Option(help="Solved examples before each question.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Questions per task. Default: all.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with more task descriptions for lm-eval.")] = None,
+    continuations: Annotated[
+        int, typer.Option(help="Greedy continuations of the text in which repetitions are counted. Default: none.")
+    ] = 0,
     out: Annotated[Path | None, typer.Option(*OUT, help="A new file for the results, as JSON.")] = None,
 ) -> None:
     """Measure the perplexity of models, pruned or not, on a text, and their accuracy on tasks, side by side."""
@@ -56,6 +59,9 @@ def eval_command(
         for length, value in line.perplexity.items():
             about = f"{line.windows[length]} windows of {length} tokens, {about_bos(line.bos_token_id)}"
             console.print(f"{name}perplexity {value:.4f}   ({about})", highlight=False)
+        if line.repetition is not None:
+            about = f"4-grams that came before, in {continuations} greedy continuations of 128 tokens"
+            console.print(f"{name}repeated {line.repetition:.1%}   ({about})", highlight=False)
 
     names = PAPER_TASKS if tasks == "paper" else tuple(tasks.split(",")) if tasks else ()
     with PruneDisplay(errors, quiet=False) as display:
@@ -73,6 +79,7 @@ def eval_command(
             few_shot=few_shot,
             limit=limit,
             include_path=include_path,
+            continuations=continuations,
             on_model=on_model,
             progress=display.progress,
         )
@@ -89,4 +96,5 @@ def eval_command(
         console.print(accuracy_table(lines, limit))
     if out is not None:
         settings = {"max_windows": max_windows, "bos": bos, "few_shot": few_shot, "limit": limit}
+        settings["continuations"] = continuations
         write_json(lines, text, out, settings)

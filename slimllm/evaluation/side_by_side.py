@@ -17,6 +17,7 @@ from rich.table import Table
 from slimllm.calibration import about_bos, window_bos, windows_of
 from slimllm.errors import InputError
 from slimllm.evaluation.perplexity import evaluation_tokens, load, locate, perplexity
+from slimllm.evaluation.repetition import repetition
 from slimllm.evaluation.tasks import task_manager, zero_shot
 from slimllm.pruning.report import versions
 from slimllm.runtime.cores import share_cores
@@ -39,6 +40,7 @@ class Evaluated:
         accuracy: Accuracy from 0 to 1, by task.
         mean_accuracy: Mean over the tasks; None if there are no tasks.
         retention: Mean accuracy in % of the first model's.
+        repetition: Share of repeated 4-grams in greedy continuations, see `repetition`; None: it was not measured.
         dtype, device: Dtype and device of the computation.
         seconds: Time to load and measure.
     """
@@ -52,6 +54,7 @@ class Evaluated:
     accuracy: dict[str, float]
     mean_accuracy: float | None
     retention: float | None
+    repetition: float | None
     dtype: str
     device: str
     seconds: float
@@ -73,6 +76,7 @@ def evaluate(
     few_shot: int = 0,
     limit: int | None = None,
     include_path: Path | None = None,
+    continuations: int = 0,
     on_model: Callable[[Evaluated], None] | None = None,
     progress: ProgressCallback | None = None,
 ) -> list[Evaluated]:
@@ -88,6 +92,7 @@ def evaluate(
         bos: As for `PruneConfig`.
         dtype, device, trust_remote_code: As for `load`.
         tasks, few_shot, limit, include_path: As for `zero_shot`; no tasks: only perplexity.
+        continuations: Number of greedy continuations, see `repetition`; 0: none.
         on_model: Called with each model's results as soon as they are complete.
         progress: As for `perplexity`.
 
@@ -127,6 +132,11 @@ def evaluate(
             accuracy = zero_shot(
                 loaded, tokenizer, tasks, few_shot=few_shot, limit=limit, include_path=include_path, batch_size=batch_size
             )
+        repeated = None
+        if continuations:
+            repeated = repetition(
+                loaded, tokens, continuations=continuations, bos_token_id=bos_token_id, batch_size=batch_size
+            )
         mean = sum(accuracy.values()) / len(accuracy) if accuracy else None
         dense = done[0].mean_accuracy if done else mean
         done.append(
@@ -140,6 +150,7 @@ def evaluate(
                 accuracy=accuracy,
                 mean_accuracy=mean,
                 retention=100 * mean / dense if mean is not None and dense else None,
+                repetition=repeated,
                 dtype=str(loaded.dtype).removeprefix("torch."),
                 device=str(loaded.device),
                 seconds=time.perf_counter() - started,
@@ -160,13 +171,16 @@ def evaluation_table(lines: list[Evaluated]) -> Table:
     table.add_column("model", overflow="fold", min_width=12)
     lengths = list(lines[0].perplexity)
     titles = [title for length in lengths for title in (f"at {length}", "log incr.")]
-    for title in ("parameters", *titles, "s"):
+    repeated = ["repeated"] if lines[0].repetition is not None else []
+    for title in ("parameters", *titles, *repeated, "s"):
         table.add_column(title, justify="right", no_wrap=True)
     for line in lines:
         cells = [Path(line.model).resolve().name, f"{line.parameters:,}"]
         for length in lengths:
             increase = "" if line is lines[0] or not line.log_increase else f"{line.log_increase[length]:.3f}"
             cells += [f"{line.perplexity[length]:.2f}", increase]
+        if line.repetition is not None:
+            cells.append(f"{line.repetition:.0%}")
         table.add_row(*cells, f"{line.seconds:.1f}")
     return table
 

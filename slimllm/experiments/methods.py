@@ -19,6 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "slimllm": {"preset": "default"},
     "slimllm + lstsq": {"recovery": "lstsq"},
     "obs + lstsq": {"criterion": "obs", "recovery": "lstsq"},
+    "obs + lstsq, uniform": {"criterion": "obs", "allocation": "uniform", "recovery": "lstsq"},
     "wanda-sp": {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "none"},
     "wanda-sp + lstsq": {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "lstsq"},
     "magnitude": {"criterion": "magnitude", "allocation": "uniform", "recovery": "none"},

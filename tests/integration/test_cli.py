@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import slimllm
 from slimllm.calibration import bundled_text, tokenize
+from slimllm.evaluation.repetition import repetition
 from slimllm.ops.dispatch import triton_is_missing
 
 
@@ -255,7 +256,8 @@ def test_disk_full_while_writing(
 def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call(capsys, "prune", stories_path, "--out", tmp_path / "out", "--ratio", "0.4", "--samples", "4", "--quiet")
     lengths = ["--seq-len", "64", "--seq-len", "128", "--max-windows", "5"]
-    code, out, err = call(capsys, "eval", stories_path, tmp_path / "out", *lengths, "--out", tmp_path / "found.json")
+    options = [*lengths, "--continuations", "3", "--out", tmp_path / "found.json"]
+    code, out, err = call(capsys, "eval", stories_path, tmp_path / "out", *options)
     assert code == 0, err
     found = json.loads((tmp_path / "found.json").read_text())
     dense, pruned = found["models"]
@@ -271,6 +273,9 @@ def test_eval_side_by_side(stories_path: Path, tmp_path: Path, capsys: pytest.Ca
         assert pruned["log_increase"][str(length)] == pytest.approx(increase, rel=1e-9) and increase > 0.01
         assert dense["log_increase"][str(length)] == 0 and pruned["windows"][str(length)] == 5
         assert f"{wanted:.2f}" in out and f"{increase:.3f}" in out
+    wanted = repetition(model, tokens, continuations=3, bos_token_id=tokenizer.bos_token_id)
+    assert pruned["repetition"] == pytest.approx(wanted) and f"{wanted:.0%}" in out and f"repeated {wanted:.1%}" in out
+    assert found["continuations"] == 3 and dense["repetition"] is not None
     code, _, err = call(capsys, "eval", stories_path, "--out", tmp_path / "found.json")
     assert code == 2 and "found.json exists already" in err
     code, _, err = call(capsys, "eval", stories_path, "--out", tmp_path / "no" / "found.json")
