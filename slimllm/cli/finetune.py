@@ -36,7 +36,7 @@ def finetune_command(
     quiet: Quiet = False,
     **settings: Any,
 ) -> None:
-    """Train a pruned model with LoRA and the paper's settings, and write the merged model in the same format.
+    """Train a pruned model, by LoRA with the paper's settings or otherwise, and write it in the same format.
 
     Interrupt it once to stop after the current step and save its state.
     """

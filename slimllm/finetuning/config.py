@@ -12,14 +12,17 @@ from slimllm.errors import InputError
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Settings of a LoRA training (arXiv 2106.09685).
+    """Settings of a training.
 
     The defaults are SlimLLM's, or LLM-Pruner's where SlimLLM gives none, except for the warm-up and the held-out examples.
 
     Attributes:
-        rank: Rank r of the two factors of every projection's update.
-        alpha: The update is multiplied by alpha / rank.
-        dropout: Dropout rate at the input of the factors.
+        train: What is trained, in all layers: `lora`, two factors beside every projection (arXiv 2106.09685); `output`, the
+            output projections, norms and biases; `all`, all weights. A weight takes 16 bytes of memory in training. The
+            embeddings and the output head stay as they are.
+        rank: With `lora`: rank r of the two factors of every projection's update.
+        alpha: With `lora`: the update is multiplied by alpha / rank.
+        dropout: With `lora`: dropout rate at the input of the factors.
         learning_rate: Peak learning rate of AdamW. It rises linearly during the warm-up, and then falls linearly to 0.
         warmup: Share of all steps that the warm-up takes.
         epochs: Number of passes over the examples.
@@ -34,7 +37,7 @@ class FinetuneConfig:
             teacher the labels are all of it.
         seed: Seed of the choice of held-out examples, the order of examples, the factors and the dropout.
         dtype: dtype of the model's computation, `float32` or `bfloat16`; the default is float32 on a CPU and bfloat16 on a
-            GPU. The factors are always float32. The range of float16 is too small for gradients.
+            GPU. What is trained is always float32. The range of float16 is too small for gradients.
         device: cpu, cuda, …; the default is a GPU if there is one.
 
     Raises:
@@ -42,6 +45,7 @@ class FinetuneConfig:
         TypeError: a value has the wrong type.
     """
 
+    train: str = "lora"
     rank: int = 4
     alpha: int = 16
     dropout: float = 0.05
@@ -72,6 +76,7 @@ class FinetuneConfig:
             ("seed", 0),
         ):
             check_number(name, getattr(self, name), int, least)
+        check_choice("train", self.train, ("lora", "output", "all"))
         if self.max_steps is not None:
             check_number("max_steps", self.max_steps, int, 1)
         for name in ("dropout", "learning_rate", "warmup", "labels"):

@@ -47,11 +47,11 @@ class FinetuneReport:
         model, data, out: The arguments, as given by the user.
         config: The settings (`FinetuneConfig.to_dict`).
         examples, held_out_examples: Numbers of examples trained on, and only measured.
-        trainable, parameters: Numbers of parameters of the factors, and of the model.
+        trainable, parameters: Numbers of parameters that were trained, and of the model.
         loss: Loss before every step, in nats per learnt token.
         held_out: Pairs of a number of steps done and the mean loss of the held-out examples after them: for 0 steps, every
-            `save_every` steps, and at the end. The losses are measured before the factors are merged into the weights and
-            rounded to the checkpoint's dtype.
+            `save_every` steps, and at the end. The losses are measured before the weights are rounded to the checkpoint's
+            dtype.
         tokens: Number of tokens that passed the model in training.
         elapsed_s: Total seconds, including those before an interruption.
         peak_host_gib, peak_gpu_gib: Peak memory since the last interruption.
@@ -110,12 +110,17 @@ def add_to_model_card(report: FinetuneReport, folder: Path) -> None:
         held_out += f" The loss on {report.held_out_examples} held-out examples went from {report.held_out[0][1]:.3f} to "
         held_out += f"{report.held_out[-1][1]:.3f} nats a token."
     pruned = " Perplexities above are those before." if (folder / REPORT_NAME).is_file() else ""
+    what = {
+        "lora": f"LoRA (rank {config['rank']}), merged into the weights",
+        "output": "training the layers' output projections, norms and biases",
+        "all": "training all weights of the layers",
+    }[config.get("train", "lora")]
     text = f"""
 ## Trained
 
-By LoRA (rank {config["rank"]}, learning rate {config["learning_rate"]:g}, batches of
-{config["batch_size"]}) on {in_line(Path(report.data).name)}: {len(report.loss)} steps over {report.examples} examples; the
-factors are merged into the weights.{held_out}{pruned} Every step is in `finetune.json`.
+By {what}, with learning rate {config["learning_rate"]:g} and batches of
+{config["batch_size"]}, on {in_line(Path(report.data).name)}: {len(report.loss)} steps over {report.examples}
+examples.{held_out}{pruned} Every step is in `finetune.json`.
 """
     text = card.read_text(encoding="utf-8").rstrip() + "\n" + text
     card.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may hold bytes that are not UTF-8

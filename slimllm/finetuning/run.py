@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import logging
 import shutil
@@ -26,6 +27,7 @@ from slimllm.evaluation.perplexity import load
 from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.data import Example, read_examples
 from slimllm.finetuning.report import FINETUNE_NAME, FinetuneReport, add_to_model_card
+from slimllm.finetuning.train import Training
 from slimllm.pruning.identity import checksum_of, environment_of, say_changes
 from slimllm.pruning.report import REPORT_NAME, versions
 from slimllm.runtime import memory
@@ -48,7 +50,7 @@ def finetune(
     trust_remote_code: bool = False,
     progress: ProgressCallback | None = None,
 ) -> FinetuneReport:
-    """Train a model, pruned or not, by LoRA on all projections of its layers; write it with merged factors in its format.
+    """Train a model, pruned or not, by LoRA or on weights of its layers, and write it in its format.
 
     Args:
         model: A Hugging Face folder, such as one written by `prune`.
@@ -74,15 +76,11 @@ def finetune(
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"config must be a FinetuneConfig, got {type(config).__name__}.")
-    try:
-        from slimllm.finetuning.train import Training
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
-            raise
+    if config.train == "lora" and importlib.util.find_spec("peft") is None:
         raise InputError(
             "LoRA needs peft, which is not installed; run pip install peft, or install this package with the extra "
             "finetune."
-        ) from None
+        )
     out, device = destination(out), parse_device(config.device)
     in_place = check_interrupted(out, resume)
     checkpoint = open_checkpoint(model)
@@ -91,7 +89,7 @@ def finetune(
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
     for sentence in checkpoint.left_out():
         _log.info(sentence)
-    if config.rank > source.config.hidden_size:
+    if config.train == "lora" and config.rank > source.config.hidden_size:
         raise InputError(
             f"rank is {config.rank}, but the model's matrices have only {source.config.hidden_size} rows or columns; "
             "give a smaller rank."
@@ -114,17 +112,19 @@ def finetune(
         if writer.journal.done("finished"):
             writer.finish()
             return FinetuneReport.read(out)
-        loaded, _ = load(checkpoint.path, dtype=compute_dtype, device=config.device, trust_remote_code=trust_remote_code)
+        stored = compute_dtype if config.train == "lora" else "float32"
+        loaded, _ = load(checkpoint.path, dtype=stored, device=config.device, trust_remote_code=trust_remote_code)
         parameters = sum(parameter.numel() for parameter in loaded.parameters())
         teaching = None
         if teacher is not None:
             teaching, _ = load(teacher, dtype=compute_dtype, device=config.device, trust_remote_code=trust_remote_code)
-        training = Training(loaded, source.spec.layers, examples, config, teaching)
-        missing = [name for name in training.projections if f"{name}.weight" not in source.shapes()]
+        outputs = (source.spec.o_proj, source.spec.down_proj)
+        training = Training(loaded, source.spec.layers, examples, config, teaching, outputs, compute_dtype)
+        missing = sorted(training.tensors - set(source.shapes()))
         if missing:
             raise InputError(
-                f"{missing[0]} of {model} combines several projections in one matrix; prune the model first, which "
-                "separates them."
+                f"{missing[0].removesuffix('.weight')} of {model} combines several projections in one matrix; prune the "
+                "model first, which separates them."
             )
         memory.reset_peak(device)
         curve = _train(training, held_out, config, writer.journal, started, progress)
@@ -208,7 +208,7 @@ def _teacher(teacher: str | Path | None, source: CheckpointModel, config: Finetu
 
 
 def _train(
-    training: Any,
+    training: Training,
     held_out: list[Example],
     config: FinetuneConfig,
     journal: Journal,
@@ -249,15 +249,16 @@ def _train(
     return curve
 
 
-def _write(training: Any, source: CheckpointModel, writer: CheckpointWriter, progress: ProgressCallback | None) -> None:
-    """Write the model's files with the factors merged into the weights."""
+def _write(
+    training: Training, source: CheckpointModel, writer: CheckpointWriter, progress: ProgressCallback | None
+) -> None:
+    """Write the model's files with the weights that were trained."""
     checkpoint = source.checkpoint
     for index in range(source.num_layers):
         prefix, tensors = source.layer_prefix(index), {}
         for name, tensor in source.weights(index).items():
-            projection = prefix + name.removesuffix(".weight")
-            if name.endswith(".weight") and projection in training.projections:
-                tensor = (tensor.float() + training.update(projection)).to(tensor.dtype)
+            if prefix + name in training.tensors:
+                tensor = training.value(prefix + name, tensor).to(tensor.dtype)
                 if not bool(tensor.isfinite().all()):
                     raise HopelessError(f"{prefix}{name} is not finite after training; give a smaller learning_rate.")
             tensors[prefix + name] = tensor

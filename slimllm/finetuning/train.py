@@ -1,22 +1,20 @@
-"""The training loop: AdamW steps on the LoRA factors. Each step depends only on its number and the state before it."""
+"""The training loop: steps of AdamW. Each step depends only on its number and the state before it."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
 from slimllm.errors import HopelessError, InputError, exhausted
 from slimllm.finetuning.config import FinetuneConfig
 from slimllm.finetuning.data import Example, batch_of, learnt
+from slimllm.finetuning.trained import trained
 from slimllm.runtime.hidden_states import State
 
 MAX_NORM = 1.0  # largest norm of the gradient: the default of transformers' Trainer, which LLM-Pruner uses
@@ -24,21 +22,22 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")  # names of AdamW's moments
 
 
 class Training:
-    """A model with LoRA factors, and the steps that train them.
+    """A model and the steps that train it.
 
     Args:
-        model: The model, whose weights stay unchanged.
-        layers: The name of its list of layers, in which all projections get factors.
+        model: The model, see `trained`.
+        layers: The name of its list of layers.
         examples: The examples to train on.
         config: The settings.
         teacher: A model with the same vocabulary, such as the dense one, whose next-token distributions are learnt; None:
             the labels alone are.
+        outputs: Names of the output projections in a layer.
+        compute_dtype: dtype of the computation.
 
     Attributes:
         num_steps: Total number of steps.
         done: Number of steps done.
         device: The model's device.
-        projections: Projections with factors, by their names in the model.
     """
 
     def __init__(
@@ -48,35 +47,25 @@ class Training:
         examples: list[Example],
         config: FinetuneConfig,
         teacher: PreTrainedModel | None = None,
+        outputs: Sequence[str] = (),
+        compute_dtype: str = "float32",
     ) -> None:
         self._examples, self._config, self._teacher = examples, config, teacher
         self.device = model.device
         steps = math.ceil(len(examples) / config.batch_size)
         self.num_steps = min(steps * config.epochs, config.max_steps or steps * config.epochs)
         self.done = 0
-        modules = model.get_submodule(layers).named_modules()
-        targets = [f"{layers}.{name}" for name, module in modules if isinstance(module, nn.Linear)]
-        lora = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            bias="none",
-            task_type="CAUSAL_LM",
-        )
-        with torch.random.fork_rng([]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # raised because of peft
-            torch.manual_seed(config.seed)  # for the factors, which are initialised on the CPU
-            self.model: PeftModel = get_peft_model(model, lora)
-        base: Any = self.model.base_model.model
-        self.projections = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-        self._factors = {name: factor for name, factor in self.model.named_parameters() if factor.requires_grad}
-        self._optimizer = torch.optim.AdamW(self._factors.values(), lr=config.learning_rate, weight_decay=0.0)
+        self._trained = trained(model, layers, outputs, config)
+        self.model: Any = self._trained.model
+        self._parameters = self._trained.parameters
+        # Weights that are trained stay in float32, or small changes of them would be lost.
+        self._autocast = torch.bfloat16 if config.train != "lora" and compute_dtype == "bfloat16" else None
+        self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=config.learning_rate, weight_decay=0.0)
 
     @property
     def trainable(self) -> int:
-        """Number of parameters of the factors."""
-        return sum(factor.numel() for factor in self._factors.values())
+        """Number of parameters that are trained."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
 
     def step(self) -> tuple[float, int]:
         """Do one step; return the loss before it, in nats per learnt token, and the number of tokens in its examples.
@@ -85,8 +74,7 @@ class Training:
             ValueError: (as HopelessError) the loss or its gradient is not finite.
         """
         self.model.eval()  # keeps the model's own dropout off, such as OPT's
-        for layer in self.projections.values():
-            layer.lora_dropout.train()
+        self._trained.begin_step()
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate(self.done)
         batch = self._batch(self.done)
@@ -102,7 +90,7 @@ class Training:
                     loss.backward()
                 total += float(loss.detach())
                 tokens += sum(len(example.ids) for example in some)
-        norm = float(nn.utils.clip_grad_norm_(self._factors.values(), MAX_NORM))
+        norm = float(nn.utils.clip_grad_norm_(self._parameters.values(), MAX_NORM))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise HopelessError(
                 f"In step {self.done + 1} the loss is {total} and the norm of its gradient {norm}; give a smaller "
@@ -131,15 +119,17 @@ class Training:
             raise HopelessError("The loss of the held-out examples is not finite; compute in float32.")
         return total / number
 
-    def update(self, projection: str) -> torch.Tensor:
-        """Return the update that the factors add to a projection's weight, (out, in) fp32 on the CPU."""
-        layer: Any = self.projections[projection]
-        (adapter,) = layer.active_adapters
-        change: torch.Tensor = layer.get_delta_weight(adapter)
-        return change.detach().float().cpu()
+    @property
+    def tensors(self) -> set[str]:
+        """Names of the model's tensors that change."""
+        return self._trained.tensors
+
+    def value(self, name: str, before: torch.Tensor) -> torch.Tensor:
+        """Return the new value of one of `tensors`, fp32 on the CPU, given its value before the training."""
+        return self._trained.value(name, before)
 
     def state(self) -> State:
-        """Return the state that `restore` resumes from: the factors and their moments."""
+        """Return the state that `restore` resumes from: the parameters and their moments."""
         tensors = dict(self._tensors())
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         return State(layout, (tensor.detach().cpu() for tensor in tensors.values()))
@@ -147,18 +137,18 @@ class Training:
     def restore(self, state: Any, done: int) -> None:
         """Resume after `done` steps, from an open safetensors file of what `state` returned."""
         self.done = done
-        for factor in self._factors.values():
-            zeros = {moment: torch.zeros_like(factor) for moment in _MOMENTS}
-            self._optimizer.state[factor] = {"step": torch.tensor(float(done)), **zeros}
+        for parameter in self._parameters.values():
+            zeros = {moment: torch.zeros_like(parameter) for moment in _MOMENTS}
+            self._optimizer.state[parameter] = {"step": torch.tensor(float(done)), **zeros}
         with torch.no_grad():
             for name, tensor in self._tensors():
                 tensor.copy_(state.get_tensor(name))
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, factor in self._factors.items():
-            yield name, factor
+        for name, parameter in self._parameters.items():
+            yield name, parameter
             for moment in _MOMENTS:
-                yield f"{name}.{moment}", self._optimizer.state[factor][moment]
+                yield f"{name}.{moment}", self._optimizer.state[parameter][moment]
 
     def _batch(self, step: int) -> list[Example]:
         """Return the examples of a step. Each epoch goes through all examples, in its own order."""
@@ -188,7 +178,8 @@ class Training:
         where, share = learnt(labels), 1.0 if self._teacher is None else self._config.labels
 
         def log_probabilities(model: Any) -> torch.Tensor:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            with torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             return nn.functional.log_softmax(logits[where].float(), -1)
 
         own = log_probabilities(self.model)

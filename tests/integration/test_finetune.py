@@ -163,16 +163,17 @@ def test_memory_runs_out(where: str, pruned: Path, text: Path, tmp_path: Path, m
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("train", ["lora", "output"])
 @pytest.mark.parametrize("family", sorted(PECULIAR))
-def test_every_family_trains(family: str) -> None:
-    """A model's own dropout stays off, and what is merged computes what was trained."""
+def test_every_family_trains(family: str, train: str) -> None:
+    """A model's own dropout stays off, and what is written computes what was trained."""
     own = {"dropout": 0.3, "attention_dropout": 0.3} if family == "opt" else {}
     model = tiny(family, **own)
     dense, spec = copy.deepcopy(model), family_of(model.config.model_type)
     ids = torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(0))
     examples = [Example(tuple(row.tolist()), given=number) for number, row in enumerate(ids)]
-    settings = FinetuneConfig(batch_size=8, epochs=6, dropout=0.0, learning_rate=1e-2, micro_batch=3)
-    training = Training(model, spec.layers, examples, settings)
+    settings = FinetuneConfig(batch_size=8, epochs=6, dropout=0.0, learning_rate=1e-2, micro_batch=3, train=train)
+    training = Training(model, spec.layers, examples, settings, outputs=(spec.o_proj, spec.down_proj))
     before = training.mean_loss(examples)
     state = torch.random.get_rng_state()
     assert training.step()[0] == pytest.approx(before, rel=1e-5)
@@ -182,8 +183,8 @@ def test_every_family_trains(family: str) -> None:
     after = training.mean_loss(examples)
     assert after < before - 0.05
     with torch.no_grad():
-        for projection in training.projections:
-            dense.get_submodule(projection).weight += training.update(projection)
+        for name in training.tensors:
+            dense.get_parameter(name).copy_(training.value(name, dense.get_parameter(name)))
         scores = dense(ids).logits.double().log_softmax(-1)
     found = [
         -float(scores[row, position - 1, ids[row, position]]) for row in range(8) for position in range(max(1, row), 24)
