@@ -52,6 +52,9 @@ class PruneConfig:
             (all kept weights by least squares), `bias` or `none`. `affine` regresses every dense output dimension on the
             pruned one; `lstsq` regresses the removed output on all kept columns, with a ridge; `bias` adds the mean of the
             removed output, as in FLAP. Or a `slimllm.methods.recovery.Recovery`, which the attribute always is.
+        bias: `yes`, or `no`: recoveries add no bias to an output projection that has none, since some architectures have no
+            place for it. `affine` and `lstsq` are then regressions through the origin, and `obs` and `auto` measure by
+            second moments instead of covariances.
         token_weights: Weights of tokens in all statistics: `none` (all equal, as published) or `norm` (by what the next
             norm divides them by). With `norm` the weight is 1 / mean square of the residual stream after the sub-layer.
             Errors then count as the rest of the model sees them, and the few very large tokens of large models do not
@@ -93,6 +96,7 @@ class PruneConfig:
     criterion: Any = None
     allocation: Any = None
     recovery: Any = None
+    bias: str = "yes"
     token_weights: str | None = None
     head_unit: str = "kv-group"
     calibration: str | Path | Sequence[str | Path] | torch.Tensor | None = None
@@ -124,6 +128,7 @@ class PruneConfig:
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         check_choice("bos", self.bos, BOS_CHOICES)
+        check_choice("bias", self.bias, ("yes", "no"))
         for name in ("dtype", "compute_dtype"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), DTYPES)
@@ -178,6 +183,14 @@ class PruneConfig:
         if self.criterion.needs_recovery and not self.recovery.adds_bias:
             what = f"criterion {self.criterion.name} removes what a recovery can make up for"
             raise InputError(f"{what}; give a recovery: lstsq, affine or bias.")
+
+        if self.bias == "no" and self.recovery.needs_bias:
+            raise InputError(f"recovery {self.recovery.name} is a bias; give bias yes, or another recovery, such as lstsq.")
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether output projections without a bias get one."""
+        return bool(self.recovery.adds_bias and self.bias == "yes")
 
     @property
     def token_ids(self) -> torch.Tensor | None:

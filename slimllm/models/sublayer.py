@@ -32,6 +32,7 @@ class Sublayer:
         width: Columns of the output projection per unit.
         groups: Groups of adjacent units, each of which loses the same number of units; 1: any unit may be removed.
         seed: Seed of this sub-layer, for methods that draw random numbers.
+        new_bias: Whether its output projection may get a bias if it has none.
     """
 
     layer: Layer
@@ -41,19 +42,20 @@ class Sublayer:
     width: int
     groups: int = 1
     seed: int = 0
+    new_bias: bool = True
 
     @classmethod
-    def attention_of(cls, layer: Layer, index: int, head_unit: str, seed: int = 0) -> Sublayer:
+    def attention_of(cls, layer: Layer, index: int, head_unit: str, seed: int = 0, new_bias: bool = True) -> Sublayer:
         """Return the attention of a layer, to be pruned in units of `head_unit` (`kv-group` or `query`)."""
         sizes = layer.sizes()
         units, groups = sizes.units(head_unit)
         width = sizes.num_heads * layer.head_dim // units
-        return cls(layer, "attention", index, units, width, groups, _seed_of(seed, index, 0))
+        return cls(layer, "attention", index, units, width, groups, _seed_of(seed, index, 0), new_bias)
 
     @classmethod
-    def ffn_of(cls, layer: Layer, index: int, seed: int = 0) -> Sublayer:
+    def ffn_of(cls, layer: Layer, index: int, seed: int = 0, new_bias: bool = True) -> Sublayer:
         """Return the FFN of a layer; its units are its channels."""
-        return cls(layer, "ffn", index, layer.sizes().intermediate_size, 1, seed=_seed_of(seed, index, 1))
+        return cls(layer, "ffn", index, layer.sizes().intermediate_size, 1, 1, _seed_of(seed, index, 1), new_bias)
 
     @property
     def is_attention(self) -> bool:
@@ -68,6 +70,11 @@ class Sublayer:
     def output_projection(self) -> nn.Linear:
         """The output projection: weight W, (D, F), and possibly a bias."""
         return self.layer.linear(self.projection)
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether the output projection has a bias or may get one."""
+        return self.new_bias or self.output_projection.bias is not None
 
     @property
     def norm(self) -> nn.Module:

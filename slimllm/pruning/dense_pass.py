@@ -230,8 +230,8 @@ def _measure_layer(
     """
     config, watch, ranks = run.config, run.watch, stream.ranks
     sublayers = (
-        Sublayer.attention_of(layer, index, config.head_unit, config.seed),
-        Sublayer.ffn_of(layer, index, config.seed),
+        Sublayer.attention_of(layer, index, config.head_unit, config.seed, config.adds_bias),
+        Sublayer.ffn_of(layer, index, config.seed, config.adds_bias),
     )
     weighted = config.token_weights == "norm"
     statistics: list[ColumnStatistics | GramStatistics] = []

@@ -129,7 +129,7 @@ class Run:
         allocated = Allocated(**{**found, "removals": [LayerRemoval(**removal) for removal in found["removals"]]})
         for note in allocated.notes:
             _log.info("%s.", note)
-        new_bias = self.config.recovery.adds_bias
+        new_bias = self.config.adds_bias
         sizes = [
             size.without(removal.units, removal.channels, self.config.head_unit, new_bias)
             for size, removal in zip(self.sizes, allocated.removals)

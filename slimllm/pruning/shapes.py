@@ -101,7 +101,7 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
     kv_params = 2 * source.head_dim * (hidden_size + size.qkv_bias)
     units, groups = size.units(config.head_unit)
     by_group = size.by_group(config.head_unit)
-    new_bias = hidden_size if config.recovery.adds_bias else 0
+    new_bias = hidden_size if config.adds_bias else 0
     return LayerShape(
         units=units // groups,
         unit_params=size.group_size * query_params + kv_params if by_group else groups * query_params,

@@ -82,7 +82,7 @@ def prune_sublayer(
 
 
 def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery) -> Fit:
-    """Check a fit and return it on the layer's device, with a bias if the recovery adds biases.
+    """Check a fit and return it on the layer's device, with a bias if the recovery adds one.
 
     Raises:
         ValueError: a part of it has another shape, is not finite, or was not declared.
@@ -93,6 +93,8 @@ def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery)
         raise ValueError("it changes single weights, for which it has to declare Needs.COLUMN_GRAM.")
     if change.intercept is not None and not recovery.adds_bias:
         raise ValueError("it gives an intercept, for which it has to declare adds_bias = True.")
+    if change.intercept is not None and not sublayer.takes_bias:
+        raise ValueError("it gives an intercept for a sub-layer that takes no bias; declare needs_bias = True if it must.")
     shapes = {"intercept": (outputs,), "slope": (outputs,), "delta": (outputs, num_columns)}
     parts: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
@@ -104,7 +106,7 @@ def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery)
     errors = [error for error in (fit.error_before, fit.error_after) if error is not None]
     if len(errors) == 1 or not all(map(math.isfinite, errors)):
         raise ValueError(f"its errors must be finite, or both None, got {fit.error_before} and {fit.error_after}.")
-    if recovery.adds_bias and "intercept" not in parts:  # the output format expects a bias
+    if recovery.adds_bias and sublayer.takes_bias and "intercept" not in parts:  # the output format expects a bias
         parts["intercept"] = torch.zeros(outputs, dtype=torch.float64, device=device)
     return dataclasses.replace(fit, change=OutputChange(**parts) if parts else None)
 

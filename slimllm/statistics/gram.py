@@ -48,6 +48,7 @@ class GramStatistics(Accumulator):
         self.total = torch.zeros(features, dtype=torch.float64, device=device)
         self._plain = True  # the pivot is zero everywhere
         self._is_half = False  # only the lower half of the Gram is valid
+        self._centred = True  # see `about_zero`
 
     def _zeros(self, device: torch.device | str) -> torch.Tensor:
         """Return memory for the Gram."""
@@ -143,21 +144,45 @@ class GramStatistics(Accumulator):
         gram = self.gram[rows].to(pivot.device).double()
         return gram.addr_(total[rows], shift).addr_(shift[rows], total + self.mass * shift)
 
+    def about_zero(self) -> GramStatistics:
+        """Return a view with second moments E(x xᵀ) for covariances, as if the mean were 0; not to be updated.
+
+        Regressions on it go through the origin.
+        """
+        self._complete()
+        view = copy.copy(self)
+        view._centred = False
+        return view
+
     def mean(self) -> torch.Tensor:
         """Return the mean over tokens, (features,) fp64."""
         check_mass(self.mass)
+        return self._true_mean() if self._centred else torch.zeros_like(self.total)
+
+    def _true_mean(self) -> torch.Tensor:
         return self.pivot.double() + self.total / self.mass
+
+    def _centre_(self, block: torch.Tensor, rows: slice | torch.Tensor, columns: slice | torch.Tensor) -> torch.Tensor:
+        """Make a block of gram/m one of the covariance (or of the second moments), in place, on its device."""
+        delta = (self.total / self.mass).to(block.device)
+        block.addr_(delta[rows], delta[columns], alpha=-1)
+        if not self._centred:
+            mean = self._true_mean().to(block.device)
+            block.addr_(mean[rows], mean[columns])
+        return block
 
     def covariance(self) -> torch.Tensor:
         """Return the population covariance, (features, features) fp64, symmetric to the last bit."""
         check_mass(self.mass)
         self._complete()
-        delta = self.total / self.mass
+        delta, mean = self.total / self.mass, None if self._centred else self._true_mean()
         covariance = torch.empty_like(self.gram, dtype=torch.float64)
         for start in range(0, self.features, _ROWS):  # avoids a second matrix of this size
             stop = min(start + _ROWS, self.features)
             rows = self.gram[start:stop, :stop].double().add_(self.gram[:stop, start:stop].T).div_(2 * self.mass)
             rows.sub_(delta[start:stop, None] * delta[:stop])
+            if mean is not None:
+                rows.add_(mean[start:stop, None] * mean[:stop])
             covariance[start:stop, :stop] = rows
             covariance[:stop, start:stop] = rows.T
             self._release()
@@ -171,7 +196,8 @@ class GramStatistics(Accumulator):
         for start in range(0, self.features, TILE):  # of a file, no more rows at a time
             squares[start : start + TILE] = self.gram[start : start + TILE, start : start + TILE].diagonal()
             self._release()
-        return (squares / self.mass - (self.total / self.mass).square()).clamp_(min=0)
+        variance = (squares / self.mass - (self.total / self.mass).square()).clamp_(min=0)
+        return variance if self._centred else variance + self._true_mean().square()
 
     def norms(self) -> torch.Tensor:
         """Return (Σ_t w_t x_tj²)^½, which is ‖X[:,j]‖₂ without weights: (features,) fp64."""
@@ -189,25 +215,27 @@ class GramStatistics(Accumulator):
         """Return Cov(W x) = W Cov(x) Wᵀ for a weight (D, features): (D, D) fp64 on its device, computed in fp32."""
         check_mass(self.mass)
         self._complete()
-        single, delta = weight.float(), (self.total / self.mass).to(weight.device)
-        moved = torch.cat([rows.double() @ delta for rows in weight.split(_ROWS)])
+        single = weight.float()
         at_once = self.features if weight.device == self.gram.device and not self.by_tiles else TILE
         raw = single.new_zeros(len(single), len(single))
         with full_precision(weight.device):
             for columns, rows in zip(single.split(at_once, 1), self.gram.split(at_once)):
                 raw.addmm_(columns, rows.to(weight.device) @ single.T)
                 self._release()
-        covariance = raw.double().div_(self.mass).addr_(moved, moved, alpha=-1)
+        covariance = raw.double().div_(self.mass)
+        means = [(self.total / self.mass, -1.0)] + ([] if self._centred else [(self._true_mean(), 1.0)])
+        for mean, sign in means:
+            moved = torch.cat([rows.double() @ mean.to(weight.device) for rows in weight.split(_ROWS)])
+            covariance.addr_(moved, moved, alpha=sign)
         return (covariance + covariance.T).div_(2)
 
     def rows(self, rows: slice) -> torch.Tensor:
         """Return some rows of the covariance without the rest, (len(rows), features) fp64, on the solver's device."""
         check_mass(self.mass)
         self._complete()
-        delta = (self.total / self.mass).to(self.solver)
         covariance = self.gram[rows].to(self.solver).double()
         self._release()
-        return covariance.div_(self.mass).addr_(delta[rows], delta, alpha=-1)
+        return self._centre_(covariance.div_(self.mass), rows, slice(None))
 
     def block(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Return rows and columns of the covariance without the rest, on the solver's device.
@@ -220,10 +248,9 @@ class GramStatistics(Accumulator):
         """
         check_mass(self.mass)
         self._complete()
-        delta = self.total / self.mass
         block = self.gram[rows[:, None], columns].to(self.solver).double()
         self._release()
-        return block.div_(self.mass).addr_(delta[rows].to(self.solver), delta[columns].to(self.solver), alpha=-1)
+        return self._centre_(block.div_(self.mass), rows.to(self.solver), columns.to(self.solver))
 
 
 def _pivot(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:

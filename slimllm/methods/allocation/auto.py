@@ -39,6 +39,8 @@ class Auto(Allocation):
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
         sublayer, statistics = dense.sublayer, dense.columns
         assert isinstance(statistics, GramStatistics)
+        if not sublayer.takes_bias:
+            statistics = statistics.about_zero()
         weight, units, groups = sublayer.effective_weight(), sublayer.units, sublayer.groups
         if sublayer.is_attention:
             found = (

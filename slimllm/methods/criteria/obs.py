@@ -20,7 +20,8 @@ class Obs(Criterion):
     shares_work = True
 
     def select(self, sublayer: Sublayer, statistics: SublayerStatistics, num_removed: int) -> Selection:
-        weight, gram = sublayer.effective_weight(), statistics.gram
+        weight = sublayer.effective_weight()
+        gram = statistics.gram if sublayer.takes_bias else statistics.gram.about_zero()
         if sublayer.is_attention:
             found = eliminate_heads(Surgeon(weight, gram), sublayer.units, num_removed, sublayer.groups)
         else:

@@ -11,10 +11,12 @@ from slimllm.models.sublayer import Sublayer
 
 @register_recovery("affine")
 class Affine(Recovery):
-    """The paper's regression of every output dimension on its pruned value, y_k ≈ a_k ŷ_k + b_k."""
+    """The paper's regression of every output dimension on its pruned value, y_k ≈ a_k ŷ_k + b_k; b is 0 without a bias."""
 
     attention_gram = False
 
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
         moments = statistics.moments(kept)
-        return Fit.of_moments(moments, *moments.affine_fit())
+        if sublayer.takes_bias:
+            return Fit.of_moments(moments, *moments.affine_fit())
+        return Fit.of_moments(moments, moments.slope_through_origin())

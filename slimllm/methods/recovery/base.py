@@ -32,10 +32,11 @@ class Fit:
     error_after: float | None
 
     @classmethod
-    def of_moments(cls, moments: OutputMeans, slope: torch.Tensor, intercept: torch.Tensor) -> Fit:
-        """Make the change W' = a ∘ W, bias' = bias + b from a slope a and an intercept b, (D,) fp64."""
+    def of_moments(cls, moments: OutputMeans, slope: torch.Tensor, intercept: torch.Tensor | None = None) -> Fit:
+        """Make the change W' = a ∘ W, bias' = bias + b from a slope a and an intercept b, (D,) fp64; None: 0."""
         change = OutputChange(intercept, slope)
-        return cls(change, moments.error_of_removal(), moments.relative_error(slope, intercept))
+        b = torch.zeros_like(slope) if intercept is None else intercept
+        return cls(change, moments.error_of_removal(), moments.relative_error(slope, b))
 
 
 class Recovery(Method, ABC):
@@ -47,6 +48,7 @@ class Recovery(Method, ABC):
         attention_gram: As for a criterion.
         adds_bias: Whether it adds a bias to an output projection without one. If not, the `intercept` of its changes must
             be None.
+        needs_bias: Whether it cannot do without; if not, it gives no intercept for a `sublayer` that does not take a bias.
         dense_statistics: Whether it accepts statistics of the dense model, if the criterion's are such. The moments of the
             output are then only its means (`output_means`).
         shares_work: Whether the processes of a run share the work of `fit` and all return the same fit. Otherwise each
@@ -56,6 +58,7 @@ class Recovery(Method, ABC):
     needs: ClassVar[Needs] = Needs.COLUMNS
     attention_gram: ClassVar[bool] = True
     adds_bias: ClassVar[bool] = True
+    needs_bias: ClassVar[bool] = False
     dense_statistics: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,9 +52,11 @@ class LeastSquares(Recovery):
         single = has_slow_fp64(statistics.gram.solver) if precision == "auto" else precision == "single"
         single = statistics.ranks.tell(single)  # the processes share the factor
         dtype = torch.float32 if single else torch.float64
-        refit = refit_kept(weight, statistics.gram, sublayer.columns_of(kept), statistics.ranks, dtype)
+        gram = statistics.gram if sublayer.takes_bias else statistics.gram.about_zero()
+        refit = refit_kept(weight, gram, sublayer.columns_of(kept), statistics.ranks, dtype)
         variance = statistics.output_variance()
-        return Fit(refit.change, relative_error(refit.before, variance), relative_error(refit.after, variance))
+        change = refit.change if sublayer.takes_bias else replace(refit.change, intercept=None)
+        return Fit(change, relative_error(refit.before, variance), relative_error(refit.after, variance))
 
 
 @dataclass(frozen=True)
