@@ -52,9 +52,6 @@ class PruneConfig:
             (all kept weights by least squares), `bias` or `none`. `affine` regresses every dense output dimension on the
             pruned one; `lstsq` regresses the removed output on all kept columns, with a ridge; `bias` adds the mean of the
             removed output, as in FLAP. Or a `slimllm.methods.recovery.Recovery`, which the attribute always is.
-        bias: `yes`, or `no`: recoveries add no bias to an output projection that has none, since some architectures have no
-            place for it. `affine` and `lstsq` are then regressions through the origin, and `obs` and `auto` measure by
-            second moments instead of covariances.
         token_weights: Weights of tokens in all statistics: `none` (all equal, as published) or `norm` (by what the next
             norm divides them by). With `norm` the weight is 1 / mean square of the residual stream after the sub-layer.
             Errors then count as the rest of the model sees them, and the few very large tokens of large models do not
@@ -85,6 +82,9 @@ class PruneConfig:
         compute_dtype: dtype of the forward passes; the default is float32 on a CPU and the checkpoint's own on a GPU.
         device: cpu, cuda, cuda:1, …; the default is a GPU if there is one.
         host_memory, gpu_memory: Memory budget, such as 16GiB: slimllm chooses the cheapest offloading that fits it.
+        bias: `yes`, or `no`: recoveries add no bias to an output projection that has none, since some architectures have no
+            place for it. `affine` and `lstsq` are then regressions through the origin, and `obs` and `auto` measure by
+            second moments instead of covariances.
 
     Raises:
         ValueError: (as InputError) a value is out of range; the message says which and what to give.
@@ -96,7 +96,6 @@ class PruneConfig:
     criterion: Any = None
     allocation: Any = None
     recovery: Any = None
-    bias: str = "yes"
     token_weights: str | None = None
     head_unit: str = "kv-group"
     calibration: str | Path | Sequence[str | Path] | torch.Tensor | None = None
@@ -112,6 +111,7 @@ class PruneConfig:
     device: str | None = None
     host_memory: str | None = None
     gpu_memory: str | None = None
+    bias: str = "yes"
 
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, (int, float))
@@ -183,9 +183,10 @@ class PruneConfig:
         if self.criterion.needs_recovery and not self.recovery.adds_bias:
             what = f"criterion {self.criterion.name} removes what a recovery can make up for"
             raise InputError(f"{what}; give a recovery: lstsq, affine or bias.")
-
-        if self.bias == "no" and self.recovery.needs_bias:
-            raise InputError(f"recovery {self.recovery.name} is a bias; give bias yes, or another recovery, such as lstsq.")
+        if self.bias == "no" and self.recovery.adds_bias and not self.recovery.goes_without_bias:
+            raise InputError(
+                f"recovery {self.recovery.name} adds a bias; give bias yes, or another recovery, such as lstsq."
+            )
 
     @property
     def adds_bias(self) -> bool:

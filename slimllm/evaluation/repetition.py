@@ -29,8 +29,8 @@ def repetition(
     """Measure how much greedy continuations of a text repeat themselves.
 
     It is seq-rep-4 of Welleck et al. (arXiv 1908.04319): the share of 4-grams of a continuation that occurred in it before,
-    1 - distinct / all, averaged over continuations. It is 0 if no four tokens come twice, and nearly 1 in a loop. Text by
-    people has a few hundredths. Prompts are spread evenly over the text, and no continuation ends early.
+    1 - distinct / all, averaged over continuations. It is 0 if no four tokens come twice, and nearly 1 in a loop. Prompts
+    are spread evenly over the text. No token ends a continuation, and the model's own generation settings are not used.
 
     Args:
         model: A causal language model.
@@ -58,24 +58,20 @@ def repetition(
     if len(windows) < continuations:
         raise InputError(
             f"The text has {len(windows)} windows of {prompt_len} tokens, but {continuations} continuations are to begin "
-            "with one each; give more text or fewer continuations."
+            "with one each; give more text (or windows) or fewer continuations."
         )
     prompts = windows[torch.linspace(0, len(windows) - 1, continuations, dtype=torch.float64).long()]
-    # What is left out here would be as the model's own settings have it, such as a penalty for repetitions.
-    greedy = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        use_cache=True,
-        pad_token_id=0,
-    )
-    shares = []
-    for some in prompts.to(model.device).split(batch_size):
-        generating: Any = model
-        found = generating.generate(some, attention_mask=torch.ones_like(some), generation_config=greedy)
-        shares += [_repeated(line) for line in found[:, prompt_len:].tolist()]
+    generating: Any = model
+    own, shares = model.generation_config, []
+    try:
+        # The model's own settings may sample, end, or forbid what this counts.
+        generating.generation_config = GenerationConfig()
+        greedy = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, use_cache=True, pad_token_id=0)
+        for some in prompts.to(model.device).split(batch_size):
+            found = generating.generate(some, attention_mask=torch.ones_like(some), generation_config=greedy)
+            shares += [_repeated(line) for line in found[:, prompt_len:].tolist()]
+    finally:
+        generating.generation_config = own
     return sum(shares) / len(shares)
 
 

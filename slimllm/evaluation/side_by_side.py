@@ -92,16 +92,19 @@ def evaluate(
         bos: As for `PruneConfig`.
         dtype, device, trust_remote_code: As for `load`.
         tasks, few_shot, limit, include_path: As for `zero_shot`; no tasks: only perplexity.
-        continuations: Number of greedy continuations, see `repetition`; 0: none.
+        continuations: Number of greedy continuations, see `repetition`, of the part of the text that `max_windows` leaves;
+            0: none.
         on_model: Called with each model's results as soon as they are complete.
         progress: As for `perplexity`.
 
     Raises:
         ValueError: (as InputError) a model does not exist, which is checked before any is loaded; or an error of `load`,
-            `perplexity` or `zero_shot`.
+            `perplexity`, `repetition` or `zero_shot`.
     """
     if not models or not seq_lens:
         raise InputError("Give at least one model and one window length.")
+    if continuations < 0:
+        raise InputError(f"continuations must be at least 0, got {continuations}.")
     for model in models:
         locate(model, code=trust_remote_code, only=("config.json",))
     if tasks:
@@ -112,6 +115,11 @@ def evaluate(
         loaded, tokenizer = load(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         tokens = evaluation_tokens(tokenizer, text, max(seq_lens), max_windows, bos)
         bos_token_id, found, windows = window_bos(tokenizer, bos), {}, {}
+        repeated = None
+        if continuations:
+            repeated = repetition(
+                loaded, tokens, continuations=continuations, bos_token_id=bos_token_id, batch_size=batch_size
+            )
         for seq_len in seq_lens:
             found[seq_len] = perplexity(
                 loaded,
@@ -131,11 +139,6 @@ def evaluate(
         if tasks:
             accuracy = zero_shot(
                 loaded, tokenizer, tasks, few_shot=few_shot, limit=limit, include_path=include_path, batch_size=batch_size
-            )
-        repeated = None
-        if continuations:
-            repeated = repetition(
-                loaded, tokens, continuations=continuations, bos_token_id=bos_token_id, batch_size=batch_size
             )
         mean = sum(accuracy.values()) / len(accuracy) if accuracy else None
         dense = done[0].mean_accuracy if done else mean

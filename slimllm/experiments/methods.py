@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 # Settings that a row may have; all others are common to a comparison.
-_SETTINGS = ("preset", "criterion", "allocation", "recovery", "token_weights", "round_to")
+_SETTINGS = ("preset", "criterion", "allocation", "recovery", "token_weights", "round_to", "bias")
 
 
 def rows_of(methods: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -36,7 +36,7 @@ def rows_of(methods: Sequence[str] | Mapping[str, Mapping[str, Any]]) -> dict[st
 
     Args:
         methods: Names, see `row_of`; or a mapping from names of the caller's choice to any of the settings `preset`,
-            `criterion`, `allocation`, `recovery`, `token_weights` and `round_to` of `PruneConfig`.
+            `criterion`, `allocation`, `recovery`, `token_weights`, `round_to` and `bias` of `PruneConfig`.
 
     Raises:
         ValueError: (as InputError) a name is unknown, or cannot name a folder; or a row has another setting.

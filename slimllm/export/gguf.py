@@ -1,7 +1,8 @@
 """Export to a GGUF file for llama.cpp, with one tensor in memory at a time.
 
-Layers of equal sizes without biases are written as architecture `llama`; others as `deci`, which is LLaMA's mathematics
-with sizes by layer.
+Models that compute as LLaMA does are written as architecture `llama` if their layers have equal sizes and no biases, and
+otherwise as `deci`, which is LLaMA's mathematics with sizes by layer. Other families are written as their own architecture,
+if llama.cpp has it, in equal sizes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from slimllm.checkpoints.source import CheckpointModel
 from slimllm.errors import InputError, OutputError
 from slimllm.export.base import Exporter, ExportJob, register_exporter
 from slimllm.export.gguf_vocabulary import add_vocabulary
+from slimllm.models.families.base import GGUFNames
 from slimllm.models.families.llama import LLAMA
 from slimllm.models.slicing import LayerSizes
 from slimllm.runtime.progress import PartWritten, ProgressCallback
@@ -58,10 +60,10 @@ def _write_file(job: ExportJob) -> str:
     source, out, overwrite, progress = job.source, job.out, job.overwrite, job.progress
     source.leave_out(set().union(*source.zero_biases()))
     sizes = source.sizes()
-    _check(source, sizes, out, overwrite)
-    alike = all(size == sizes[0] for size in sizes)
-    biases = any(size.qkv_bias or size.attention_out_bias or size.gate_bias or size.ffn_out_bias for size in sizes)
-    architecture = "llama" if alike and not biases else "deci"
+    names = _check(source, sizes, out, overwrite)
+    architecture = names.architecture
+    if architecture == "llama" and not _are_plain(sizes):
+        architecture = "deci"
     if sentence := _about_row_lengths(source):
         _log.warning(sentence)
     try:
@@ -69,7 +71,7 @@ def _write_file(job: ExportJob) -> str:
         check_space(out, sum(math.prod(shape) * _dtype(source, name).itemsize for name, shape in source.shapes().items()))
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             path = Path(folder) / out.name
-            _write(source, sizes, path, architecture, progress)
+            _write(source, sizes, path, names, architecture, progress)
             sync(path)
             os.replace(path, out)
             sync(out.parent)
@@ -102,7 +104,14 @@ def _dtype(source: CheckpointModel, name: str) -> torch.dtype:
     return stored if len(source.shapes()[name]) > 1 and stored in _TYPES else torch.float32
 
 
-def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrite: bool) -> None:
+def _are_plain(sizes: list[LayerSizes]) -> bool:
+    """Return whether all layers have the same size and no biases."""
+    biases = any(size.qkv_bias or size.attention_out_bias or size.gate_bias or size.ffn_out_bias for size in sizes)
+    return not biases and all(size == sizes[0] for size in sizes)
+
+
+def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrite: bool) -> GGUFNames:
+    """Return how llama.cpp reads the model."""
     if out.suffix != ".gguf":
         raise InputError(f"The name of a GGUF file must end with .gguf, got {out}.")
     if out.is_dir():
@@ -113,11 +122,25 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
         with out.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{out} is not a GGUF file, so it will not be overwritten; give another name.")
-    if not source.spec.fits_llama(source.config):
+    if source.spec.fits_llama(source.config):
+        _check_as_llama(source, sizes)
+        assert LLAMA.gguf is not None
+        return LLAMA.gguf
+    family, names = source.spec.name, source.spec.gguf
+    why = "it does not compute as LLaMA does" if names is None else names.why_not(source.config)
+    if names is None or why:
         raise InputError(
-            f"GGUF can be written only for LLaMA's mathematics, from which {source.spec.name} differs by its norms or "
-            "windows; keep the native format, or convert a stock model with llama.cpp's own convert_hf_to_gguf.py."
+            f"This {family} model cannot be written as GGUF: {why}. Keep the folder; for stock architectures there is "
+            "llama.cpp's own convert_hf_to_gguf.py, too."
         )
+    if not _are_plain(sizes):
+        raise InputError(
+            f"llama.cpp reads {family} with the same size in all layers and without biases; prune with --uniform --bias no."
+        )
+    return names
+
+
+def _check_as_llama(source: CheckpointModel, sizes: list[LayerSizes]) -> None:
     if source.config.hidden_act not in ("silu", "swish"):
         raise InputError(
             f"llama.cpp computes SiLU where this model has {source.config.hidden_act}; the native format keeps it."
@@ -130,17 +153,25 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
 
 
 def _write(
-    source: CheckpointModel, sizes: list[LayerSizes], path: Path, architecture: str, progress: ProgressCallback | None
+    source: CheckpointModel,
+    sizes: list[LayerSizes],
+    path: Path,
+    read_as: GGUFNames,
+    architecture: str,
+    progress: ProgressCallback | None,
 ) -> None:
     writer = gguf.GGUFWriter(path, architecture)
     _add_settings(writer, source, sizes, architecture)
+    for name, value in read_as.settings(source.config).items():
+        add: Any = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{architecture}.{name}", value)
     with tempfile.TemporaryDirectory() as companions:
         source.checkpoint.write_companions(Path(companions))
         add_vocabulary(writer, Path(companions), source.config.vocab_size)
-    factors = _rope_factors(writer, source)
+    factors = _rope_factors(writer, source, read_as)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
-    names = dict(_names(source))
+    names = dict(_names(source, read_as))
     for name, theirs in names.items():
         shape = source.shapes()[name]
         kind = _TYPES[_dtype(source, name)]
@@ -156,7 +187,11 @@ def _write(
     if factors is not None:
         writer.write_tensor_data(factors)
     for number, name in enumerate(names):
-        tensor = _in_their_order(source, sizes, name, source.checkpoint.read([name])[name])
+        tensor = source.checkpoint.read([name])[name]
+        if read_as.adjacent_pairs:
+            tensor = _in_their_order(source, sizes, name, tensor)
+        if read_as.one_added and names[name].endswith("norm.weight"):
+            tensor = tensor.float() + 1
         tensor = tensor.to(_dtype(source, name)).contiguous()
         content: Any = tensor.view(torch.uint8) if tensor.dtype == torch.bfloat16 else tensor
         writer.write_tensor_data(content.numpy())
@@ -165,11 +200,10 @@ def _write(
     writer.close()
 
 
-def _names(source: CheckpointModel) -> Iterator[tuple[str, str]]:
+def _names(source: CheckpointModel, read_as: GGUFNames) -> Iterator[tuple[str, str]]:
     """Yield the name of every tensor in the checkpoint and in GGUF."""
-    assert LLAMA.gguf is not None
-    layer_names = {ours: theirs for theirs, ours in LLAMA.gguf.layer.items()}
-    model_names = {ours: theirs for theirs, ours in LLAMA.gguf.model.items()}
+    layer_names = {ours: theirs for theirs, ours in read_as.layer.items()}
+    model_names = {ours: theirs for theirs, ours in read_as.model.items()}
     for name in source.shapes():
         module, kind = name.rsplit(".", 1)
         if module in model_names:
@@ -195,7 +229,7 @@ def _add_settings(writer: gguf.GGUFWriter, source: CheckpointModel, sizes: list[
         writer.add_feed_forward_length: [size.intermediate_size for size in sizes],
     }
     for add, numbers in by_layer.items():
-        add(numbers[0] if architecture == "llama" else numbers)
+        add(numbers if architecture == "deci" else numbers[0])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(source.checkpoint.name)
     writer.add_file_type(_FILE_TYPES[_dtype(source, f"{source.spec.embedding}.weight")])
@@ -209,17 +243,18 @@ def _add_settings(writer: gguf.GGUFWriter, source: CheckpointModel, sizes: list[
     writer.add_vocab_size(config.vocab_size)
 
 
-def _rope_factors(writer: gguf.GGUFWriter, source: CheckpointModel) -> np.ndarray[Any, Any] | None:
+def _rope_factors(writer: gguf.GGUFWriter, source: CheckpointModel, read_as: GGUFNames) -> np.ndarray[Any, Any] | None:
     """Write the settings of the rotary embedding; return divisors of its frequencies if GGUF has no such setting."""
     config = source.config
     rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    rope = rope.get("full_attention", rope)  # of families with windows that turn otherwise
     theta = float(rope.get("rope_theta") or config.rope_theta)
     kind = rope.get("rope_type") or rope.get("type", "default")  # older configurations use "type"
     writer.add_rope_freq_base(theta)
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "llama3":
+    elif kind == "llama3" and read_as.architecture == "llama":
         rotary: Any = source.model.get_submodule(source.spec.rotary)
         plain = theta ** -(torch.arange(0, source.head_dim, 2, dtype=torch.float64) / source.head_dim)
         factors: np.ndarray[Any, Any] = (plain / rotary.inv_freq.double()).float().numpy()

@@ -14,6 +14,7 @@ import gguf
 from slimllm.checkpoints.foreign_json import EVERY, check_shape, read_object
 from slimllm.errors import InputError
 
+_log = logging.getLogger("slimllm")
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -54,11 +55,18 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> No
     model = tokenizer["model"]
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
+    if beyond := [entry["content"] for index, entry in added.items() if index >= vocab_size]:  # of other kinds of input
+        _log.warning("The embedding has no rows for these added tokens, which are left out: %s.", ", ".join(beyond))
+        added = {index: entry for index, entry in added.items() if index < vocab_size}
     texts = {index: text for text, index in model["vocab"].items()} | {i: entry["content"] for i, entry in added.items()}
+    texts = {index: text for index, text in texts.items() if text not in beyond}
     if max(texts) >= vocab_size:
         raise InputError(f"The tokenizer has token {max(texts)}, but the model's embedding has only {vocab_size} rows.")
     tokens = [texts.get(index, f"[PAD{index}]") for index in range(vocab_size)]
     types = [_token_type(index, texts, added, bool(model.get("byte_fallback"))) for index in range(vocab_size)]
+    if model.get("byte_fallback"):  # llama.cpp looks for added tokens in the text itself, in which spaces are spaces
+        for index in (index for index, entry in added.items() if not entry.get("special")):
+            tokens[index] = tokens[index].replace("▁", " ")
     if model.get("byte_fallback"):  # SentencePiece: llama.cpp merges the pair with the highest score first
         scores = {"".join(merge): -float(rank + 1) for rank, merge in reversed(list(enumerate(merges)))}
         writer.add_tokenizer_model("llama")

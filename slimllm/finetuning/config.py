@@ -18,8 +18,8 @@ class FinetuneConfig:
 
     Attributes:
         train: What is trained, in all layers: `lora`, two factors beside every projection (arXiv 2106.09685); `output`, the
-            output projections, norms and biases; `all`, all weights. A weight takes 16 bytes of memory in training. The
-            embeddings and the output head stay as they are.
+            output projections, norms and biases; `all`, all weights. The embeddings and the output head stay as they are.
+            Without `lora`, a trained weight takes 16 bytes of memory, and any other 4.
         rank: With `lora`: rank r of the two factors of every projection's update.
         alpha: With `lora`: the update is multiplied by alpha / rank.
         dropout: With `lora`: dropout rate at the input of the factors.

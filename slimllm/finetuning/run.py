@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimllm.calibration import check_seq_len
 from slimllm.checkpoints.destination import check_destination, check_space, destination
+from slimllm.checkpoints.fused import FusedCheckpoint
 from slimllm.checkpoints.journal import Journal, fingerprint
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
@@ -86,6 +87,10 @@ def finetune(
     checkpoint = open_checkpoint(model)
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file; give the folder of a Hugging Face model, such as slimllm prune writes.")
+    if isinstance(checkpoint, FusedCheckpoint):
+        raise InputError(
+            f"{model} combines several projections in one matrix; prune the model first, which separates them."
+        )
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
     for sentence in checkpoint.left_out():
         _log.info(sentence)
@@ -120,12 +125,9 @@ def finetune(
             teaching, _ = load(teacher, dtype=compute_dtype, device=config.device, trust_remote_code=trust_remote_code)
         outputs = (source.spec.o_proj, source.spec.down_proj)
         training = Training(loaded, source.spec.layers, examples, config, teaching, outputs, compute_dtype)
-        missing = sorted(training.tensors - set(source.shapes()))
-        if missing:
-            raise InputError(
-                f"{missing[0].removesuffix('.weight')} of {model} combines several projections in one matrix; prune the "
-                "model first, which separates them."
-            )
+        if missing := sorted(training.tensors - set(source.shapes())):
+            raise InputError(f"{missing[0]}, which would be trained, is not stored in {model}; prune the model first.")
+        check_space(out, 24 * training.trainable)  # two states of a parameter and two moments
         memory.reset_peak(device)
         curve = _train(training, held_out, config, writer.journal, started, progress)
         _write(training, source, writer, progress)

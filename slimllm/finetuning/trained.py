@@ -39,14 +39,19 @@ def trained(model: PreTrainedModel, layers: str, outputs: Sequence[str], config:
     Args:
         model: The model, for LoRA in the dtype of the computation, or else in float32.
         layers: The name of its list of layers.
-        outputs: Names of the output projections in a layer.
+        outputs: Names of the output projections in a layer, which `output` trains.
         config: The settings.
+
+    Raises:
+        ValueError: there is nothing of what should be trained.
     """
     if config.train == "lora":
         return _Factors(model, layers, config)
     every = {name: parameter for name, parameter in model.named_parameters() if name.startswith(f"{layers}.")}
     if config.train == "output":
         ends = tuple(f".{output}.weight" for output in outputs)
+        if not any(name.endswith(ends) for name in every):
+            raise ValueError(f"{layers} has no output projections named {', '.join(outputs)}.")
         every = {name: parameter for name, parameter in every.items() if name.endswith(ends) or parameter.ndim == 1}
     return _Weights(model, every)
 

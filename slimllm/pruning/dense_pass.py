@@ -110,7 +110,9 @@ def _measured(config: PruneConfig, placement: Placement) -> tuple[str | None, ..
     if not _measures(config):
         return None
     allocation, one_pass = config.allocation, "one pass" if config.one_pass else None
-    settings = None if allocation.needs is None else f"{allocation.code()} {allocation.describe()} {config.seed}"
+    settings = (
+        None if allocation.needs is None else f"{allocation.code()} {allocation.describe()} {config.seed} {config.bias}"
+    )
     return settings, one_pass, config.token_weights, config.head_unit, placement.gram, placement.systems
 
 
@@ -230,8 +232,8 @@ def _measure_layer(
     """
     config, watch, ranks = run.config, run.watch, stream.ranks
     sublayers = (
-        Sublayer.attention_of(layer, index, config.head_unit, config.seed, config.adds_bias),
-        Sublayer.ffn_of(layer, index, config.seed, config.adds_bias),
+        Sublayer.attention_of(layer, index, config.head_unit, config.seed, config.bias == "yes"),
+        Sublayer.ffn_of(layer, index, config.seed, config.bias == "yes"),
     )
     weighted = config.token_weights == "norm"
     statistics: list[ColumnStatistics | GramStatistics] = []

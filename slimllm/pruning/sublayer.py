@@ -94,7 +94,7 @@ def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery)
     if change.intercept is not None and not recovery.adds_bias:
         raise ValueError("it gives an intercept, for which it has to declare adds_bias = True.")
     if change.intercept is not None and not sublayer.takes_bias:
-        raise ValueError("it gives an intercept for a sub-layer that takes no bias; declare needs_bias = True if it must.")
+        raise ValueError("it gives an intercept for a sub-layer that takes no bias, but has goes_without_bias = True.")
     shapes = {"intercept": (outputs,), "slope": (outputs,), "delta": (outputs, num_columns)}
     parts: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():

@@ -64,6 +64,7 @@ class GramStatistics(Accumulator):
             x: (num_tokens, features), any floating dtype; num_tokens may be 0.
             weight: w, (num_tokens,), not negative; None: 1.
         """
+        self._check_centred()
         x = check_batch(x, self.features)
         weight = check_weight(weight, x)
         if x.shape[0] == 0:
@@ -102,6 +103,7 @@ class GramStatistics(Accumulator):
 
     def merge(self, other: GramStatistics) -> None:
         """Add the statistics of another part of the stream, in place; the pivots may differ."""
+        self._check_centred()
         check_other(self, other, self.features)
         if other.count == 0:
             return
@@ -120,6 +122,7 @@ class GramStatistics(Accumulator):
 
     def move(self, pivot: torch.Tensor) -> None:
         """Shift the sums to another pivot, (features,) fp32, in place, so that other sums about it can be added."""
+        self._check_centred()
         self._complete()
         total = self._total_about(pivot)
         for start in range(0, self.features, _ROWS):
@@ -153,6 +156,10 @@ class GramStatistics(Accumulator):
         view = copy.copy(self)
         view._centred = False
         return view
+
+    def _check_centred(self) -> None:
+        if not self._centred:
+            raise ValueError("statistics about zero are a view, which cannot be changed; change what it is a view of.")
 
     def mean(self) -> torch.Tensor:
         """Return the mean over tokens, (features,) fp64."""

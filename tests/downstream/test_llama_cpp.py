@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import STORIES, config, logits, random_llama
+from tiny_models import saved, tiny
 from transformers import AutoTokenizer
 
 import slimllm
@@ -90,6 +91,28 @@ def test_rotary_scaling(tmp_path: Path) -> None:
     ids = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
     slimllm.prune(tmp_path / "dense", tmp_path / "out", config(ids, ratio=0.3))
     export(tmp_path / "out", tmp_path / "m.gguf", "gguf")
+    assert_the_same(tmp_path / "out", tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("qwen3", {"use_sliding_window": False, "layer_types": None, "sliding_window": None, "attention_bias": False}),
+        ("gemma2", {"query_pre_attn_scalar": 16, "attention_bias": False}),
+        ("gemma3_text", {"query_pre_attn_scalar": 16, "final_logit_softcapping": None, "num_hidden_layers": 7}),
+    ],
+)
+@pytest.mark.parametrize("preset", ["default", "best"])
+def test_other_families(family: str, changes: dict[str, Any], preset: str, tmp_path: Path) -> None:
+    if family == "gemma3_text":
+        changes = changes | {"layer_types": [f"{'full' if i == 5 else 'sliding'}_attention" for i in range(7)]}
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 192}
+    saved(tiny(family, vocab_size=512, **sizes, **changes), tmp_path / "dense")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "dense")
+    ids = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
+    settings = config(ids, ratio=0.3, preset=preset, allocation="uniform", bias="no")
+    slimllm.prune(tmp_path / "dense", tmp_path / "out", settings)
+    assert export(tmp_path / "out", tmp_path / "m.gguf", "gguf") == family.removesuffix("_text")
     assert_the_same(tmp_path / "out", tmp_path / "m.gguf")
 
 

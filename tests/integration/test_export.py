@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from conftest import config, logits
+from conftest import STORIES, config, logits
 from tiny_models import IDS, PECULIAR, saved, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,7 +82,7 @@ def test_biases_are_kept_or_the_export_is_refused(tmp_path: Path) -> None:
                 match=rf"these projections: .*o, .*down\. transformers' {family} has no place.*the native format",
             ):
                 export(tmp_path / family, tmp_path / "other", form)
-        with pytest.raises(InputError, match=f"from which {family} differs by its norms or windows"):
+        with pytest.raises(InputError, match=f"This {family} model cannot be written as GGUF: "):
             export(tmp_path / family, tmp_path / "m.gguf", "gguf")
         assert not (tmp_path / "other").exists() and not list(tmp_path.glob(".*"))
 
@@ -150,6 +150,80 @@ def test_gguf_of_alike_layers_can_be_read_again(stories_path: Path, token_ids: t
     assert export(tmp_path / "out", tmp_path / "m.gguf", "gguf") == "llama"
     models = [slimllm.load(tmp_path / name, device="cpu")[0] for name in ("out", "m.gguf")]
     assert torch.allclose(logits(models[0], token_ids), logits(models[1], token_ids), atol=1e-5)
+
+
+NO_WINDOWS = {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+GEMMA3 = {
+    "query_pre_attn_scalar": 16,
+    "final_logit_softcapping": None,
+    "num_hidden_layers": 7,
+    "layer_types": [f"{'full' if index == 5 else 'sliding'}_attention" for index in range(7)],
+}
+
+
+def test_gguf_of_another_family(tmp_path: Path) -> None:
+    """In its own architecture: norms with the 1 that Gemma adds, and rows in their own order. What it computes is compared
+    in tests/downstream/test_llama_cpp.py."""
+    saved(tiny("gemma3_text", vocab_size=512, **GEMMA3), tmp_path / "dense")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "dense")
+    ids = IDS.clamp(max=511)
+    slimllm.prune(
+        tmp_path / "dense", tmp_path / "out", PruneConfig(ratio=0.3, allocation="uniform", bias="no", calibration=ids)
+    )
+    assert export(tmp_path / "out", tmp_path / "m.gguf", "gguf") == "gemma3"
+    reader, tensors = read(tmp_path / "m.gguf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours = dict(model.named_parameters())
+    assert len(tensors) == len(ours)
+    for theirs, name, more in (
+        ("output_norm", "model.norm", 1),
+        ("blk.3.attn_norm", "model.layers.3.input_layernorm", 1),
+        ("blk.3.post_attention_norm", "model.layers.3.post_attention_layernorm", 1),
+        ("blk.3.ffn_norm", "model.layers.3.pre_feedforward_layernorm", 1),
+        ("blk.3.post_ffw_norm", "model.layers.3.post_feedforward_layernorm", 1),
+        ("blk.3.attn_q_norm", "model.layers.3.self_attn.q_norm", 1),
+        ("blk.3.attn_q", "model.layers.3.self_attn.q_proj", 0),
+        ("blk.3.ffn_down", "model.layers.3.mlp.down_proj", 0),
+        ("token_embd", "model.embed_tokens", 0),
+    ):
+        assert torch.equal(tensors[f"{theirs}.weight"], ours[f"{name}.weight"].detach() + more), theirs
+    settings = {name: field.contents() for name, field in reader.fields.items()}
+    wanted = {"attention.sliding_window": 7, "attention.key_length": 16, "rope.freq_base": 1e6, "block_count": 7}
+    assert {name: settings[f"gemma3.{name}"] for name in wanted} == wanted
+    assert settings["gemma3.feed_forward_length"] == model.config.intermediate_size
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}, "full attention in every layer number 6"),
+        (
+            "gemma3_text",
+            {**GEMMA3, "query_pre_attn_scalar": 24},
+            "the attention's scores by √16, and this model by √24",
+        ),
+        ("gemma3_text", {**GEMMA3, "final_logit_softcapping": 2.0}, "does not cap the scores and the logits"),
+        ("gemma3_text", {**GEMMA3, "hidden_activation": "gelu"}, "computes gelu_pytorch_tanh instead of gelu"),
+        ("gemma2", {"final_logit_softcapping": None}, "caps the scores and the logits of every Gemma 2"),
+        ("qwen3", {}, "no sliding windows for Qwen 3"),
+        ("qwen3", {**NO_WINDOWS, "hidden_act": "gelu"}, "computes SiLU instead of gelu"),
+        ("gemma2", {"tie_word_embeddings": False, "query_pre_attn_scalar": 16}, "output head of Gemma 2 is its embedding"),
+        ("opt", {}, "it does not compute as LLaMA does"),
+    ],
+)
+def test_gguf_is_refused_where_llama_cpp_computes_something_else(
+    family: str, changes: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    saved(tiny(family, **changes), tmp_path / "dense")
+    with pytest.raises(InputError, match=f"This {family} model cannot be written as GGUF: .*{why}"):
+        export(tmp_path / "dense", tmp_path / "m.gguf", "gguf")
+
+
+def test_gguf_of_another_family_has_equal_sizes(tmp_path: Path) -> None:
+    saved(tiny("gemma3_text", **GEMMA3), tmp_path / "dense")
+    slimllm.prune(tmp_path / "dense", tmp_path / "out", PruneConfig(ratio=0.3, bias="no", calibration=IDS))
+    with pytest.raises(InputError, match="the same size in all layers and without biases; prune with --uniform --bias no"):
+        export(tmp_path / "out", tmp_path / "m.gguf", "gguf")
 
 
 def test_nothing_is_overwritten_unasked(stories_path: Path, tmp_path: Path) -> None:

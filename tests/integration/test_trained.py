@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import contents, stop_at
+from conftest import STORIES, contents, stop_at
 from safetensors.torch import load_file
+from tiny_models import saved, tiny
+from transformers import AutoTokenizer
 
 from slimllm import InputError, load
 from slimllm.finetuning import FinetuneConfig, FinetuneReport, finetune
@@ -90,6 +92,16 @@ def test_in_bfloat16_the_weights_are_float32(pruned: Path, text: Path, tmp_path:
         for folder in (pruned, tmp_path / "out", tmp_path / "exact")
     )
     assert 0 < (found - wanted).norm() < 0.5 * (wanted - before).norm()
+
+
+@pytest.mark.parametrize("train", ["lora", "output", "all"])
+def test_fused_projections_are_refused(train: str, text: Path, tmp_path: Path) -> None:
+    """Their parts would be written beside a configuration that has them in one piece."""
+    saved(tiny("phi3", vocab_size=512), tmp_path / "phi")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "phi")
+    with pytest.raises(InputError, match="combines several projections in one matrix; prune the model first"):
+        finetune(tmp_path / "phi", text, tmp_path / "out", FinetuneConfig(**QUICK, train=train))
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings(pruned: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

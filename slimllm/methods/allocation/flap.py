@@ -29,7 +29,10 @@ class FlapAllocation(Allocation):
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
         sublayer = dense.sublayer
         weight = sublayer.effective_weight()
-        score = fluctuation(weight, dense.columns.variance().to(weight.device)).cpu()
+        spread = dense.columns.variance()
+        if not sublayer.takes_bias:  # nothing replaces the mean
+            spread = spread + dense.columns.mean().square()
+        score = fluctuation(weight, spread.to(weight.device)).cpu()
         deviation = float(score.std(correction=0))
         score = (score - score.mean()) / deviation if deviation > 0 else torch.zeros_like(score)
         if not sublayer.is_attention:

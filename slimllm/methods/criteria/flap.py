@@ -22,5 +22,7 @@ class Flap(Criterion):
     dense_statistics = True
 
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
-        weight = sublayer.effective_weight()
-        return fluctuation(weight, statistics.columns.variance().to(weight.device)).view(sublayer.units, -1).sum(1)
+        weight, columns = sublayer.effective_weight(), statistics.columns
+        # Without a bias nothing replaces the mean.
+        spread = columns.variance() if sublayer.takes_bias else columns.variance() + columns.mean().square()
+        return fluctuation(weight, spread.to(weight.device)).view(sublayer.units, -1).sum(1)

@@ -14,6 +14,7 @@ class Affine(Recovery):
     """The paper's regression of every output dimension on its pruned value, y_k ≈ a_k ŷ_k + b_k; b is 0 without a bias."""
 
     attention_gram = False
+    goes_without_bias = True
 
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:
         moments = statistics.moments(kept)

@@ -48,7 +48,7 @@ class Recovery(Method, ABC):
         attention_gram: As for a criterion.
         adds_bias: Whether it adds a bias to an output projection without one. If not, the `intercept` of its changes must
             be None.
-        needs_bias: Whether it cannot do without; if not, it gives no intercept for a `sublayer` that does not take a bias.
+        goes_without_bias: Whether it gives no intercept for a sub-layer whose `takes_bias` is False (`bias` `no`).
         dense_statistics: Whether it accepts statistics of the dense model, if the criterion's are such. The moments of the
             output are then only its means (`output_means`).
         shares_work: Whether the processes of a run share the work of `fit` and all return the same fit. Otherwise each
@@ -58,7 +58,7 @@ class Recovery(Method, ABC):
     needs: ClassVar[Needs] = Needs.COLUMNS
     attention_gram: ClassVar[bool] = True
     adds_bias: ClassVar[bool] = True
-    needs_bias: ClassVar[bool] = False
+    goes_without_bias: ClassVar[bool] = False
     dense_statistics: ClassVar[bool] = False
     shares_work: ClassVar[bool] = False
 

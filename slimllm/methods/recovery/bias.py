@@ -15,7 +15,6 @@ class Bias(Recovery):
 
     version = "2"  # means of the dense model, if the criterion's statistics are the dense model's
     attention_gram = False
-    needs_bias = True
     dense_statistics = True
 
     def fit(self, sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor) -> Fit:

@@ -31,6 +31,7 @@ class LeastSquares(Recovery):
     version = "2"  # by panels
     needs = Needs.COLUMN_GRAM
     shares_work = True
+    goes_without_bias = True
 
     @dataclass(frozen=True)
     class Settings:

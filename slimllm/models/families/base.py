@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,20 +31,51 @@ class Biases:
     down: bool
 
 
+def _nothing_against(config: PretrainedConfig) -> str | None:
+    return None
+
+
+def _no_settings(config: PretrainedConfig) -> dict[str, Any]:
+    return {}
+
+
+# Of models with the names of LLaMA.
+GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+GGUF_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+GGUF_MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
 @dataclass(frozen=True)
 class GGUFNames:
-    """GGUF's name of an architecture and of its modules, with the family's name of each module as the value.
+    """GGUF's name of an architecture and of its modules, and how llama.cpp reads them.
 
-    GGUF's names in `layer` follow `blk.N.`; `model` has the modules outside the layers.
+    Attributes:
+        architecture: Its name.
+        layer: The family's names of the modules of a layer, by GGUF's names, which follow `blk.N.`.
+        model: The same for the modules outside the layers.
+        adjacent_pairs: Whether the rotary embedding turns pairs of adjacent rows, for which those of q and k are reordered.
+        one_added: Whether the norms' gains are stored with the 1 that the family adds to its weights.
+        settings: Returns further settings of a model, whose names follow the architecture's.
+        why_not: Returns why llama.cpp would compute something else; None: it computes the same.
     """
 
     architecture: str
     layer: dict[str, str]
     model: dict[str, str]
-
-
-def _nothing_against(config: PretrainedConfig) -> str | None:
-    return None
+    adjacent_pairs: bool = False
+    one_added: bool = False
+    settings: Callable[[PretrainedConfig], dict[str, Any]] = _no_settings
+    why_not: Callable[[PretrainedConfig], str | None] = _nothing_against
 
 
 def _any_number(config: PretrainedConfig, num_heads: int) -> bool:
@@ -100,7 +131,7 @@ class Family:
             none, and none in the FFN. Biases that the class has and a layer lacks are written as zeros.
         fits_llama: Whether a model computes exactly what LLaMA's classes compute, apart from biases and sizes, so that it
             can be written as `seed_oss` or as GGUF's `llama`. Models with multipliers, caps or windows do not.
-        gguf: GGUF's names of the modules; None: llama.cpp does not support the family, or slimllm cannot write it.
+        gguf: How llama.cpp reads models that do not fit LLaMA; None: not at all, or slimllm cannot write them.
     """
 
     name: str = "llama"

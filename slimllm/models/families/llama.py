@@ -1,6 +1,6 @@
 """LLaMA 1 to 3 and models of the same architecture, with any scaling of the rotary embedding."""
 
-from slimllm.models.families.base import Family, GGUFNames, divides_hidden_size, register_family
+from slimllm.models.families.base import GGUF_LAYER, GGUF_MODEL, Family, GGUFNames, divides_hidden_size, register_family
 
 LLAMA = register_family(
     Family(
@@ -9,20 +9,6 @@ LLAMA = register_family(
         takes_heads=divides_hidden_size,
         stock_holds=lambda biases: biases.qkv == biases.out and biases.gate == biases.down,
         fits_llama=lambda config: True,
-        gguf=GGUFNames(
-            architecture="llama",
-            layer={
-                "attn_norm": "input_layernorm",
-                "attn_q": "self_attn.q_proj",
-                "attn_k": "self_attn.k_proj",
-                "attn_v": "self_attn.v_proj",
-                "attn_output": "self_attn.o_proj",
-                "ffn_norm": "post_attention_layernorm",
-                "ffn_gate": "mlp.gate_proj",
-                "ffn_up": "mlp.up_proj",
-                "ffn_down": "mlp.down_proj",
-            },
-            model={"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
-        ),
+        gguf=GGUFNames("llama", GGUF_LAYER, GGUF_MODEL, adjacent_pairs=True),
     )
 )

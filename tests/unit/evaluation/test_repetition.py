@@ -35,13 +35,14 @@ def test_repetition_of_a_trained_model(stories: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def test_the_settings_of_the_model_do_not_matter(stories: PreTrainedModel) -> None:
-    """The end-of-text token does not end a continuation, and repetitions are not penalised."""
+    """No token ends a continuation, not even one that the model chooses, and nothing is sampled or forbidden."""
     prompt = torch.arange(3, 11)
     wanted = repetition(stories, prompt, continuations=1, prompt_len=8, new_tokens=60)
-    stories.generation_config.repetition_penalty = 1.5
-    stories.generation_config.do_sample = True
-    stories.generation_config.eos_token_id = 511
-    assert repetition(stories, prompt, continuations=1, prompt_len=8, new_tokens=60) == wanted
+    own = stories.generation_config
+    own.repetition_penalty, own.do_sample, own.no_repeat_ngram_size = 1.5, True, 4
+    own.eos_token_id = int(stories(prompt[None]).logits[0, -1].argmax())
+    assert repetition(stories, prompt, continuations=1, prompt_len=8, new_tokens=60) == wanted > 0
+    assert stories.generation_config is own
 
 
 @torch.no_grad()
