@@ -196,12 +196,8 @@ def test_gguf_of_another_family(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [
-        ("gemma3_text", {"layer_types": ["sliding_attention"] * 4}, "full attention in every layer number 6"),
-        (
-            "gemma3_text",
-            {**GEMMA3, "query_pre_attn_scalar": 24},
-            "the attention's scores by √16, and this model by √24",
-        ),
+        ("gemma3_text", {**GEMMA3, "layer_types": ["sliding_attention"] * 7}, "full attention in every layer number 6"),
+        ("gemma3_text", {**GEMMA3, "query_pre_attn_scalar": 24}, "the attention's scores by √16, and this model by √24"),
         ("gemma3_text", {**GEMMA3, "final_logit_softcapping": 2.0}, "does not cap the scores and the logits"),
         ("gemma3_text", {**GEMMA3, "hidden_activation": "gelu"}, "computes gelu_pytorch_tanh instead of gelu"),
         ("gemma2", {"final_logit_softcapping": None}, "caps the scores and the logits of every Gemma 2"),

@@ -27,19 +27,17 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3_text", "mistral"])
 @pytest.mark.parametrize("preset", ["default", "best"])
 def test_stock_architectures(family: str, preset: str, tmp_path: Path) -> None:
     source = saved(tiny(family), tmp_path / "dense")
-    stock = "mistral" if family == "phi3" else family
     settings = PruneConfig(ratio=0.3, preset=preset, allocation="uniform", bias="no", calibration=IDS)
-    report = slimllm.prune(source, tmp_path / "out", settings)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == stock
+    slimllm.prune(source, tmp_path / "out", settings)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == family
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
-    if family != "phi3":  # whose projections are fused
-        in_memory = tiny(family)
-        slimllm.prune_model(in_memory, IDS, PruneConfig(ratio=0.3, preset=preset, allocation="uniform", bias="no"))
-        assert torch.allclose(logits(model), logits(in_memory), atol=1e-4)
+    in_memory = tiny(family)
+    slimllm.prune_model(in_memory, IDS, PruneConfig(ratio=0.3, preset=preset, allocation="uniform", bias="no"))
+    assert torch.allclose(logits(model), logits(in_memory), atol=1e-4)
     of_biases = {
         name
         for folder in (source, tmp_path / "out")
@@ -49,7 +47,6 @@ def test_stock_architectures(family: str, preset: str, tmp_path: Path) -> None:
     }
     dense_has = {name for file in source.glob("*.safetensors") for name in safe_open(file, "pt").keys()}
     assert of_biases <= dense_has  # none is new
-    assert report.parameters_after < report.parameters_before
 
 
 def test_layers_of_different_sizes_can_be_padded(tmp_path: Path) -> None:
@@ -57,7 +54,8 @@ def test_layers_of_different_sizes_can_be_padded(tmp_path: Path) -> None:
     slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, recovery="lstsq", bias="no", calibration=IDS))
     assert export(tmp_path / "out", tmp_path / "padded", "padded") == "qwen3"
     padded = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
-    assert torch.allclose(logits(padded), logits(slimllm.load(tmp_path / "out")[0]), atol=1e-5)
+    slim = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert torch.allclose(logits(padded), logits(slim), atol=1e-5)
 
 
 @pytest.mark.parametrize("recovery", ["affine", "lstsq"])

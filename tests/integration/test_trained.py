@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import STORIES, contents, stop_at
 from safetensors.torch import load_file
-from tiny_models import saved, tiny
-from transformers import AutoTokenizer
+from tiny_models import COMMON, of_this_version, saved
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slimllm import InputError, load
 from slimllm.finetuning import FinetuneConfig, FinetuneReport, finetune
@@ -97,7 +97,9 @@ def test_in_bfloat16_the_weights_are_float32(pruned: Path, text: Path, tmp_path:
 @pytest.mark.parametrize("train", ["lora", "output", "all"])
 def test_fused_projections_are_refused(train: str, text: Path, tmp_path: Path) -> None:
     """Their parts would be written beside a configuration that has them in one piece."""
-    saved(tiny("phi3", vocab_size=512), tmp_path / "phi")
+    settings = {**COMMON, "vocab_size": 512}
+    del settings["head_dim"]
+    saved(AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **of_this_version(settings))), tmp_path / "phi")
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "phi")
     with pytest.raises(InputError, match="combines several projections in one matrix; prune the model first"):
         finetune(tmp_path / "phi", text, tmp_path / "out", FinetuneConfig(**QUICK, train=train))
