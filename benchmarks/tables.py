@@ -136,6 +136,8 @@ def recovery_table() -> str:
 def large_table() -> str:
     """Make the table of layers of models that are larger than the machine's memory."""
     settings = newest("large", ("model", "layers", "preset", "recovery", "host_memory"), lambda row: row["device"] == "cpu")
+    machine = max((rows[-1] for rows in settings), key=lambda row: row["date"])["machine"]  # others cannot be compared
+    settings = [rows for rows in settings if rows[-1]["machine"] == machine]
     settings.sort(key=lambda rows: (rows[0]["model"], rows[0]["recovery"], rows[0]["layers"]))
 
     def line(rows: Rows) -> list[str]:
