@@ -4,8 +4,8 @@
     … --mha                    its copy with repeated K/V heads: the same function without grouped queries
     … --method best slimllm --ratio 0.2 0.5 --seed 0 1 2 --samples 32 128 512 --calibration bundled
 
-The calibration text is one part of the bundled text, or the first half of WikiText-2's validation text. The evaluation text
-is another part of the bundled text, and the second half of the validation text. Every pruned model is evaluated on both, in
+The calibration text is one part of the bundled novel, or the first half of WikiText-2's validation text. The evaluation
+text is another part of the novel, and the second half of the validation text. Every pruned model is evaluated on both, in
 windows of 128 and of 512 tokens: the same 4,096 tokens of each text, from 8 places spread over all of it. Rows go to
 benchmarks/results/accuracy.jsonl. Settings that have rows there are skipped unless `--again` is given; each takes a minute.
 `make tables` makes the tables. `slimllm bench` measures the cost of pruning.
@@ -83,7 +83,7 @@ def main() -> None:
     wikitext = tokenize(tokenizer, [arguments.wikitext.read_text(encoding="utf-8")])
     half = len(wikitext) // 2
     held_out = {"bundled": places(tokenize(tokenizer, [bundled_text("evaluation")])), "wikitext": places(wikitext[half:])}
-    calibrating = {"bundled": tokenize(tokenizer, [bundled_text("calibration")]), "wikitext": wikitext[:half]}
+    calibrating = {"bundled": tokenize(tokenizer, [bundled_text("novel")]), "wikitext": wikitext[:half]}
     console, done = Console(), set() if arguments.again else there_already()
     before = measured(dense, held_out)
     console.print("dense", before, highlight=False)

@@ -39,7 +39,7 @@ def main() -> None:
     dense, tokenizer = slimllm.load(str(path), dtype="float32")
     held_out = tokenize(tokenizer, [bundled_text("evaluation")])
     if arguments.ridge:
-        text = tokenize(tokenizer, [bundled_text("calibration")])
+        text = tokenize(tokenizer, [bundled_text("novel")])
         windows = draw_windows(text, samples=len(text) // arguments.seq_len, seq_len=arguments.seq_len, seed=0)
         held_out = windows[-64 * 128 // arguments.seq_len :].flatten()  # the end of the permutation that pruning draws from
     before = slimllm.perplexity(dense, held_out, max_windows=64)

@@ -33,9 +33,26 @@ NAMED = {
 }
 
 
+# Of the bundled calibration text: two fifths of a novel, two fifths of encyclopaedias, a tenth each of a play and of code.
+_NOVEL_CHARACTERS = 300_000
+_OTHERS = ("encyclopaedia", "play", "code")
+
+
 def bundled_text(name: str) -> str:
-    """Return a text that comes with the package: `calibration` or `evaluation`, two separate parts of War and Peace."""
-    return (resources.files("slimllm") / "calibration" / "data" / f"war_and_peace.{name}.txt").read_text(encoding="utf-8")
+    """Return a text that comes with the package.
+
+    Args:
+        name: `calibration`, text of several kinds; `novel`, a part of War and Peace, with which the preset paper
+            calibrates; or `evaluation`, another part of it.
+    """
+    if name == "calibration":
+        novel = _data("war_and_peace.calibration")[:_NOVEL_CHARACTERS].rpartition("\n\n")[0]
+        return "\n\n".join([novel, *map(_data, _OTHERS)])
+    return _data("war_and_peace.calibration" if name == "novel" else f"war_and_peace.{name}")
+
+
+def _data(name: str) -> str:
+    return (resources.files("slimllm") / "calibration" / "data" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def read_texts(

@@ -176,7 +176,7 @@ def calibration_windows(
         parts = [f"{number} of {_shown(source)}" for source, number in zip(sources, numbers)]
         _log.info(f"Calibrating on {samples} windows: {', '.join(parts)}.")
     elif sources[0].name is None:
-        _log.info("Calibrating on the bundled text (War and Peace); text from your own domain gives a better model.")
+        _log.info("Calibrating on the bundled text; text from your own domain gives a better model.")
     held_out = [
         min(some, max(0, count - number)) for some, count, number in zip(apportioned(wanted, sources), there, numbers)
     ]
@@ -220,7 +220,7 @@ def _documents(
 ) -> list[str]:
     """Read a text of the settings, with enough for a number of windows."""
     if name is None:
-        return [bundled_text("calibration")]
+        return [bundled_text("novel" if config.preset == "paper" else "calibration")]  # the results of paper never change
     wanted = samples * config.seq_len
     if config.preset == "paper" and Path(name).expanduser().is_file():
         wanted = math.inf  # this preset draws its windows from the whole text
@@ -253,7 +253,7 @@ def calibration_name(config: PruneConfig) -> str:
     if config.token_ids is not None:
         return str(config.to_dict()["calibration"])
     sources = sources_of(config.calibration)
-    names = ["bundled text (War and Peace)" if source.name is None else str(source.name) for source in sources]
+    names = ["bundled text" if source.name is None else str(source.name) for source in sources]
     if len(names) == 1:
         return names[0]
     return ", ".join(f"{source.share:.0%} {name}" for name, source in zip(names, sources))

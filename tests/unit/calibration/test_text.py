@@ -100,10 +100,11 @@ def test_texts_of_the_papers(
 
 
 def test_bundled_texts_do_not_overlap() -> None:
-    calibration, evaluation = bundled_text("calibration"), bundled_text("evaluation")
-    assert len(calibration) > 900_000 and len(evaluation) > 200_000
+    calibration, novel, evaluation = map(bundled_text, ("calibration", "novel", "evaluation"))
+    assert len(calibration) > 750_000 and len(novel) > 900_000 and len(evaluation) > 200_000
     middle = evaluation[1000:1400]
-    assert middle not in calibration
+    assert middle not in calibration and middle not in novel
+    assert calibration[:200_000] == novel[:200_000] and calibration[-70_000:-1000] not in novel
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
