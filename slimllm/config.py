@@ -83,8 +83,8 @@ class PruneConfig:
         device: cpu, cuda, cuda:1, …; the default is a GPU if there is one.
         host_memory, gpu_memory: Memory budget, such as 16GiB: slimllm chooses the cheapest offloading that fits it.
         bias: `yes`, or `no`: recoveries add no bias to an output projection that has none, since some architectures have no
-            place for it. `affine` and `lstsq` are then regressions through the origin, and `obs` and `auto` measure by
-            second moments instead of covariances.
+            place for it. `lstsq` is then a regression through the origin, `affine` its slopes alone, and `obs`, `auto` and
+            `flap` measure by second moments instead of covariances.
 
     Raises:
         ValueError: (as InputError) a value is out of range; the message says which and what to give.

@@ -40,11 +40,6 @@ class OutputMoments(OutputMeans):
         """Return slope and intercept of the regression of y on ŷ, (D,) each; see `slimllm.ops.affine_fit`."""
         return ops.affine_fit(self.mean_y, self.mean_y_hat, self.variance_y_hat, self.covariance)
 
-    def slope_through_origin(self) -> torch.Tensor:
-        """Return the slope of the regression of y on ŷ without an intercept, E(y ŷ) / E(ŷ²), 1 where ŷ is 0: (D,)."""
-        square = self.variance_y_hat.clamp(min=0) + self.mean_y_hat.square()
-        return torch.where(square > 0, (self.covariance + self.mean_y * self.mean_y_hat) / square, 1.0)
-
     def relative_error(self, slope: torch.Tensor, intercept: torch.Tensor) -> float:
         """Compute Σ_k E(y_k - a_k ŷ_k - b_k)² / Σ_k var(y_k): 0 is perfect, 1 is as good as the mean.
 

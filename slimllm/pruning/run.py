@@ -15,7 +15,7 @@ from slimllm import ops
 from slimllm.calibration import Calibration, calibration_name
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.journal import Journal
-from slimllm.checkpoints.output_format import OutputFormat, output_format
+from slimllm.checkpoints.output_format import OutputFormat, biases_of, output_format
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
 from slimllm.config import GIB, PruneConfig, torch_dtype
@@ -135,7 +135,21 @@ class Run:
             for size, removal in zip(self.sizes, allocated.removals)
         ]
         dtype = torch_dtype(self.config.dtype) if self.config.dtype else _config_dtype(self.source)
-        return allocated, output_format(self.source.config, sizes, dtype)
+        output = output_format(self.source.config, sizes, dtype)
+        if self.config.allocation.alike and output.name.startswith("slim_"):
+            self._say_why_native(sizes)
+        return allocated, output
+
+    def _say_why_native(self, sizes: list[LayerSizes]) -> None:
+        """Say what keeps layers of equal sizes from being written in an architecture of transformers."""
+        spec, heads, width = self.source.spec, sizes[0].num_heads, self.source.config.hidden_size
+        if not spec.takes_heads(self.source.config, heads):
+            why = f"does not take {heads} heads with a hidden size of {width}; give another ratio, or export --to padded"
+        elif not spec.stock_holds(biases_of(sizes)):
+            why = "has no place for the recovery's biases; give --bias no"
+        else:
+            return
+        _log.warning("The result has the native format, because transformers' %s %s.", spec.name, why)
 
     def _curves(self, dense: DensePass) -> list[Curves] | None:
         return None if self.config.allocation.needs is None else dense.curves()

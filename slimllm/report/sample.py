@@ -13,6 +13,7 @@ from slimllm.calibration import is_unicode, longest_input, shown
 from slimllm.checkpoints.tokenizer import encode
 from slimllm.errors import InputError
 from slimllm.evaluation.perplexity import load
+from slimllm.runtime.cores import share_cores
 from slimllm.runtime.memory import release
 
 PROMPT = "The old house at the end of the street"
@@ -29,6 +30,7 @@ class Sample:
     dense: str | None
 
 
+@share_cores()
 def make_sample(
     pruned: str | Path,
     dense: str | Path | None = None,

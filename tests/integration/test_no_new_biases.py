@@ -49,6 +49,25 @@ def test_stock_architectures(family: str, preset: str, tmp_path: Path) -> None:
     assert of_biases <= dense_has  # none is new
 
 
+@pytest.mark.parametrize(
+    ("changes", "bias", "sentence"),
+    [
+        ({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}, "no", "not take 6 heads with a hidden"),
+        ({}, "yes", "transformers' gemma3_text has no place for the recovery's biases; give --bias no."),
+        ({}, "no", None),
+    ],
+)
+def test_a_run_says_why_equal_sizes_are_not_stock(
+    changes: dict[str, int], bias: str, sentence: str | None, tmp_path: Path, told: list[str]
+) -> None:
+    source = saved(tiny("gemma3_text", **changes), tmp_path / "dense")
+    settings = PruneConfig(ratio=0.2, allocation="uniform", bias=bias, calibration=IDS)
+    report = slimllm.prune(source, tmp_path / "out", settings)
+    assert report.format == ("slim_gemma3_text" if sentence else "gemma3_text")
+    why = [one for one in told if one.startswith("The result has the native format, because")]
+    assert sentence in why[0] if sentence else not why
+
+
 def test_layers_of_different_sizes_can_be_padded(tmp_path: Path) -> None:
     source = saved(tiny("qwen3", attention_bias=False), tmp_path / "dense")
     slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, recovery="lstsq", bias="no", calibration=IDS))
@@ -124,7 +143,8 @@ def test_fits_by_hand(recovery: str, samples: int, stories: Any, token_ids: torc
     new = stories.model.layers[0].self_attn.o_proj
     if recovery == "affine":
         y, y_hat = z @ weight.T, z[:, kept] @ weight[:, kept].T
-        wanted = weight[:, kept] * ((y * y_hat).sum(0) / y_hat.square().sum(0))[:, None]
+        spread = y_hat - y_hat.mean(0)
+        wanted = weight[:, kept] * (((y - y.mean(0)) * spread).sum(0) / spread.square().sum(0))[:, None]
     else:
         size, ridge = z[:, kept].square().mean(0).sqrt(), RIDGE if len(z) >= 2 * 64 else RIDGE_OF_FEW
         scaled, lost = z[:, kept] / size, z[:, removed] @ weight[:, removed].T

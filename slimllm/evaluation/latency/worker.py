@@ -17,6 +17,7 @@ from slimllm.calibration import longest_input
 from slimllm.errors import InputError, exhausted, first_line
 from slimllm.evaluation.perplexity import load
 from slimllm.runtime import memory
+from slimllm.runtime.cores import share_cores
 from slimllm.runtime.interrupts import leave_interrupts_to_parent
 
 
@@ -29,6 +30,7 @@ class Shape:
     new_tokens: int
 
 
+@share_cores()
 def serve(connection: Connection, name: str, dtype: str | None, device: str, trust_remote_code: bool) -> None:
     """Load the model, and answer requests until the connection is closed."""
     leave_interrupts_to_parent()

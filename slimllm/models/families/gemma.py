@@ -34,7 +34,8 @@ def _against(config: PretrainedConfig, period: int, scaled_otherwise: int) -> st
     heads = config.num_attention_heads
     scale = config.hidden_size // heads if number == scaled_otherwise else head_dim_of(config)
     if config.query_pre_attn_scalar != scale:
-        return f"llama.cpp divides the attention's scores by √{scale}, and this model by √{config.query_pre_attn_scalar}"
+        theirs = config.query_pre_attn_scalar
+        return f"llama.cpp divides the attention's scores by √{scale}, and this model by √{theirs} (query_pre_attn_scalar)"
     if not config.sliding_window:
         return "llama.cpp has windows in every Gemma"
     if config.hidden_activation != "gelu_pytorch_tanh":

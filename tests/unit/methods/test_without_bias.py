@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from slimllm.methods.elimination import eliminate_channels
-from slimllm.methods.moments import OutputMoments
 from slimllm.methods.recovery.lstsq import RIDGE, refit_kept
 from slimllm.methods.surgeon import ELIMINATION_RIDGE, Surgeon
 from slimllm.runtime.mapped import GramInFile
@@ -86,19 +85,3 @@ def test_a_channel_with_a_mean_is_not_free_without_a_bias() -> None:
     inverse = torch.linalg.inv(h / size / size[:, None] + ELIMINATION_RIDGE * torch.eye(24, dtype=torch.float64))
     alone = (weight.double() * size).square().sum(0) / inverse.diagonal()
     assert torch.allclose(without.alone.double(), alone, rtol=1e-3)
-
-
-def test_slope_through_the_origin() -> None:
-    y, noise = inputs().double(), 0.5 * torch.randn(400, 24, generator=torch.Generator().manual_seed(2)).double()
-    y_hat = 0.7 * y + noise
-    y_hat[:, 3] = 0.0
-    centred, centred_hat = y - y.mean(0), y_hat - y_hat.mean(0)
-    moments = OutputMoments(
-        y.mean(0), y_hat.mean(0), centred.square().mean(0), centred_hat.square().mean(0), (centred * centred_hat).mean(0)
-    )
-    slope = moments.slope_through_origin()
-    for k in range(24):
-        wanted = 1.0 if k == 3 else float(torch.linalg.lstsq(y_hat[:, k, None], y[:, k]).solution)
-        assert float(slope[k]) == pytest.approx(wanted, rel=1e-9)
-    error = (y - slope * y_hat).square().mean(0).sum() / centred.square().mean(0).sum()
-    assert moments.relative_error(slope, torch.zeros_like(slope)) == pytest.approx(float(error), rel=1e-9)
