@@ -83,8 +83,8 @@ class PruneConfig:
         device: cpu, cuda, cuda:1, …; the default is a GPU if there is one.
         host_memory, gpu_memory: Memory budget, such as 16GiB: slimllm chooses the cheapest offloading that fits it.
         bias: `yes`, or `no`: recoveries add no bias to an output projection that has none, since some architectures have no
-            place for it. `lstsq` is then a regression through the origin, `affine` its slopes alone, and `obs`, `auto` and
-            `flap` measure by second moments instead of covariances.
+            place for it. `lstsq` is then a regression through the origin, and `obs`, `auto` and `flap` measure by second
+            moments instead of covariances. `affine` and `bias` need the bias: nothing else of theirs replaces a mean.
 
     Raises:
         ValueError: (as InputError) a value is out of range; the message says which and what to give.
@@ -185,7 +185,8 @@ class PruneConfig:
             raise InputError(f"{what}; give a recovery: lstsq, affine or bias.")
         if self.bias == "no" and self.recovery.adds_bias and not self.recovery.goes_without_bias:
             raise InputError(
-                f"recovery {self.recovery.name} adds a bias; give bias yes, or another recovery, such as lstsq."
+                f"recovery {self.recovery.name} works by its bias; with bias no give recovery lstsq (or the preset best) "
+                "or none."
             )
 
     @property

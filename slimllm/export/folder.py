@@ -88,7 +88,8 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
         some = ", ".join(word for name, word in words.items() if getattr(biases, name))
         raise InputError(
             f"The model has biases of these projections: {some}. transformers' {family} has no place for them, and leaving "
-            "them out would change the model; keep the native format, or prune with --bias no if the recovery added them."
+            "them out would change the model; keep the native format, or prune with --preset best --bias no if the "
+            "recovery added them."
         )
     if any(_alike(size) != _alike(first) for size in sizes):
         raise InputError(

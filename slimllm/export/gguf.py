@@ -135,7 +135,8 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
         )
     if not _are_plain(sizes):
         raise InputError(
-            f"llama.cpp reads {family} with the same size in all layers and without biases; prune with --uniform --bias no."
+            f"llama.cpp reads {family} with the same size in all layers and without biases; prune with --preset best "
+            "--uniform --bias no."
         )
     return names
 

@@ -146,7 +146,7 @@ class Run:
         if not spec.takes_heads(self.source.config, heads):
             why = f"does not take {heads} heads with a hidden size of {width}; give another ratio, or export --to padded"
         elif not spec.stock_holds(biases_of(sizes)):
-            why = "has no place for the recovery's biases; give --bias no"
+            why = "has no place for the recovery's biases; give --bias no, with --preset best or --recovery lstsq"
         else:
             return
         _log.warning("The result has the native format, because transformers' %s %s.", spec.name, why)

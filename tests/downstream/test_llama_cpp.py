@@ -102,15 +102,15 @@ def test_rotary_scaling(tmp_path: Path) -> None:
         ("gemma3_text", {"query_pre_attn_scalar": 16, "final_logit_softcapping": None, "num_hidden_layers": 7}),
     ],
 )
-@pytest.mark.parametrize("preset", ["default", "best"])
-def test_other_families(family: str, changes: dict[str, Any], preset: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("methods", [{"recovery": "lstsq"}, {"preset": "best"}])
+def test_other_families(family: str, changes: dict[str, Any], methods: dict[str, str], tmp_path: Path) -> None:
     if family == "gemma3_text":
         changes = changes | {"layer_types": [f"{'full' if i == 5 else 'sliding'}_attention" for i in range(7)]}
     sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 192}
     saved(tiny(family, vocab_size=512, **sizes, **changes), tmp_path / "dense")
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "dense")
     ids = torch.randint(3, 512, (8, 64), generator=torch.Generator().manual_seed(0))
-    settings = config(ids, ratio=0.3, preset=preset, allocation="uniform", bias="no")
+    settings = config(ids, ratio=0.3, allocation="uniform", bias="no", **methods)
     slimllm.prune(tmp_path / "dense", tmp_path / "out", settings)
     assert export(tmp_path / "out", tmp_path / "m.gguf", "gguf") == family.removesuffix("_text")
     assert_the_same(tmp_path / "out", tmp_path / "m.gguf")

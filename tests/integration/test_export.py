@@ -168,7 +168,9 @@ def test_gguf_of_another_family(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(tmp_path / "dense")
     ids = IDS.clamp(max=511)
     slimllm.prune(
-        tmp_path / "dense", tmp_path / "out", PruneConfig(ratio=0.3, allocation="uniform", bias="no", calibration=ids)
+        tmp_path / "dense",
+        tmp_path / "out",
+        PruneConfig(ratio=0.3, allocation="uniform", recovery="lstsq", bias="no", calibration=ids),
     )
     assert export(tmp_path / "out", tmp_path / "m.gguf", "gguf") == "gemma3"
     reader, tensors = read(tmp_path / "m.gguf")
@@ -217,8 +219,10 @@ def test_gguf_is_refused_where_llama_cpp_computes_something_else(
 
 def test_gguf_of_another_family_has_equal_sizes(tmp_path: Path) -> None:
     saved(tiny("gemma3_text", **GEMMA3), tmp_path / "dense")
-    slimllm.prune(tmp_path / "dense", tmp_path / "out", PruneConfig(ratio=0.3, bias="no", calibration=IDS))
-    with pytest.raises(InputError, match="the same size in all layers and without biases; prune with --uniform --bias no"):
+    slimllm.prune(
+        tmp_path / "dense", tmp_path / "out", PruneConfig(ratio=0.3, recovery="lstsq", bias="no", calibration=IDS)
+    )
+    with pytest.raises(InputError, match="all layers and without biases; prune with --preset best --uniform --bias no"):
         export(tmp_path / "out", tmp_path / "m.gguf", "gguf")
 
 

@@ -32,11 +32,10 @@ class Fit:
     error_after: float | None
 
     @classmethod
-    def of_moments(cls, moments: OutputMeans, slope: torch.Tensor, intercept: torch.Tensor | None = None) -> Fit:
-        """Make the change W' = a ∘ W, bias' = bias + b from a slope a and an intercept b, (D,) fp64; None: 0."""
+    def of_moments(cls, moments: OutputMeans, slope: torch.Tensor, intercept: torch.Tensor) -> Fit:
+        """Make the change W' = a ∘ W, bias' = bias + b from a slope a and an intercept b, (D,) fp64."""
         change = OutputChange(intercept, slope)
-        b = torch.zeros_like(slope) if intercept is None else intercept
-        return cls(change, moments.error_of_removal(), moments.relative_error(slope, b))
+        return cls(change, moments.error_of_removal(), moments.relative_error(slope, intercept))
 
 
 class Recovery(Method, ABC):
