@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,23 @@ def test_gguf_is_refused_where_llama_cpp_computes_something_else(
     saved(tiny(family, **changes), tmp_path / "dense")
     with pytest.raises(InputError, match=f"This {family} model cannot be written as GGUF: .*{why}"):
         export(tmp_path / "dense", tmp_path / "m.gguf", "gguf")
+
+
+def test_added_tokens_of_gguf(tmp_path: Path, told: list[str]) -> None:
+    """As Gemma has them: runs of spaces, which llama.cpp looks for in the text, and one that the embedding lacks."""
+    shutil.copytree(STORIES, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokenizer["added_tokens"] += [{"id": 511, "content": "▁▁▁", **usual}, {"id": 512, "content": "<image>", **usual}]
+    tokenizer["model"]["vocab"] |= {"<image>": 512}
+    file.write_text(json.dumps(tokenizer))
+    export(tmp_path / "model", tmp_path / "m.gguf", "gguf")
+    fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+    tokens, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert len(tokens) == len(types) == 512 and tokens[511] == "   "
+    assert types[511] == gguf.TokenType.USER_DEFINED and "<image>" not in tokens
+    assert "The embedding has no rows for these added tokens, which are left out: <image>." in told
 
 
 def test_gguf_of_another_family_has_equal_sizes(tmp_path: Path) -> None:
