@@ -83,7 +83,7 @@ def _watch_cores(threads: int, done: Event) -> None:
                 asleep.end()
                 asleep = None
             before = now
-    except Exception as error:  # a system that does not say what its cores do
+    except (OSError, RuntimeError, ValueError, IndexError) as error:  # a system that does not say what its cores do
         _log.debug("The cores are not watched (%s: %s); other work on them slows the run.", type(error).__name__, error)
     finally:
         if asleep is not None:
