@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slimllm import ops
-from slimllm.config import GIB
+from slimllm.checks import GIB
 from slimllm.ops import cholesky
 from slimllm.ops.dispatch import choose
 from slimllm.ops.lstsq import LARGEST, MOST_COLUMNS

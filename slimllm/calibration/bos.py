@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedTokenizerBase
 
 from slimllm.checkpoints.tokenizer import encode
-from slimllm.config import BOS_CHOICES, check_choice
+from slimllm.checks import check_choice
+from slimllm.config import BOS_CHOICES
 from slimllm.errors import InputError
 
 

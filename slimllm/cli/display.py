@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from slimllm.checks import GIB
 from slimllm.cli.terminal import Notices
-from slimllm.config import GIB
 from slimllm.experiments.bench.forecast import Forecast
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.tensor_parallel import tensor_parallel_of

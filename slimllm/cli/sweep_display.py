@@ -16,8 +16,9 @@ from rich.table import Table
 
 from slimllm.calibration import about_bos, window_bos
 from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.checks import parse_device
 from slimllm.cli.display import PruneDisplay
-from slimllm.config import PruneConfig, parse_device
+from slimllm.config import PruneConfig
 from slimllm.errors import InputError, OutputError
 from slimllm.evaluation.perplexity import evaluation_tokens
 from slimllm.experiments.bench.run import machine

@@ -14,7 +14,7 @@ from slimllm.checkpoints.folder import check_padding, name_some, quantisation_of
 from slimllm.checkpoints.headers import Headers, stored_head_differs
 from slimllm.checkpoints.opening import download, open_checkpoint
 from slimllm.checkpoints.tokenizer import load_tokenizer
-from slimllm.config import DTYPES, check_choice, parse_device, torch_dtype
+from slimllm.checks import DTYPES, check_choice, parse_device, torch_dtype
 from slimllm.errors import InputError, exhausted, first_line
 from slimllm.models.families import family_of
 from slimllm.models.meta import expected_tensors, meta_model

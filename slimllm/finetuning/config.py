@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from slimllm.config import check_choice, check_number
+from slimllm.checks import check_choice, check_number
 from slimllm.errors import InputError
 
 

@@ -22,7 +22,7 @@ from slimllm.checkpoints.journal import Journal, fingerprint
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.writer import CheckpointWriter, can_resume, check_interrupted, remove_leftover
-from slimllm.config import parse_device
+from slimllm.checks import parse_device
 from slimllm.errors import HopelessError, InputError
 from slimllm.evaluation.perplexity import load
 from slimllm.finetuning.config import FinetuneConfig

@@ -16,7 +16,8 @@ from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.destination import destination
 from slimllm.checkpoints.output_format import convert_in_place
 from slimllm.checkpoints.source import InMemoryModel
-from slimllm.config import GIB, PruneConfig, check_config
+from slimllm.checks import GIB
+from slimllm.config import PruneConfig, check_config
 from slimllm.errors import InputError
 from slimllm.pruning.identity import compare_identities, identity_in_memory
 from slimllm.pruning.on_disk import prune_all

@@ -22,7 +22,8 @@ from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.tokenizer import tokenizer_code
 from slimllm.checkpoints.writer import CheckpointWriter, can_resume, check_interrupted, partial_folder, remove_leftover
-from slimllm.config import GIB, PruneConfig, parse_device, torch_dtype
+from slimllm.checks import GIB, parse_device, torch_dtype
+from slimllm.config import PruneConfig
 from slimllm.pruning.dense_pass import DensePass
 from slimllm.pruning.identity import WEIGHTS, checksum_of, compare_identities, environment_of, identity_of
 from slimllm.pruning.model_card import write_model_card

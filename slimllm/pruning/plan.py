@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimllm.config import GIB, PruneConfig, parse_bytes
+from slimllm.checks import GIB, parse_bytes
+from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.methods.statistics import Needs
 from slimllm.pruning.memory_estimate import Parts, Sizes, measures_gram, phases, probe_bytes

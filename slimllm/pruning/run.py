@@ -18,7 +18,8 @@ from slimllm.checkpoints.journal import Journal
 from slimllm.checkpoints.output_format import OutputFormat, biases_of, output_format
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel, ModelSource
-from slimllm.config import GIB, PruneConfig, torch_dtype
+from slimllm.checks import GIB, torch_dtype
+from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.methods.allocation.removal import LayerRemoval
 from slimllm.methods.allocation.spending import Curves

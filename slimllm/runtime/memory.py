@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from slimllm.config import GIB as GIB
+from slimllm.checks import GIB as GIB
 from slimllm.errors import exhausted
 from slimllm.runtime.precision import has_slow_fp64
 

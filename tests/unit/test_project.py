@@ -15,6 +15,7 @@ ORDER = [
     "_lazy",
     "errors",
     "plugins",
+    "checks",
     "presets",
     "config",
     "kernels",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimllm.config import DTYPES, check_choice, parse_device
+from slimllm.checks import DTYPES, check_choice, parse_device
 from slimllm.errors import InputError
 from slimllm.evaluation.latency.worker import Shape, serve
 from slimllm.evaluation.perplexity import locate

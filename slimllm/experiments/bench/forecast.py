@@ -14,7 +14,8 @@ from slimllm.calibration import num_held_out, sources_of
 from slimllm.checkpoints.folder import read_config
 from slimllm.checkpoints.fused import read_as
 from slimllm.checkpoints.opening import download, open_checkpoint
-from slimllm.config import GIB, PruneConfig, check_config, parse_device, torch_dtype
+from slimllm.checks import GIB, parse_device, torch_dtype
+from slimllm.config import PruneConfig, check_config
 from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.work import measure_rates, stage_work

@@ -21,7 +21,8 @@ import torch
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
-from slimllm.config import METHODS, PruneConfig, parse_bytes, parse_device, torch_dtype
+from slimllm.checks import parse_bytes, parse_device, torch_dtype
+from slimllm.config import METHODS, PruneConfig
 from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from slimllm.config import check_number
+from slimllm.checks import check_number
 from slimllm.errors import InputError
 from slimllm.methods.allocation.base import Allocation, Removals, Request, Wanted, enough_windows, register_allocation
 from slimllm.methods.allocation.removal import most_removable

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from slimllm import InputError, PruneConfig, prune, prune_model
-from slimllm.config import GIB, parse_bytes
+from slimllm.checks import GIB, parse_bytes
 from slimllm.experiments.bench.forecast import forecast
 from slimllm.experiments.bench.run import Setting, measure
 from slimllm.pruning.memory_estimate import Sizes, traffic
