@@ -22,6 +22,8 @@ METHODS = {"criterion": CRITERIA, "allocation": ALLOCATIONS, "recovery": RECOVER
 HEAD_UNITS = ("kv-group", "query")
 TOKEN_WEIGHTS = ("none", "norm")
 BOS_CHOICES = ("auto", "always", "never")
+BIAS_CHOICES = ("auto", "yes", "no")
+PROGRAMS = ("transformers", "vllm", "llama.cpp")
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,9 +80,14 @@ class PruneConfig:
         compute_dtype: dtype of the forward passes; the default is float32 on a CPU and the checkpoint's own on a GPU.
         device: cpu, cuda, cuda:1, …; the default is a GPU if there is one.
         host_memory, gpu_memory: Memory budget, such as 16GiB: slimllm chooses the cheapest offloading that fits it.
-        bias: `yes`, or `no`: recoveries add no bias to an output projection that has none, since some architectures have no
-            place for it. `lstsq` is then a regression through the origin, and `obs`, `auto` and `flap` measure by second
-            moments instead of covariances. `affine` and `bias` need the bias: nothing else of theirs replaces a mean.
+        bias: Whether recoveries may add a bias to an output projection that has none: `yes`, `no`, or `auto` (unless
+            `program` has no place for it). Without it `lstsq` is a regression through the origin, and `obs`, `auto` and
+            `flap` measure by second moments instead of covariances. `affine` and `bias` need it: nothing else of theirs
+            replaces a mean.
+        program: The program that must load the result without code of slimllm's: `transformers`, `vllm` or `llama.cpp`. It
+            decides, by the model's family, whether all layers lose the same, `bias`, numbers of heads and the default of
+            `round_to`, and `lstsq` replaces the preset's recovery if that needs a bias. What cannot be met is refused
+            before any weight is read. On the command line: --for.
 
     Raises:
         ValueError: (as InputError) a value is out of range; the message says which and what to give.
@@ -107,7 +114,8 @@ class PruneConfig:
     device: str | None = None
     host_memory: str | None = None
     gpu_memory: str | None = None
-    bias: str = "yes"
+    bias: str = "auto"
+    program: str | None = None
 
     def __post_init__(self) -> None:
         check_number("ratio", self.ratio, (int, float))
@@ -124,7 +132,9 @@ class PruneConfig:
         check_choice("head_unit", self.head_unit, HEAD_UNITS)
         check_choice("token_weights", self.token_weights, TOKEN_WEIGHTS)
         check_choice("bos", self.bos, BOS_CHOICES)
-        check_choice("bias", self.bias, ("yes", "no"))
+        check_choice("bias", self.bias, BIAS_CHOICES)
+        if self.program is not None:
+            check_choice("program", self.program, PROGRAMS)
         for name in ("dtype", "compute_dtype"):
             if getattr(self, name) is not None:
                 check_choice(name, getattr(self, name), DTYPES)
@@ -188,7 +198,15 @@ class PruneConfig:
     @property
     def adds_bias(self) -> bool:
         """Whether output projections without a bias get one."""
-        return bool(self.recovery.adds_bias and self.bias == "yes")
+        return bool(self.recovery.adds_bias and self.bias != "no")
+
+    @property
+    def roundings(self) -> tuple[int, ...]:
+        """Steps of widths to choose from by default.
+
+        llama.cpp quantises rows of a multiple of 256 or, to larger types, of 32; vLLM's kernels for 8 bits want 16.
+        """
+        return {"llama.cpp": (256, 128, 64, 32), "vllm": (64, 32, 16)}.get(str(self.program), (64, 32, 16, 8, 4, 2, 1))
 
     @property
     def token_ids(self) -> torch.Tensor | None:

@@ -161,6 +161,8 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
     for choice in plan.choices:
         table.add_row("to fit", "", choice)
     console.print(table, highlight=False)
+    for note in forecast.notes:
+        console.print(note, highlight=False, soft_wrap=True)
     if forecast.warning:
         console.print(forecast.warning, style="yellow", highlight=False, soft_wrap=True)
 

@@ -6,18 +6,19 @@ from typing import Any
 
 # The group of an option, by its parameter; the others are in "Options".
 _GROUPS = {
-    "How": "preset criterion allocation uniform recovery token_weights head_unit heads_multiple_of round_to plugin",
+    "How": "preset criterion allocation uniform recovery bias token_weights head_unit heads_multiple_of round_to plugin",
     "Calibration": "calibration bos samples seq_len seed",
     "Memory and device": "batch_size host_memory gpu_memory device compute_dtype",
     "Measuring": "text eval_len max_windows prompt new_tokens rounds",
-    "Output": "out dtype overwrite resume page quiet keep workdir plot",
+    "Output": "out program dtype overwrite resume page quiet keep workdir plot",
 }
 _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.split()}
 _EXAMPLES = {
     "prune": [
         "slimllm prune MODEL --out slim --ratio 0.2 --calibration your-text.txt",
         "slimllm prune MODEL --out slim --ratio 0.5 --preset best --samples 128",
-        "slimllm prune MODEL --out slim --ratio 0.2 --uniform --host-memory 8GiB",
+        "slimllm prune MODEL --out slim --ratio 0.3 --for llama.cpp",
+        "slimllm prune MODEL --out slim --ratio 0.2 --for vllm --host-memory 8GiB",
     ],
     "plan": ["slimllm plan MODEL --ratio 0.2 --host-memory 8GiB", "slimllm plan llama-33b --preset best --device cuda"],
     "export": ["slimllm export slim --to gguf --out slim.gguf", "slimllm export slim --to padded --out padded"],

@@ -21,7 +21,7 @@ from slimllm.runtime.progress import Progress
 
 
 @app.command("prune", cls=MethodCommand)
-@with_settings(PruneConfig)
+@with_settings(PruneConfig, program="--for")
 def prune_command(
     context: typer.Context,
     model: Model,
@@ -55,8 +55,10 @@ def prune_command(
     if not os.environ.get("WORLD_SIZE"):  # wrong settings are refused before torch is imported; ranks check them together
         PruneConfig(ratio=ratio[0], **with_methods(context, settings))
 
+    from slimllm.checkpoints.opening import open_checkpoint
     from slimllm.checkpoints.writer import can_resume
     from slimllm.cli.display import PruneDisplay
+    from slimllm.export.api import check_vocabulary
     from slimllm.pruning.api import prune, prune_ratios
     from slimllm.runtime.distributed import Ranks, launched
 
@@ -66,6 +68,8 @@ def prune_command(
         ranks = Ranks(group)
         with ranks.together():
             config = PruneConfig(ratio=ratio[0], **with_methods(context, settings))
+            if config.program == "llama.cpp":
+                check_vocabulary(open_checkpoint(model))
         tell = errors.print if ranks.first else _say_nothing
         stop = SafeStop(lambda sentence: tell(sentence, style="bold red"), ranks)
 
@@ -91,12 +95,14 @@ def prune_command(
             raise
         for report in reports if ranks.first and not quiet else []:
             display.summary(report)
+    for report in reports if ranks.first and config.program == "llama.cpp" else []:
+        _write_gguf(Path(str(report.out)), quiet)
     for report in reports if ranks.first and page else []:  # the other ranks do not wait for it
         write_page_unasked(Path(str(report.out)), quiet)
 
 
 @app.command("plan", cls=MethodCommand)
-@with_settings(PruneConfig)
+@with_settings(PruneConfig, program="--for")
 def plan_command(
     context: typer.Context,
     model: Annotated[
@@ -118,6 +124,18 @@ def plan_command(
     from slimllm.experiments.bench.forecast import forecast
 
     print_forecast(console, forecast(model, config, ranks, for_gpu=device == "cuda"))
+
+
+def _write_gguf(folder: Path, quiet: bool) -> None:
+    """Write a result as model.gguf in its folder."""
+    from slimllm.export.api import export
+
+    file = folder / "model.gguf"
+    architecture = export(folder, file, "gguf", overwrite=True)
+    if not quiet:
+        console.print(
+            f"        {file}, for llama.cpp, with the architecture {architecture}", highlight=False, soft_wrap=True
+        )
 
 
 def _say_nothing(*words: object, **style: object) -> None:

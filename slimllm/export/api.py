@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
+from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.destination import destination
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.errors import InputError
@@ -57,3 +59,14 @@ def export(
         raise InputError(f"{out} exists; give another place, or --overwrite.")
     with calling(exporter, "writing the model"):
         return exporter.write(ExportJob(ExportSource(checkpoint), out, overwrite, progress))
+
+
+def check_vocabulary(checkpoint: Checkpoint) -> None:
+    """Raise InputError if a model's tokenizer cannot be written to a GGUF file."""
+    import gguf
+
+    from slimllm.export.gguf_vocabulary import add_vocabulary
+
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.write_companions(Path(folder))
+        add_vocabulary(gguf.GGUFWriter(None, "llama"), Path(folder), checkpoint.config.vocab_size)

@@ -88,13 +88,13 @@ def stock_format(source: CheckpointModel, sizes: list[LayerSizes]) -> OutputForm
         some = ", ".join(word for name, word in words.items() if getattr(biases, name))
         raise InputError(
             f"The model has biases of these projections: {some}. transformers' {family} has no place for them, and leaving "
-            "them out would change the model; keep the native format, or prune with --preset best --bias no if the "
+            "them out would change the model; keep the native format, or prune with --for transformers if the "
             "recovery added them."
         )
     if any(_alike(size) != _alike(first) for size in sizes):
         raise InputError(
             "The layers have different sizes, which no architecture of transformers supports; give --to padded, or prune "
-            "with --uniform."
+            "with --for transformers."
         )
     raise InputError(
         f"transformers' {family} does not take {first.num_heads} heads with a hidden size of "

@@ -27,7 +27,7 @@ from slimllm.errors import InputError, OutputError
 from slimllm.export.base import Exporter, ExportJob, register_exporter
 from slimllm.export.gguf_vocabulary import add_vocabulary
 from slimllm.models.families.base import GGUFNames
-from slimllm.models.families.llama import LLAMA
+from slimllm.models.llama_cpp import gguf_names
 from slimllm.models.slicing import LayerSizes
 from slimllm.runtime.progress import PartWritten, ProgressCallback
 
@@ -122,30 +122,18 @@ def _check(source: CheckpointModel, sizes: list[LayerSizes], out: Path, overwrit
         with out.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{out} is not a GGUF file, so it will not be overwritten; give another name.")
+    names = gguf_names(source.spec, source.config)
     if source.spec.fits_llama(source.config):
-        _check_as_llama(source, sizes)
-        assert LLAMA.gguf is not None
-        return LLAMA.gguf
-    family, names = source.spec.name, source.spec.gguf
-    why = "it does not compute as LLaMA does" if names is None else names.why_not(source.config)
-    if names is None or why:
+        _check_biases(source, sizes)
+    elif not _are_plain(sizes):
         raise InputError(
-            f"This {family} model cannot be written as GGUF: {why}. Keep the folder; for stock architectures there is "
-            "llama.cpp's own convert_hf_to_gguf.py, too."
-        )
-    if not _are_plain(sizes):
-        raise InputError(
-            f"llama.cpp reads {family} with the same size in all layers and without biases; prune with --preset best "
-            "--uniform --bias no."
+            f"llama.cpp reads {source.spec.name} with the same size in all layers and without biases; prune with --for "
+            "llama.cpp."
         )
     return names
 
 
-def _check_as_llama(source: CheckpointModel, sizes: list[LayerSizes]) -> None:
-    if source.config.hidden_act not in ("silu", "swish"):
-        raise InputError(
-            f"llama.cpp computes SiLU where this model has {source.config.hidden_act}; the native format keeps it."
-        )
+def _check_biases(source: CheckpointModel, sizes: list[LayerSizes]) -> None:
     wide = [index for index, size in enumerate(sizes) if size.num_heads * source.head_dim != source.config.hidden_size]
     if sizes[0].qkv_bias and wide:
         raise InputError(

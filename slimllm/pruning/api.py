@@ -22,6 +22,7 @@ from slimllm.errors import InputError
 from slimllm.pruning.identity import compare_identities, identity_in_memory
 from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.pipeline import Pruning
+from slimllm.pruning.programs import fit_programs
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.run import Run
 from slimllm.pruning.shapes import samples_for
@@ -178,6 +179,7 @@ def _prepare(
     source = InMemoryModel(model)
     if isinstance(given, torch.Tensor):
         config = dataclasses.replace(config, calibration=given)
+    (config,) = fit_programs([config], source)
     tokenizer = None if isinstance(given, torch.Tensor) else given
     samples = samples_for(config, max(size.intermediate_size for size in source.sizes()))
     calibration = calibration_windows(config, tokenizer, source.config, samples)

@@ -232,8 +232,8 @@ def _measure_layer(
     """
     config, watch, ranks = run.config, run.watch, stream.ranks
     sublayers = (
-        Sublayer.attention_of(layer, index, config.head_unit, config.seed, config.bias == "yes"),
-        Sublayer.ffn_of(layer, index, config.seed, config.bias == "yes"),
+        Sublayer.attention_of(layer, index, config.head_unit, config.seed, config.bias != "no"),
+        Sublayer.ffn_of(layer, index, config.seed, config.bias != "no"),
     )
     weighted = config.token_weights == "norm"
     statistics: list[ColumnStatistics | GramStatistics] = []

@@ -28,6 +28,7 @@ from slimllm.pruning.dense_pass import DensePass
 from slimllm.pruning.identity import WEIGHTS, checksum_of, compare_identities, environment_of, identity_of
 from slimllm.pruning.model_card import write_model_card
 from slimllm.pruning.pipeline import PrunedLayer, Pruning
+from slimllm.pruning.programs import fit_programs
 from slimllm.pruning.report import REPORT_NAME, PruneReport
 from slimllm.pruning.run import Run, operations_of, weight_dtype
 from slimllm.pruning.shapes import check_settings, samples_for
@@ -72,6 +73,8 @@ def prune_all(
                 check_destination(out, inputs, overwrite or in_place)
         checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         source = CheckpointModel(checkpoint, device, _compute_dtype(config, checkpoint, device))
+        fitted = fit_programs([wanted for _, wanted in jobs], source)
+        jobs = [(out, wanted) for (out, _), wanted in zip(jobs, fitted)]
         for _, wanted in jobs:
             check_settings(source, wanted)
         for sentence in checkpoint.left_out():

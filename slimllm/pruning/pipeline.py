@@ -115,9 +115,9 @@ class Pruning:
         config, removal = self.run.config, self.removals[index]
         # A dense pass that another run has made may hold statistics by which this one does not prune.
         of_attention, of_ffn = (config.one_pass and self.dense.layers[index].statistics) or (None, None)
-        attention = Sublayer.attention_of(layer, index, config.head_unit, config.seed, config.bias == "yes")
+        attention = Sublayer.attention_of(layer, index, config.head_unit, config.seed, config.bias != "no")
         heads = _prune_or_pass(attention, stream, removal.units, self.run, of_attention)
-        ffn = Sublayer.ffn_of(layer, index, config.seed, config.bias == "yes")
+        ffn = Sublayer.ffn_of(layer, index, config.seed, config.bias != "no")
         return heads, _prune_or_pass(ffn, stream, removal.channels, self.run, of_ffn)
 
 

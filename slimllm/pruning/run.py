@@ -80,6 +80,7 @@ class Run:
                 f"{len(token_ids)} calibration windows cannot be shared by {self.ranks.size} processes; give more samples, "
                 "or start fewer processes."
             )
+        assert config.bias != "auto", "the program that the result is for decides it (fit_programs)"
         check_settings(source, config)
         self.source, self.config = source, config
         self.calibration, self.token_ids = calibration, token_ids
@@ -145,12 +146,14 @@ class Run:
         """Say what keeps layers of equal sizes from being written in an architecture of transformers."""
         spec, heads, width = self.source.spec, sizes[0].num_heads, self.source.config.hidden_size
         if not spec.takes_heads(self.source.config, heads):
-            why = f"does not take {heads} heads with a hidden size of {width}; give another ratio, or export --to padded"
+            why = f"does not take {heads} heads with a hidden size of {width}"
         elif not spec.stock_holds(biases_of(sizes)):
-            why = "has no place for the recovery's biases; give --bias no, with --preset best or --recovery lstsq"
+            why = "has no place for the recovery's biases"
         else:
             return
-        _log.warning("The result has the native format, because transformers' %s %s.", spec.name, why)
+        _log.warning(
+            "The result has the native format, because transformers' %s %s; give --for transformers.", spec.name, why
+        )
 
     def _curves(self, dense: DensePass) -> list[Curves] | None:
         return None if self.config.allocation.needs is None else dense.curves()

@@ -13,6 +13,7 @@ from slimllm.methods.statistics import Needs
 from slimllm.models.slicing import LayerSizes
 from slimllm.ops.dispatch import choose
 from slimllm.ops.heads import cheaper_method
+from slimllm.pruning.programs import allowed_units
 
 # From two tokens for a column on, its ridge is the weaker one of `has_few_tokens`.
 TOKENS_PER_CHANNEL = 2
@@ -112,4 +113,5 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
         ffn_bias_params=0 if size.ffn_out_bias else new_bias,
         grouped=size.group_size > 1,
         unit_step=size.unit_step(config.head_unit, config.heads_multiple_of),
+        allowed=None if config.program is None else allowed_units(config, source.spec, source.config, size),
     )

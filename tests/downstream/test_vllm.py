@@ -45,6 +45,7 @@ if __name__ == "__main__":
     ("settings", "form", "architecture"),
     [
         ({"ratio": 0.2, "preset": "best"}, None, "slim_llama"),
+        ({"ratio": 0.3, "program": "vllm"}, None, "llama"),
         ({"ratio": 0.5, "recovery": "lstsq", "head_unit": "query"}, None, "slim_llama"),
         ({"ratio": 0.3}, "padded", "seed_oss"),
         ({"ratio": 0.5, "recovery": "lstsq", "allocation": "uniform"}, "stock", "seed_oss"),

@@ -72,7 +72,7 @@ def test_biases_are_kept_or_the_export_is_refused(tmp_path: Path) -> None:
             saved(tiny(family, **changes), tmp_path / "dense"), tmp_path / family, PruneConfig(ratio=0.3, calibration=IDS)
         )
         if family == "mistral":  # whose mathematics is LLaMA's
-            with pytest.raises(InputError, match="give --to padded, or prune with --uniform"):
+            with pytest.raises(InputError, match="give --to padded, or prune with --for transformers"):
                 export(tmp_path / family, tmp_path / "stock", "stock")
             assert export(tmp_path / family, tmp_path / "padded", "padded") == "seed_oss"
             models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in (family, "padded")]
@@ -241,7 +241,7 @@ def test_gguf_of_another_family_has_equal_sizes(tmp_path: Path) -> None:
     slimllm.prune(
         tmp_path / "dense", tmp_path / "out", PruneConfig(ratio=0.3, recovery="lstsq", bias="no", calibration=IDS)
     )
-    with pytest.raises(InputError, match="all layers and without biases; prune with --preset best --uniform --bias no"):
+    with pytest.raises(InputError, match=r"all layers and without biases; prune with --for llama\.cpp"):
         export(tmp_path / "out", tmp_path / "m.gguf", "gguf")
 
 

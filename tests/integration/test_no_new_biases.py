@@ -53,7 +53,7 @@ def test_stock_architectures(family: str, settings: dict[str, str], tmp_path: Pa
     ("changes", "bias", "sentence"),
     [
         ({"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}, "no", "not take 6 heads with a hidden"),
-        ({}, "yes", "transformers' gemma3_text has no place for the recovery's biases; give --bias no, with"),
+        ({}, "yes", "transformers' gemma3_text has no place for the recovery's biases; give --for"),
         ({}, "no", None),
     ],
 )
@@ -109,7 +109,7 @@ def test_settings(tmp_path: Path) -> None:
         PruneConfig(ratio=0.3, criterion="flap", recovery="bias", bias="no")
     with pytest.raises(InputError, match=r"recovery affine works by its bias; .* \(or the preset best\) or none"):
         PruneConfig(ratio=0.3, bias="no")
-    with pytest.raises(InputError, match="bias must be one of yes, no"):
+    with pytest.raises(InputError, match="bias must be one of auto, yes, no"):
         PruneConfig(ratio=0.3, bias="maybe")
     assert "bias='no'" in repr(PruneConfig(ratio=0.3, recovery="lstsq", bias="no")) and "bias" not in repr(
         PruneConfig(ratio=0.3)

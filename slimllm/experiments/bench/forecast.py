@@ -24,6 +24,7 @@ from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, sizes_by_layer
 from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traffic
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
+from slimllm.pruning.programs import fit_program
 from slimllm.pruning.run import too_few_tokens, weight_dtype
 from slimllm.pruning.shapes import dense_windows, samples_for, streams_heads
 from slimllm.runtime.memory import resident_gib
@@ -39,7 +40,8 @@ class Forecast:
     """Plan of a run, its estimated seconds on this machine, and its inputs.
 
     With several ranks, plan and seconds are those of each rank, and `traffic` is the number of bytes that ranks exchange.
-    `warning` is a sentence if a fit has more unknowns than there are calibration tokens, else empty.
+    `warning` is a sentence if a fit has more unknowns than there are calibration tokens, else empty. `notes` are sentences
+    about settings that follow from the program that the result is for.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Forecast:
     ranks: int
     traffic: Parts
     warning: str
+    notes: list[str]
 
 
 def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = False) -> Forecast:
@@ -64,8 +67,8 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         for_gpu: Plan for a GPU, even if this machine has none; the time is then unknown.
 
     Raises:
-        ValueError: (as InputError) there is no such model, the run does not fit the budgets, or the model's number of heads
-            is not a multiple of `heads_multiple_of`.
+        ValueError: (as InputError) there is no such model, the run does not fit the budgets, the model's number of heads
+            is not a multiple of `heads_multiple_of`, or the program that the result is for cannot read it.
     """
     check_config(config)
     sources_of(config.calibration)  # raises the errors that the run would raise
@@ -79,6 +82,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     for layer in layers:
         layer.unit_step(config.head_unit, config.heads_multiple_of)  # raises the errors that the run would raise
+    config, notes = fit_program(config, model_config, layers)
     channels = max(size.intermediate_size for size in layers)
     config = dataclasses.replace(config, samples=(samples := samples_for(config, channels)))
     if not 1 <= ranks <= samples:
@@ -110,6 +114,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         ranks=ranks,
         traffic=traffic(sizes, config) if ranks > 1 else {},
         warning=too_few_tokens(config, layers, samples, config.seq_len),
+        notes=notes,
     )
 
 

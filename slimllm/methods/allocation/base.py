@@ -132,8 +132,8 @@ class Allocation(Method, ABC):
     def allocate(self, request: Request) -> Removals:
         """Decide how many units and channels every layer loses; only the first process calls this.
 
-        Removed units must be multiples of a shape's `unit_step`. If channels are removed, the kept width must be a multiple
-        of `round_to`. Every layer must keep at least one unit and one channel.
+        The number of removed units must be one of a shape's `removable`. If channels are removed, the kept width must be a
+        multiple of `round_to`. Every layer must keep at least one unit and one channel.
         """
 
 

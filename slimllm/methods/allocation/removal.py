@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -13,7 +14,8 @@ class LayerShape:
     `unit_params` parameters each. `channels` are FFN channels with `channel_params` parameters each. `params` is the
     number of all parameters of the layer. `attention_bias_params` and `ffn_bias_params` are those of the bias that the
     recovery would add to each sub-layer. `grouped` says that query heads share KV heads. Units are removed `unit_step` at a
-    time, and `units` is a multiple of it.
+    time, and `units` is a multiple of it. `allowed`, if it is not None, has the only numbers of units that may be removed,
+    in ascending order from 0.
     """
 
     units: int
@@ -25,6 +27,18 @@ class LayerShape:
     ffn_bias_params: int
     grouped: bool
     unit_step: int = 1
+    allowed: tuple[int, ...] | None = None
+
+    @property
+    def removable(self) -> Sequence[int]:
+        """Numbers of units that can be removed, in ascending order from 0."""
+        return range(0, self.units, self.unit_step) if self.allowed is None else self.allowed
+
+    def nearest(self, units: float) -> int:
+        """Return the number of units that can be removed that is nearest to a number."""
+        if self.allowed is None:
+            return self.unit_step * min(round(units / self.unit_step), self.units // self.unit_step - 1)
+        return min(self.allowed, key=lambda number: abs(number - units))
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,8 @@ def removed_params(removal: LayerRemoval, shape: LayerShape) -> int:
 
 
 def most_removable(shape: LayerShape, round_to: int) -> int:
-    """Count the most parameters that a layer can lose while it keeps one step of units and `round_to` channels."""
+    """Count the most parameters that a layer can lose while it keeps the fewest units and `round_to` channels."""
     channels = max(shape.channels - round_to, 0)
-    units = shape.units - shape.unit_step
+    units = shape.removable[-1]
     attention = units * shape.unit_params - shape.attention_bias_params * (units > 0)
     return attention + channels * shape.channel_params - shape.ffn_bias_params * (channels > 0)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from slimllm.methods.allocation.removal import LayerRemoval, LayerShape, removed_params
 
 
-def default_rounding(target: float, shapes: list[LayerShape], multiple_of: int) -> int:
+def default_rounding(target: float, shapes: list[LayerShape], multiple_of: int, powers: Sequence[int]) -> int:
     """Choose the rounding step of widths so that the remaining error, half a step, is within 0.5 % of the target.
 
-    The step is the least common multiple of `multiple_of` and the largest power of two up to 64 that achieves this, or else
-    `multiple_of`: whatever splits the heads over several devices also splits the channels.
+    The step is the least common multiple of `multiple_of` and the first of `powers` that achieves this, or else the last
+    of them, unless that is over 1/32 of a width. Whatever splits the heads over several devices also splits the channels.
     """
-    channel_params = max(shape.channel_params for shape in shapes)
-    steps = (math.lcm(step, multiple_of) for step in (64, 32, 16, 8, 4, 2))
-    return next((step for step in steps if step * channel_params / 2 <= 0.005 * target), multiple_of)
+    channel_params, narrowest = max(shape.channel_params for shape in shapes), min(shape.channels for shape in shapes)
+    steps = [math.lcm(power, multiple_of) for power in powers]
+    usual = steps[-1] if 32 * steps[-1] <= narrowest else multiple_of
+    return next((step for step in steps if step * channel_params / 2 <= 0.005 * target), usual)
 
 
 def softmax_shares(
@@ -50,7 +52,7 @@ def published_counts(shares: list[float], shapes: list[LayerShape]) -> list[Laye
     result = []
     for share, shape in zip(shares, shapes):
         ratio = share / shape.params
-        units = min(round(ratio * shape.units), shape.units - 1)
+        units = shape.nearest(ratio * shape.units)
         result.append(LayerRemoval(ratio, units, min(round(ratio * shape.channels), shape.channels - 1)))
     return result
 
@@ -65,8 +67,7 @@ def round_shares(shares: list[float], shapes: list[LayerShape], target: int, rou
             result.append(LayerRemoval(0.0, 0, 0))
             continue
         ratio = share / shape.params
-        units = shape.unit_step * min(round(ratio * shape.units / shape.unit_step), shape.units // shape.unit_step - 1)
-        entry, carry = _fill_up(ratio, units, share + carry, shape, round_to)
+        entry, carry = _fill_up(ratio, shape.nearest(ratio * shape.units), share + carry, shape, round_to)
         result.append(entry)
     for _ in range(2):  # earlier layers take what clamped widths at the end could not
         for i, (entry, shape) in enumerate(zip(result, shapes)):
@@ -79,7 +80,7 @@ def round_shares(shares: list[float], shapes: list[LayerShape], target: int, rou
         units = entry.units + (shape.unit_step if carry > 0 else -shape.unit_step)
         missed = abs(carry) > round_to * shape.channel_params / 2 + 1  # + 1: by more than float rounding
         # Single units are never so coarse that channels could not make up for them.
-        if shape.unit_step > 1 and missed and entry.pruned and 0 <= units < shape.units:
+        if shape.unit_step > 1 and missed and entry.pruned and units in shape.removable:
             other, left = _fill_up(entry.ratio, units, removed_params(entry, shape) + carry, shape, round_to)
             if abs(left) < abs(carry):
                 result[i], carry = other, left

@@ -101,7 +101,7 @@ def _take_another_unit(taken: list[_Step], skipped: list[_Step], left: int) -> N
 
 
 def _steps(layer: int, curve: Curves, shape: LayerShape, round_to: int) -> Iterable[_Step]:
-    units = range(0, shape.units, shape.unit_step)
+    units = shape.removable
     widths = range((shape.channels - 1) // round_to * round_to, 0, -round_to)
     channels = [0, *(shape.channels - width for width in widths)]
     for part, values, counts, total, params, bias in (

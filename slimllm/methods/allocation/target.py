@@ -70,14 +70,14 @@ def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
     wanted = config.allocation.wanted(config.ratio, num_layers)
     target = round(wanted.ratio * total)
     at_once = num_layers if config.allocation.alike else 1  # layers that are rounded alike
-    round_to = config.round_to or default_rounding(target / at_once, shapes, config.heads_multiple_of)
+    round_to = config.round_to or default_rounding(target / at_once, shapes, config.heads_multiple_of, config.roundings)
     narrowest = min(shape.channels for shape in shapes)
     if round_to > narrowest:
         raise InputError(f"round_to is {round_to}, but the FFN is only {narrowest} channels wide; give less.")
     most = sum(most_removable(shape, round_to) for shape in shapes)
     if most < target:
-        step = max(shape.unit_step for shape in shapes)
-        units = "one head unit" if step == 1 else f"{step} head units"
+        least = max(shape.units - shape.removable[-1] for shape in shapes)
+        units = "one head unit" if least == 1 else f"{least} head units"
         asked = f"A ratio of {config.ratio:g}"
         if wanted.ratio != config.ratio:
             asked += f" with the preset {config.preset} ({wanted.ratio:.4g} of the layers' parameters)"
@@ -133,11 +133,10 @@ def _check(found: Removals, request: Request, name: str) -> None:
             f"The allocation {name} returned {len(found.layers)} removals, but the model has {len(request.shapes)} layers."
         )
     for index, (removal, shape) in enumerate(zip(found.layers, request.shapes)):
-        if not 0 <= removal.units < shape.units or removal.units % shape.unit_step:
-            step = f" in steps of {shape.unit_step}" if shape.unit_step > 1 else ""
+        if removal.units not in shape.removable:
             raise InputError(
                 f"With the allocation {name}, layer {index} would lose {removal.units} head units, but it can lose "
-                f"only 0 to {shape.units - 1}{step}."
+                f"only {', '.join(map(str, shape.removable))}."
             )
         left = shape.channels - removal.channels
         if not 0 < left <= shape.channels or (removal.channels and left % request.round_to):

@@ -1,0 +1,201 @@
+"""Results for a program (`--for`): it loads them without code of slimllm's, and what it cannot load is refused at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from conftest import STORIES
+from tiny_models import IDS, saved, tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import slimllm
+from slimllm import InputError, PruneConfig
+from slimllm.cli import app
+from slimllm.experiments.bench.forecast import forecast
+from slimllm.export.api import export
+from slimllm.methods.allocation.removal import LayerShape
+from slimllm.methods.allocation.rounding import default_rounding
+
+LIKE_LLAMA_CPP: dict[str, dict[str, Any]] = {  # as llama.cpp has these families, without what it does otherwise
+    "qwen3": {"use_sliding_window": False, "attention_bias": False, "sliding_window": None, "layer_types": None},
+    "gemma2": {"attention_bias": False, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "attention_bias": False,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": None,
+        "use_bidirectional_attention": False,
+        "rope_parameters": None,
+    },
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"sliding_window": None},
+}
+
+
+def pruned(source: Path, out: Path, **settings: Any) -> str:
+    given: dict[str, Any] = {"ratio": 0.3, "calibration": IDS, **settings}
+    return slimllm.prune(source, out, PruneConfig(**given)).format
+
+
+@pytest.mark.parametrize("program", ["transformers", "vllm"])
+@pytest.mark.parametrize("settings", [{}, {"preset": "best"}, {"recovery": "none"}])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "opt"])
+def test_no_code_of_ours(family: str, settings: dict[str, Any], program: str, tmp_path: Path) -> None:
+    changes = {"attention_bias": False, "mlp_bias": False} if family == "llama" else {}
+    form = pruned(saved(tiny(family, **changes), tmp_path / "dense"), tmp_path / "out", program=program, **settings)
+    as_llama = family == "llama" and program == "transformers" and settings != {"recovery": "none"}
+    assert form == ("seed_oss" if as_llama else family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in tiny(family, **changes).parameters())
+
+
+def test_numbers_of_heads_that_the_architecture_takes(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    source = saved(tiny("gemma3_text", **sizes), tmp_path / "dense")
+    for ratio in (0.1, 0.25, 0.45, 0.6):
+        pruned(source, tmp_path / str(ratio), program="vllm", ratio=ratio)
+        written = json.loads((tmp_path / str(ratio) / "config.json").read_text())
+        assert written["model_type"] == "gemma3_text" and 64 % written["num_attention_heads"] == 0
+        report = json.loads((tmp_path / str(ratio) / "report.json").read_text())
+        assert report["achieved_ratio"] == pytest.approx(ratio, rel=0.12)
+
+
+def test_a_llama_of_any_number_of_heads(tmp_path: Path) -> None:
+    changes = {"attention_bias": False, "mlp_bias": False, "num_attention_heads": 8, "num_key_value_heads": 8}
+    source = saved(tiny("llama", **changes), tmp_path / "dense")
+    assert pruned(source, tmp_path / "out", program="vllm") in ("llama", "seed_oss")
+    names = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert not [name for name in names if name.endswith(".bias")]
+
+
+@pytest.mark.parametrize("settings", [{}, {"preset": "best"}, {"head_unit": "query"}])
+@pytest.mark.parametrize("family", list(LIKE_LLAMA_CPP))
+def test_gguf_can_be_written(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    source = saved(tiny(family, vocab_size=512, **LIKE_LLAMA_CPP[family]), tmp_path / "dense")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
+    pruned(source, tmp_path / "out", program="llama.cpp", **settings)
+    assert export(tmp_path / "out", tmp_path / "m.gguf", "gguf") == {"llama": "deci", "mistral": "deci"}.get(
+        family, family.removesuffix("_text")
+    )
+
+
+def test_heads_stay_where_llama_cpp_has_no_place_for_their_biases(tmp_path: Path, told: list[str]) -> None:
+    changes = {"use_sliding_window": False, "sliding_window": None, "layer_types": None, "hidden_size": 96}
+    source = saved(tiny("qwen2", **changes), tmp_path / "dense")
+    pruned(source, tmp_path / "out", program="llama.cpp")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {layer["num_heads"] for layer in report["layers"]} == {6}
+    assert report["achieved_ratio"] == pytest.approx(0.3, rel=0.06)
+    assert "For llama.cpp: no heads are removed, since llama.cpp reads qwen2 with all of them only." in told
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "sentence"),
+    [
+        ("bloom", {"program": "transformers"}, "transformers computes the slopes of bloom's position bias"),
+        ("bloom", {"program": "llama.cpp"}, "This bloom model cannot be written as GGUF"),
+        ("opt", {"program": "llama.cpp"}, "This opt model cannot be written as GGUF"),
+        ("gemma2", {"program": "llama.cpp"}, "This gemma2 model cannot be written as GGUF: llama.cpp divides"),
+        (
+            "qwen3",
+            {"program": "vllm", "recovery": "bias"},
+            "The recovery is bias, but vLLM has no place for its biases in qwen3",
+        ),
+        ("qwen3", {"program": "vllm", "bias": "yes"}, "bias is yes, but vLLM has no place for a bias in qwen3"),
+        (
+            "qwen3",
+            {"program": "vllm", "allocation": "auto"},
+            "The allocation is auto, but vLLM reads qwen3 with the same size",
+        ),
+        ("qwen3", {"program": "vllm", "preset": "paper"}, "The preset paper has the allocation layer-importance, but vLLM"),
+        ("qwen3", {"program": "ollama"}, "program must be one of transformers, vllm, llama.cpp"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_at_once(
+    family: str, settings: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    source = saved(tiny(family), tmp_path / "dense")
+    with pytest.raises(InputError) as error:
+        pruned(source, tmp_path / "out", **settings)
+    assert str(error.value).startswith(sentence)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_the_published_settings_can_be_for_llama_cpp(tmp_path: Path) -> None:
+    source = saved(tiny("llama", attention_bias=False, mlp_bias=False), tmp_path / "dense")
+    shards = []
+    for name, program in (("with", "llama.cpp"), ("without", None)):
+        pruned(source, tmp_path / name, preset="paper", program=program)
+        shards.append([file.read_bytes() for file in sorted((tmp_path / name).glob("*.safetensors"))])
+    assert shards[0] == shards[1]
+
+
+def test_one_command(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [
+        "prune",
+        str(STORIES),
+        "--out",
+        str(out),
+        "--ratio",
+        "0.3",
+        "--samples",
+        "4",
+        "--for",
+        "llama.cpp",
+        "--no-page",
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    fields = gguf.GGUFReader(out / "model.gguf").fields
+    assert fields["general.architecture"].contents() == "deci"
+    assert f"{out}/model.gguf, for llama.cpp" in result.output.replace("\n", "")
+    slimllm.load(out)  # the file beside the shards does not disturb
+
+
+def test_a_tokenizer_without_gguf_is_refused_before_pruning(tmp_path: Path) -> None:
+    source = saved(tiny("llama", vocab_size=600, attention_bias=False, mlp_bias=False), tmp_path / "dense")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
+    path = source / "tokenizer.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps(described | {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}))
+    command = ["prune", str(source), "--out", str(tmp_path / "out"), "--ratio", "0.3", "--for", "llama.cpp"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, InputError) or result.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_plan_says_what_follows() -> None:
+    notes = forecast("llama-7b", PruneConfig(ratio=0.2, program="vllm")).notes
+    assert [note.split(",")[0] for note in notes] == [
+        "For vLLM: all layers lose the same",
+        "For vLLM: the recovery is lstsq without biases",
+    ]
+    assert not forecast("llama-7b", PruneConfig(ratio=0.2, program="llama.cpp")).notes
+    assert forecast("llama-7b", PruneConfig(ratio=0.2)).plan.config.bias == "yes"
+
+
+def test_in_memory() -> None:
+    model = tiny("qwen3")
+    report = slimllm.prune_model(model, IDS, PruneConfig(ratio=0.3, program="transformers"))
+    assert (report.format, report.config["bias"], report.config["recovery"]) == ("qwen3", "no", "lstsq")
+
+
+@pytest.mark.parametrize(("program", "step", "by_three"), [(None, 4, 6), ("vllm", 16, 48), ("llama.cpp", 32, 3)])
+def test_widths_that_the_program_can_quantise(program: str | None, step: int, by_three: int) -> None:
+    smollm2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 0, 0, True)
+    powers = PruneConfig(ratio=0.3, program=program).roundings
+    assert default_rounding(1_062_029, [smollm2], 1, powers) == step
+    assert default_rounding(1_062_029, [smollm2], 3, powers) == by_three
+    narrow = dataclasses.replace(smollm2, channels=500)
+    assert default_rounding(1_062_029, [narrow], 1, powers) == (1 if program else 4)
