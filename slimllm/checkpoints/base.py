@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from slimllm.checkpoints.folder import name_some
 from slimllm.errors import HopelessError, InputError
-from slimllm.models.families import Family, family_of
+from slimllm.models.families import Container, Family, family_of
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -26,6 +27,7 @@ class Checkpoint(ABC):
     name: str
     path: Path
     config: PretrainedConfig
+    container: Container | None = None  # of a larger model that contains this one
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -49,6 +51,18 @@ class Checkpoint(ABC):
     @abstractmethod
     def write_companions(self, folder: Path) -> None:
         """Write the files that accompany the weights into a folder: tokenizer, chat templates, generation settings."""
+
+    def beside(self) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of every tensor of a larger model that contains this one; they are copied untouched."""
+        return {}
+
+    def stored_as(self, name: str) -> str:
+        """Return the name under which a result stores a tensor."""
+        return name
+
+    def around(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return the content of a result's config.json, given the settings of the pruned model."""
+        return settings
 
     def left_out(self) -> list[str]:
         """Return sentences about accompanying files that are not copied."""

@@ -23,6 +23,7 @@ _log = logging.getLogger("slimllm")
 # Patterns of file names, for folders and for downloads.
 PATTERNS = (
     "generation_config.json",
+    "*processor_config.json",
     "tokenizer*",
     "special_tokens_map*.json",
     "added_tokens*.json",

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 import slimllm.models.registration  # noqa: F401  (so that pruned checkpoints are known to the Auto classes)
 from slimllm.checkpoints.foreign_json import MOST_OF_SETTINGS, read_object
 from slimllm.errors import InputError, first_line
-from slimllm.models.families import family_of
+from slimllm.models.families import CONTAINERS, family_of
 from slimllm.models.modeling.slim_layers import knows_rope_parameters, rope_of_transformers_4
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -114,10 +114,12 @@ def read_config(path: Path) -> PretrainedConfig:
         raise InputError(f"{path} holds {kind} weights; prune the unquantised model and quantise the result.")
     if "model_type" not in settings:
         raise InputError(f"{path / 'config.json'} has no model_type; give the folder of a Hugging Face model.")
-    family_of(str(settings["model_type"]))
+    if (contained := settings["model_type"] in CONTAINERS) is False:
+        family_of(str(settings["model_type"]))
     architectures = settings.get("architectures") or []
     architectures = architectures if isinstance(architectures, list) else [architectures]
-    if architectures and not any(str(name).endswith("ForCausalLM") for name in architectures):
+    ending = "ForConditionalGeneration" if contained else "ForCausalLM"
+    if architectures and not any(str(name).endswith(ending) for name in architectures):
         raise InputError(f"{path} is not a causal language model, but {', '.join(map(str, architectures))}.")
     for name in ("dtype", "torch_dtype"):
         if not isinstance(settings.get(name), str | None):

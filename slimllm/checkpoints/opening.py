@@ -9,6 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.companions import PATTERNS, files_to_fetch
+from slimllm.checkpoints.contained import ContainedCheckpoint, container_of
+from slimllm.checkpoints.folder import read_config
 from slimllm.checkpoints.fused import take_apart
 from slimllm.checkpoints.safetensors import SafetensorsCheckpoint
 from slimllm.errors import InputError, first_line
@@ -28,11 +30,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         except ModuleNotFoundError as error:
             raise InputError(f"A GGUF file is read with the package {error.name}, which is not installed.") from None
         return GGUFCheckpoint(path)
-    if path.is_dir():
-        checkpoint = SafetensorsCheckpoint(path, path.resolve().name)
-    else:
-        checkpoint = SafetensorsCheckpoint(download(str(model)), str(model))
-    return take_apart(checkpoint)
+    folder, name = (path, path.resolve().name) if path.is_dir() else (download(str(model)), str(model))
+    config = read_config(folder)
+    if container_of(config):
+        return ContainedCheckpoint(folder, name, config)
+    return take_apart(SafetensorsCheckpoint(folder, name, config))
 
 
 def download(model: str, code: bool = False, only: tuple[str, ...] = ()) -> Path:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from slimllm.checkpoints.base import Checkpoint
 from slimllm.errors import InputError
 from slimllm.models.families import Biases, Family, family_of, head_dim_of
 from slimllm.models.meta import expected_tensors, meta_model
@@ -187,13 +188,19 @@ def convert_in_place(model: PreTrainedModel, output: OutputFormat, spec: Family)
     output.config.name_or_path = name
 
 
-def write_config(config: PretrainedConfig, folder: Path) -> None:
-    """Write config.json, which transformers 4 can also read, and the modeling files if the format needs them."""
+def write_config(config: PretrainedConfig, folder: Path, checkpoint: Checkpoint) -> None:
+    """Write config.json, which transformers 4 can also read, and the modeling files if the format needs them.
+
+    Args:
+        config: The configuration of the result.
+        folder: The result's folder.
+        checkpoint: The model that was pruned, which adds the settings of a larger model around it.
+    """
     settings = json.loads(config.to_json_string())
     native = config.model_type.startswith("slim_")
     if settings.get("rope_parameters") and not native:
         settings |= rope_of_transformers_4(settings["rope_parameters"])  # version 5 prefers rope_parameters
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    text = json.dumps(checkpoint.around(settings), indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
     if native:
         for module in (modeling_file(family_of(config.model_type).name), slim_layers):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.companions import copy_companions, left_out
-from slimllm.checkpoints.folder import read_config, weight_files
+from slimllm.checkpoints.folder import weight_files
 from slimllm.checkpoints.foreign_json import find_object
 from slimllm.checkpoints.headers import SAFETENSORS_DTYPES, Headers
 from slimllm.checkpoints.tokenizer import load_tokenizer
@@ -25,27 +25,37 @@ class SafetensorsCheckpoint(Checkpoint):
     """A Hugging Face folder with one or many safetensors shards.
 
     Tensors named as in the decoder alone, without the prefix of the language model around it, are found as well.
+
+    Args:
+        path: The folder.
+        name: The model's name.
+        config: The model's configuration, as from `read_config`.
     """
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path, self.name = path, name
-        self.config = read_config(path)
+    def __init__(self, path: Path, name: str, config: PretrainedConfig) -> None:
+        self.path, self.name, self.config = path, name, config
         self._headers = Headers(weight_files(path))
         self._headers.check(path)
         self._headers.check_layers(self.config.to_dict(), path)
+        self._stored = self._names(list(self._headers.shape_of))
+
+    def _names(self, stored: list[str]) -> dict[str, str]:
+        """Return the stored names by those that the model has."""
         spec = family_of(self.config.model_type)
         prefix = f"{spec.layers.partition('.')[0]}."
-        stored = self._headers.shape_of
         bare = any(name.startswith(f"{spec.layers.removeprefix(prefix)}.") for name in stored) and not any(
             name.startswith(prefix) for name in stored
         )
-        self._stored = {name if not bare or name.startswith(f"{spec.head}.") else prefix + name: name for name in stored}
+        return {name if not bare or name.startswith(f"{spec.head}.") else prefix + name: name for name in stored}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._headers.shape_of[stored] for name, stored in self._stored.items()}
 
     def storage_dtype(self, name: str) -> torch.dtype:
-        stored = self._headers.dtype_of[self._stored.get(name) or self._stored[name.removesuffix("bias") + "weight"]]
+        return self._stored_dtype(name, self._stored.get(name) or self._stored[name.removesuffix("bias") + "weight"])
+
+    def _stored_dtype(self, name: str, at: str) -> torch.dtype:
+        stored = self._headers.dtype_of[at]
         dtype = SAFETENSORS_DTYPES.get(stored)
         if dtype is None:
             raise InputError(

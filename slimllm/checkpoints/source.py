@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from slimllm.checkpoints.base import Checkpoint, all_finite
 from slimllm.errors import InputError
-from slimllm.models.families import READ_AS, family_of, head_dim_of
+from slimllm.models.families import READ_AS, Container, family_of, head_dim_of
 from slimllm.models.layer import Layer
 from slimllm.models.meta import embedding_scale, empty_module, expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, Tensors, sizes_by_layer
@@ -35,6 +35,15 @@ class ModelSource(ABC):
         self.spec = family_of(self.config.model_type)
         self.num_layers: int = self.config.num_hidden_layers
         self.head_dim = head_dim_of(self.config)
+
+    @property
+    def container(self) -> Container | None:
+        """The description of a larger model that contains this one; None: there is none."""
+        return None
+
+    def beside(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors of a larger model around this one, by the names under which they are stored."""
+        return {}
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -144,6 +153,13 @@ class CheckpointModel(ModelSource):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._shapes
+
+    @property
+    def container(self) -> Container | None:
+        return self.checkpoint.container
+
+    def beside(self) -> dict[str, tuple[int, ...]]:
+        return self.checkpoint.beside()
 
     def other_tensors(self) -> list[str]:
         """Return the names of all tensors outside the decoder layers."""

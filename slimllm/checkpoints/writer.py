@@ -16,11 +16,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.destination import OURS, check_destination, destination
 from slimllm.checkpoints.folder import INDEX
 from slimllm.checkpoints.headers import SAFETENSORS_DTYPES
 from slimllm.checkpoints.journal import Journal, damaged, last_stage, lock, sync
 from slimllm.errors import HopelessError, InputError, OutputError
+
+_PART = 256 * 2**20  # bytes of a shard of tensors beside the model
 
 
 def check_interrupted(out: Path, resume: bool) -> bool:
@@ -190,6 +193,20 @@ class CheckpointWriter:
                 os.rename(replaced, self.out)
             raise
         sync(self.out.parent)
+
+
+def in_parts(checkpoint: Checkpoint) -> list[list[str]]:
+    """Return the names of the tensors beside a model in shards of at most 256 MiB, or of one larger tensor."""
+    parts: list[list[str]] = []
+    room = 0
+    for name, shape in checkpoint.beside().items():
+        size = math.prod(shape) * checkpoint.storage_dtype(name).itemsize
+        if size > room:
+            parts.append([])
+            room = _PART
+        parts[-1].append(name)
+        room -= size
+    return parts
 
 
 def partial_folder(out: Path) -> Path:

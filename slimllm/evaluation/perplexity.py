@@ -6,7 +6,13 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from slimllm.calibration import bundled_text, check_seq_len, read_texts, tokenize, windows_of
 from slimllm.checkpoints.base import Checkpoint
@@ -16,7 +22,7 @@ from slimllm.checkpoints.opening import download, open_checkpoint
 from slimllm.checkpoints.tokenizer import load_tokenizer
 from slimllm.checks import DTYPES, check_choice, parse_device, torch_dtype
 from slimllm.errors import InputError, exhausted, first_line
-from slimllm.models.families import family_of
+from slimllm.models.families import CONTAINERS, family_of
 from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.runtime.cores import share_cores
 from slimllm.runtime.memory import free_bytes, release
@@ -70,7 +76,8 @@ def _from_folder(path: Path, name: str, dtype: torch.dtype | None, trust_remote_
         check_padding(config, path)
         if stored_head_differs(config, headers):  # transformers 5 then unties the head; 4 would ignore the stored one
             config.tie_word_embeddings = False
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForImageTextToText if config.model_type in CONTAINERS else AutoModelForCausalLM
+        loaded, found = kind.from_pretrained(
             path,
             config=config,
             dtype=dtype or "auto",

@@ -36,6 +36,11 @@ class FolderExporter(Exporter):
 
     def write(self, job: ExportJob) -> str:
         source, checkpoint = job.source, job.source.checkpoint
+        if checkpoint.container:
+            raise InputError(
+                f"{checkpoint.path} is a {checkpoint.container.model_type}, whose classes are transformers' own; only "
+                "--to gguf, of the language model alone, applies."
+            )
         check_destination(job.out, [checkpoint.path], job.overwrite)
         form, wanted = self._form(source)
         sizes = source.sizes()
@@ -140,7 +145,7 @@ def _write(job: ExportJob, sizes: list[LayerSizes], wanted: LayerSizes | None, f
             if job.progress:
                 job.progress(PartWritten(index + 1, source.num_layers))
         writer.write_shard(source.num_layers + 1, checkpoint.read(source.other_tensors()))
-        write_config(form.config, writer.folder)
+        write_config(form.config, writer.folder, checkpoint)
         checkpoint.write_companions(writer.folder)
         writer.complete()
         writer.finish()

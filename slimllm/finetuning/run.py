@@ -87,6 +87,8 @@ def finetune(
     checkpoint = open_checkpoint(model)
     if checkpoint.path.is_file():
         raise InputError(f"{model} is a GGUF file; give the folder of a Hugging Face model, such as slimllm prune writes.")
+    if checkpoint.container:
+        raise InputError(f"{model} is a {checkpoint.container.model_type}; only language models are fine-tuned.")
     if isinstance(checkpoint, FusedCheckpoint):
         raise InputError(
             f"{model} combines several projections in one matrix; prune the model first, which separates them."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from slimllm.models.families import CONTAINERS
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.tensor_parallel import tensor_parallel_of
 
@@ -31,6 +32,7 @@ def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
         if native
         else f"It is a stock `{report.format}` model and needs no custom code:"
     )
+    kind = "AutoModelForImageTextToText" if report.format in CONTAINERS else "AutoModelForCausalLM"
     trust = ", trust_remote_code=True" if native else ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     notes = "".join(f"- {note}\n" for note in report.allocation["notes"]) + "\n" * bool(report.allocation["notes"])
@@ -62,9 +64,9 @@ seed {report.config["seed"]}. On other kinds of text the perplexity rises more; 
 {loading}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {kind}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+model = {kind}.from_pretrained("PATH"{trust})
 tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 ```
 

@@ -21,7 +21,14 @@ from slimllm.checkpoints.output_format import OutputFormat, write_config
 from slimllm.checkpoints.resume import Record
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.tokenizer import tokenizer_code
-from slimllm.checkpoints.writer import CheckpointWriter, can_resume, check_interrupted, partial_folder, remove_leftover
+from slimllm.checkpoints.writer import (
+    CheckpointWriter,
+    can_resume,
+    check_interrupted,
+    in_parts,
+    partial_folder,
+    remove_leftover,
+)
 from slimllm.checks import GIB, parse_device, torch_dtype
 from slimllm.config import PruneConfig
 from slimllm.pruning.dense_pass import DensePass
@@ -145,6 +152,7 @@ def _prune_one(
     config, source, ranks = run.config, run.source, run.ranks
     assert isinstance(source, CheckpointModel)
     checkpoint, dtype = source.checkpoint, torch_dtype(config.dtype) if config.dtype else None
+    beside = in_parts(checkpoint)
     writer: CheckpointWriter | None = None
 
     def cast(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -154,7 +162,8 @@ def _prune_one(
         tensors = output.complete(pruned.layer.tensors, source.spec)
         prefix = source.layer_prefix(pruned.index)
         if writer:
-            writer.write_shard(pruned.index + 1, {prefix + name: cast(prefix + name, t) for name, t in tensors.items()})
+            shard = {checkpoint.stored_as(prefix + name): cast(prefix + name, t) for name, t in tensors.items()}
+            writer.write_shard(pruned.index + 1, shard)
         pruned.parameters = sum(tensor.numel() for tensor in tensors.values())
 
     with ranks.together():
@@ -164,7 +173,8 @@ def _prune_one(
         with ranks.together():
             if ranks.first:
                 environment = environment_of(source.device, ranks.size)
-                writer = CheckpointWriter(out, source.num_layers + 1, overwrite, identity, environment)
+                number = source.num_layers + 1 + len(beside)
+                writer = CheckpointWriter(out, number, overwrite, identity, environment)
                 stack.enter_context(writer)
         record = Record(writer.journal if writer else None, ranks)
         report = None
@@ -195,10 +205,15 @@ def _prune_one(
             if writer:
                 with run.watch("write"):
                     # One by one, so that only one large matrix at a time is in memory in the dtype that was read.
-                    others = {name: cast(name, checkpoint.read([name])[name]) for name in source.other_tensors()}
+                    others = {
+                        checkpoint.stored_as(name): cast(name, checkpoint.read([name])[name])
+                        for name in source.other_tensors()
+                    }
                     writer.write_shard(source.num_layers + 1, others)
                     del others
-                    write_config(output.config, writer.folder)
+                    for number, names in enumerate(beside, source.num_layers + 2):
+                        writer.write_shard(number, checkpoint.read(names))
+                    write_config(output.config, writer.folder, checkpoint)
                     checkpoint.write_companions(writer.folder)
                 report = run.report(pruning, allocated, output, name, str(out), writer.num_parameters)
                 report.dense_pass_shared = shared

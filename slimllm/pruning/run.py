@@ -88,6 +88,7 @@ class Run:
         self.backend = ops.backend(source.device, operations_of(source.device))
         self.sizes = source.sizes()
         self.parameters_before = sum(torch.Size(shape).numel() for shape in source.shapes().values())
+        self.parameters_before += sum(torch.Size(shape).numel() for shape in source.beside().values())
         memory.reset_peak(source.device)
         self.plan = plan_of(source, (*token_ids.shape, held_out), config, runtime, folder, begun, self.ranks.size)
         for choice in self.plan.choices:
@@ -218,7 +219,7 @@ class Run:
             operations=dispatch.ran(),
             device=str(source.device),
             compute_dtype=str(source.dtype).removeprefix("torch."),
-            format=output.name,
+            format=source.container.model_type if source.container else output.name,
             versions=versions(),
             threads=torch.get_num_threads(),
             layers=layers,

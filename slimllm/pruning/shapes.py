@@ -113,5 +113,5 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
         ffn_bias_params=0 if size.ffn_out_bias else new_bias,
         grouped=size.group_size > 1,
         unit_step=size.unit_step(config.head_unit, config.heads_multiple_of),
-        allowed=None if config.program is None else allowed_units(config, source.spec, source.config, size),
+        allowed=allowed_units(config, source.config, size, source.container),
     )

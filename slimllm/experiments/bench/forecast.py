@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig
 
 from slimllm.calibration import num_held_out, sources_of
+from slimllm.checkpoints.contained import container_of
 from slimllm.checkpoints.folder import read_config
 from slimllm.checkpoints.fused import read_as
 from slimllm.checkpoints.opening import download, open_checkpoint
@@ -19,7 +20,7 @@ from slimllm.config import PruneConfig, check_config
 from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.work import measure_rates, stage_work
-from slimllm.models.families import family_of, head_dim_of
+from slimllm.models.families import Container, family_of, head_dim_of
 from slimllm.models.meta import expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, sizes_by_layer
 from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traffic
@@ -74,7 +75,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     sources_of(config.calibration)  # raises the errors that the run would raise
     device = torch.device("cuda") if for_gpu else parse_device(config.device)
     there = device.type == "cpu" or torch.cuda.is_available()
-    model_config, stored, in_memory = _description(model)
+    model_config, stored, in_memory, container = _description(model)
     default = torch.float32 if device.type == "cpu" else stored
     computed = torch_dtype(config.compute_dtype) if config.compute_dtype else default
     spec, head_dim = family_of(model_config.model_type), head_dim_of(model_config)
@@ -82,7 +83,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     for layer in layers:
         layer.unit_step(config.head_unit, config.heads_multiple_of)  # raises the errors that the run would raise
-    config, notes = fit_program(config, model_config, layers)
+    config, notes = fit_program(config, model_config, layers, container)
     channels = max(size.intermediate_size for size in layers)
     config = dataclasses.replace(config, samples=(samples := samples_for(config, channels)))
     if not 1 <= ranks <= samples:
@@ -118,21 +119,22 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     )
 
 
-def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype]:
-    """Return the configuration, the dtype in which weights are stored, and the dtype they have in memory."""
+def _description(model: str) -> tuple[PretrainedConfig, torch.dtype, torch.dtype, Container | None]:
+    """Return the configuration, the weights' dtypes in the files and in memory, and the larger model that contains it."""
     if model in SHAPES:
-        return SHAPES[model].config(), torch.bfloat16, torch.bfloat16
+        return SHAPES[model].config(), torch.bfloat16, torch.bfloat16, None
     path = Path(model).expanduser()
     if path.is_file():
         checkpoint = open_checkpoint(path)
-        return checkpoint.config, weight_dtype(checkpoint), checkpoint.dtype_in_memory()
+        return checkpoint.config, weight_dtype(checkpoint), checkpoint.dtype_in_memory(), None
     config = read_config(path if path.is_dir() else download(model, only=("config.json",)))
-    config = read_as(config)
+    container = container_of(config)
     dtype = getattr(config, "dtype", None) or torch.float32
+    config = container.language_model(config.text_config) if container else read_as(config)
     stored = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(stored, torch.dtype) or not stored.is_floating_point:
         stored = torch.float32
-    return config, stored, stored
+    return config, stored, stored, container
 
 
 def _report(

@@ -6,15 +6,39 @@ import importlib
 import pkgutil
 
 from slimllm.errors import InputError
-from slimllm.models.families.base import FAMILIES, READ_AS, Biases, Family, GGUFNames, ReadAs, Rows, head_dim_of
+from slimllm.models.families.base import (
+    CONTAINERS,
+    FAMILIES,
+    READ_AS,
+    Biases,
+    Container,
+    Family,
+    GGUFNames,
+    ReadAs,
+    Rows,
+    head_dim_of,
+)
 
-__all__ = ["EXPERTS", "FAMILIES", "READ_AS", "Biases", "Family", "GGUFNames", "ReadAs", "Rows", "family_of", "head_dim_of"]
+__all__ = [
+    "CONTAINERS",
+    "EXPERTS",
+    "FAMILIES",
+    "READ_AS",
+    "Biases",
+    "Container",
+    "Family",
+    "GGUFNames",
+    "ReadAs",
+    "Rows",
+    "family_of",
+    "head_dim_of",
+]
 
 EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
 _REASONS = {
     "gpt_neox": "its attention and its FFN run in parallel rather than one after the other",
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), EXPERTS),
-    **dict.fromkeys(("gemma3", "mllama", "qwen2_vl", "qwen2_5_vl", "mistral3"), "it is more than a language model"),
+    "mllama": "its language model sees images in layers of its own",
 }
 
 for _module in pkgutil.iter_modules(__path__):
@@ -29,6 +53,11 @@ def family_of(model_type: str) -> Family:
     """
     if model_type not in FAMILIES and model_type not in READ_AS:
         known = ", ".join(sorted({*FAMILIES, *READ_AS}))
+        if model_type in CONTAINERS:
+            raise InputError(
+                f"A model of type {model_type} contains more than a language model; save it with save_pretrained, and "
+                "prune the folder, of which only the language model changes."
+            )
         reason = f" ({_REASONS[model_type]})" if model_type in _REASONS else ""
         raise InputError(f"Models of type {model_type!r} are not supported{reason}; supported types are {known}.")
     return FAMILIES[READ_AS[model_type].family if model_type in READ_AS else model_type]

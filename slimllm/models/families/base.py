@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # families are known without transformers, which takes second
 Rows = slice | torch.Tensor
 FAMILIES: dict[str, Family] = {}  # by `model_type` of config.json
 READ_AS: dict[str, ReadAs] = {}
+CONTAINERS: dict[str, Container] = {}
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,24 @@ class ReadAs:
     added: Callable[[PretrainedConfig], dict[str, torch.Tensor]] = field(default=lambda config: {})
 
 
+@dataclass(frozen=True)
+class Container:
+    """Models that contain a language model of a family, and other parts, which pruning leaves as they are.
+
+    Attributes:
+        model_type: `model_type` in their config.json.
+        language_model: Converts the language model's configuration to that of a family, or raises ValueError (as
+            InputError).
+        takes_heads: Whether their language model accepts a number of query heads, in addition to its family's condition.
+        one_class: Whether their language model is always of the same class, so that no other architecture can replace it.
+    """
+
+    model_type: str
+    language_model: Callable[[PretrainedConfig], PretrainedConfig]
+    takes_heads: Callable[[PretrainedConfig, int], bool] = _any_number
+    one_class: bool = False
+
+
 def register_family(family: Family) -> Family:
     """Register a family under its own name, that of its native format, and those in `also`."""
     for name in (family.name, f"slim_{family.name}", *family.also):
@@ -207,3 +226,8 @@ def register_family(family: Family) -> Family:
 def register_reading(reading: ReadAs) -> None:
     """Register models that are read as another family's."""
     READ_AS[reading.model_type] = reading
+
+
+def register_container(container: Container) -> None:
+    """Register models that contain a language model."""
+    CONTAINERS[container.model_type] = container
