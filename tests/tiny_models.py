@@ -61,6 +61,25 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 96, "num_attention_heads": 3, "word_embed_proj_dim": 48, "tie_word_embeddings": True},
     "gemma3_text": {**WINDOWS, **ALTERNATING, "query_pre_attn_scalar": 24, "final_logit_softcapping": 2.0},
     "bloom": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "gemma": {"attention_bias": True},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 2.0,
+        "mlp_bias": True,
+    },
+    "smollm3": {
+        **WINDOWS,
+        **ALTERNATING,
+        "use_sliding_window": True,
+        "no_rope_layers": [1, 0, 1, 1],
+        "attention_bias": True,
+    },
+    "arcee": {"mlp_bias": True},
+    "nemotron": {"partial_rotary_factor": 0.5, "attention_bias": True},
+    "ernie4_5": {"use_bias": True, "tie_word_embeddings": True},
+    "starcoder2": {**WINDOWS, "use_bias": True},
 }
 
 

@@ -126,11 +126,14 @@ class ModelSource(ABC):
     def _losses(self, inputs: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the losses of tokens, (tokens,), from the inputs of the output head, (tokens, D)."""
         cap: float | None = getattr(self.config, "final_logit_softcapping", None)
+        divisor: float | None = getattr(self.config, "logits_scaling", None)
         normaliser = torch.full((len(targets),), -torch.inf, device=self.device)
         chosen = torch.zeros(len(targets), device=self.device)
         for start in range(0, len(weight), _VOCABULARY):  # all logits, or the converted head, would be large
             some = moved(weight[start : start + _VOCABULARY], self.device, self.dtype)
             logits = nn.functional.linear(inputs, some).float()
+            if divisor:
+                logits = logits / divisor
             if cap:
                 logits = cap * (logits / cap).tanh()
             torch.logaddexp(normaliser, logits.logsumexp(1), out=normaliser)

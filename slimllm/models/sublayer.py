@@ -114,10 +114,10 @@ class Sublayer:
         return (units[:, None] * self.width + torch.arange(self.width)).flatten()
 
     def residual_update(self, output: torch.Tensor) -> torch.Tensor:
-        """Apply the post-norm, if there is one, to the output projection's output: (num_tokens, D)."""
-        norm = self.post_norm
+        """Compute what is added to the residual stream from the output projection's output: (num_tokens, D)."""
+        norm, factor = self.post_norm, self.layer.spec.update_factor
         added: torch.Tensor = norm(output) if norm else output
-        return added
+        return added * getattr(self.layer.module, factor) if factor else added
 
     def post_norm_gain(self) -> torch.Tensor | None:
         """Return the factor by which the post-norm multiplies each output, (D,), or None if there is no post-norm."""

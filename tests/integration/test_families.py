@@ -107,8 +107,9 @@ def test_recovery_has_the_error_that_it_reports(family: str, ids: torch.Tensor, 
             post = spec.attention_post_norm if part == "attention" else spec.ffn_post_norm
             with torch.no_grad():
                 added = before.model.layers[0].get_submodule(post)(outputs[0].float()).double() if post else outputs[0]
-            behind = streams[0] + added
-            if family in ("opt", "bloom"):  # LayerNorm
+            factor = getattr(before.model.layers[0], spec.update_factor) if spec.update_factor else 1
+            behind = streams[0] + factor * added
+            if family in ("opt", "bloom", "nemotron", "starcoder2"):  # LayerNorm
                 behind = behind - behind.mean(1, keepdim=True)
             weight = 1 / behind.square().mean(1)
             if post:
@@ -273,5 +274,5 @@ def test_a_family_that_promises_too_much_is_refused(
 
 def test_what_is_not_supported_says_why() -> None:
     for kind, reason in (("mixtral", "mixtures of experts"), ("gpt_neox", "run in parallel"), ("gpt2", "'gpt2' are not")):
-        with pytest.raises(InputError, match=f"{reason}.*supported types are bloom"):
+        with pytest.raises(InputError, match=f"{reason}.*supported types are arcee"):
             family_of(kind)

@@ -1,6 +1,7 @@
 """Descriptions of model families, and of models that are read as another family.
 
-A decoder layer is two residual sub-layers, `h += post_norm(project(inner(norm(h))))`; most families have no post-norm.
+A decoder layer is two residual sub-layers, `h += f post_norm(project(inner(norm(h))))`; most families have no post-norm,
+and f is 1.
 `inner` is the attention or the FFN without its output projection. Statistics are collected from the output of `inner`.
 docs/extending/families.md describes how to add a family.
 """
@@ -118,6 +119,8 @@ class Family:
         name: The family's `model_type`; that of its native format has the prefix `slim_`.
         attention_post_norm, ffn_post_norm: The norm applied to a sub-layer's output before it is added to the residual
             stream; empty: there is none.
+        update_factor: An attribute of the decoder layer, a number by which what a sub-layer adds to the residual stream is
+            multiplied; empty: there is none.
         before_layers: A further module before the first layer, such as a learned position embedding or a norm; empty:
             there is none.
         rotary: The rotary embedding; empty: there is none.
@@ -150,6 +153,7 @@ class Family:
     v_proj: str = "self_attn.v_proj"
     o_proj: str = "self_attn.o_proj"
     slopes: str = ""
+    update_factor: str = ""
     ffn: str = "mlp"
     ffn_norm: str = "post_attention_layernorm"
     ffn_post_norm: str = ""

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 (text): four norms per layer, soft caps, and sliding windows and rotary embeddings by layer type."""
+"""Gemma 1, and Gemma 2 and 3 (text): four norms per layer, soft caps, windows and rotary embeddings by layer type."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ def _settings_of_gemma3(config: PretrainedConfig) -> dict[str, Any]:
     return {"attention.sliding_window": config.sliding_window}
 
 
+GEMMA = register_family(Family(name="gemma", takes_heads=divides_hidden_size))
 GEMMA2 = register_family(
     Family(
         name="gemma2",

@@ -88,7 +88,9 @@ class SlimConfig:
 
 
 class SlimDecoderLayer:
-    """A family's decoder layer, built with the layer's own sizes."""
+    """A family's decoder layer, built with the layer's own sizes; `down` is the name of its FFN's output projection."""
+
+    down = "down_proj"
 
     def __init__(self, config, layer_idx):
         own = config.layer_config(layer_idx)
@@ -98,9 +100,9 @@ class SlimDecoderLayer:
             if hasattr(module, "config"):
                 module.config = config
         # The family's own switches for biases do not distinguish these two from the other projections.
-        o_proj, down_proj = self.self_attn.o_proj, self.mlp.down_proj
+        o_proj, down_proj = self.self_attn.o_proj, getattr(self.mlp, self.down)
         self.self_attn.o_proj = nn.Linear(o_proj.in_features, config.hidden_size, bias=own.attention_out_bias)
-        self.mlp.down_proj = nn.Linear(down_proj.in_features, config.hidden_size, bias=own.mlp_out_bias)
+        setattr(self.mlp, self.down, nn.Linear(down_proj.in_features, config.hidden_size, bias=own.mlp_out_bias))
 
 
 @contextmanager
