@@ -7,7 +7,7 @@ BIN := .venv/bin
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page test-simulated-gpu lint docs demo bench bench-latency bench-naive bench-large tables kernels-report gpu-check gpu-bench clean
+.PHONY: install test test-slow test-fuzz test-asan test-llama-cpp test-vllm test-page test-simulated-gpu lint docs demo bench bench-latency bench-naive bench-large tables families kernels-report gpu-check gpu-bench clean
 
 install: .venv/installed
 
@@ -90,6 +90,10 @@ bench-large: install
 # Generate the tables of the documentation from the results, so that they agree.
 tables: install
 	$(BIN)/python benchmarks/tables.py
+
+# Make the table of families (docs/reference/families.md) by pruning and writing a tiny model of each; needs make test-vllm once.
+families: install
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/family_table.py
 
 # Report registers, shared memory and tensor-core instructions of every kernel on sm_80, sm_86, sm_90 and sm_120; needs no GPU.
 kernels-report: install

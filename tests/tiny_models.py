@@ -83,6 +83,24 @@ PECULIAR: dict[str, dict[str, Any]] = {
 }
 
 
+# What llama.cpp computes as these families do: no windows, biases or caps that it lacks.
+LIKE_LLAMA_CPP: dict[str, dict[str, Any]] = {
+    "qwen3": {"use_sliding_window": False, "attention_bias": False, "sliding_window": None, "layer_types": None},
+    "gemma2": {"attention_bias": False, "query_pre_attn_scalar": 16},
+    "gemma3_text": {
+        "attention_bias": False,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "layer_types": None,
+        "use_bidirectional_attention": False,
+        "rope_parameters": None,
+    },
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"sliding_window": None},
+}
+
+
 def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
     if transformers.__version__ < "5" and "rope_parameters" in settings:
         settings = {**settings, **rope_of_transformers_4(settings["rope_parameters"])}

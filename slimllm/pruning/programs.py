@@ -20,7 +20,7 @@ from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.methods.allocation.uniform import Uniform
 from slimllm.methods.recovery.lstsq import LeastSquares
-from slimllm.models.families import Biases, Container, Family, family_of
+from slimllm.models.families import Biases, Container, Family, family_of, head_dim_of
 from slimllm.models.llama_cpp import gguf_names
 from slimllm.models.slicing import LayerSizes
 from slimllm.presets import PRESETS
@@ -157,9 +157,15 @@ def _by_llama_cpp(spec: Family, model: PretrainedConfig, sizes: list[LayerSizes]
         ValueError: (as InputError) it does not read the model.
     """
     gguf_names(spec, model)
+    biased = any(size.qkv_bias for size in sizes)
     if spec.fits_llama(model):
+        if biased and model.num_attention_heads * head_dim_of(model) != model.hidden_size:
+            raise InputError(
+                "llama.cpp has no place for the biases of q, k and v where the heads are not as wide as the hidden size; "
+                "leave out the program."
+            )
         return True
-    if any(size.qkv_bias or size.attention_out_bias for size in sizes):
+    if biased or any(size.attention_out_bias for size in sizes):
         raise InputError(f"llama.cpp has no place for the biases of this {spec.name} model; leave out the program.")
     return False
 

@@ -14,6 +14,7 @@ from conftest import STORIES
 
 import slimllm
 from slimllm.calibration import bundled_text
+from slimllm.models.families import CONTAINERS, FAMILIES
 
 ROOT = Path(slimllm.__file__).parents[1]
 GUIDES = [
@@ -88,3 +89,10 @@ def test_the_readme_is_short() -> None:
 def test_every_page_is_in_the_menu() -> None:
     menu = set(re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
     assert menu == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
+def test_every_family_is_in_the_table() -> None:
+    lines = (ROOT / "docs" / "reference" / "families.md").read_text().splitlines()
+    rows = {line.split("`")[1]: line for line in lines if line.startswith("| `") and "model_type" not in line}
+    assert set(rows) == {*(spec.name for spec in FAMILIES.values()), "phi3", *CONTAINERS}
+    assert all(line.count("|") == 9 for line in rows.values())

@@ -11,7 +11,7 @@ import gguf
 import pytest
 import torch
 from conftest import STORIES
-from tiny_models import IDS, saved, tiny
+from tiny_models import IDS, LIKE_LLAMA_CPP, saved, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -22,22 +22,6 @@ from slimllm.experiments.bench.forecast import forecast
 from slimllm.export.api import export
 from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.rounding import default_rounding
-
-LIKE_LLAMA_CPP: dict[str, dict[str, Any]] = {  # as llama.cpp has these families, without what it does otherwise
-    "qwen3": {"use_sliding_window": False, "attention_bias": False, "sliding_window": None, "layer_types": None},
-    "gemma2": {"attention_bias": False, "query_pre_attn_scalar": 16},
-    "gemma3_text": {
-        "attention_bias": False,
-        "query_pre_attn_scalar": 16,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        "layer_types": None,
-        "use_bidirectional_attention": False,
-        "rope_parameters": None,
-    },
-    "llama": {"attention_bias": False, "mlp_bias": False},
-    "mistral": {"sliding_window": None},
-}
 
 
 def pruned(source: Path, out: Path, **settings: Any) -> str:

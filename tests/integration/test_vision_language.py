@@ -11,9 +11,10 @@ import torch
 from conftest import STORIES
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import COMMON, IDS
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
+from tiny_models import IDS
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
+from vision_language_models import ALIKE, IMAGE, MODELS, made
 
 import slimllm
 from slimllm import InputError, PruneConfig
@@ -23,79 +24,6 @@ from slimllm.experiments.bench.forecast import forecast
 from slimllm.export.api import export
 from slimllm.finetuning import finetune
 from slimllm.runtime.progress import LayerPruned
-
-IMAGE = 90  # the token in whose place the features of an image come
-TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-PATCHES = {"image_size": 28, "patch_size": 14}
-QWEN_TOWER = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14}
-QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-WIDE = {**{name: value for name, value in COMMON.items() if name != "head_dim"}, "hidden_size": 96}
-MODELS: dict[str, dict[str, Any]] = {
-    "gemma3": {
-        "text_config": {"model_type": "gemma3_text", **COMMON, "sliding_window": 7},
-        "vision_config": {"model_type": "siglip_vision_model", **TOWER, **PATCHES},
-        "mm_tokens_per_image": 4,
-        "image_token_index": IMAGE,
-    },
-    "mistral3": {
-        "text_config": {"model_type": "mistral", **COMMON},
-        "vision_config": {"model_type": "pixtral", **TOWER, **PATCHES, "head_dim": 16},
-        "image_token_index": IMAGE,
-        "spatial_merge_size": 1,
-    },
-    "llava": {
-        "text_config": {"model_type": "llama", **COMMON},
-        "vision_config": {"model_type": "clip_vision_model", **TOWER, **PATCHES},
-        "image_token_index": IMAGE,
-        "image_seq_length": 4,
-    },
-    "qwen2_5_vl": {
-        "text_config": {"model_type": "qwen2_5_vl_text", **WIDE, "rope_parameters": ROPE},
-        "vision_config": {**QWEN_TOWER, "out_hidden_size": 96, "fullatt_block_indexes": [1], "window_size": 28},
-        **QWEN_TOKENS,
-    },
-    "qwen3_vl": {
-        "text_config": {"model_type": "qwen3_vl_text", **COMMON, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
-        "vision_config": {
-            **QWEN_TOWER,
-            "out_hidden_size": 48,
-            "deepstack_visual_indexes": [0],
-            "num_position_embeddings": 16,
-        },
-        **QWEN_TOKENS,
-    },
-}
-
-
-# Of the same kinds; only their text is tested.
-ALIKE: dict[str, dict[str, Any]] = {
-    "llava_next": {**MODELS["llava"], "image_grid_pinpoints": [[28, 28]]},
-    "llava_onevision": {
-        "text_config": {"model_type": "qwen2", **COMMON},
-        "vision_config": {"model_type": "siglip_vision_model", **TOWER, **PATCHES},
-        "image_token_index": IMAGE,
-    },
-    "internvl": {
-        "text_config": {"model_type": "qwen2", **COMMON},
-        "vision_config": {"model_type": "internvl_vision", **TOWER, "image_size": [28, 28], "patch_size": [14, 14]},
-        "image_token_id": IMAGE,
-    },
-    "qwen2_vl": {
-        "text_config": {"model_type": "qwen2_vl_text", **WIDE, "rope_parameters": ROPE},
-        "vision_config": {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 14, "hidden_size": 96, "mlp_ratio": 2},
-        **QWEN_TOKENS,
-    },
-}
-
-
-def made(name: str, folder: Path) -> Path:
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **(MODELS | ALIKE)[name]))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    model.save_pretrained(folder)
-    return folder
 
 
 def loaded(folder: Path) -> PreTrainedModel:
@@ -226,10 +154,7 @@ def test_resumed_after_an_interruption(tmp_path: Path) -> None:
 def test_everywhere_else(tmp_path: Path) -> None:
     """Loading, plan, export, eval, fine-tuning, and the model in memory."""
     name = "gemma3"
-    settings = {**MODELS[name], "text_config": {**MODELS[name]["text_config"], "vocab_size": 512}}
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(name, **settings))
-    source = tmp_path / "dense"
-    model.save_pretrained(source)
+    source = made(name, tmp_path / "dense", vocab_size=512)
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
     (source / "preprocessor_config.json").write_text("{}")
     assert "all layers lose the same" in forecast(str(source), PruneConfig(ratio=0.3)).notes[0]
@@ -247,7 +172,7 @@ def test_everywhere_else(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a gemma3; only language models are fine-tuned"):
         finetune(tmp_path / "out", tmp_path / "data.jsonl", tmp_path / "tuned")
     with pytest.raises(InputError, match="contains more than a language model; save it with save_pretrained, and prune"):
-        slimllm.prune_model(model, IDS, PruneConfig(ratio=0.3))
+        slimllm.prune_model(AutoModelForImageTextToText.from_pretrained(source), IDS, PruneConfig(ratio=0.3))
 
 
 def test_folders_of_other_layouts(tmp_path: Path) -> None:
