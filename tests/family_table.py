@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,6 +27,7 @@ from vision_language_models import ALIKE, MODELS, made
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.checkpoints.opening import open_checkpoint
+from slimllm.export import gguf as export_gguf
 from slimllm.export.api import export
 from slimllm.models.families import CONTAINERS
 
@@ -98,7 +101,9 @@ class Row:
 
     def from_gguf(self) -> str:
         self.pruned("alike", program="llama.cpp", allocation="uniform", recovery="lstsq", bias="no")
-        export(self.folder / "alike", self.folder / "alike.gguf", "gguf")
+        names = family_of(open_checkpoint(self.source).config.model_type).gguf
+        with mock.patch.object(export_gguf, "gguf_names", lambda *_: names) if names else nullcontext():
+            export(self.folder / "alike", self.folder / "alike.gguf", "gguf")
         open_checkpoint(self.folder / "alike.gguf")
         return "yes"
 

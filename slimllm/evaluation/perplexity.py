@@ -23,7 +23,7 @@ from slimllm.checkpoints.tokenizer import load_tokenizer
 from slimllm.checks import DTYPES, check_choice, parse_device, torch_dtype
 from slimllm.errors import InputError, exhausted, first_line
 from slimllm.models.families import CONTAINERS, family_of
-from slimllm.models.meta import expected_tensors, meta_model
+from slimllm.models.meta import embedding_scale, expected_tensors, meta_model
 from slimllm.runtime.cores import share_cores
 from slimllm.runtime.memory import free_bytes, release
 from slimllm.runtime.progress import ProgressCallback, WindowsScored
@@ -135,6 +135,9 @@ def _fill(checkpoint: Checkpoint, dtype: torch.dtype | None) -> PreTrainedModel:
         tensor = checkpoint.read([name])[name].to(dtype or checkpoint.storage_dtype(name))
         model.load_state_dict({name: tensor}, strict=False, assign=True)
     model.tie_weights()
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "embed_scale"):  # a table that is not stored
+        embedding.embed_scale = torch.tensor(embedding_scale(model, spec))
     return model.requires_grad_(False)
 
 

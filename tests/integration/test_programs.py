@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gguf
 import pytest
@@ -19,9 +20,11 @@ import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.cli import app
 from slimllm.experiments.bench.forecast import forecast
+from slimllm.export import gguf as export_gguf
 from slimllm.export.api import export
 from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.rounding import default_rounding
+from slimllm.models.families import FAMILIES
 
 
 def pruned(source: Path, out: Path, **settings: Any) -> str:
@@ -183,3 +186,29 @@ def test_widths_that_the_program_can_quantise(program: str | None, step: int, by
     assert default_rounding(1_062_029, [smollm2], 3, powers) == by_three
     narrow = dataclasses.replace(smollm2, channels=500)
     assert default_rounding(1_062_029, [narrow], 1, powers) == (1 if program else 4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "gemma2", "gemma3_text"])
+def test_gguf_of_the_family_is_read_again(family: str, tmp_path: Path) -> None:
+    """The same configuration, tensors and logits as the folder that it was written from, and pruned again as that is."""
+    changes = LIKE_LLAMA_CPP.get(family) or {"use_sliding_window": False, "sliding_window": None, "layer_types": None}
+    source = saved(tiny(family, vocab_size=512, hidden_size=96, **changes), tmp_path / "dense")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
+    pruned(source, tmp_path / "out", program="llama.cpp", allocation="uniform", recovery="lstsq", bias="no")
+    spec = FAMILIES[family]
+    assert spec.gguf is not None
+    with mock.patch.object(export_gguf, "gguf_names", lambda *_: spec.gguf):  # qwen2 is otherwise written as llama
+        export(tmp_path / "out", tmp_path / "m.gguf", "gguf")
+    model, _ = slimllm.load(tmp_path / "m.gguf")
+    folder, _ = slimllm.load(tmp_path / "out")
+    assert type(model) is type(folder) and model.config.model_type == family
+    found, wanted = dict(model.named_parameters()), dict(folder.named_parameters())
+    assert set(found) == set(wanted)
+    with torch.no_grad():
+        for name, tensor in wanted.items():  # a norm of Gemma's is stored with 1 added, which rounds it
+            assert torch.allclose(found[name], tensor, rtol=0, atol=1e-6), name
+        assert torch.allclose(model(IDS).logits, folder(IDS).logits, atol=1e-4)
+    pruned(tmp_path / "m.gguf", tmp_path / "again", program="llama.cpp", ratio=0.2)
+    assert export(tmp_path / "again", tmp_path / "again.gguf", "gguf") == (
+        "deci" if family == "qwen2" else family.removesuffix("_text")
+    )

@@ -69,6 +69,7 @@ class GGUFNames:
         one_added: Whether the norms' gains are stored with the 1 that the family adds to its weights.
         settings: Returns further settings of a model, whose names follow the architecture's.
         why_not: Returns why llama.cpp would compute something else; None: it computes the same.
+        decided: Returns, for a configuration that was read from a file, the settings that llama.cpp decides by itself.
     """
 
     architecture: str
@@ -78,6 +79,7 @@ class GGUFNames:
     one_added: bool = False
     settings: Callable[[PretrainedConfig], dict[str, Any]] = _no_settings
     why_not: Callable[[PretrainedConfig], str | None] = _nothing_against
+    decided: Callable[[PretrainedConfig], dict[str, Any]] = _no_settings
 
 
 def _any_number(config: PretrainedConfig, num_heads: int) -> bool:
@@ -109,6 +111,12 @@ def has_windows(config: PretrainedConfig) -> bool:
     return getattr(config, "sliding_window", None) is not None
 
 
+def without_windows(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the settings of a model of Qwen's without sliding windows."""
+    layers = ["full_attention"] * config.num_hidden_layers
+    return {"use_sliding_window": False, "sliding_window": None, "layer_types": layers}
+
+
 @dataclass(frozen=True)
 class Family:
     """Description of a model family: the names inside its models, and its peculiarities.
@@ -135,7 +143,8 @@ class Family:
             none, and none in the FFN. Biases that the class has and a layer lacks are written as zeros.
         fits_llama: Whether a model computes exactly what LLaMA's classes compute, apart from biases and sizes, so that it
             can be written as `seed_oss` or as GGUF's `llama`. Models with multipliers, caps or windows do not.
-        gguf: How llama.cpp reads models that do not fit LLaMA; None: not at all, or slimllm cannot write them.
+        gguf: How llama.cpp reads the family's own architecture, in which models that do not fit LLaMA are written; None:
+            not at all, or slimllm does not know it.
     """
 
     name: str = "llama"

@@ -28,11 +28,9 @@ _LAYER = GGUF_LAYER | {
 
 def _against(config: PretrainedConfig, period: int, scaled_otherwise: int) -> str | None:
     """Return what llama.cpp does not take from a file's settings but decides by itself, if it differs."""
-    number = config.num_hidden_layers
-    if list(config.layer_types) != [f"{'full' if (i + 1) % period == 0 else 'sliding'}_attention" for i in range(number)]:
+    if list(config.layer_types) != _decided(config, period, scaled_otherwise)["layer_types"]:
         return f"llama.cpp has full attention in every layer number {period}, and windows in the others"
-    heads = config.num_attention_heads
-    scale = config.hidden_size // heads if number == scaled_otherwise else head_dim_of(config)
+    scale = _scale(config, scaled_otherwise)
     if config.query_pre_attn_scalar != scale:
         theirs = config.query_pre_attn_scalar
         return f"llama.cpp divides the attention's scores by √{scale}, and this model by √{theirs} (query_pre_attn_scalar)"
@@ -41,6 +39,21 @@ def _against(config: PretrainedConfig, period: int, scaled_otherwise: int) -> st
     if config.hidden_activation != "gelu_pytorch_tanh":
         return f"llama.cpp computes gelu_pytorch_tanh instead of {config.hidden_activation}"
     return None
+
+
+def _scale(config: PretrainedConfig, scaled_otherwise: int) -> int:
+    """Return the number by whose root llama.cpp divides the scores: that of one size, by its number of layers, differs."""
+    otherwise = config.num_hidden_layers == scaled_otherwise
+    return int(config.hidden_size // config.num_attention_heads if otherwise else head_dim_of(config))
+
+
+def _decided(config: PretrainedConfig, period: int, scaled_otherwise: int) -> dict[str, Any]:
+    kinds = ("full" if (index + 1) % period == 0 else "sliding" for index in range(config.num_hidden_layers))
+    return {
+        "layer_types": [f"{kind}_attention" for kind in kinds],
+        "query_pre_attn_scalar": _scale(config, scaled_otherwise),
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
 
 
 def _against_gemma2(config: PretrainedConfig) -> str | None:
@@ -82,7 +95,15 @@ GEMMA2 = register_family(
         ffn_norm="pre_feedforward_layernorm",
         ffn_post_norm="post_feedforward_layernorm",
         takes_heads=divides_hidden_size,
-        gguf=GGUFNames("gemma2", _LAYER, GGUF_MODEL, one_added=True, settings=_settings_of_gemma2, why_not=_against_gemma2),
+        gguf=GGUFNames(
+            "gemma2",
+            _LAYER,
+            GGUF_MODEL,
+            one_added=True,
+            settings=_settings_of_gemma2,
+            why_not=_against_gemma2,
+            decided=lambda config: _decided(config, 2, 46),
+        ),
     )
 )
 GEMMA3_TEXT = register_family(
@@ -96,6 +117,7 @@ GEMMA3_TEXT = register_family(
             one_added=True,
             settings=_settings_of_gemma3,
             why_not=_against_gemma3,
+            decided=lambda config: _decided(config, 6, 62),
         ),
     )
 )

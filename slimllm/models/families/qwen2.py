@@ -1,11 +1,20 @@
 """Qwen 2 and 2.5: LLaMA with biases in q, k and v, and sliding windows by layer."""
 
-from slimllm.models.families.base import Family, has_windows, register_family
+from slimllm.models.families.base import (
+    GGUF_LAYER,
+    GGUF_MODEL,
+    Family,
+    GGUFNames,
+    has_windows,
+    register_family,
+    without_windows,
+)
 
 QWEN2 = register_family(
     Family(
         name="qwen2",
         stock_holds=lambda biases: biases.qkv and not (biases.out or biases.gate or biases.down),
         fits_llama=lambda config: not has_windows(config),
+        gguf=GGUFNames("qwen2", GGUF_LAYER, GGUF_MODEL, decided=without_windows),
     )
 )

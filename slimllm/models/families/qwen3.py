@@ -12,6 +12,7 @@ from slimllm.models.families.base import (
     GGUFNames,
     has_windows,
     register_family,
+    without_windows,
 )
 
 if TYPE_CHECKING:
@@ -27,5 +28,8 @@ def _not_in_gguf(config: PretrainedConfig) -> str | None:
 
 
 QWEN3 = register_family(
-    Family(name="qwen3", gguf=GGUFNames("qwen3", GGUF_LAYER | GGUF_HEAD_NORMS, GGUF_MODEL, why_not=_not_in_gguf))
+    Family(
+        name="qwen3",
+        gguf=GGUFNames("qwen3", GGUF_LAYER | GGUF_HEAD_NORMS, GGUF_MODEL, why_not=_not_in_gguf, decided=without_windows),
+    )
 )
