@@ -29,7 +29,7 @@ from slimllm import InputError, PruneConfig
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.export import gguf as export_gguf
 from slimllm.export.api import export
-from slimllm.models.families import CONTAINERS
+from slimllm.models.families import CONTAINERS, family_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "reference" / "families.md"
