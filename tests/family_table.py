@@ -2,8 +2,8 @@
 
     python tests/family_table.py         (make families) writes the table
 
-Results are compared with the pruned model by their logits. llama.cpp and vLLM themselves are run by make test-llama-cpp and
-make test-vllm; here a GGUF file is written and read, and vLLM is asked which architectures it knows.
+What transformers loads is run, and padded models are compared with those that were padded. llama.cpp and vLLM themselves
+are run by make test-llama-cpp and make test-vllm; here a GGUF file is written and read, and vLLM is asked what it knows.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS = (
     "`--to padded`",
     "`--for llama.cpp`",
     "read from GGUF",
-    "`--for vllm`, known to vLLM",
+    "`--for vllm`",
 )
 STORIES = ROOT / "slimllm" / "calibration" / "data" / "stories260k"
 
@@ -107,20 +107,27 @@ class Row:
         open_checkpoint(self.folder / "alike.gguf")
         return "yes"
 
-    def vllm(self, known: set[str]) -> str:
+    def vllm(self, known: dict[str, str]) -> str:
         form = self.pruned("for_vllm", program="vllm").format
         (architecture,) = self.load("for_vllm").config.architectures
-        return f"`{form}`" + ("" if architecture in known else " (unknown to it)")
+        return f"`{form}`, {known.get(architecture, 'which vLLM does not know')}"
 
 
-def known_to_vllm() -> set[str]:
-    """The architectures that vLLM has itself, by asking it in its own environment."""
+def known_to_vllm() -> dict[str, str]:
+    """How vLLM runs each architecture, by asking it in its own environment."""
     python = ROOT / ".venv-vllm" / "bin" / "python"
     if not python.exists():
         sys.exit("vLLM has no environment here; make test-vllm makes it.")
-    script = "from vllm import ModelRegistry; print(*ModelRegistry.get_supported_archs())"
+    script = """
+from vllm import ModelRegistry
+from vllm.model_executor.models import registry
+theirs = getattr(registry, "_TRANSFORMERS_SUPPORTED_MODELS", {})
+for name in ModelRegistry.get_supported_archs():
+    print("\\n@", name, "through transformers" if name in theirs else "its own")
+"""
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    lines = [line[2:].split(" ", 1) for line in done.stdout.splitlines() if line.startswith("@ ")]
+    return {name: how for name, how in lines}
 
 
 def rows() -> list[list[str]]:

@@ -6,11 +6,12 @@ model alone.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import AutoModelForImageTextToText, PretrainedConfig
 
 from slimllm.checkpoints.folder import read_settings
 from slimllm.checkpoints.safetensors import SafetensorsCheckpoint
@@ -20,6 +21,8 @@ from slimllm.models.families import CONTAINERS, Container, family_of
 # Where folders of transformers 4 and 5, and of a model's authors, have the decoder, and the output head.
 _DECODERS = ("model.language_model.", "language_model.model.", "language_model.", "model.")
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+# dtypes that only tensors beside the language model may have, such as tables of positions.
+_WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _PARTS = ("embed_tokens.", "layers.", "norm.")  # of a decoder
 
 
@@ -43,7 +46,9 @@ class ContainedCheckpoint(SafetensorsCheckpoint):
         assert container is not None
         self.container = container
         super().__init__(path, name, container.language_model(whole.text_config))
-        self.config.tie_word_embeddings = f"{family_of(self.config.model_type).head}.weight" not in self._stored
+        tied = whole.tie_word_embeddings or self.config.tie_word_embeddings
+        self.config.tie_word_embeddings = bool(tied)
+        self._check_beside()
 
     def _names(self, stored: list[str]) -> dict[str, str]:
         """Return the stored names of the language model's tensors, by the family's names."""
@@ -64,10 +69,25 @@ class ContainedCheckpoint(SafetensorsCheckpoint):
         self._beside = sorted(present - set(names.values()))
         return names
 
+    def _check_beside(self) -> None:
+        """Raise InputError if the files hold less beside the language model than the configuration describes."""
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(self.whole)
+        inside = {id(one) for one in model.get_decoder().parameters()} | {id(model.get_output_embeddings().weight)}
+        wanted = sum(one.numel() for one in model.parameters() if id(one) not in inside)
+        found = sum(math.prod(shape) for shape in self.beside().values())
+        if found < wanted:
+            raise InputError(
+                f"{self.path} holds {found:,} numbers beside the language model, but its config.json asks for {wanted:,}; "
+                "is the checkpoint complete?"
+            )
+
     def beside(self) -> dict[str, tuple[int, ...]]:
         return {name: self._headers.shape_of[name] for name in self._beside}
 
     def storage_dtype(self, name: str) -> torch.dtype:
+        if name in self._beside and (dtype := _WHOLE_NUMBERS.get(self._headers.dtype_of[name])):
+            return dtype
         return self._stored_dtype(name, name) if name in self._beside else super().storage_dtype(name)
 
     def stored_as(self, name: str) -> str:

@@ -18,8 +18,8 @@ _EARLIER = re.compile(
     r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|config\.json|README\.md|report\.json|finetune\.json"
     r"|(modeling|configuration)_slim_\w+\.py|slim_layers\.py"
 )
-# Files that `write_page` adds.
-_PAGE = re.compile(r"report\.html|report/(shares|heads|importance|errors|seconds|memory|training)\.png")
+# Files that `write_page` and `prune --for llama.cpp` add.
+_PAGE = re.compile(r"report\.html|report/(shares|heads|importance|errors|seconds|memory|training)\.png|model\.gguf")
 _UNFINISHED_PAGE = re.compile(r"\.report-[a-z0-9_]{8}")  # as tempfile names it
 _LONGEST_NAME = 200  # bytes; the partial folder beside it has a longer name, and file systems allow 255
 

@@ -120,7 +120,8 @@ def read_config(path: Path) -> PretrainedConfig:
     architectures = architectures if isinstance(architectures, list) else [architectures]
     ending = "ForConditionalGeneration" if contained else "ForCausalLM"
     if architectures and not any(str(name).endswith(ending) for name in architectures):
-        raise InputError(f"{path} is not a causal language model, but {', '.join(map(str, architectures))}.")
+        kind = "model that generates text from images" if contained else "causal language model"
+        raise InputError(f"{path} is not a {kind}, but {', '.join(map(str, architectures))}.")
     for name in ("dtype", "torch_dtype"):
         if not isinstance(settings.get(name), str | None):
             raise InputError(f"{name} in {path / 'config.json'} is {str(settings[name])[:40]!r}; it should be a name.")

@@ -200,13 +200,22 @@ def in_parts(checkpoint: Checkpoint) -> list[list[str]]:
     parts: list[list[str]] = []
     room = 0
     for name, shape in checkpoint.beside().items():
-        size = math.prod(shape) * checkpoint.storage_dtype(name).itemsize
+        size = _bytes(checkpoint, name, shape)
         if size > room:
             parts.append([])
             room = _PART
         parts[-1].append(name)
         room -= size
     return parts
+
+
+def bytes_beside(checkpoint: Checkpoint) -> int:
+    """Return the bytes of the tensors beside a model."""
+    return sum(_bytes(checkpoint, name, shape) for name, shape in checkpoint.beside().items())
+
+
+def _bytes(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * checkpoint.storage_dtype(name).itemsize
 
 
 def partial_folder(out: Path) -> Path:

@@ -95,10 +95,17 @@ def prune_command(
             raise
         for report in reports if ranks.first and not quiet else []:
             display.summary(report)
+    failures = []
     for report in reports if ranks.first and config.program == "llama.cpp" else []:
-        _write_gguf(Path(str(report.out)), quiet)
+        try:
+            _write_gguf(folder := Path(str(report.out)), quiet)
+        except InputError as error:
+            again = f"slimllm export {folder} --to gguf --out {folder}/model.gguf"
+            failures.append(f"{error} {folder} itself is complete; this writes its GGUF file: {again}")
     for report in reports if ranks.first and page else []:  # the other ranks do not wait for it
         write_page_unasked(Path(str(report.out)), quiet)
+    if failures:
+        raise OutputError(" ".join(failures))
 
 
 @app.command("plan", cls=MethodCommand)

@@ -27,7 +27,7 @@ from slimllm.errors import InputError, OutputError
 from slimllm.export.base import Exporter, ExportJob, register_exporter
 from slimllm.export.gguf_vocabulary import add_vocabulary
 from slimllm.models.families.base import GGUFNames
-from slimllm.models.llama_cpp import gguf_names
+from slimllm.models.llama_cpp import gguf_names, rope_of
 from slimllm.models.slicing import LayerSizes
 from slimllm.runtime.progress import PartWritten, ProgressCallback
 
@@ -157,7 +157,7 @@ def _write(
     with tempfile.TemporaryDirectory() as companions:
         source.checkpoint.write_companions(Path(companions))
         add_vocabulary(writer, Path(companions), source.config.vocab_size)
-    factors = _rope_factors(writer, source, read_as)
+    factors = _rope_factors(writer, source)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
     names = dict(_names(source, read_as))
@@ -232,24 +232,16 @@ def _add_settings(writer: gguf.GGUFWriter, source: CheckpointModel, sizes: list[
     writer.add_vocab_size(config.vocab_size)
 
 
-def _rope_factors(writer: gguf.GGUFWriter, source: CheckpointModel, read_as: GGUFNames) -> np.ndarray[Any, Any] | None:
+def _rope_factors(writer: gguf.GGUFWriter, source: CheckpointModel) -> np.ndarray[Any, Any] | None:
     """Write the settings of the rotary embedding; return divisors of its frequencies if GGUF has no such setting."""
-    config = source.config
-    rope = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
-    rope = rope.get("full_attention", rope)  # of families with windows that turn otherwise
-    theta = float(rope.get("rope_theta") or config.rope_theta)
-    kind = rope.get("rope_type") or rope.get("type", "default")  # older configurations use "type"
+    kind, theta, rope = rope_of(source.config)
     writer.add_rope_freq_base(theta)
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "llama3" and read_as.architecture == "llama":
+    elif kind == "llama3":
         rotary: Any = source.model.get_submodule(source.spec.rotary)
         plain = theta ** -(torch.arange(0, source.head_dim, 2, dtype=torch.float64) / source.head_dim)
         factors: np.ndarray[Any, Any] = (plain / rotary.inv_freq.double()).float().numpy()
         return factors
-    elif kind != "default":
-        raise InputError(
-            f"Rotary embeddings scaled by the rule {kind!r} cannot be written to GGUF; the native format keeps them."
-        )
     return None

@@ -23,6 +23,7 @@ from slimllm.checkpoints.source import CheckpointModel
 from slimllm.checkpoints.tokenizer import tokenizer_code
 from slimllm.checkpoints.writer import (
     CheckpointWriter,
+    bytes_beside,
     can_resume,
     check_interrupted,
     in_parts,
@@ -192,7 +193,7 @@ def _prune_one(
             elif resume:
                 _log.info("Nothing to resume; starting from scratch.")
             if writer:
-                check_space(out, round(sum(run.plan.disk.values())) - writer.bytes_there)
+                check_space(out, round(sum(run.plan.disk.values())) + bytes_beside(checkpoint) - writer.bytes_there)
         context, shared = run.context(progress, record), dense is not None
         dense = run.dense_pass(context, dense)
         allocated, output = run.allocate(dense)

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from slimllm.checkpoints.output_format import biases_of
 from slimllm.checkpoints.source import ModelSource
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
@@ -23,7 +24,6 @@ from slimllm.methods.recovery.lstsq import LeastSquares
 from slimllm.models.families import Biases, Container, Family, family_of, head_dim_of
 from slimllm.models.llama_cpp import gguf_names
 from slimllm.models.slicing import LayerSizes
-from slimllm.presets import PRESETS
 
 _log = logging.getLogger("slimllm")
 _NAMES = {"transformers": "transformers", "vllm": "vLLM", "llama.cpp": "llama.cpp"}
@@ -76,6 +76,11 @@ def fit_program(
     if reader is None:
         return dataclasses.replace(config, bias="no" if config.bias == "no" else "yes"), []
     name, family = reader.name, reader.family
+    if not reader.any_sizes and len({(size.num_heads, size.num_kv_heads, size.intermediate_size) for size in sizes}) > 1:
+        raise InputError(
+            f"{name} reads {family} with the same size in all layers, but the layers of this model differ; prune the model "
+            "that it was made from, with this program, or export it --to padded first."
+        )
     changes: dict[str, Any] = {}
     notes = []
     if not reader.any_sizes and not config.allocation.alike:
@@ -144,8 +149,15 @@ def _reader(
         )
     if not as_llama:  # seed_oss takes any number
         takes_heads.append(lambda number: spec.takes_heads(model, number))
+    if program == "vllm":
+        takes_heads.append(lambda number: spec.vllm_takes_heads(model, number))
     new = Biases(qkv=any(size.qkv_bias for size in sizes), out=True, gate=any(size.gate_bias for size in sizes), down=True)
-    own = spec.stock_holds(new)
+    own, there = spec.stock_holds(new), biases_of(sizes)
+    if not (as_llama or spec.stock_holds(there)):
+        raise InputError(
+            f"The model has biases that {name} has no place for in {spec.name}; prune the model that it was made from, "
+            "with this program."
+        )
     bias = of_llama_cpp and (own or (as_llama and program != "vllm"))
     return _Reader(name, spec.name, False, bias, of_llama_cpp and (own or as_llama), takes_heads)
 
@@ -165,7 +177,7 @@ def _by_llama_cpp(spec: Family, model: PretrainedConfig, sizes: list[LayerSizes]
                 "leave out the program."
             )
         return True
-    if biased or any(size.attention_out_bias for size in sizes):
+    if biased or any(size.attention_out_bias or size.ffn_out_bias or size.gate_bias for size in sizes):
         raise InputError(f"llama.cpp has no place for the biases of this {spec.name} model; leave out the program.")
     return False
 
@@ -175,5 +187,5 @@ def _check_preset(config: PruneConfig, kind: str, otherwise: str) -> None:
     method = getattr(config, kind)
     if config.preset == "paper":
         raise InputError(f"The preset paper has the {kind} {method.name}, but {otherwise} with another preset.")
-    if method.name != PRESETS[config.preset][kind]:
+    if method != getattr(PruneConfig(config.ratio, config.preset), kind):
         raise InputError(f"The {kind} is {method.name}, but {otherwise}, or leave out the {kind}.")

@@ -139,8 +139,14 @@ class Run:
         ]
         dtype = torch_dtype(self.config.dtype) if self.config.dtype else _config_dtype(self.source)
         output = output_format(self.source.config, sizes, dtype)
-        if self.config.allocation.alike and output.name.startswith("slim_"):
-            self._say_why_native(sizes)
+        if output.name.startswith("slim_"):
+            if self.source.container or self.config.program in ("transformers", "vllm"):
+                raise InputError(
+                    f"transformers' {self.source.spec.name} has no place for layers of the sizes that the allocation "
+                    f"{self.config.allocation.name} gives; choose another one, or another ratio."
+                )
+            if self.config.allocation.alike:
+                self._say_why_native(sizes)
         return allocated, output
 
     def _say_why_native(self, sizes: list[LayerSizes]) -> None:

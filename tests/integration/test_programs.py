@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import slimllm
 from slimllm import InputError, PruneConfig
 from slimllm.cli import app
+from slimllm.errors import OutputError
 from slimllm.experiments.bench.forecast import forecast
 from slimllm.export import gguf as export_gguf
 from slimllm.export.api import export
@@ -158,8 +159,55 @@ def test_a_tokenizer_without_gguf_is_refused_before_pruning(tmp_path: Path) -> N
     path.write_text(json.dumps(described | {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}))
     command = ["prune", str(source), "--out", str(tmp_path / "out"), "--ratio", "0.3", "--for", "llama.cpp"]
     result = CliRunner().invoke(app, command)
-    assert isinstance(result.exception, InputError) or result.exit_code == 2
+    assert "The tokenizer is of type WordLevel" in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_again_over_its_own_result(tmp_path: Path) -> None:
+    command = ["prune", str(STORIES), "--out", str(tmp_path / "out"), "--ratio", "0.3", "--samples", "4", "--no-page"]
+    for more in (["--for", "llama.cpp"], ["--for", "llama.cpp", "--overwrite"], ["--overwrite"]):
+        result = CliRunner().invoke(app, [*command, *more])
+        assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out" / "model.gguf").exists()
+
+
+def test_a_gguf_file_that_cannot_be_written_does_not_cost_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> str:
+        raise OutputError("The disk is full.")
+
+    monkeypatch.setattr("slimllm.export.api.export", full)
+    command = ["prune", str(STORIES), "--out", str(tmp_path / "out"), "--ratio", "0.3", "--ratio", "0.4", "--samples", "4"]
+    result = CliRunner().invoke(app, [*command, "--for", "llama.cpp"])
+    for ratio in ("0.3", "0.4"):
+        assert (tmp_path / "out" / ratio / "report.html").is_file()
+        assert f"slimllm export {tmp_path}/out/{ratio} --to gguf --out" in str(result.exception)
+
+
+def test_heads_that_vllm_does_not_take(tmp_path: Path) -> None:
+    """It computes the size of Qwen 2's heads from their number, which transformers does not."""
+    changes = {"use_sliding_window": False, "sliding_window": None, "layer_types": None, "hidden_size": 96}
+    source = saved(tiny("qwen2", **changes), tmp_path / "dense")
+    pruned(source, tmp_path / "out", program="vllm")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {layer["num_heads"] for layer in report["layers"]} == {6}
+
+
+def test_a_model_that_was_pruned_before(tmp_path: Path) -> None:
+    source = saved(tiny("qwen3", attention_bias=False), tmp_path / "dense")
+    pruned(source, tmp_path / "uneven", recovery="lstsq", bias="no")
+    with pytest.raises(InputError, match="with the same size in all layers, but the layers of this model differ"):
+        pruned(tmp_path / "uneven", tmp_path / "out", program="vllm", ratio=0.2)
+    pruned(source, tmp_path / "biased", allocation="uniform")
+    with pytest.raises(InputError, match="The model has biases that vLLM has no place for in qwen3"):
+        pruned(tmp_path / "biased", tmp_path / "out", program="vllm", ratio=0.2)
+
+
+def test_a_rotary_embedding_that_gguf_cannot_store(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    source = saved(tiny("llama", attention_bias=False, mlp_bias=False, rope_parameters=rope), tmp_path / "dense")
+    with pytest.raises(InputError, match="scaled by the rule 'yarn' cannot be written to GGUF"):
+        pruned(source, tmp_path / "out", program="llama.cpp")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
 def test_the_plan_says_what_follows() -> None:

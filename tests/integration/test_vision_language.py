@@ -200,3 +200,22 @@ def test_a_language_model_of_an_unknown_family(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="The language model in this model is of type 'gpt2'"):
         slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS))
+
+
+@pytest.mark.parametrize(
+    ("gone", "sentence"),
+    [("lm_head", "lm_head.weight is missing"), ("multi_modal_projector", "numbers beside the language model, but")],
+)
+def test_incomplete_folders(gone: str, sentence: str, tmp_path: Path) -> None:
+    source = made("llava", tmp_path / "dense")
+    save_file({name: one for name, one in tensors(source).items() if gone not in name}, source / "model.safetensors")
+    with pytest.raises(InputError, match=sentence):
+        slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS))
+
+
+def test_tables_of_whole_numbers_are_copied(tmp_path: Path) -> None:
+    source = made("llava", tmp_path / "dense")
+    table = {"vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None]}
+    save_file(tensors(source) | table, source / "model.safetensors")
+    slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS))
+    assert all(torch.equal(tensors(tmp_path / "out")[name], one) for name, one in table.items())

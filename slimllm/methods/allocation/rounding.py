@@ -67,7 +67,7 @@ def round_shares(shares: list[float], shapes: list[LayerShape], target: int, rou
             result.append(LayerRemoval(0.0, 0, 0))
             continue
         ratio = share / shape.params
-        entry, carry = _fill_up(ratio, shape.nearest(ratio * shape.units), share + carry, shape, round_to)
+        entry, carry = _nearest(ratio, share + carry, shape, round_to)
         result.append(entry)
     for _ in range(2):  # earlier layers take what clamped widths at the end could not
         for i, (entry, shape) in enumerate(zip(result, shapes)):
@@ -85,6 +85,25 @@ def round_shares(shares: list[float], shapes: list[LayerShape], target: int, rou
             if abs(left) < abs(carry):
                 result[i], carry = other, left
     return result
+
+
+def _nearest(ratio: float, wanted: float, shape: LayerShape, round_to: int) -> tuple[LayerRemoval, float]:
+    """Return the removal of the share of the units, and of channels for the rest, and the remaining parameters.
+
+    If only some numbers of units are allowed, it is the one nearest to the share of those for which channels can make up
+    and at least a quarter of them is left.
+    """
+    if shape.allowed is None:
+        return _fill_up(ratio, shape.nearest(ratio * shape.units), wanted, shape, round_to)
+    found = [_fill_up(ratio, units, wanted, shape, round_to) for units in shape.allowed]
+
+    def fault(one: tuple[LayerRemoval, float]) -> tuple[bool, float, float]:
+        removal, left = one
+        narrow = 4 * (shape.channels - removal.channels) < shape.channels
+        missed = max(abs(left) - round_to * shape.channel_params / 2, 0)
+        return narrow, missed, abs(removal.units - ratio * shape.units)
+
+    return min(found, key=fault)
 
 
 def _fill_up(ratio: float, units: int, wanted: float, shape: LayerShape, round_to: int) -> tuple[LayerRemoval, float]:

@@ -139,6 +139,7 @@ class Family:
         also: Other values of `model_type` whose models belong to this family unchanged.
         why_not: Returns why the model of a configuration cannot be pruned; None: it can.
         takes_heads: Whether the family's own architecture accepts a number of query heads with a configuration.
+        vllm_takes_heads: The same for vLLM's class of the family, if it knows it.
         stock_holds: Whether transformers' class of the family has exactly these biases; by default q, k, v and o all or
             none, and none in the FFN. Biases that the class has and a layer lacks are written as zeros.
         fits_llama: Whether a model computes exactly what LLaMA's classes compute, apart from biases and sizes, so that it
@@ -174,6 +175,7 @@ class Family:
     also: tuple[str, ...] = ()
     why_not: Callable[[PretrainedConfig], str | None] = _nothing_against
     takes_heads: Callable[[PretrainedConfig, int], bool] = _any_number
+    vllm_takes_heads: Callable[[PretrainedConfig, int], bool] = _any_number
     stock_holds: Callable[[Biases], bool] = _with_all_of_attention
     fits_llama: Callable[[PretrainedConfig], bool] = _never
     gguf: GGUFNames | None = None

@@ -6,6 +6,7 @@ from slimllm.models.families.base import (
     Family,
     GGUFNames,
     has_windows,
+    head_dim_of,
     register_family,
     without_windows,
 )
@@ -13,6 +14,8 @@ from slimllm.models.families.base import (
 QWEN2 = register_family(
     Family(
         name="qwen2",
+        # vLLM computes the size of a head from the number of heads.
+        vllm_takes_heads=lambda config, num_heads: num_heads * head_dim_of(config) == config.hidden_size,
         stock_holds=lambda biases: biases.qkv and not (biases.out or biases.gate or biases.down),
         fits_llama=lambda config: not has_windows(config),
         gguf=GGUFNames("qwen2", GGUF_LAYER, GGUF_MODEL, decided=without_windows),

@@ -58,7 +58,7 @@ def layer(heads: int, kv_heads: int, channels: int) -> LayerSizes:
 
 
 def shape_of(size: LayerSizes, settings: PruneConfig) -> LayerShape:
-    source: Any = SimpleNamespace(head_dim=64, config=SimpleNamespace(hidden_size=64), sizes=lambda: [size])
+    source: Any = SimpleNamespace(head_dim=64, config=SimpleNamespace(hidden_size=64), sizes=lambda: [size], container=None)
     return layer_shapes(source, settings)[0]
 
 
