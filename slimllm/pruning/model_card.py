@@ -32,7 +32,8 @@ def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
         if native
         else f"It is a stock `{report.format}` model and needs no custom code:"
     )
-    kind = "AutoModelForImageTextToText" if report.format in CONTAINERS else "AutoModelForCausalLM"
+    inside = report.format in CONTAINERS
+    kind = "AutoModelForImageTextToText" if inside else "AutoModelForCausalLM"
     trust = ", trust_remote_code=True" if native else ""
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     notes = "".join(f"- {note}\n" for note in report.allocation["notes"]) + "\n" * bool(report.allocation["notes"])
@@ -40,7 +41,7 @@ def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
     title, text_name = in_line(name.removesuffix(".gguf")), in_line(calibration["text"])
     text = f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {"image-text-to-text" if inside else "text-generation"}
 tags:
 - slimllm
 - pruned
@@ -49,7 +50,7 @@ tags:
 # {title}, pruned by {report.achieved_ratio:.1%}
 
 Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
-FFN channels are removed, by {report.methods}.
+FFN channels are removed, by {report.methods}.{" Only the language model was pruned." if inside else ""}
 
 | | before | after | removed |
 |---|---|---|---|

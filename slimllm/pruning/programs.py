@@ -98,6 +98,8 @@ def fit_program(
             notes.append(f"the recovery is lstsq without biases, since {name} has no place for them in {family}")
         else:
             notes.append(f"no biases are added, since {name} has no place for them in {family}")
+    if config.bias == "yes" and not reader.bias:
+        notes.append(f"the biases make it seed_oss instead of {family}, which {name} runs through its Transformers backend")
     config = dataclasses.replace(config, **changes)
     if _several(config, sizes) and all(allowed_units(config, model, size, container) == (0,) for size in sizes):
         notes.append(f"no heads are removed, since {name} reads {family} with all of them only")
@@ -133,7 +135,7 @@ def _reader(
         return None
     spec = family_of(model.model_type)
     as_llama = spec.fits_llama(model) and not (container and container.one_class)
-    name = _NAMES[program] if program else str(container and container.model_type)
+    name = _NAMES[program] if program else f"transformers' {container and container.model_type}"
     takes_heads: list[Callable[[int], bool]] = []
     if container:
         takes_heads.append(lambda number: container.takes_heads(model, number))

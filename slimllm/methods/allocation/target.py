@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,11 @@ def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
     if round_to > narrowest:
         raise InputError(f"round_to is {round_to}, but the FFN is only {narrowest} channels wide; give less.")
     most = sum(most_removable(shape, round_to) for shape in shapes)
+    if config.program and config.round_to is None:  # a smaller step that the program takes leaves less
+        for step in (math.lcm(power, config.heads_multiple_of) for power in config.roundings):
+            if most < target and step < round_to:
+                round_to = step
+                most = sum(most_removable(shape, round_to) for shape in shapes)
     if most < target:
         least = max(shape.units - shape.removable[-1] for shape in shapes)
         units = "one head unit" if least == 1 else f"{least} head units"
