@@ -147,7 +147,7 @@ def _reader(
     if spec.slopes:
         raise InputError(
             f"{name} computes the slopes of {spec.name}'s position bias from the number of heads, and would change those "
-            "of the kept heads; leave out the program: only the native format, with its own code, keeps them."
+            "of the kept heads; leave out --for (in Python, program): only the native format, with its code, keeps them."
         )
     if not as_llama:  # seed_oss takes any number
         takes_heads.append(lambda number: spec.takes_heads(model, number))
@@ -176,11 +176,13 @@ def _by_llama_cpp(spec: Family, model: PretrainedConfig, sizes: list[LayerSizes]
         if biased and model.num_attention_heads * head_dim_of(model) != model.hidden_size:
             raise InputError(
                 "llama.cpp has no place for the biases of q, k and v where the heads are not as wide as the hidden size; "
-                "leave out the program."
+                "leave out --for (in Python, program)."
             )
         return True
     if biased or any(size.attention_out_bias or size.ffn_out_bias or size.gate_bias for size in sizes):
-        raise InputError(f"llama.cpp has no place for the biases of this {spec.name} model; leave out the program.")
+        raise InputError(
+            f"llama.cpp has no place for the biases of this {spec.name} model; leave out --for (in Python, program)."
+        )
     return False
 
 
