@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,8 +19,8 @@ _EARLIER = re.compile(
     r"model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json|config\.json|README\.md|report\.json|finetune\.json"
     r"|(modeling|configuration)_slim_\w+\.py|slim_layers\.py"
 )
-# Files that `write_page` and `prune --for llama.cpp` add.
-_PAGE = re.compile(r"report\.html|report/(shares|heads|importance|errors|seconds|memory|training)\.png|model\.gguf")
+# Files that `write_page` adds.
+_PAGE = re.compile(r"report\.html|report/(shares|heads|importance|errors|seconds|memory|training)\.png")
 _UNFINISHED_PAGE = re.compile(r"\.report-[a-z0-9_]{8}")  # as tempfile names it
 _LONGEST_NAME = 200  # bytes; the partial folder beside it has a longer name, and file systems allow 255
 
@@ -96,6 +97,20 @@ def check_destination(out: Path, inputs: list[Path], overwrite: bool) -> None:
                 f"The output folder {out} holds {strangers[0]}{others}, which slimllm has not written and does not delete; "
                 "move it elsewhere, or give another folder."
             )
+
+
+def adopt(out: Path, name: str) -> None:
+    """List a file that was added to a result later as one of the result's, so that it is replaced with it."""
+    index = find_object(out / INDEX)
+    index["metadata"][OURS] = sorted({*index["metadata"][OURS], name})
+    beside = out / f".{INDEX}"
+    beside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    os.replace(beside, out / INDEX)
+
+
+def is_ours(out: Path, name: str) -> bool:
+    """Return whether a file in a folder is one that slimllm has written there."""
+    return name in (_files_of(out) or ())
 
 
 def _files_of(out: Path) -> set[str] | None:

@@ -135,10 +135,12 @@ def plan_command(
 
 def _write_gguf(folder: Path, quiet: bool) -> None:
     """Write a result as model.gguf in its folder."""
+    from slimllm.checkpoints.destination import adopt, is_ours
     from slimllm.export.api import export
 
     file = folder / "model.gguf"
-    architecture = export(folder, file, "gguf", overwrite=True)
+    architecture = export(folder, file, "gguf", overwrite=is_ours(folder, file.name))
+    adopt(folder, file.name)
     if not quiet:
         console.print(
             f"        {file}, for llama.cpp, with the architecture {architecture}", highlight=False, soft_wrap=True

@@ -165,10 +165,14 @@ def test_a_tokenizer_without_gguf_is_refused_before_pruning(tmp_path: Path) -> N
 
 def test_again_over_its_own_result(tmp_path: Path) -> None:
     command = ["prune", str(STORIES), "--out", str(tmp_path / "out"), "--ratio", "0.3", "--samples", "4", "--no-page"]
-    for more in (["--for", "llama.cpp"], ["--for", "llama.cpp", "--overwrite"], ["--overwrite"]):
-        result = CliRunner().invoke(app, [*command, *more])
-        assert result.exit_code == 0, result.output
-    assert not (tmp_path / "out" / "model.gguf").exists()
+    file = tmp_path / "out" / "model.gguf"
+    for more in (["--overwrite"], ["--resume"], []):
+        result = CliRunner().invoke(app, [*command, "--for", "llama.cpp", *more])
+        assert (result.exit_code == 0) == (more != []), result.output
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0 and not file.exists()
+    file.write_text("mine")
+    result = CliRunner().invoke(app, [*command, "--for", "llama.cpp", "--overwrite"])
+    assert "holds model.gguf, which slimllm has not written" in str(result.exception) and file.read_text() == "mine"
 
 
 def test_a_gguf_file_that_cannot_be_written_does_not_cost_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
