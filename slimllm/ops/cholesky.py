@@ -15,6 +15,9 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import full_precision
 
 PANEL = 256  # columns
+# On a CPU, the panels of a factor of up to this many unknowns are narrower: the square of a panel is then a larger share of
+# the work, and is not LAPACK's fastest.
+NARROW, NARROW_UP_TO = 128, 6144
 # Unknowns up to which LAPACK in one piece is faster on a CPU, for the factor and the inverse: the panels' products are too
 # small for several threads.
 IN_ONE = 1280
@@ -56,8 +59,9 @@ def factorise_(system: torch.Tensor, ranks: Sharing | None = None) -> torch.Tens
             upper, status = system.mT, torch.empty((), dtype=torch.int32)  # in place: LAPACK reads by columns
             torch.linalg.cholesky_ex(upper, upper=True, out=(upper, status))
             return status != 0
-        for start in range(0, size, PANEL):
-            stop = min(start + PANEL, size)
+        width = NARROW if system.device.type == "cpu" and size <= NARROW_UP_TO else PANEL
+        for start in range(0, size, width):
+            stop = min(start + width, size)
             panel = system[start:, start:stop]
             panel.addmm_(system[start:, :start], system[start:stop, :start].T, alpha=-1)
             failed |= _factorise_panel(panel)

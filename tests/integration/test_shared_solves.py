@@ -37,7 +37,7 @@ def system_of(size: int) -> torch.Tensor:
 
 
 def _factor(group: distributed.ProcessGroup, size: int, bad: int) -> list[Any]:
-    cholesky.PANEL = 16
+    cholesky.PANEL = cholesky.NARROW = 16
     system = system_of(size)
     if bad >= 0:
         system[bad, bad] = -1.0
@@ -59,7 +59,7 @@ def test_all_see_what_is_not_positive_definite(bad: int, tmp_path: Path) -> None
 
 
 def _eliminate(group: distributed.ProcessGroup, features: int, num: int, careful: bool) -> list[Any]:
-    cholesky.PANEL = 16
+    cholesky.PANEL = cholesky.NARROW = 16
     surgeon = surgeon_for(weight_of(features), statistics_of(features), Ranks(group))
     found = eliminate_channels(surgeon.again() if careful else surgeon, num)
     return [found.order.tolist(), found.costs.tolist(), found.alone.tolist()]
@@ -117,7 +117,7 @@ def test_more_processes_than_outputs(tmp_path: Path) -> None:
 
 
 def _refit(group: distributed.ProcessGroup) -> list[Any]:
-    cholesky.PANEL = 16
+    cholesky.PANEL = cholesky.NARROW = 16
     refit = refit_kept(weight_of(96), statistics_of(96), torch.arange(0, 96, 2), Ranks(group))
     assert refit.change.delta is not None
     return [refit.change.delta.tolist(), refit.after]
