@@ -10,7 +10,7 @@ from typing import Any
 
 from rows import Rows, newest, table
 
-SHOWN = {"best": "best", "slimllm": "the paper's method (default)", "flap": "FLAP", "wanda-sp": "Wanda-sp"}
+SHOWN = {"best": "best (default)", "slimllm": "the paper's method", "flap": "FLAP", "wanda-sp": "Wanda-sp"}
 # Evaluation text: from the same source as the calibration text, or from the other source.
 KINDS = ("own kind", "other kind")
 

@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=find_demo_model())
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--preset", nargs="+", default=["paper", "default", "best"])
+    parser.add_argument("--preset", nargs="+", default=["paper", "slimllm", "best"])
     parser.add_argument("--waiting", nargs="+", default=list(WAITING), choices=list(WAITING))
     parser.add_argument("--condition", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
     arguments = parser.parse_args()

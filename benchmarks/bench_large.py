@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-33b")
     parser.add_argument("--layers", nargs="*", type=int, default=[2, 4])
-    parser.add_argument("--preset", default="default")
+    parser.add_argument("--preset", default="slimllm")
     parser.add_argument("--recovery", help="default: the preset's")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--host-memory")

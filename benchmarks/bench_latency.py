@@ -2,7 +2,7 @@
 
     python benchmarks/bench_latency.py [MODEL] [--rounds 5]     (default: the demo's model)
 
-Prunes the model by 20 and by 50 %, with the default and the best preset, and times all five models in turn, each in a
+Prunes the model by 20 and by 50 %, with the presets best and slimllm, and times all five models in turn, each in a
 separate process. Rows go to benchmarks/results/latency.jsonl; `make tables` makes the README's table from them.
 """
 
@@ -22,7 +22,7 @@ from slimllm.cli.demo_display import find_demo_model
 from slimllm.evaluation.latency import measure_latency
 from slimllm.evaluation.latency.display import latency_progress, model_table, speed_table
 
-SETTINGS = [("default", 0.2), ("default", 0.5), ("best", 0.2), ("best", 0.5)]
+SETTINGS = [("slimllm", 0.2), ("slimllm", 0.5), ("best", 0.2), ("best", 0.5)]
 
 
 def main() -> None:

@@ -29,20 +29,20 @@ from slimllm.experiments.bench.run import read_rows
 # preset, recovery, ratio
 TABLE = [
     *(("paper", "affine", ratio) for ratio in (0.2, 0.5)),
-    ("default", "affine", 0.2),
-    *(("default", "lstsq", ratio) for ratio in (0.2, 0.5)),
+    ("slimllm", "affine", 0.2),
+    *(("slimllm", "lstsq", ratio) for ratio in (0.2, 0.5)),
     ("best", "lstsq", 0.2),
 ]
 # Layers of one model, tokens of the same model, and four layers of other models.
 SCALING = [
-    *(Setting("smollm2-360m", layers=layers) for layers in (4, 8, 16, 32)),
-    *(Setting("smollm2-360m", layers=4, samples=samples) for samples in (8, 16, 64, 128)),
-    *(Setting(model, layers=4) for model in ("smollm2-135m", "tinyllama-1.1b")),
+    *(Setting("smollm2-360m", layers=layers, preset="slimllm") for layers in (4, 8, 16, 32)),
+    *(Setting("smollm2-360m", layers=4, preset="slimllm", samples=samples) for samples in (8, 16, 64, 128)),
+    *(Setting(model, layers=4, preset="slimllm") for model in ("smollm2-135m", "tinyllama-1.1b")),
 ]
 LARGE = {
     "paper": Setting("llama-7b", layers=8, preset="paper"),
-    "default": Setting("llama-7b", layers=8),
-    "lstsq": Setting("llama-7b", layers=8, recovery="lstsq"),
+    "slimllm": Setting("llama-7b", layers=8, preset="slimllm"),
+    "lstsq": Setting("llama-7b", layers=8, preset="slimllm", recovery="lstsq"),
     "best": Setting("llama-7b", layers=8, preset="best"),
 }
 
@@ -82,7 +82,7 @@ def run(stack: ExitStack) -> None:
         folder = stack.enter_context(TemporaryDirectory())
         base = Setting(as_safetensors(model, folder))
         settings = [replace(base, preset=p, recovery=c, ratio=r) for p, c, r in TABLE]
-        settings += [replace(base, preset=p, samples=128) for p in ("default", "best")]
+        settings += [replace(base, preset=p, samples=128) for p in ("slimllm", "best")]
         settings += [replace(base, criterion="flap", allocation="flap", recovery="bias")]
         settings, rounds = settings + [replace(settings[0], model=str(model))] * (Path(model).suffix == ".gguf"), 3
     rows: list[list[dict[str, object]]] = [[] for _ in settings]

@@ -81,7 +81,7 @@ STEPS: dict[str, list[Step]] = {
         Step("build", BUILD, 60, "setup.py build_ext --build-lib build/dry --build-temp build/dry"),
         _bench("gram 7B", "--shapes llama-7b", 35, "--shapes smollm2-135m --tokens 64 --rounds 1"),
         _bench("pearson 7B", "--shapes llama-7b", 35, "--shapes smollm2-135m --tokens 32 --rounds 1"),
-        _bench("prune 7B", "--large paper default", 80, f"{STORIES} --large paper default"),
+        _bench("prune 7B", "--large paper slimllm", 80, f"{STORIES} --large paper slimllm"),
         _bench("large 33B", "--layers 4", 90, f"{SMALL} --layers 1 --samples 1"),
         _bench("prune 7B, least squares", "--large lstsq best", 90, f"{STORIES} --large lstsq best"),
         _bench("lstsq", "", 35, "--rounds 1 --most 64"),

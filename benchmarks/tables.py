@@ -145,7 +145,7 @@ def large_table() -> str:
         return [
             first["model"],
             str(first["layers"]),
-            first["recovery"] if first["preset"] == "default" else first["preset"],
+            first["recovery"] if first["preset"] == "slimllm" else first["preset"],
             first["host_memory"] or "none",
             f"{median(rows, lambda r: statistics.mean(r['layer_s'])):.0f} s",
             f"{median(rows, lambda r: r['elapsed_s']):.0f} s",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from slimllm.checks import DTYPES, check_choice, check_number, parse_bytes, parse_device
 from slimllm.errors import InputError
 from slimllm.plugins import ALLOCATIONS, CRITERIA, RECOVERIES
-from slimllm.presets import PRESETS
+from slimllm.presets import DEFAULT, PRESETS
 
 if TYPE_CHECKING:  # where it is needed it is imported: wrong settings are refused before that
     import torch
@@ -32,13 +32,13 @@ class PruneConfig:
 
     Attributes:
         ratio: Fraction of the decoder layers' parameters to remove, in (0, 1).
-        preset: Values of settings that are not given: `default`, `paper` (the published values) or `best` (the most
-            accurate). It decides the next four settings, and `round_to`, if they are None. `default`: the SlimLLM method
-            with an exact target, clamped ratios and rounded widths. `paper`: the published r, n and alpha (the target is
-            then r * n / num_layers, which the report states), round(r_l * H) heads and round(r_l * I) channels, and the
-            published implementation's rule that always keeps the lowest 1 % of channels. With grouped queries, which the
-            paper does not cover, channels compensate for the rounding to whole groups. `best`: `obs` with `auto`, `lstsq`
-            and `norm`.
+        preset: Values of settings that are not given: `best` (the most accurate), `slimllm` or `paper` (the published
+            values). It decides the next four settings, and `round_to`, if they are None. `best`: `obs` with `auto`, `lstsq`
+            and `norm`. `slimllm`: the SlimLLM method (`slimllm` with `layer-importance`, `affine` and `none`) with an exact
+            target, clamped ratios and rounded widths; faster, with less memory. `paper`: the published r, n and alpha (the
+            target is then r * n / num_layers, which the report states), round(r_l * H) heads and round(r_l * I) channels,
+            and the published implementation's rule that always keeps the lowest 1 % of channels. With grouped queries,
+            which the paper does not cover, channels compensate for the rounding to whole groups.
         criterion: Which units are removed, by default the preset's choice: `slimllm` (the paper's), `obs` (lowest output
             error after refit), `wanda-sp`, `flap`, `magnitude` or `random`. Or a `slimllm.methods.criteria.Criterion`,
             which the attribute always is.
@@ -95,7 +95,7 @@ class PruneConfig:
     """
 
     ratio: float
-    preset: str = "default"
+    preset: str = DEFAULT
     criterion: Any = None
     allocation: Any = None
     recovery: Any = None
@@ -188,7 +188,9 @@ class PruneConfig:
                 )
         if self.criterion.needs_recovery and not self.recovery.adds_bias:
             what = f"criterion {self.criterion.name} removes what a recovery can make up for"
-            raise InputError(f"{what}; give a recovery: lstsq, affine or bias.")
+            raise InputError(
+                f"{what}; give a recovery, lstsq, affine or bias, or another criterion (or the preset slimllm)."
+            )
         if self.bias == "no" and self.recovery.adds_bias and not self.recovery.goes_without_bias:
             raise InputError(
                 f"recovery {self.recovery.name} works by its bias; with bias no give recovery lstsq (or the preset best) "
@@ -230,7 +232,7 @@ class PruneConfig:
         for name in (one.name for one in dataclasses.fields(self) if one.name != "ratio"):
             value: Any = getattr(self, name)
             if name == "preset":
-                given += [f"preset={value!r}"] if value != "default" else []
+                given += [f"preset={value!r}"] if value != DEFAULT else []
             elif name == "calibration" and self.token_ids is not None:
                 given.append(f"calibration=<token ids {tuple(self.token_ids.shape)}>")
             elif value != getattr(usual, name):

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+DEFAULT = "best"
 # Values that a preset gives to settings that are not given; `settings` are options of methods, by kind and name. The preset
 # `paper` also puts no BOS before the windows, unless asked to, and draws them from the whole file.
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
+    "best": {
+        "criterion": "obs",
+        "allocation": "auto",
+        "recovery": "lstsq",
+        "token_weights": "norm",
+        "round_to": None,
+        "settings": {},
+    },
+    "slimllm": {
         "criterion": "slimllm",
         "allocation": "layer-importance",
         "recovery": "affine",
@@ -25,13 +34,5 @@ PRESETS: dict[str, dict[str, Any]] = {
             ("criterion", "slimllm"): {"keep_lowest": 0.01},
             ("allocation", "layer-importance"): {"published": True},
         },
-    },
-    "best": {
-        "criterion": "obs",
-        "allocation": "auto",
-        "recovery": "lstsq",
-        "token_weights": "norm",
-        "round_to": None,
-        "settings": {},
     },
 }

@@ -10,6 +10,7 @@ import typer
 from slimllm.cli.methods import MethodCommand, rows_with_options
 from slimllm.cli.options import OUT, RATIO, Plugin, Preset, app, fraction
 from slimllm.cli.terminal import console
+from slimllm.presets import DEFAULT
 
 
 @app.command("bench", cls=MethodCommand)
@@ -32,7 +33,7 @@ def bench_command(
     plugin: Plugin = None,
     samples: Annotated[list[int] | None, typer.Option(help="Calibration windows. Default: 32.")] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
-    preset: Preset = "default",
+    preset: Preset = DEFAULT,
     rounds: Annotated[int, typer.Option(help="Runs of each setting; the table shows medians.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … Default: a GPU if there is one.")] = None,
     compute_dtype: Annotated[str | None, typer.Option(help="dtype of the forward passes.")] = None,

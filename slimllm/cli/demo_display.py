@@ -52,9 +52,9 @@ def find_demo_model() -> Path | None:
 
 
 def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None:
-    """Prune the demo model with the presets `default` and `best`, measure all three models, and print the table.
+    """Prune the demo model with the presets `best` and `slimllm`, measure all three models, and print the table.
 
-    The result of `default`, with its page, is in `out`; that of `best` is deleted.
+    The result of `best`, with its page, is in `out`; that of `slimllm` is deleted.
     """
     model = find_demo_model()
     prompt = "The most important thing about the sea is"
@@ -66,7 +66,7 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
         model = Path(str(resources.files("slimllm") / "calibration" / "data" / "stories260k"))
         prompt = "Once upon a time, there was a little"
     with tempfile.TemporaryDirectory(prefix="slimllm-demo-") as beside:
-        folders = {"default": out, "best": Path(beside) / "best"}
+        folders = {"best": out, "slimllm": Path(beside) / "slimllm"}
         reports: dict[str, PruneReport] = {}
         for preset, folder in folders.items():
             console.print(f"Pruning {model.stem} by {ratio:.0%}, preset {preset} …", style="bold")
@@ -89,7 +89,7 @@ def run_demo(out: Path, ratio: float, overwrite: bool, console: Console) -> None
     write_page_unasked(out, quiet=False)
     console.print("\nNext, with a model and a text of your own:", style="bold")
     console.print(
-        "  slimllm prune YOUR-MODEL --out slim --ratio 0.2 --preset best --calibration YOUR.txt\n"
+        "  slimllm prune YOUR-MODEL --out slim --ratio 0.2 --calibration YOUR.txt\n"
         f"and with this one:\n"
         f"  slimllm eval {model} {out} --seq-len 512\n"
         f"  python -c \"from transformers import pipeline; print(pipeline('text-generation', '{out}', "
@@ -149,7 +149,7 @@ def _one_line(text: str) -> str:
 
 
 def _print_table(console: Console, reports: dict[str, PruneReport], candidates: dict[str, _Candidate], out: Path) -> None:
-    parameters = reports["default"].parameters
+    parameters = reports["best"].parameters
     written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     bytes_per_parameter = written / parameters["after"]
     table = Table(box=None, padding=(0, 2), header_style="bold")

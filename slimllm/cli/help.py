@@ -16,18 +16,18 @@ _GROUP_OF = {name: group for group, names in _GROUPS.items() for name in names.s
 _EXAMPLES = {
     "prune": [
         "slimllm prune MODEL --out slim --ratio 0.2 --calibration your-text.txt",
-        "slimllm prune MODEL --out slim --ratio 0.5 --preset best --samples 128",
+        "slimllm prune MODEL --out slim --ratio 0.2 --preset slimllm",
         "slimllm prune MODEL --out slim --ratio 0.3 --for llama.cpp",
         "slimllm prune MODEL --out slim --ratio 0.2 --for vllm --host-memory 8GiB",
     ],
-    "plan": ["slimllm plan MODEL --ratio 0.2 --host-memory 8GiB", "slimllm plan llama-33b --preset best --device cuda"],
+    "plan": ["slimllm plan MODEL --ratio 0.2 --host-memory 8GiB", "slimllm plan llama-33b --device cuda --gpu-memory 8GiB"],
     "export": ["slimllm export slim --to gguf --out slim.gguf", "slimllm export slim --to padded --out padded"],
     "compare": [
         "slimllm compare MODEL --ratio 0.2 --method slimllm --method best --method flap",
         "slimllm compare MODEL --plugin my_score.py --method my-score --method my-score+lstsq",
     ],
-    "sweep": ["slimllm sweep MODEL --ratio 0.1:0.6:0.1 --preset default --preset best"],
-    "bench": ["slimllm bench llama-7b --layers 2 --recovery affine --recovery lstsq --rounds 3"],
+    "sweep": ["slimllm sweep MODEL --ratio 0.1:0.6:0.1 --preset best --preset slimllm"],
+    "bench": ["slimllm bench llama-7b --layers 2 --preset slimllm --recovery affine --recovery lstsq --rounds 3"],
 }
 
 

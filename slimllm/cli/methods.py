@@ -14,7 +14,7 @@ from slimllm.cli.settings import help_of
 from slimllm.config import METHODS
 from slimllm.errors import InputError
 from slimllm.plugins import EXPORTERS, Method, Registry, import_plugin
-from slimllm.presets import PRESETS
+from slimllm.presets import DEFAULT, PRESETS
 
 _OPTION = re.compile(r"--([a-z0-9-]+)\.([a-z0-9-]+)(?:=(.*))?", re.DOTALL)
 _KEY = "slimllm.options"
@@ -48,7 +48,7 @@ class MethodCommand(TyperCommand):
             raise InputError(f"There is no option {name}.{_meant(name, ctx)}") from None
 
 
-def chosen_methods(context: typer.Context, preset: str = "default", **chosen: str | None) -> dict[str, Method | str | None]:
+def chosen_methods(context: typer.Context, preset: str = DEFAULT, **chosen: str | None) -> dict[str, Method | str | None]:
     """Return the chosen methods, with their options.
 
     Args:
@@ -77,7 +77,7 @@ def rows_with_options(context: typer.Context, rows: dict[str, dict[str, Any]]) -
     options = _Options(context)
     result = {}
     for name, row in rows.items():
-        preset = row.get("preset", "default")
+        preset = row.get("preset", DEFAULT)
         result[name] = {**row, **options.of(preset, {kind: row.get(kind) for kind in METHODS})}
     options.check_used()
     return result
@@ -92,7 +92,7 @@ class _Options:
         self._known: list[str] = []
 
     def of(self, preset: str, chosen: dict[str, str | None]) -> dict[str, Method | str | None]:
-        row = PRESETS.get(preset) or PRESETS["default"]  # an unknown one is rejected with the other settings
+        row = PRESETS.get(preset) or PRESETS[DEFAULT]  # an unknown one is rejected with the other settings
         result: dict[str, Method | str | None] = dict(chosen)
         for kind, name in chosen.items():
             method = _REGISTRIES[kind].all().get(name or row[kind])

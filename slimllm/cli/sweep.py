@@ -13,6 +13,7 @@ from slimllm.cli.options import COMMON, OUT, RATIO, EvalLen, EvalText, MaxWindow
 from slimllm.cli.settings import with_settings
 from slimllm.cli.terminal import console, errors
 from slimllm.config import PruneConfig
+from slimllm.presets import DEFAULT
 from slimllm.runtime.interrupts import SIGNALS, leave
 
 
@@ -26,7 +27,7 @@ def sweep_command(
         typer.Option(*RATIO, help="FIRST:LAST:STEP, or a number; may be given again. Default: 0.1:0.6:0.1."),
     ] = None,
     preset: Annotated[
-        list[str] | None, typer.Option(help="A preset, or a method as for compare; may be given again. Default: default.")
+        list[str] | None, typer.Option(help="A preset, or a method as for compare; may be given again. Default: best.")
     ] = None,
     out: Annotated[Path, typer.Option(*OUT, help="Folder for the points and the picture.")] = Path("slimllm-sweep"),
     plugin: Plugin = None,
@@ -51,7 +52,7 @@ def sweep_command(
         signal(number, leave)
     ratios = parse_ratios(ratio or ["0.1:0.6:0.1"])
     config = PruneConfig(ratio=ratios[0], **settings)
-    rows = rows_with_options(context, rows_of(preset or ["default"]))
+    rows = rows_with_options(context, rows_of(preset or [DEFAULT]))
     try:
         run_sweep(
             console,

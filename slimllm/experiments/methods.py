@@ -9,21 +9,22 @@ from typing import Any
 from slimllm.config import METHODS as KINDS
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.presets import PRESETS
+from slimllm.presets import DEFAULT, PRESETS
 
+_PLAIN = {"preset": "slimllm"}  # the paper's parts where a row names no other, and all tokens count alike
 # Settings of each method, by its name in a table. Each comes after one whose dense pass serves it, if there is one.
 METHODS: dict[str, dict[str, Any]] = {
     "best": {"preset": "best"},
-    "flap": {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
-    "flap, uniform": {"criterion": "flap", "allocation": "uniform", "recovery": "bias"},
-    "slimllm": {"preset": "default"},
-    "slimllm + lstsq": {"recovery": "lstsq"},
-    "obs + lstsq": {"criterion": "obs", "recovery": "lstsq"},
-    "obs + lstsq, uniform": {"criterion": "obs", "allocation": "uniform", "recovery": "lstsq"},
-    "wanda-sp": {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "none"},
-    "wanda-sp + lstsq": {"criterion": "wanda-sp", "allocation": "uniform", "recovery": "lstsq"},
-    "magnitude": {"criterion": "magnitude", "allocation": "uniform", "recovery": "none"},
-    "random": {"criterion": "random", "allocation": "uniform", "recovery": "none"},
+    "flap": {**_PLAIN, "criterion": "flap", "allocation": "flap", "recovery": "bias"},
+    "flap, uniform": {**_PLAIN, "criterion": "flap", "allocation": "uniform", "recovery": "bias"},
+    "slimllm": _PLAIN,
+    "slimllm + lstsq": {**_PLAIN, "recovery": "lstsq"},
+    "obs + lstsq": {**_PLAIN, "criterion": "obs", "recovery": "lstsq"},
+    "obs + lstsq, uniform": {**_PLAIN, "criterion": "obs", "allocation": "uniform", "recovery": "lstsq"},
+    "wanda-sp": {**_PLAIN, "criterion": "wanda-sp", "allocation": "uniform", "recovery": "none"},
+    "wanda-sp + lstsq": {**_PLAIN, "criterion": "wanda-sp", "allocation": "uniform", "recovery": "lstsq"},
+    "magnitude": {**_PLAIN, "criterion": "magnitude", "allocation": "uniform", "recovery": "none"},
+    "random": {**_PLAIN, "criterion": "random", "allocation": "uniform", "recovery": "none"},
 }
 
 
@@ -92,7 +93,7 @@ def _spaced(name: str) -> str:
 
 def config_of(config: PruneConfig, row: Mapping[str, Any], ratio: float) -> PruneConfig:
     """Combine the common settings with those of one method and a ratio."""
-    return config.with_preset(**{"preset": "default", **row}, ratio=ratio)
+    return config.with_preset(**{"preset": DEFAULT, **row}, ratio=ratio)
 
 
 def identity_of(config: PruneConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from slimllm.evaluation.latency.worker import check_length
 from slimllm.evaluation.perplexity import perplexity_of
 from slimllm.experiments.methods import config_of, rows_of
 from slimllm.experiments.samples import with_samples
+from slimllm.presets import DEFAULT
 from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.report import PruneReport
 from slimllm.runtime.distributed import Ranks
@@ -88,7 +89,7 @@ def sweep(
     config: PruneConfig,
     token_ids: torch.Tensor,
     *,
-    presets: Sequence[str] | Mapping[str, Mapping[str, Any]] = ("default",),
+    presets: Sequence[str] | Mapping[str, Mapping[str, Any]] = (DEFAULT,),
     seq_len: int = 128,
     max_windows: int | None = None,
     bos_token_id: int | None = None,

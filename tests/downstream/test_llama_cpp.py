@@ -67,7 +67,7 @@ def assert_the_same(folder: Path, file: Path) -> None:
         ({"ratio": 0.4, "recovery": "lstsq"}, "deci"),
         ({"ratio": 0.3, "head_unit": "query"}, "deci"),
         ({"ratio": 0.5, "allocation": "uniform"}, "deci"),
-        ({"ratio": 0.5, "allocation": "uniform", "recovery": "none"}, "llama"),
+        ({"ratio": 0.5, "preset": "slimllm", "allocation": "uniform", "recovery": "none"}, "llama"),
     ],
 )
 def test_next_tokens(token_ids: torch.Tensor, tmp_path: Path, settings: dict[str, Any], architecture: str) -> None:

@@ -49,7 +49,7 @@ if __name__ == "__main__":
         ({"ratio": 0.5, "recovery": "lstsq", "head_unit": "query"}, None, "slim_llama"),
         ({"ratio": 0.3}, "padded", "seed_oss"),
         ({"ratio": 0.5, "recovery": "lstsq", "allocation": "uniform"}, "stock", "seed_oss"),
-        ({"ratio": 0.2, "recovery": "none", "allocation": "uniform"}, "stock", "llama"),
+        ({"ratio": 0.2, "preset": "slimllm", "recovery": "none", "allocation": "uniform"}, "stock", "llama"),
     ],
 )
 def test_demo_model(tmp_path: Path, settings: dict[str, Any], form: str | None, architecture: str) -> None:

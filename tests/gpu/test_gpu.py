@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 def test_same_choices_as_on_a_cpu(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     reports = {}
     for device in ("cpu", "cuda"):
-        config = PruneConfig(ratio=0.3, calibration=token_ids, device=device, compute_dtype="float32")
+        config = PruneConfig(0.3, "slimllm", calibration=token_ids, device=device, compute_dtype="float32")
         reports[device] = slimllm.prune(stories_path, tmp_path / device, config)
     assert reports["cuda"].peak_gpu_gib > 0
     for one, other in zip(reports["cpu"].layers, reports["cuda"].layers):
@@ -31,17 +31,19 @@ def test_same_choices_as_on_a_cpu(stories_path: Path, token_ids: torch.Tensor, t
 def test_inner_activations_made_again(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slimllm.pruning.plan.Placement", lambda **rest: Placement(**{**rest, "keep_inner_bytes": 0}))
-        report = slimllm.prune(stories_path, tmp_path / "out", PruneConfig(ratio=0.3, calibration=token_ids, device="cuda"))
+        report = slimllm.prune(
+            stories_path, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=token_ids, device="cuda")
+        )
     assert report.achieved_ratio == pytest.approx(0.3, rel=0.005)
 
 
 @pytest.mark.parametrize(
     "choice",
     [
-        {"recovery": "lstsq"},
+        {"preset": "slimllm", "recovery": "lstsq"},
         {"preset": "best"},
-        {"criterion": "obs", "recovery": "affine"},
-        {"criterion": "flap", "allocation": "flap", "recovery": "lstsq"},
+        {"preset": "slimllm", "criterion": "obs"},
+        {"preset": "slimllm", "criterion": "flap", "allocation": "flap", "recovery": "lstsq"},
     ],
 )
 def test_gram_on_the_host(stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, choice: dict[str, str]) -> None:
@@ -64,7 +66,9 @@ def test_least_squares_in_fp32(stories_path: Path, token_ids: torch.Tensor, tmp_
     errors = {}
     for precision in ("double", "single"):
         recovery = LeastSquares(precision=precision)
-        config = PruneConfig(0.3, calibration=token_ids, device="cuda", compute_dtype="float32", recovery=recovery)
+        config = PruneConfig(
+            0.3, "slimllm", calibration=token_ids, device="cuda", compute_dtype="float32", recovery=recovery
+        )
         report = slimllm.prune(stories_path, tmp_path / precision, config)
         errors[precision] = [layer["ffn_error_after"] for layer in report.layers if "ffn_error_after" in layer]
     assert errors["single"] == pytest.approx(errors["double"], rel=1e-4)
@@ -74,7 +78,7 @@ def test_least_squares_in_fp32(stories_path: Path, token_ids: torch.Tensor, tmp_
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])
 def test_model_in_memory(stories: Any, token_ids: torch.Tensor, dtype: torch.dtype, head_unit: str) -> None:
     model = stories.to("cuda", dtype)
-    report = slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3, head_unit=head_unit))
+    report = slimllm.prune_model(model, token_ids, PruneConfig(0.3, "slimllm", head_unit=head_unit))
     with torch.no_grad():
         assert torch.isfinite(model(token_ids[:2].cuda()).logits).all()
     assert report.device.startswith("cuda")

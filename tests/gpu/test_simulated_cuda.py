@@ -25,7 +25,7 @@ pytestmark = [
 ]
 
 
-MOST_WAITS = {"default": 55, "best": 90}  # for each layer
+MOST_WAITS = {"slimllm": 55, "best": 90}  # for each layer
 KINDS = ("pinned", "pageable")
 MOST_WAITS_OF_BATCH = 8  # for each batch of a run, not for each layer
 
@@ -85,7 +85,7 @@ def test_a_kernel_wants_its_device_to_be_the_current_one() -> None:
         cosine_kernel[(1,)](a, a, result, 4, 16, 16, 1, 16, 1, BLOCK_N=4, BLOCK_F=16)
 
 
-@pytest.mark.parametrize("preset", ["default", pytest.param("best", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", ["slimllm", pytest.param("best", marks=pytest.mark.slow)])
 def test_waits_of_a_run(preset: str, stories: Any, token_ids: torch.Tensor) -> None:
     """The host waits for the device a limited number of times in a layer, however many batches pass it."""
     waits = {}
@@ -102,13 +102,13 @@ def test_waits_of_a_run(preset: str, stories: Any, token_ids: torch.Tensor) -> N
 @pytest.mark.parametrize(
     "choice",
     [
-        {},
+        {"preset": "slimllm"},
         {"preset": "paper"},
-        {"recovery": "lstsq"},
-        {"criterion": "flap", "allocation": "flap", "recovery": "bias"},
+        {"preset": "slimllm", "recovery": "lstsq"},
+        {"preset": "slimllm", "criterion": "flap", "allocation": "flap", "recovery": "bias"},
         {"preset": "best"},
         {"preset": "best", "gram": "host"},
-        {"recovery": "lstsq", "gram": "host"},
+        {"preset": "slimllm", "recovery": "lstsq", "gram": "host"},
     ],
 )
 def test_peak_of_a_run(
@@ -154,6 +154,8 @@ def test_pinned_memory_runs_out(stories_path: Path, token_ids: torch.Tensor, tmp
             if name == "pageable":
                 patch.setattr(simulated.GPU, "pin", refusing)
             with forced("torch"):
-                slimllm.prune(stories_path, tmp_path / name, PruneConfig(0.3, calibration=token_ids[:4], device="cuda"))
+                slimllm.prune(
+                    stories_path, tmp_path / name, PruneConfig(0.3, "slimllm", calibration=token_ids[:4], device="cuda")
+                )
     shards = {name: [path.read_bytes() for path in sorted((tmp_path / name).glob("*.safetensors"))] for name in KINDS}
     assert shards["pinned"] and shards["pinned"] == shards["pageable"]

@@ -32,7 +32,7 @@ distributed.barrier()
 """
 
 
-@pytest.mark.parametrize("preset", ["default", pytest.param("best", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("preset", ["slimllm", pytest.param("best", marks=pytest.mark.slow)])
 def test_sums_stay_on_the_device(preset: str, tmp_path: Path) -> None:
     settings = {"ratio": 0.3, "preset": preset, "samples": 4, "seq_len": 32, "device": "cuda", "compute_dtype": "float32"}
     processes = [

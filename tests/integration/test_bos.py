@@ -55,7 +55,7 @@ def test_the_rule(tokenizer: Any, plain: Path) -> None:
     with pytest.raises(InputError, match="bos is always, but the tokenizer of this model has no BOS token"):
         window_bos(without, "always")
     with pytest.raises(InputError, match="bos must be one of auto, always, never, got 'sometimes'"):
-        PruneConfig(ratio=0.2, bos="sometimes")
+        PruneConfig(0.2, "slimllm", bos="sometimes")
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,7 +117,7 @@ def test_the_reports_perplexity_is_that_of_the_held_out_windows(stories: Any, to
         assert (report.calibration["bos"], report.calibration["bos_token_id"]) == (words, begin)
         assert words in (tmp_path / bos / "README.md").read_text()
         assert report.config["bos"] == report.identity["bos"] == bos
-    given = PruneConfig(ratio=0.2, calibration=draw_windows(stream, 4, 64, 0))
+    given = PruneConfig(0.2, "slimllm", calibration=draw_windows(stream, 4, 64, 0))
     assert slimllm.prune(STORIES, tmp_path / "ids", given).calibration["bos"] == "as given"
 
 

@@ -24,7 +24,7 @@ def held_out(stories_path: Path) -> torch.Tensor:
 def test_lines_are_what_single_runs_give(
     stories_path: Path, token_ids: torch.Tensor, held_out: torch.Tensor, tmp_path: Path
 ) -> None:
-    config = PruneConfig(ratio=0.5, calibration=token_ids)
+    config = PruneConfig(0.5, "slimllm", calibration=token_ids)
     seen: list[Compared] = []
     methods = ["random", "slimllm", "flap", "best"]
     lines = compare(stories_path, [0.2, 0.4], config, held_out, methods=methods, max_windows=16, on_line=seen.append)
@@ -46,7 +46,7 @@ def test_settings_of_the_caller_do_not_leak_into_the_methods(
     stories_path: Path, token_ids: torch.Tensor, held_out: torch.Tensor
 ) -> None:
     config = PruneConfig(ratio=0.5, calibration=token_ids, preset="best")
-    plain = PruneConfig(ratio=0.5, calibration=token_ids)
+    plain = PruneConfig(0.5, "slimllm", calibration=token_ids)
     values = [
         compare(stories_path, [0.3], one, held_out, methods=["slimllm"], max_windows=4)[1].perplexity
         for one in (config, plain)
@@ -55,7 +55,7 @@ def test_settings_of_the_caller_do_not_leak_into_the_methods(
 
 
 def test_what_cannot_be_compared(stories_path: Path, token_ids: torch.Tensor, held_out: torch.Tensor) -> None:
-    config = PruneConfig(ratio=0.5, calibration=token_ids)
+    config = PruneConfig(0.5, "slimllm", calibration=token_ids)
     with pytest.raises(InputError, match=r"'gtpq' is not a method\. Give one of best, "):
         compare(stories_path, [0.2], config, held_out, methods=["gtpq"])
     with pytest.raises(InputError, match=r"is not a method\. Did you mean wanda-sp\?"):
@@ -85,7 +85,12 @@ def test_names_of_methods() -> None:
     assert row_of("flap+none") == {**METHODS["flap"], "recovery": "none"}
     assert row_of("best+affine") == {"preset": "best", "recovery": "affine"} and row_of("obs") == {"criterion": "obs"}
     assert row_of("obs+uniform") == {"criterion": "obs", "allocation": "uniform"}
-    assert row_of("random+flap + bias") == {"criterion": "random", "allocation": "flap", "recovery": "bias"}
+    assert row_of("random+flap + bias") == {
+        "preset": "slimllm",
+        "criterion": "random",
+        "allocation": "flap",
+        "recovery": "bias",
+    }
     assert list(rows_of(["obs+bias", "obs + bias", "best"])) == ["obs + bias", "best"]
     for wrong in ("", "obs+obs", "obs+random", "random+obs", "obs+", "obs lstsq"):
         with pytest.raises(InputError, match="is not a method"):
@@ -109,7 +114,7 @@ def test_rows_that_cannot_be(rows: dict[str, dict[str, object]], sentence: str) 
 
 def test_the_windows_of_the_preset_paper_are_its_own(stories_path: Path, held_out: torch.Tensor) -> None:
     """Whatever else is in the table: it draws them without BOS, from other places."""
-    config = PruneConfig(ratio=0.3, samples=8, seq_len=32)
+    config = PruneConfig(0.3, "slimllm", samples=8, seq_len=32)
     alone, _, beside = (
         {line.method: line.perplexity for line in compare(stories_path, [0.3], config, held_out, methods=m, max_windows=4)}
         for m in (["paper"], ["magnitude"], ["magnitude", "paper"])

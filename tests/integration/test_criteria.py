@@ -50,7 +50,7 @@ def test_scores_of_columns(
     layer = stories.model.layers[0]
     of_heads = score(layer.self_attn.o_proj.weight.double(), inputs_of(stories, "self_attn.o_proj", token_ids))
     settings = {"criterion": criterion, "allocation": "uniform", "recovery": recovery, "head_unit": head_unit}
-    report = prune_model(stories, token_ids, PruneConfig(ratio=RATIO, round_to=1, **settings)).layers[0]
+    report = prune_model(stories, token_ids, PruneConfig(RATIO, "slimllm", round_to=1, **settings)).layers[0]
     by_head = of_heads.view(8, -1).sum(1)
     if head_unit == "kv-group":
         by_unit = by_head.view(4, 2).sum(1)
@@ -73,7 +73,7 @@ def test_scores_of_channels(stories: PreTrainedModel, token_ids: torch.Tensor, c
     score = {"wanda-sp": wanda, "flap": flap}[criterion]
     wanted = score(layer.mlp.down_proj.weight.double(), inputs_of(stories, "mlp.down_proj", token_ids))
     settings: dict[str, Any] = {"criterion": criterion, "allocation": "uniform", "recovery": "none"}
-    report = prune_model(stories, token_ids, PruneConfig(ratio=0.05, round_to=1, **settings)).layers[0]
+    report = prune_model(stories, token_ids, PruneConfig(0.05, "slimllm", round_to=1, **settings)).layers[0]
     assert report["num_heads"] == 8 and report["intermediate_size"] < 172
     assert report["channel_importance"] == pytest.approx(wanted.tolist(), rel=1e-4)
 
@@ -86,7 +86,7 @@ def test_magnitude(stories: PreTrainedModel, token_ids: torch.Tensor) -> None:
     queries = [attention.q_proj.weight, attention.o_proj.weight.T]
     heads = sum(weight.double().square().sum(1).view(4, -1).sum(1) for weight in queries)
     heads = heads + sum(w.weight.double().square().sum(1).view(4, -1).sum(1) for w in (attention.k_proj, attention.v_proj))
-    config = PruneConfig(ratio=RATIO, criterion="magnitude", allocation="uniform", recovery="none", round_to=1)
+    config = PruneConfig(RATIO, "slimllm", criterion="magnitude", allocation="uniform", recovery="none", round_to=1)
     report = prune_model(stories, token_ids, config).layers[0]
     assert report["channel_importance"] == pytest.approx(channels.tolist(), rel=1e-5)
     assert report["head_importance"] == pytest.approx(heads.tolist(), rel=1e-5)
@@ -96,7 +96,7 @@ def test_random_is_by_seed(stories_path: Any, token_ids: torch.Tensor) -> None:
     from slimllm import load
 
     def kept(seed: int) -> list[list[int]]:
-        config = PruneConfig(ratio=RATIO, criterion="random", allocation="uniform", recovery="none", seed=seed)
+        config = PruneConfig(RATIO, "slimllm", criterion="random", allocation="uniform", recovery="none", seed=seed)
         return [layer["kept_channels"] for layer in prune_model(load(stories_path)[0], token_ids, config).layers]
 
     first = kept(0)
@@ -108,7 +108,7 @@ def test_random_is_by_seed(stories_path: Any, token_ids: torch.Tensor) -> None:
 def test_bias_stands_for_the_mean_of_what_goes(stories: PreTrainedModel, token_ids: torch.Tensor) -> None:
     x = inputs_of(stories, "self_attn.o_proj", token_ids)
     weight = stories.model.layers[0].self_attn.o_proj.weight.double().clone()
-    config = PruneConfig(ratio=RATIO, criterion="flap", allocation="uniform", recovery="bias")
+    config = PruneConfig(RATIO, "slimllm", criterion="flap", allocation="uniform", recovery="bias")
     report = prune_model(stories, token_ids, config).layers[0]
     head_dim = weight.shape[1] // 8
     columns = [head * head_dim + i for head in report["kept_heads"] for i in range(head_dim)]
@@ -146,7 +146,7 @@ def test_flap_in_one_pass_prunes_by_the_dense_model(
 ) -> None:
     """In every layer: units, sliced weights and biases are those of the dense model's activations, as in FLAP's code."""
     dense, seen = copy.deepcopy(stories), inputs_of_all(stories, token_ids)
-    config = PruneConfig(ratio=RATIO, criterion="flap", allocation=allocation, recovery=recovery, round_to=1)
+    config = PruneConfig(RATIO, "slimllm", criterion="flap", allocation=allocation, recovery=recovery, round_to=1)
     report = prune_model(stories, token_ids, config)
     assert report.calibration["dense_windows"] == len(token_ids) and "forward" not in report.stages_s
     pruned = 0
@@ -172,7 +172,7 @@ def test_flap_with_a_recovery_that_needs_the_pruned_model_takes_two_passes(
     stories: PreTrainedModel, token_ids: torch.Tensor
 ) -> None:
     for criterion, recovery in (("flap", "affine"), ("wanda-sp", "bias"), ("magnitude", "none")):
-        config = PruneConfig(ratio=RATIO, criterion=criterion, recovery=recovery)
+        config = PruneConfig(RATIO, "slimllm", criterion=criterion, recovery=recovery)
         report = prune_model(copy.deepcopy(stories), token_ids, config)
         assert not config.one_pass
         assert any("ffn_error_after" in layer for layer in report.layers)
@@ -186,9 +186,9 @@ def test_everything_goes_with_everything(
 ) -> None:
     if (criterion, recovery) == ("obs", "none"):
         with pytest.raises(InputError, match="criterion obs removes what a recovery can make up for"):
-            PruneConfig(ratio=RATIO, criterion=criterion, allocation=allocation, recovery=recovery)
+            PruneConfig(RATIO, "slimllm", criterion=criterion, allocation=allocation, recovery=recovery)
         return
-    config = PruneConfig(ratio=RATIO, criterion=criterion, allocation=allocation, recovery=recovery)
+    config = PruneConfig(RATIO, "slimllm", criterion=criterion, allocation=allocation, recovery=recovery)
     report = prune_model(stories, token_ids[:4], config)
     # Alike layers make a stock model, whose biases of zero weigh something in so small a one.
     assert report.achieved_ratio == pytest.approx(RATIO, rel=0.02 if allocation == "uniform" else 0.01)
@@ -213,13 +213,13 @@ def test_best_is_better(stories: PreTrainedModel, token_ids: torch.Tensor) -> No
     before = math.log(perplexity(dense, tokens))
     lost = {}
     for ratio in (0.2, 0.5):
-        for preset in ("default", "best"):
+        for preset in ("slimllm", "best"):
             model = copy.deepcopy(dense)
             report = prune_model(model, token_ids, PruneConfig(ratio=ratio, preset=preset, round_to=1))
             assert ("half_solve_" in report.operations) == (preset == "best") and report.operations["gram_"] == "torch"
             lost[ratio, preset] = math.log(perplexity(model, tokens)) - before
-    assert lost[0.2, "best"] < 0.6 * lost[0.2, "default"]
-    assert lost[0.5, "best"] < 0.8 * lost[0.5, "default"]
+    assert lost[0.2, "best"] < 0.6 * lost[0.2, "slimllm"]
+    assert lost[0.5, "best"] < 0.8 * lost[0.5, "slimllm"]
 
 
 @pytest.mark.parametrize(
@@ -236,9 +236,10 @@ def test_settings_that_do_not_go_together(settings: dict[str, Any], sentence: st
 
 
 def test_a_preset_is_what_is_not_given() -> None:
-    best = PruneConfig(ratio=0.2, preset="best")
+    best = PruneConfig(ratio=0.2)
+    assert best == PruneConfig(ratio=0.2, preset="best")
     names = best.criterion.name, best.allocation.name, best.recovery.name
     assert (*names, best.token_weights) == ("obs", "auto", "lstsq", "norm")
-    mixed = PruneConfig(ratio=0.2, preset="best", recovery="affine")
+    mixed = PruneConfig(ratio=0.2, recovery="affine")
     assert (mixed.criterion.name, mixed.recovery.name) == ("obs", "affine")
-    assert PruneConfig(ratio=0.2).to_dict()["criterion"] == "slimllm"
+    assert PruneConfig(ratio=0.2, preset="slimllm").to_dict()["criterion"] == "slimllm"

@@ -39,7 +39,7 @@ def test_the_ratio_is_met(stories_path: Path, token_ids: torch.Tensor, tmp_path:
     assert sum(p.numel() for p in model.model.layers.parameters()) == report.parameters["layers_after"]
 
 
-@pytest.mark.parametrize(("preset", "windows"), [("paper", 16), ("default", 12), ("best", 16)])
+@pytest.mark.parametrize(("preset", "windows"), [("paper", 16), ("slimllm", 12), ("best", 16)])
 def test_layer_similarity_is_that_of_the_dense_model(
     stories: Any, token_ids: torch.Tensor, preset: str, windows: int
 ) -> None:
@@ -93,7 +93,7 @@ def test_overflow_in_half_precision_is_a_sentence(stories: Any, token_ids: torch
 
 def test_a_model_in_double_precision(stories: Any, token_ids: torch.Tensor) -> None:
     reports = [
-        slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3))
+        slimllm.prune_model(model, token_ids, PruneConfig(0.3, "slimllm"))
         for model in (copy.deepcopy(stories).double(), stories)
     ]
     for double, single in zip(reports[0].layers, reports[1].layers):
@@ -110,14 +110,16 @@ def test_almost_no_ratio_is_the_identity(stories_path: Path, stories: Any, token
 
 
 def test_same_seed_same_files(stories_path: Path, tmp_path: Path) -> None:
-    settings = PruneConfig(ratio=0.3, samples=8, seq_len=64, seed=5)
+    settings = PruneConfig(0.3, "slimllm", samples=8, seq_len=64, seed=5)
     runs = []
     for name in ("a", "b"):
         folder = tmp_path / name / "model"
         slimllm.prune(stories_path, folder, settings, command="the same")
         runs.append(digests(folder))
     assert runs[0] == runs[1]
-    slimllm.prune(stories_path, tmp_path / "c", PruneConfig(ratio=0.3, samples=8, seq_len=64, seed=6), command="the same")
+    slimllm.prune(
+        stories_path, tmp_path / "c", PruneConfig(0.3, "slimllm", samples=8, seq_len=64, seed=6), command="the same"
+    )
     assert digests(tmp_path / "c") != runs[0]
 
 
@@ -127,7 +129,7 @@ def test_batch_size_changes_rounding_only(stories: Any, token_ids: torch.Tensor)
     reports, outputs = [], []
     for batch_size in (1, 3, 16):
         model = copy.deepcopy(stories)
-        reports.append(slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.3, batch_size=batch_size)))
+        reports.append(slimllm.prune_model(model, token_ids, PruneConfig(0.3, "slimllm", batch_size=batch_size)))
         outputs.append(logits(model, token_ids[:2]))
     for report, output in zip(reports[1:], outputs[1:]):
         for one, other in zip(report.layers, reports[0].layers):
@@ -141,9 +143,9 @@ def test_inner_activations_kept_or_made_again(
 ) -> None:
     assert token_ids.numel() * 172 * 4 < Placement().keep_inner_bytes
     kept, again = copy.deepcopy(stories), copy.deepcopy(stories)
-    first = slimllm.prune_model(kept, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
+    first = slimllm.prune_model(kept, token_ids, PruneConfig(0.3, "slimllm", recovery=recovery))
     monkeypatch.setattr("slimllm.pruning.plan.Placement", lambda **rest: Placement(**{**rest, "keep_inner_bytes": 0}))
-    second = slimllm.prune_model(again, token_ids, PruneConfig(ratio=0.3, recovery=recovery))
+    second = slimllm.prune_model(again, token_ids, PruneConfig(0.3, "slimllm", recovery=recovery))
     assert [r["kept_channels"] for r in first.layers] == [r["kept_channels"] for r in second.layers]
     assert torch.allclose(logits(kept, token_ids[:2]), logits(again, token_ids[:2]), atol=1e-3)
 
@@ -165,7 +167,7 @@ def test_recovery_helps(stories: Any, token_ids: torch.Tensor) -> None:
     losses, errors = {}, {}
     for recovery in ("none", "affine", "lstsq"):
         model = copy.deepcopy(stories)
-        report = slimllm.prune_model(model, token_ids[~held_out], PruneConfig(ratio=0.3, recovery=recovery))
+        report = slimllm.prune_model(model, token_ids[~held_out], PruneConfig(0.3, "slimllm", recovery=recovery))
         with torch.no_grad():
             losses[recovery] = float(model(token_ids[held_out], labels=token_ids[held_out]).loss)
         layers = [layer for layer in report.layers if "ffn_error_before" in layer]
@@ -185,7 +187,7 @@ def test_recovery_has_the_error_that_it_reports(
     """The first pruned layer's outputs, dense and pruned, measured on the model itself."""
     pruned = copy.deepcopy(stories)
     settings = PruneConfig(
-        ratio=0.3, recovery=recovery, allocation=LayerImportance(pruned_layers=5), token_weights=token_weights
+        0.3, "slimllm", recovery=recovery, allocation=LayerImportance(pruned_layers=5), token_weights=token_weights
     )
     report = slimllm.prune_model(pruned, token_ids, settings)
     hidden = stories.model.embed_tokens(token_ids).detach()
@@ -245,7 +247,7 @@ def test_mha_copy_of_a_gqa_model_prunes_to_the_ratio(stories: Any, token_ids: to
     reports = []
     for head_unit in ("kv-group", "query"):
         model = as_mha(stories)
-        reports.append(slimllm.prune_model(model, token_ids, PruneConfig(ratio=0.4, head_unit=head_unit)))
+        reports.append(slimllm.prune_model(model, token_ids, PruneConfig(0.4, "slimllm", head_unit=head_unit)))
         assert reports[-1].achieved_ratio == pytest.approx(0.4, rel=0.005)
     # A group of one query head is that head.
     assert [layer["kept_heads"] for layer in reports[0].layers] == [layer["kept_heads"] for layer in reports[1].layers]
@@ -263,7 +265,7 @@ def test_a_missed_ratio_is_said(stories_path: Path, token_ids: torch.Tensor, tmp
 
 
 def test_token_ids_are_named_as_the_calibration(stories: Any, token_ids: torch.Tensor) -> None:
-    report = slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.2))
+    report = slimllm.prune_model(stories, token_ids, PruneConfig(0.2, "slimllm"))
     assert report.calibration["text"] == report.config["calibration"] == "token ids (16, 64)"
 
 
@@ -278,22 +280,22 @@ def test_settings_of_another_type(stories_path: Path, stories: Any, tmp_path: Pa
 def test_what_prune_model_refuses(stories: Any, token_ids: torch.Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in stories.state_dict().items()}
     with pytest.raises(TypeError, match="transformers model"):
-        slimllm.prune_model("a folder", token_ids, PruneConfig(ratio=0.2))  # type: ignore[arg-type]
+        slimllm.prune_model("a folder", token_ids, PruneConfig(0.2, "slimllm"))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="tokenizer"):
-        slimllm.prune_model(stories, "text", PruneConfig(ratio=0.2))  # type: ignore[arg-type]
+        slimllm.prune_model(stories, "text", PruneConfig(0.2, "slimllm"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="dtype does not apply"):
-        slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.2, dtype="float16"))
+        slimllm.prune_model(stories, token_ids, PruneConfig(0.2, "slimllm", dtype="float16"))
     with pytest.raises(InputError, match="int64 tensor"):
-        slimllm.prune_model(stories, token_ids.float(), PruneConfig(ratio=0.2))
+        slimllm.prune_model(stories, token_ids.float(), PruneConfig(0.2, "slimllm"))
     with pytest.raises(InputError, match="vocabulary has 512"):
-        slimllm.prune_model(stories, token_ids + 500, PruneConfig(ratio=0.2))
+        slimllm.prune_model(stories, token_ids + 500, PruneConfig(0.2, "slimllm"))
     with pytest.raises(InputError, match="more than this model can give"):
-        slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.95))
+        slimllm.prune_model(stories, token_ids, PruneConfig(0.95, "slimllm"))
     with pytest.raises(InputError, match="not the plain llama"):
-        slimllm.prune_model(stories.model, token_ids, PruneConfig(ratio=0.2))
+        slimllm.prune_model(stories.model, token_ids, PruneConfig(0.2, "slimllm"))
     damaged = random_llama()
     with torch.no_grad():
         damaged.model.norm.weight[0] = torch.nan
     with pytest.raises(InputError, match=r"model\.norm\.weight .*NaN"):
-        slimllm.prune_model(damaged, token_ids % 128, PruneConfig(ratio=0.2))
+        slimllm.prune_model(damaged, token_ids % 128, PruneConfig(0.2, "slimllm"))
     assert all(torch.equal(tensor, before[name]) for name, tensor in stories.state_dict().items())

@@ -80,7 +80,7 @@ def test_compared_with_others(forgotten: None, tmp_path: Path, capsys: pytest.Ca
     differ = [name for name in found["0"] if found["0"][name] != found["1"][name]]
     assert differ == ["own-score + bias"]
     rows = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
-    assert "criterion own-score (power 0.0), allocation layer-importance, recovery bias" in {row["methods"] for row in rows}
+    assert "criterion own-score (power 0.0), allocation auto, recovery bias" in {row["methods"] for row in rows}
     assert {row["samples"] for row in rows} == {4}
     code, _, err = call(capsys, "compare", STORIES, *SMALL, "--method", "slimllm", "--own-score.power", "2")
     assert code == 2 and "--own-score.power is an option of own-score, which this run does not use" in err
@@ -105,7 +105,7 @@ def test_measured(forgotten: None) -> None:
     score = CRITERIA.make("own-score", {"power": 2.0})
     row = measure(Setting(str(STORIES), samples=4, seq_len=32, criterion=score, plugins=(plugin,)))
     assert row["criterion"] == "own-score" and row["method_settings"]["criterion"] == {"power": 2.0}
-    assert row["allocation"] == "layer-importance" and row["times_floor"] > 0 and json.dumps(row)
+    assert row["allocation"] == "auto" and row["times_floor"] > 0 and json.dumps(row)
 
 
 def test_measured_by_the_command(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,8 @@ def test_padding_changes_nothing(family: str, head_unit: str, tmp_path: Path) ->
     """Layers of different heads and widths; biases only where the family's own architecture has a place for them."""
     recovery = "lstsq" if family == "llama" else "none"
     settings = PruneConfig(
-        ratio=0.5,
+        0.5,
+        "slimllm",
         recovery=recovery,
         head_unit=head_unit,
         round_to=1,
@@ -47,7 +48,9 @@ def test_padding_changes_nothing(family: str, head_unit: str, tmp_path: Path) ->
 @pytest.mark.parametrize("family", ["gemma2", "opt"])
 def test_padding_to_a_number_of_heads_that_is_taken(family: str, tmp_path: Path) -> None:
     """Gemma's must divide the hidden size, OPT's make it up; none of the layers has so many."""
-    settings = PruneConfig(ratio=0.5, recovery="none", head_unit="query", round_to=1, calibration=IDS, allocation="uniform")
+    settings = PruneConfig(
+        0.5, "slimllm", recovery="none", head_unit="query", round_to=1, calibration=IDS, allocation="uniform"
+    )
     model = tiny(family, num_attention_heads=6, num_key_value_heads=6, head_dim=8)
     report = slimllm.prune(saved(model, tmp_path / "dense"), tmp_path / "out", settings)
     assert len({one["num_heads"] for one in report.layers}) == 1
@@ -172,7 +175,7 @@ def test_gguf_of_another_family(tmp_path: Path) -> None:
     slimllm.prune(
         tmp_path / "dense",
         tmp_path / "out",
-        PruneConfig(ratio=0.3, allocation="uniform", recovery="lstsq", bias="no", calibration=ids),
+        PruneConfig(0.3, "slimllm", allocation="uniform", recovery="lstsq", bias="no", calibration=ids),
     )
     assert export(tmp_path / "out", tmp_path / "m.gguf", "gguf") == "gemma3"
     reader, tensors = read(tmp_path / "m.gguf")
@@ -239,7 +242,7 @@ def test_added_tokens_of_gguf(tmp_path: Path, told: list[str]) -> None:
 def test_gguf_of_another_family_has_equal_sizes(tmp_path: Path) -> None:
     saved(tiny("gemma3_text", **GEMMA3), tmp_path / "dense")
     slimllm.prune(
-        tmp_path / "dense", tmp_path / "out", PruneConfig(ratio=0.3, recovery="lstsq", bias="no", calibration=IDS)
+        tmp_path / "dense", tmp_path / "out", PruneConfig(0.3, "slimllm", recovery="lstsq", bias="no", calibration=IDS)
     )
     with pytest.raises(InputError, match=r"all layers and without biases; prune with --for llama\.cpp"):
         export(tmp_path / "out", tmp_path / "m.gguf", "gguf")

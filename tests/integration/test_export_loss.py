@@ -77,7 +77,7 @@ def test_biases_of_zero_need_no_place(family: str, needed: str, tmp_path: Path) 
     slimllm.prune(
         saved(tiny(family), tmp_path / "dense"),
         tmp_path / "out",
-        PruneConfig(ratio=0.4, allocation="uniform", calibration=IDS),
+        PruneConfig(0.4, "slimllm", allocation="uniform", calibration=IDS),
     )
     endings = ("down_proj.bias",) if needed == "o_proj.bias" else ("down_proj.bias", "o_proj.bias")
     change_weights(tmp_path / "out", zero(*endings))
@@ -104,7 +104,7 @@ def test_a_place_that_must_be_filled_is_filled(tmp_path: Path) -> None:
     """Qwen2 has biases of q, k and v; if they are 0, they are written all the same."""
     folder = saved(tiny("qwen2"), tmp_path / "dense")
     change_weights(folder, zero(".bias"))
-    slimllm.prune(folder, tmp_path / "out", PruneConfig(ratio=0.4, allocation="uniform", calibration=IDS))
+    slimllm.prune(folder, tmp_path / "out", PruneConfig(0.4, "slimllm", allocation="uniform", calibration=IDS))
     change_weights(tmp_path / "out", zero(".bias"))
     assert export(tmp_path / "out", tmp_path / "stock", "stock") == "qwen2"
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "stock")]

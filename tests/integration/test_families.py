@@ -42,7 +42,7 @@ def test_every_family_is_here() -> None:
 def test_the_engine_computes_what_the_model_does(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
     """From the checkpoint, layer by layer: embeddings, masks, rotary embeddings, norms, soft caps and the head."""
     model = tiny(family)
-    report = slimllm.prune(saved(model, tmp_path / "dense"), tmp_path / "out", PruneConfig(ratio=0.3, calibration=ids))
+    report = slimllm.prune(saved(model, tmp_path / "dense"), tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=ids))
     used = ids[: report.calibration["perplexity_tokens"] // ids.shape[1]]
     with torch.no_grad():
         loss = float(model(used, labels=used).loss)
@@ -58,8 +58,12 @@ def test_the_engine_computes_what_the_model_does(family: str, ids: torch.Tensor,
 def test_in_memory_and_reloaded(family: str, ids: torch.Tensor, tmp_path: Path, settings: dict[str, Any]) -> None:
     model = tiny(family)
     folder = saved(model, tmp_path / "dense")
-    slimllm.prune(folder, tmp_path / "out", PruneConfig(ratio=0.4, calibration=ids, round_to=1, **settings))
-    slimllm.prune_model(model, ids, PruneConfig(ratio=0.4, round_to=1, **settings))
+    slimllm.prune(
+        folder,
+        tmp_path / "out",
+        PruneConfig(**{"ratio": 0.4, "preset": "slimllm", "calibration": ids, "round_to": 1, **settings}),
+    )
+    slimllm.prune_model(model, ids, PruneConfig(**{"ratio": 0.4, "preset": "slimllm", "round_to": 1, **settings}))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-5)
     model.save_pretrained(tmp_path / "again")
@@ -76,7 +80,9 @@ def test_recovery_has_the_error_that_it_reports(family: str, ids: torch.Tensor, 
     """Against raw activations: the output projections' outputs in the first layer, before and after."""
     model = tiny(family)
     pruned = copy.deepcopy(model)
-    settings = PruneConfig(ratio=0.45, recovery=recovery, allocation="uniform", token_weights=token_weights, round_to=1)
+    settings = PruneConfig(
+        0.45, "slimllm", recovery=recovery, allocation="uniform", token_weights=token_weights, round_to=1
+    )
     report, spec = slimllm.prune_model(pruned, ids, settings), family_of(family)
     between = copy.deepcopy(pruned)  # the FFN as it was, behind the pruned attention
     projections = {"attention": spec.o_proj, "ffn": spec.down_proj}
@@ -132,7 +138,7 @@ def test_a_norm_between_says_which_outputs_count(ids: torch.Tensor) -> None:
     hook.remove()
     wanted = project.weight[5].detach().abs() * found[0].norm(dim=0)
     for criterion in ("wanda-sp", "obs"):
-        settings = PruneConfig(ratio=0.1, criterion=criterion, recovery="lstsq", allocation="uniform", round_to=1)
+        settings = PruneConfig(0.1, "slimllm", criterion=criterion, recovery="lstsq", allocation="uniform", round_to=1)
         first = slimllm.prune_model(copy.deepcopy(model), ids, settings).layers[0]
         assert first["num_heads"] == 6 and first["intermediate_size"] < 96
         scores = torch.tensor(first["channel_importance"])
@@ -146,7 +152,7 @@ def test_a_norm_between_says_which_outputs_count(ids: torch.Tensor) -> None:
 def test_lora_trains_is_saved_and_merges(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    settings = PruneConfig(ratio=0.4, calibration=ids, round_to=1)
+    settings = PruneConfig(0.4, "slimllm", calibration=ids, round_to=1)
     slimllm.prune(saved(tiny(family), tmp_path / "dense"), tmp_path / "out", settings)
     model, spec = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), family_of(family)
     targets = [name.rpartition(".")[2] for name in (spec.q_proj, spec.v_proj, spec.o_proj, spec.up_proj, spec.down_proj)]
@@ -187,7 +193,9 @@ def test_loads_without_slimllm(ids: torch.Tensor, tmp_path: Path) -> None:
     expected = {}
     for family in PECULIAR:
         slimllm.prune(
-            saved(tiny(family), tmp_path / f"dense-{family}"), tmp_path / family, PruneConfig(ratio=0.3, calibration=ids)
+            saved(tiny(family), tmp_path / f"dense-{family}"),
+            tmp_path / family,
+            PruneConfig(0.3, "slimllm", calibration=ids),
         )
         expected[family] = logits(AutoModelForCausalLM.from_pretrained(tmp_path / family), ids)
     save_file({"ids": ids}, tmp_path / "ids.safetensors")
@@ -227,7 +235,13 @@ def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
 ) -> None:
     model = tiny(family, **changes)
     folder = saved(model, tmp_path / "dense")
-    settings: dict[str, Any] = {"ratio": 0.45, "recovery": recovery, "allocation": "uniform", "round_to": 1}
+    settings: dict[str, Any] = {
+        "ratio": 0.45,
+        "preset": "slimllm",
+        "recovery": recovery,
+        "allocation": "uniform",
+        "round_to": 1,
+    }
     report = slimllm.prune(folder, tmp_path / "out", PruneConfig(calibration=ids, **settings))
     assert len({(one["num_heads"], one["intermediate_size"]) for one in report.layers}) == 1
     assert report.format == wanted or not wanted
@@ -247,7 +261,7 @@ def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
             assert torch.allclose(logits(other, ids), logits(loaded, ids), atol=1e-5)
     slimllm.prune_model(model, ids, PruneConfig(**settings))
     assert torch.allclose(logits(loaded, ids), logits(model, ids), atol=1e-5)
-    again = slimllm.prune(tmp_path / "out", tmp_path / "again", PruneConfig(ratio=0.2, calibration=ids, round_to=1))
+    again = slimllm.prune(tmp_path / "out", tmp_path / "again", PruneConfig(0.2, "slimllm", calibration=ids, round_to=1))
     assert again.achieved_ratio == pytest.approx(0.2, rel=0.03)
 
 
@@ -255,7 +269,7 @@ def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
 def test_plan_from_the_configuration_alone(kind: str, tmp_path: Path) -> None:
     settings = {name: value for name, value in COMMON.items() if kind != "phi3" or name != "head_dim"}
     AutoConfig.for_model(kind, **of_this_version({**settings, **PECULIAR.get(kind, {})})).save_pretrained(tmp_path)
-    found = forecast(str(tmp_path), PruneConfig(ratio=0.3), for_gpu=True)  # whose time is not known, nor measured
+    found = forecast(str(tmp_path), PruneConfig(0.3, "slimllm"), for_gpu=True)  # whose time is not known, nor measured
     assert found.num_layers == 4 and found.plan.peak_host > 0
 
 
@@ -266,7 +280,7 @@ def test_a_family_that_promises_too_much_is_refused(
     """Before anything is pruned: its own class would have no place for a tensor that is written."""
     family = "qwen2" if "stock_holds" in wrong else "opt"
     monkeypatch.setitem(FAMILIES, family, dataclasses.replace(FAMILIES[family], **wrong))
-    settings = PruneConfig(ratio=0.45, allocation="uniform", calibration=ids, round_to=1)
+    settings = PruneConfig(0.45, "slimllm", allocation="uniform", calibration=ids, round_to=1)
     with pytest.raises(InputError, match=f"description of {family} in slimllm/models/families is wrong"):
         slimllm.prune(saved(tiny(family), tmp_path / "dense"), tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()

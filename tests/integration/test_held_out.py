@@ -30,7 +30,17 @@ def tokenizer() -> Any:
 
 
 def drawn(tokenizer: Any, text: Path, samples: int, **settings: Any) -> tuple[Calibration, list[str]]:
-    config = PruneConfig(ratio=0.2, calibration=text, samples=samples, seq_len=32, bos="never", **settings)
+    config = PruneConfig(
+        **{
+            "ratio": 0.2,
+            "preset": "slimllm",
+            "calibration": text,
+            "samples": samples,
+            "seq_len": 32,
+            "bos": "never",
+            **settings,
+        }
+    )
     with logged() as told:
         return calibration_windows(config, tokenizer, open_checkpoint(STORIES).config), told
 
@@ -71,14 +81,14 @@ def test_windows_in_the_statistics_do_not_depend_on_those_held_out(tokenizer: An
     ],
 )
 def test_wide_layers_get_two_tokens_for_a_channel(settings: dict[str, Any], channels: int, wanted: int) -> None:
-    assert samples_for(PruneConfig(ratio=0.2, **settings), channels) == wanted
+    assert samples_for(PruneConfig(**{"ratio": 0.2, "preset": "slimllm", **settings}), channels) == wanted
 
 
 def test_a_short_text_gives_fewer_windows(tokenizer: Any, tmp_path: Path) -> None:
     """A tenth of its windows is held out. Fewer than the usual number are refused, and so is a given number."""
     model_config = open_checkpoint(STORIES).config
     text = tmp_path / "text.txt"
-    config = PruneConfig(ratio=0.2, calibration=text, seq_len=32, bos="never")
+    config = PruneConfig(0.2, "slimllm", calibration=text, seq_len=32, bos="never")
     for length in (60, 20):
         text.write_text(tokenizer.decode(tokenize(tokenizer, ["word " * 4000], "never")[: length * 32 + 5]))
         there = len(tokenize(tokenizer, [text.read_text()], "never")) // 32
@@ -96,9 +106,11 @@ def test_a_short_text_gives_fewer_windows(tokenizer: Any, tmp_path: Path) -> Non
 def test_the_report_has_the_number_that_was_taken(tmp_path: Path) -> None:
     """Two tokens for each of 172 channels are 43 windows of 8 tokens."""
     settings = {"ratio": 0.2, "seq_len": 8}
-    report = slimllm.prune(STORIES, tmp_path / "out", PruneConfig(preset="best", **settings))
+    report = slimllm.prune(STORIES, tmp_path / "out", PruneConfig(**settings))
     assert report.calibration["samples"] == 43
-    assert slimllm.prune(STORIES, tmp_path / "other", PruneConfig(**settings)).calibration["samples"] == 32
+    assert (
+        slimllm.prune(STORIES, tmp_path / "other", PruneConfig(preset="slimllm", **settings)).calibration["samples"] == 32
+    )
 
 
 @pytest.mark.parametrize("preset", ["paper", "best"])
@@ -130,7 +142,7 @@ def test_it_is_the_same_wherever_hidden_states_live(stories: Any, token_ids: tor
     losses = []
     for place, batch_size in (("device", 1), ("disk", 3)):
         calibration = Calibration(token_ids[:8], token_ids[8:13])
-        config = PruneConfig(ratio=0.3, batch_size=batch_size)
+        config = PruneConfig(0.3, "slimllm", batch_size=batch_size)
         pruning = pruned(copy.deepcopy(stories), calibration, config, Placement(states=place))
         losses.append((pruning.dense.loss, pruning.loss))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0][1] > losses[0][0]

@@ -183,7 +183,7 @@ def test_float32_is_not_told_to_compute_in_float32(folder: Path, tmp_path: Path)
     tensors["model.layers.2.mlp.down_proj.weight"] *= 1e38
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HopelessError, match=r"computed in float32; its weights are out of all proportion"):
-        slimllm.prune(folder, tmp_path / "out", PruneConfig(ratio=0.2, samples=2, seq_len=16))
+        slimllm.prune(folder, tmp_path / "out", PruneConfig(0.2, "slimllm", samples=2, seq_len=16))
 
 
 def test_a_tokenizer_of_a_larger_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +279,7 @@ def test_settings_of_another_kind(folder: Path, capsys: pytest.CaptureFixture[st
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pruned") / "out"
-    slimllm.prune(STORIES, out, PruneConfig(ratio=0.3, samples=2, seq_len=32))
+    slimllm.prune(STORIES, out, PruneConfig(0.3, "slimllm", samples=2, seq_len=32))
     return out
 
 
@@ -425,7 +425,7 @@ def test_names_in_a_model_card(tmp_path: Path) -> None:
     assert block.startswith("````\n") and block.endswith("\n````")
     model = tmp_path / "a`b<i>\n## Bought"
     shutil.copytree(STORIES, model)
-    slimllm.prune(model, tmp_path / "out", PruneConfig(ratio=0.2, samples=2, seq_len=16))
+    slimllm.prune(model, tmp_path / "out", PruneConfig(0.2, "slimllm", samples=2, seq_len=16))
     card = (tmp_path / "out" / "README.md").read_text()
     outside = "".join(card.split("```")[::2])
     assert "# a\\`b\\<i\\> \\#\\# Bought, pruned by" in card and "\n## Bought" not in outside and "<i>" not in outside

@@ -31,7 +31,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("settings", [{"recovery": "lstsq"}, {"preset": "best"}])
 def test_stock_architectures(family: str, settings: dict[str, str], tmp_path: Path) -> None:
     source = saved(tiny(family), tmp_path / "dense")
-    common: dict[str, Any] = {"ratio": 0.3, "allocation": "uniform", "bias": "no", **settings}
+    common: dict[str, Any] = {"ratio": 0.3, "preset": "slimllm", "allocation": "uniform", "bias": "no", **settings}
     slimllm.prune(source, tmp_path / "out", PruneConfig(**common, calibration=IDS))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == family
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
@@ -61,7 +61,7 @@ def test_a_run_says_why_equal_sizes_are_not_stock(
     changes: dict[str, int], bias: str, sentence: str | None, tmp_path: Path, told: list[str]
 ) -> None:
     source = saved(tiny("gemma3_text", **changes), tmp_path / "dense")
-    settings = PruneConfig(ratio=0.2, allocation="uniform", recovery="lstsq", bias=bias, calibration=IDS)
+    settings = PruneConfig(0.2, "slimllm", allocation="uniform", recovery="lstsq", bias=bias, calibration=IDS)
     report = slimllm.prune(source, tmp_path / "out", settings)
     assert report.format == ("slim_gemma3_text" if sentence else "gemma3_text")
     why = [one for one in told if one.startswith("The result has the native format, because")]
@@ -70,7 +70,7 @@ def test_a_run_says_why_equal_sizes_are_not_stock(
 
 def test_layers_of_different_sizes_can_be_padded(tmp_path: Path) -> None:
     source = saved(tiny("qwen3", attention_bias=False), tmp_path / "dense")
-    slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, recovery="lstsq", bias="no", calibration=IDS))
+    slimllm.prune(source, tmp_path / "out", PruneConfig(0.3, "slimllm", recovery="lstsq", bias="no", calibration=IDS))
     assert export(tmp_path / "out", tmp_path / "padded", "padded") == "qwen3"
     padded = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
     slim = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
@@ -81,7 +81,7 @@ def test_existing_biases_are_used(tmp_path: Path) -> None:
     """OPT has all biases, so that nothing changes for it."""
     source = saved(tiny("opt"), tmp_path / "dense")
     for bias in ("yes", "no"):
-        settings = PruneConfig(ratio=0.3, recovery="lstsq", bias=bias, calibration=IDS)
+        settings = PruneConfig(0.3, "slimllm", recovery="lstsq", bias=bias, calibration=IDS)
         slimllm.prune(source, tmp_path / bias, settings)
     one, two = (
         {file.name: file.read_bytes() for file in (tmp_path / bias).glob("*.safetensors")} for bias in ("yes", "no")
@@ -108,7 +108,7 @@ def test_settings(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="recovery bias works by its bias; with bias no give recovery lstsq"):
         PruneConfig(ratio=0.3, criterion="flap", recovery="bias", bias="no")
     with pytest.raises(InputError, match=r"recovery affine works by its bias; .* \(or the preset best\) or none"):
-        PruneConfig(ratio=0.3, bias="no")
+        PruneConfig(ratio=0.3, preset="slimllm", bias="no")
     with pytest.raises(InputError, match="bias must be one of auto, yes, no"):
         PruneConfig(ratio=0.3, bias="maybe")
     assert "bias='no'" in repr(PruneConfig(ratio=0.3, recovery="lstsq", bias="no")) and "bias" not in repr(

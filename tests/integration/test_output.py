@@ -29,7 +29,7 @@ def test_reload_is_the_model_in_memory(
 ) -> None:
     report = slimllm.prune(stories_path, tmp_path / "out", config(token_ids, head_unit=head_unit))
     assert report.format == "slim_llama"
-    slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3, head_unit=head_unit))
+    slimllm.prune_model(stories, token_ids, PruneConfig(0.3, "slimllm", head_unit=head_unit))
     local, _ = slimllm.load(tmp_path / "out", device="cpu")
     assert torch.equal(logits(local, token_ids[:4]), logits(stories, token_ids[:4]))
 
@@ -58,7 +58,7 @@ assert type(again).__module__.startswith("transformers_modules") and "slimllm" n
 
 def test_loads_without_slimllm(stories_path: Path, stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
     slimllm.prune(stories_path, tmp_path / "out", config(token_ids))
-    slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3))
+    slimllm.prune_model(stories, token_ids, PruneConfig(0.3, "slimllm"))
     save_file({"ids": token_ids[:2]}, tmp_path / "ids.safetensors")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(
@@ -105,7 +105,7 @@ def test_save_pretrained_round_trip(stories_path: Path, token_ids: torch.Tensor,
 
 
 def test_model_in_memory_saves_and_reloads(stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
-    slimllm.prune_model(stories, token_ids, PruneConfig(ratio=0.3))
+    slimllm.prune_model(stories, token_ids, PruneConfig(0.3, "slimllm"))
     stories.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     assert torch.equal(logits(again, token_ids[:2]), logits(stories, token_ids[:2]))
@@ -123,7 +123,7 @@ def test_a_pruned_checkpoint_can_be_pruned_again(stories_path: Path, token_ids: 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=True)
     assert sum(p.numel() for p in model.parameters()) == second.parameters["after"]
     in_memory, _ = slimllm.load(tmp_path / "once", device="cpu")
-    slimllm.prune_model(in_memory, token_ids, PruneConfig(ratio=0.2))
+    slimllm.prune_model(in_memory, token_ids, PruneConfig(0.2, "slimllm"))
     assert torch.equal(logits(in_memory, token_ids[:2]), logits(model, token_ids[:2]))
 
 
@@ -168,6 +168,7 @@ def test_uniform_sizes_are_written_as_stock_models(
 ) -> None:
     """seed_oss has a home for every bias and any number of heads; llama only where the heads divide the width."""
     settings = {
+        "preset": "slimllm",
         "recovery": recovery,
         "ratio": ratio,
         "round_to": 43,
@@ -216,7 +217,7 @@ def test_peculiar_models_round_trip(tmp_path: Path, peculiarity: str, head_unit:
     model = random_llama(3, **{"num_key_value_heads": 2, **PECULIAR[peculiarity]})
     model.save_pretrained(tmp_path / "dense")
     token_ids = torch.randint(0, 128, (6, 40), generator=torch.Generator().manual_seed(0))
-    settings = {"ratio": 0.3, "head_unit": head_unit}
+    settings = {"ratio": 0.3, "preset": "slimllm", "head_unit": head_unit}
     report = slimllm.prune(tmp_path / "dense", tmp_path / "out", PruneConfig(calibration=token_ids, **settings))
     assert report.achieved_ratio == pytest.approx(0.3, rel=0.02)
     slimllm.prune_model(model, token_ids, PruneConfig(**settings))

@@ -35,7 +35,7 @@ from slimllm.runtime.hidden_states import Placement
 from slimllm.runtime.progress import Progress
 from slimllm.statistics import ColumnStatistics, GramStatistics, HeadStatistics, PairedMoments
 
-SETTINGS: dict[str, Any] = {"ratio": 0.3, "samples": 11, "seq_len": 64, "batch_size": 3}
+SETTINGS: dict[str, Any] = {"ratio": 0.3, "preset": "slimllm", "samples": 11, "seq_len": 64, "batch_size": 3}
 
 
 def test_shares() -> None:
@@ -186,7 +186,7 @@ def _prune_in_memory(group: Any, out: str, windows: int = 5, different: bool = F
     rank = Ranks(group).rank
     model = random_llama()
     ids = torch.randint(128, (windows, 16), generator=torch.Generator().manual_seed(rank if different else 0))
-    report = prune_model(model, ids, PruneConfig(ratio=0.3), group=group)
+    report = prune_model(model, ids, PruneConfig(0.3, "slimllm"), group=group)
     save_file(model.state_dict(), f"{out}-{rank}")
     return [_kept(report.layers), {key: round(value, 2) for key, value in report.calibration.items() if "perp" in key}]
 

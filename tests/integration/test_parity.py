@@ -87,12 +87,12 @@ def check_fit(
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
 def test_gqa(stories: Any, token_ids: torch.Tensor, head_unit: str, ratio: float) -> None:
-    check_parity(stories, token_ids, PruneConfig(ratio=ratio, head_unit=head_unit))
+    check_parity(stories, token_ids, PruneConfig(ratio, "slimllm", head_unit=head_unit))
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5])
 def test_mha(stories: Any, token_ids: torch.Tensor, ratio: float) -> None:
-    check_parity(as_mha(stories), token_ids, PruneConfig(ratio=ratio))
+    check_parity(as_mha(stories), token_ids, PruneConfig(ratio, "slimllm"))
 
 
 def test_paper_preset_keeps_the_lowest_percent(stories: Any, token_ids: torch.Tensor) -> None:
@@ -105,11 +105,11 @@ def test_hard_statistics(seed: int, kv_heads: int) -> None:
     """Means far larger than spreads, dead and dominating channels, biases of every kind."""
     model = random_llama(seed, num_key_value_heads=kv_heads)
     token_ids = torch.randint(0, 128, (6, 40), generator=torch.Generator().manual_seed(seed))
-    check_parity(model, token_ids, PruneConfig(ratio=0.4))
+    check_parity(model, token_ids, PruneConfig(0.4, "slimllm"))
 
 
 def test_fewer_tokens_than_channels(stories: Any, token_ids: torch.Tensor) -> None:
-    check_parity(stories, token_ids[:1, :50], PruneConfig(ratio=0.3))
+    check_parity(stories, token_ids[:1, :50], PruneConfig(0.3, "slimllm"))
 
 
 def test_greedy_search_does_exchange() -> None:
@@ -134,6 +134,6 @@ def test_greedy_search_does_exchange() -> None:
 
 
 def test_public_function_agrees_with_the_loop(stories: Any, token_ids: torch.Tensor) -> None:
-    layers, _, _ = run_engine(stories, token_ids, PruneConfig(ratio=0.3))
-    report = slimllm.prune_model(copy.deepcopy(stories), token_ids, PruneConfig(ratio=0.3))
+    layers, _, _ = run_engine(stories, token_ids, PruneConfig(0.3, "slimllm"))
+    report = slimllm.prune_model(copy.deepcopy(stories), token_ids, PruneConfig(0.3, "slimllm"))
     assert [layer["kept_channels"] for layer in report.layers] == [layer["kept_channels"] for layer in layers]

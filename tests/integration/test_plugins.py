@@ -107,10 +107,10 @@ def test_the_package_from_python(installed: dict[str, str], tmp_path: Path) -> N
     code = f"""
 import slimllm
 from their_pruning import TheirScore
-by_name = slimllm.PruneConfig(ratio=0.3, samples=4, criterion="their-score")
+by_name = slimllm.PruneConfig(0.3, 'slimllm', samples=4, criterion="their-score")
 assert by_name.criterion == TheirScore() and by_name.criterion != TheirScore(power=3)
 slimllm.prune({str(STORIES)!r}, "by_name", by_name)
-slimllm.prune({str(STORIES)!r}, "made", slimllm.PruneConfig(ratio=0.3, samples=4, criterion=TheirScore()))
+slimllm.prune({str(STORIES)!r}, "made", slimllm.PruneConfig(0.3, "slimllm", samples=4, criterion=TheirScore()))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=installed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -186,7 +186,9 @@ def test_names(forgotten: None) -> None:
 def test_options_that_cannot_be(
     words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, err = call(capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.2", *words)
+    code, _, err = call(
+        capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.2", "--preset", "slimllm", *words
+    )
     assert code == 2 and sentence in " ".join(err.replace("│", " ").split()), err
     assert not (tmp_path / "out").exists()
 
@@ -266,7 +268,7 @@ class Good(Criterion):
     "words", [["--slimllm.keep-lowest", "0.25"], ["--slimllm.keep-lowest=0.25", "--layer-importance.published"]]
 )
 def test_options_stand_anywhere(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    others = ("--ratio", "0.2", "--out", tmp_path / "out", "--samples", "4", "--quiet")
+    others = ("--ratio", "0.2", "--preset", "slimllm", "--out", tmp_path / "out", "--samples", "4", "--quiet")
     code, _, err = call(capsys, "prune", *words, STORIES, *others)
     assert code == 0, err
     assert slimllm.PruneReport.read(tmp_path / "out").config["method_settings"]["criterion"] == {"keep_lowest": 0.25}

@@ -29,7 +29,7 @@ from slimllm.models.families import FAMILIES
 
 
 def pruned(source: Path, out: Path, **settings: Any) -> str:
-    given: dict[str, Any] = {"ratio": 0.3, "calibration": IDS, **settings}
+    given: dict[str, Any] = {"ratio": 0.3, "preset": "slimllm", "calibration": IDS, **settings}
     return slimllm.prune(source, out, PruneConfig(**given)).format
 
 
@@ -215,7 +215,7 @@ def test_a_rotary_embedding_that_gguf_cannot_store(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_what_follows() -> None:
-    notes = forecast("llama-7b", PruneConfig(ratio=0.2, program="vllm")).notes
+    notes = forecast("llama-7b", PruneConfig(0.2, "slimllm", program="vllm")).notes
     assert [note.split(",")[0] for note in notes] == [
         "For vLLM: all layers lose the same",
         "For vLLM: the recovery is lstsq without biases",
@@ -226,14 +226,14 @@ def test_the_plan_says_what_follows() -> None:
 
 def test_in_memory() -> None:
     model = tiny("qwen3")
-    report = slimllm.prune_model(model, IDS, PruneConfig(ratio=0.3, program="transformers"))
+    report = slimllm.prune_model(model, IDS, PruneConfig(0.3, "slimllm", program="transformers"))
     assert (report.format, report.config["bias"], report.config["recovery"]) == ("qwen3", "no", "lstsq")
 
 
 @pytest.mark.parametrize(("program", "step", "by_three"), [(None, 4, 6), ("vllm", 16, 48), ("llama.cpp", 32, 3)])
 def test_widths_that_the_program_can_quantise(program: str | None, step: int, by_three: int) -> None:
     smollm2 = LayerShape(3, 294_912, 1536, 1728, 3_540_096, 0, 0, True)
-    powers = PruneConfig(ratio=0.3, program=program).roundings
+    powers = PruneConfig(0.3, "slimllm", program=program).roundings
     assert default_rounding(1_062_029, [smollm2], 1, powers) == step
     assert default_rounding(1_062_029, [smollm2], 3, powers) == by_three
     narrow = dataclasses.replace(smollm2, channels=500)

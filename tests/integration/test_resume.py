@@ -297,7 +297,7 @@ def _child(out: Path, resume: bool, limit: int | None, samples: int) -> None:
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        prune(STORIES, out, PruneConfig(ratio=0.3, samples=samples, seq_len=64), resume=resume, command="the command")
+        prune(STORIES, out, PruneConfig(0.3, "slimllm", samples=samples, seq_len=64), resume=resume, command="the command")
     except OutputError as error:
         out.with_name("error").write_text(str(error))
         os._exit(2)

@@ -30,7 +30,7 @@ finally:
         (["prune", "model", "--out", "x", "--ratio", "much"], 2, "is not a number"),
         (["prune", "model", "--out", "x", "--ratio", "2"], 2, "must lie between 0 and 1, got 2.0"),
         (["prune", "model", "--out", "x", "--ratio", "0.2", "--sample", "3"], 2, "Did you mean --samples?"),
-        (["prune", "model", "--out", "x", "--ratio", "0.2", "--preset", "bset"], 2, "one of default, paper, best"),
+        (["prune", "model", "--out", "x", "--ratio", "0.2", "--preset", "bset"], 2, "one of best, slimllm, paper"),
         (["plan", "model", "--host-memory", "much"], 2, "host_memory is an amount of memory"),
         (["finetune", "model", "--data", "x", "--out", "y", "--epochs", "0"], 2, "epochs must be at least 1"),
     ],

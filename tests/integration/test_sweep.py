@@ -67,14 +67,14 @@ def test_points_are_those_of_single_runs(token_ids: torch.Tensor, tmp_path: Path
         [0.4],
         config(token_ids),
         tokens,
-        presets=["default", "best"],
+        presets=["slimllm", "best"],
         prompt=16,
         new_tokens=3,
         rounds=1,
         keep=tmp_path / "kept",
         on_point=told.append,
     )
-    assert [(point.preset, point.ratio) for point in points] == [("dense", 0.0), ("default", 0.4), ("best", 0.4)]
+    assert [(point.preset, point.ratio) for point in points] == [("dense", 0.0), ("slimllm", 0.4), ("best", 0.4)]
     assert sorted(map(str, told)) == sorted(map(str, points))
     prune(STORIES, tmp_path / "alone", config(token_ids, ratio=0.4, preset="best"))
     model = load(tmp_path / "alone")[0]
@@ -82,7 +82,7 @@ def test_points_are_those_of_single_runs(token_ids: torch.Tensor, tmp_path: Path
     assert last.perplexity == perplexity(model, tokens) == perplexity(load(tmp_path / "kept/best/0.4")[0], tokens)
     assert last.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert last.decode_speedup > 0 and last.prefill_per_s > 0 and points[0].decode_speedup == 1.0
-    again = sweep(STORIES, [0.4], config(token_ids), tokens, presets=["default", "best"], done=points, rounds=1)
+    again = sweep(STORIES, [0.4], config(token_ids), tokens, presets=["slimllm", "best"], done=points, rounds=1)
     assert again == points  # nothing is measured twice
 
 
@@ -100,7 +100,7 @@ def test_interrupted_while_it_measures(token_ids: torch.Tensor, tmp_path: Path) 
 
     with pytest.raises(KeyboardInterrupt):
         sweep(STORIES, [0.2, 0.4], config(token_ids), tokens, on_point=stop, **quick)
-    assert (tmp_path / "kept" / "default" / "0.2" / "report.json").is_file()
+    assert (tmp_path / "kept" / "slimllm" / "0.2" / "report.json").is_file()
     points = sweep(STORIES, [0.2, 0.4], config(token_ids), tokens, done=told[:1], **quick)  # as if it had not been written
     assert [point.ratio for point in points] == [0.0, 0.2, 0.4]
     assert points[1].perplexity == told[1].perplexity
@@ -109,7 +109,7 @@ def test_interrupted_while_it_measures(token_ids: torch.Tensor, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"presets": ["default", "bets"]}, "'bets' is not a method"),
+        ({"presets": ["slimllm", "bets"]}, "'bets' is not a method"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"prompt": 500}, "500 tokens and 32 new ones are more than"),
         ({"seq_len": 9999}, "seq_len is 9999"),
@@ -152,10 +152,10 @@ def test_kept_models_before_the_first_point(
         patch.setattr("slimllm.experiments.sweep.measure_latency", fail)
         code, _, words = call(capsys, "sweep", STORIES, *options)
     assert code == 2 and "The power failed" in words
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["default"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["best"]
     code, _, words = call(capsys, "sweep", STORIES, *options)
     assert code == 0, words
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"default", "sweep.jsonl", "sweep.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"best", "sweep.jsonl", "sweep.png"}
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,11 +176,11 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ]
     options += ["--rounds", "1"]
     code, words, _ = call(capsys, "sweep", STORIES, "--ratio", "0.2", *options)
-    assert code == 0 and "default" in words and "0.2" in words
+    assert code == 0 and "best" in words and "0.2" in words
     assert {path.name for path in out.iterdir()} == {"sweep.jsonl", "sweep.png"}
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     lines = (out / "sweep.jsonl").read_text().splitlines()
-    assert [json.loads(line)["preset"] for line in lines] == ["dense", "default"]
+    assert [json.loads(line)["preset"] for line in lines] == ["dense", "best"]
 
     code, _, words = call(capsys, "sweep", STORIES, "--ratio", "0.4", *options)
     assert code == 2 and "holds a sweep already; add --resume" in words

@@ -73,7 +73,7 @@ def test_heads_of_a_random_model(head_unit: str, kv_heads: int, multiple_of: int
     """12 query heads; where every group has one, `query` is `kv-group`."""
     model = random_llama(1, num_attention_heads=12 if kv_heads < 6 else 6, num_key_value_heads=kv_heads)
     ids = torch.randint(0, 128, (6, 40), generator=torch.Generator().manual_seed(0))
-    settings = PruneConfig(ratio=0.5, head_unit=head_unit, heads_multiple_of=multiple_of, allocation="uniform")
+    settings = PruneConfig(0.5, "slimllm", head_unit=head_unit, heads_multiple_of=multiple_of, allocation="uniform")
     report = slimllm.prune_model(model, ids, settings)
     assert {layer[counted] % multiple_of for layer in report.layers} == {0}
     assert all(multiple_of <= layer["num_heads"] < layer["num_heads_before"] for layer in report.layers)

@@ -74,7 +74,7 @@ PICTURES = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("name", list(MODELS))
 def test_the_language_model_is_pruned_inside(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     source, out = made(name, tmp_path / "dense"), tmp_path / "out"
-    report = slimllm.prune(source, out, PruneConfig(ratio=0.3, calibration=IDS, **settings))
+    report = slimllm.prune(source, out, PruneConfig(**{"ratio": 0.3, "preset": "slimllm", "calibration": IDS, **settings}))
     assert report.format == name and report.achieved_ratio == pytest.approx(0.3, rel=0.04)
     dense, pruned = loaded(source), loaded(out)
     assert report.parameters["before"] == sum(p.numel() for p in dense.parameters())
@@ -88,7 +88,7 @@ def test_the_language_model_is_pruned_inside(name: str, settings: dict[str, Any]
     if name != "qwen2_5_vl":  # whose heads all stay
         alone = language_model(source)
         chosen = {key: report.config[key] for key in ("allocation", "recovery", "bias")}
-        slimllm.prune_model(alone, IDS, PruneConfig(ratio=0.3, **{**settings, **chosen}))
+        slimllm.prune_model(alone, IDS, PruneConfig(**{"ratio": 0.3, "preset": "slimllm", **settings, **chosen}))
         with torch.no_grad():
             assert torch.allclose(logits, alone(IDS).logits, atol=2e-4)
     # Pictures still count, and text is continued.
@@ -100,7 +100,7 @@ def test_the_language_model_is_pruned_inside(name: str, settings: dict[str, Any]
 @pytest.mark.parametrize("name", list(ALIKE))
 def test_others_of_the_same_kinds(name: str, tmp_path: Path) -> None:
     source, out = made(name, tmp_path / "dense"), tmp_path / "out"
-    report = slimllm.prune(source, out, PruneConfig(ratio=0.3, calibration=IDS))
+    report = slimllm.prune(source, out, PruneConfig(0.3, "slimllm", calibration=IDS))
     assert report.format == name and report.achieved_ratio == pytest.approx(0.3, rel=0.04)
     with torch.no_grad():
         assert torch.allclose(loaded(out)(IDS).logits, language_model(out)(IDS).logits, atol=1e-5)
@@ -109,7 +109,7 @@ def test_others_of_the_same_kinds(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_nothing_changes_where_nothing_is_removed(name: str, tmp_path: Path) -> None:
     source = made(name, tmp_path / "dense")
-    slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=1e-6, calibration=IDS, recovery="none"))
+    slimllm.prune(source, tmp_path / "out", PruneConfig(1e-6, "slimllm", calibration=IDS, recovery="none"))
     before, after = tensors(source), tensors(tmp_path / "out")
     assert set(before) == set(after) and all(torch.equal(before[one], after[one]) for one in before)
     of_pictures = [seen(loaded(folder), PICTURES[0]) for folder in (source, tmp_path / "out")]
@@ -118,7 +118,7 @@ def test_nothing_changes_where_nothing_is_removed(name: str, tmp_path: Path) -> 
 
 def test_heads_stay_where_the_class_computes_their_size(tmp_path: Path, told: list[str]) -> None:
     report = slimllm.prune(
-        made("qwen2_5_vl", tmp_path / "dense"), tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS)
+        made("qwen2_5_vl", tmp_path / "dense"), tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=IDS)
     )
     assert {layer["num_heads"] for layer in report.layers} == {6}
     name = "transformers' qwen2_5_vl"
@@ -127,16 +127,16 @@ def test_heads_stay_where_the_class_computes_their_size(tmp_path: Path, told: li
 
 def test_a_language_model_with_biases_becomes_another_class(tmp_path: Path) -> None:
     source = made("llava", tmp_path / "dense")
-    slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS))
+    slimllm.prune(source, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=IDS))
     assert loaded(tmp_path / "out").config.text_config.model_type == "seed_oss"
-    slimllm.prune(source, tmp_path / "for", PruneConfig(ratio=0.3, calibration=IDS, bias="no", recovery="lstsq"))
+    slimllm.prune(source, tmp_path / "for", PruneConfig(0.3, "slimllm", calibration=IDS, bias="no", recovery="lstsq"))
     assert loaded(tmp_path / "for").config.text_config.model_type in ("llama", "seed_oss")
-    again = slimllm.prune(tmp_path / "out", tmp_path / "again", PruneConfig(ratio=0.2, calibration=IDS))
+    again = slimllm.prune(tmp_path / "out", tmp_path / "again", PruneConfig(0.2, "slimllm", calibration=IDS))
     assert again.parameters["after"] < again.parameters["before"]
 
 
 def test_resumed_after_an_interruption(tmp_path: Path) -> None:
-    source, settings = made("gemma3", tmp_path / "dense"), PruneConfig(ratio=0.3, calibration=IDS)
+    source, settings = made("gemma3", tmp_path / "dense"), PruneConfig(0.3, "slimllm", calibration=IDS)
 
     def stop(event: Any) -> None:
         if isinstance(event, LayerPruned) and event.done == 2:
@@ -158,7 +158,7 @@ def test_everywhere_else(tmp_path: Path) -> None:
     source = made(name, tmp_path / "dense", vocab_size=512)
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
     (source / "preprocessor_config.json").write_text("{}")
-    assert "all layers lose the same" in forecast(str(source), PruneConfig(ratio=0.3)).notes[0]
+    assert "all layers lose the same" in forecast(str(source), PruneConfig(0.3, "slimllm")).notes[0]
     ran = CliRunner().invoke(app, ["prune", str(source), "--out", str(tmp_path / "out"), "--ratio", "0.3", "--no-page"])
     assert ran.exit_code == 0, ran.output
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
@@ -173,7 +173,7 @@ def test_everywhere_else(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a gemma3; only language models are fine-tuned"):
         finetune(tmp_path / "out", tmp_path / "data.jsonl", tmp_path / "tuned")
     with pytest.raises(InputError, match="contains more than a language model; save it with save_pretrained, and prune"):
-        slimllm.prune_model(AutoModelForImageTextToText.from_pretrained(source), IDS, PruneConfig(ratio=0.3))
+        slimllm.prune_model(AutoModelForImageTextToText.from_pretrained(source), IDS, PruneConfig(0.3, "slimllm"))
 
 
 def test_folders_of_other_layouts(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_folders_of_other_layouts(tmp_path: Path) -> None:
     settings = json.loads((source / "config.json").read_text())
     flat = {**settings.pop("text_config"), **settings}
     (source / "config.json").write_text(json.dumps(flat))
-    slimllm.prune(source, tmp_path / "flat", PruneConfig(ratio=0.3, calibration=IDS))
+    slimllm.prune(source, tmp_path / "flat", PruneConfig(0.3, "slimllm", calibration=IDS))
     assert loaded(tmp_path / "flat").config.text_config.intermediate_size < 96
     damaged = made("llava", tmp_path / "damaged")
     whole = tensors(damaged)
@@ -191,7 +191,7 @@ def test_folders_of_other_layouts(tmp_path: Path) -> None:
         {name.replace("layers.0", "layers.9"): tensor for name, tensor in whole.items()}, damaged / "model.safetensors"
     )
     with pytest.raises(InputError, match="has no language model under model"):
-        slimllm.prune(damaged, tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS))
+        slimllm.prune(damaged, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=IDS))
 
 
 def test_a_language_model_of_an_unknown_family(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_language_model_of_an_unknown_family(tmp_path: Path) -> None:
     settings["text_config"] = {"model_type": "gpt2"}
     (source / "config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="The language model in this model is of type 'gpt2'"):
-        slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS))
+        slimllm.prune(source, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=IDS))
 
 
 @pytest.mark.parametrize(
@@ -211,12 +211,12 @@ def test_incomplete_folders(gone: str, sentence: str, tmp_path: Path) -> None:
     source = made("llava", tmp_path / "dense")
     save_file({name: one for name, one in tensors(source).items() if gone not in name}, source / "model.safetensors")
     with pytest.raises(InputError, match=sentence):
-        slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS))
+        slimllm.prune(source, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=IDS))
 
 
 def test_tables_of_whole_numbers_are_copied(tmp_path: Path) -> None:
     source = made("llava", tmp_path / "dense")
     table = {"vision_tower.vision_model.embeddings.position_ids": torch.arange(5)[None]}
     save_file(tensors(source) | table, source / "model.safetensors")
-    slimllm.prune(source, tmp_path / "out", PruneConfig(ratio=0.3, calibration=IDS))
+    slimllm.prune(source, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=IDS))
     assert all(torch.equal(tensors(tmp_path / "out")[name], one) for name, one in table.items())

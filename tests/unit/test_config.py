@@ -23,7 +23,7 @@ from slimllm.plugins import Method
         ({"ratio": float("nan")}, InputError, "ratio"),
         ({"ratio": "0.2"}, TypeError, "ratio must be a number"),
         ({"ratio": True}, TypeError, "ratio must be a number"),
-        ({"preset": "quick"}, InputError, "one of default, paper, best"),
+        ({"preset": "quick"}, InputError, "one of best, slimllm, paper"),
         ({"head_unit": "head"}, InputError, "one of kv-group, query"),
         ({"recovery": "lora"}, InputError, "one of affine, bias, lstsq, none"),
         ({"recovery": 3}, TypeError, "recovery must be a name or a registered recovery such as Affine"),
@@ -75,11 +75,13 @@ def test_every_option_of_a_method_is_checked(
 
 
 def test_a_name_is_the_method_with_the_options_of_the_preset() -> None:
-    assert PruneConfig(0.2).criterion == SlimLLM() != SlimLLM(keep_lowest=0.5)
+    assert PruneConfig(0.2, "slimllm").criterion == SlimLLM() != SlimLLM(keep_lowest=0.5)
     paper = PruneConfig(0.2, preset="paper", criterion="slimllm")
     assert (paper.criterion, paper.round_to) == (SlimLLM(keep_lowest=0.01), 1)
-    assert repr(paper.criterion) == "SlimLLM(keep_lowest=0.01)" and repr(PruneConfig(0.2).criterion) == "SlimLLM()"
-    assert paper.with_preset("default", ratio=0.3) == PruneConfig(0.3)
+    assert (
+        repr(paper.criterion) == "SlimLLM(keep_lowest=0.01)" and repr(PruneConfig(0.2, "slimllm").criterion) == "SlimLLM()"
+    )
+    assert paper.with_preset("best", ratio=0.3) == PruneConfig(0.3)
 
 
 def test_settings_as_json() -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 import slimllm
 from slimllm.export.api import export
 model, out = sys.argv[1], Path(sys.argv[2])
-slimllm.prune(model, out / "pruned", slimllm.PruneConfig(ratio=0.2, samples=2, seq_len=16))
+slimllm.prune(model, out / "pruned", slimllm.PruneConfig(0.2, "slimllm", samples=2, seq_len=16))
 export(out / "pruned", out / "padded", "padded")
 (out / "model.gguf").write_bytes(b"GGUF")
 for call in (
-    lambda: slimllm.prune(out / "model.gguf", out / "never", slimllm.PruneConfig(ratio=0.2)),
+    lambda: slimllm.prune(out / "model.gguf", out / "never", slimllm.PruneConfig(0.2, "slimllm")),
     lambda: export(out / "pruned", out / "never.gguf", "gguf"),
 ):
     try:

@@ -29,6 +29,7 @@ from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint
 from slimllm.experiments.bench.work import measure_rates, stage_work
 from slimllm.models.families import head_dim_of
 from slimllm.plugins import import_plugin
+from slimllm.presets import DEFAULT
 from slimllm.pruning.api import prune
 from slimllm.runtime.interrupts import leave_interrupts_to_parent
 
@@ -68,7 +69,7 @@ class Setting:
     model: str
     layers: int | None = None
     ratio: float = 0.2
-    preset: str = "default"
+    preset: str = DEFAULT
     recovery: Any = None
     criterion: Any = None
     allocation: Any = None

@@ -56,7 +56,7 @@ def counted(windows: torch.Tensor, texts: dict[str, Path], tokenizer: Any) -> di
     ],
 )
 def test_names_and_shares(given_texts: Any, wanted: list[tuple[str | None, float]]) -> None:
-    found = sources_of(PruneConfig(ratio=0.2, calibration=given_texts).calibration)  # type: ignore[arg-type]
+    found = sources_of(PruneConfig(0.2, "slimllm", calibration=given_texts).calibration)  # type: ignore[arg-type]
     assert [source.name for source in found] == [name for name, _ in wanted]
     assert [source.share for source in found] == pytest.approx([share for _, share in wanted])
 
@@ -77,7 +77,7 @@ def test_parts_add_up(shares: list[float], total: int) -> None:
 
 def test_windows_of_all_texts(texts: dict[str, Path], tokenizer: Any) -> None:
     shares = [f"{path}:{share}" for path, share in zip(texts.values(), (0.5, 0.3, 0.2))]
-    config = PruneConfig(ratio=0.2, calibration=shares, samples=40, seq_len=16, seed=3)
+    config = PruneConfig(0.2, "slimllm", calibration=shares, samples=40, seq_len=16, seed=3)
     found = calibration_windows(config, tokenizer, open_checkpoint(STORIES).config)
     assert counted(found.token_ids, texts, tokenizer) == {"one": 20, "two": 12, "three": 8}
     assert counted(found.held_out, texts, tokenizer) == {"one": 2, "two": 1, "three": 1}
@@ -93,7 +93,7 @@ def test_windows_of_all_texts(texts: dict[str, Path], tokenizer: Any) -> None:
 def test_one_text_in_a_list_is_that_text(texts: dict[str, Path], tokenizer: Any) -> None:
     model_config = open_checkpoint(STORIES).config
     alone, listed = (
-        calibration_windows(PruneConfig(ratio=0.2, calibration=given, seq_len=16), tokenizer, model_config)
+        calibration_windows(PruneConfig(0.2, "slimllm", calibration=given, seq_len=16), tokenizer, model_config)
         for given in (texts["one"], [texts["one"]])
     )
     assert torch.equal(alone.token_ids, listed.token_ids)
@@ -108,7 +108,7 @@ def test_one_text_in_a_list_is_that_text(texts: dict[str, Path], tokenizer: Any)
 )
 def test_settings_that_are_refused(calibration: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        PruneConfig(ratio=0.2, calibration=calibration)
+        PruneConfig(0.2, "slimllm", calibration=calibration)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,9 @@ def test_settings_that_are_refused(calibration: Any, error: type[Exception], wor
 def test_shares_that_are_refused(texts: dict[str, Path], tokenizer: Any, shares: tuple[str, str], words: str) -> None:
     calibration = [f"{path}{share}" for path, share in zip(texts.values(), shares)]
     with pytest.raises(InputError, match=words):
-        calibration_windows(PruneConfig(ratio=0.2, calibration=calibration), tokenizer, open_checkpoint(STORIES).config)
+        calibration_windows(
+            PruneConfig(0.2, "slimllm", calibration=calibration), tokenizer, open_checkpoint(STORIES).config
+        )
 
 
 def test_a_text_given_twice(texts: dict[str, Path]) -> None:
@@ -150,7 +152,7 @@ def test_texts_that_give_too_little(
     texts: dict[str, Path], tokenizer: Any, shares: tuple[str, str], samples: int, words: str
 ) -> None:
     calibration = [f"{path}:{share}" for path, share in zip(texts.values(), shares)]
-    config = PruneConfig(ratio=0.2, calibration=calibration, samples=samples, seq_len=16)
+    config = PruneConfig(0.2, "slimllm", calibration=calibration, samples=samples, seq_len=16)
     with pytest.raises(InputError, match=words):
         calibration_windows(config, tokenizer, open_checkpoint(STORIES).config)
 

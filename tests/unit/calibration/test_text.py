@@ -68,7 +68,7 @@ def test_datasets_are_read_by_name(tmp_path: Path, stories_path: Path) -> None:
     (other / "validation.jsonl").write_text(json.dumps({"text": "no", "sentence": "of a sentence"}))
     assert read_texts(f"{other}::validation:sentence", 20) == ["of a sentence"]
     report = slimllm.prune(
-        stories_path, tmp_path / "out", PruneConfig(ratio=0.2, calibration=str(folder), samples=4, seq_len=32)
+        stories_path, tmp_path / "out", PruneConfig(0.2, "slimllm", calibration=str(folder), samples=4, seq_len=32)
     )
     assert report.calibration["tokens"] == 128
 

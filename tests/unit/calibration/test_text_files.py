@@ -147,7 +147,7 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
 def test_a_name_with_other_bytes(tmp_path: Path, stories_path: Path) -> None:
     """All that is written about the run can be written."""
     path = written(tmp_path, os.fsdecode(b"caf\xe9.txt"), "A cat sat on a mat. " * 100)
-    slimllm.prune(stories_path, tmp_path / "out", PruneConfig(ratio=0.2, calibration=path, samples=4, seq_len=32))
+    slimllm.prune(stories_path, tmp_path / "out", PruneConfig(0.2, "slimllm", calibration=path, samples=4, seq_len=32))
     assert r"caf\udce9.txt" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -16,7 +16,7 @@ def test_many_shards_give_the_same_as_one(
 ) -> None:
     stories.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
-    config = PruneConfig(ratio=0.3, calibration=token_ids)
+    config = PruneConfig(0.3, "slimllm", calibration=token_ids)
     slimllm.prune(tmp_path / "sharded", tmp_path / "a", config)
     slimllm.prune(stories_path, tmp_path / "b", config)
     for shard in (tmp_path / "b").glob("*.safetensors"):
@@ -42,7 +42,7 @@ def test_only_one_layer_is_in_memory(stories_path: Path, token_ids: torch.Tensor
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SafetensorsCheckpoint, "_read", counted)
-        slimllm.prune(stories_path, tmp_path / "out", PruneConfig(ratio=0.3, calibration=token_ids))
+        slimllm.prune(stories_path, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=token_ids))
     assert 0 < most <= 9  # a layer has nine tensors
 
 
@@ -82,7 +82,7 @@ def test_configurations_that_cannot_be_used(
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **content}))
     with pytest.raises(InputError, match=sentence):
-        slimllm.prune(tmp_path / "model", tmp_path / "out", PruneConfig(ratio=0.2, calibration=token_ids))
+        slimllm.prune(tmp_path / "model", tmp_path / "out", PruneConfig(0.2, "slimllm", calibration=token_ids))
     path.write_text("[]")
     with pytest.raises(InputError, match="not a JSON object"):
         open_checkpoint(tmp_path / "model")

@@ -248,7 +248,7 @@ def test_a_model_in_memory_of_two_dtypes(stories: torch.nn.Module, token_ids: to
     stories.half()
     stories.model.norm.float()
     with pytest.raises(InputError, match="parameters in float16 and float32"):
-        slimllm.prune_model(stories, token_ids, slimllm.PruneConfig(ratio=0.2))
+        slimllm.prune_model(stories, token_ids, slimllm.PruneConfig(0.2, "slimllm"))
 
 
 def test_causal_masks_of_old_checkpoints(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def test_phi3_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, kin
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     settings = {"ratio": 0.45, "calibration": ids, "round_to": 1, **settings}
-    report = slimllm.prune(saved(model, tmp_path / "dense"), tmp_path / "out", PruneConfig(**settings))
+    report = slimllm.prune(
+        saved(model, tmp_path / "dense"), tmp_path / "out", PruneConfig(**{"preset": "slimllm", **settings})
+    )
     wanted = "slim_mistral" if len(settings) == 3 else "mistral"
     used = ids[: report.calibration["perplexity_tokens"] // ids.shape[1]]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -57,7 +59,7 @@ def test_phi3_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, kin
     assert report.calibration["perplexity_pruned"] == pytest.approx(torch.tensor(pruned).exp().item(), rel=1e-4)
     assert report.format == wanted
     with pytest.raises(InputError, match="cannot be pruned in memory; save it"):
-        slimllm.prune_model(model, ids, PruneConfig(ratio=0.3))
+        slimllm.prune_model(model, ids, PruneConfig(0.3, "slimllm"))
 
 
 @pytest.mark.parametrize("heads", [4, 6])  # the slopes of six are not those of a power of two
@@ -76,7 +78,7 @@ def test_bloom_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, he
     with torch.no_grad():
         used = ids[: 256 // ids.shape[1]]
         dense = float(model(used, labels=used).loss)
-    report = slimllm.prune(folder, tmp_path / "out", PruneConfig(ratio=0.45, calibration=ids, round_to=1))
+    report = slimllm.prune(folder, tmp_path / "out", PruneConfig(0.45, "slimllm", calibration=ids, round_to=1))
     assert report.calibration["perplexity_dense"] == pytest.approx(torch.tensor(dense).exp().item(), rel=1e-4)
     assert report.format == "slim_bloom" and any(0 < one["num_heads"] < heads for one in report.layers)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -88,7 +90,7 @@ def test_bloom_is_read_as_what_it_computes(ids: torch.Tensor, tmp_path: Path, he
     with torch.no_grad():
         assert torch.allclose(loaded(padded, attention_mask=mask).logits[:, 3:], loaded(used).logits, atol=1e-4)
     with pytest.raises(InputError, match="cannot be pruned in memory; save it"):
-        slimllm.prune_model(model, ids, PruneConfig(ratio=0.3))
+        slimllm.prune_model(model, ids, PruneConfig(0.3, "slimllm"))
     for form, reason in (("stock", "slopes"), ("padded", "slopes"), ("gguf", "LLaMA")):
         with pytest.raises(InputError, match=reason):
             export(tmp_path / "out", tmp_path / "exported.gguf", form)
@@ -118,7 +120,7 @@ def test_bloom_as_the_hub_has_it(ids: torch.Tensor, tmp_path: Path) -> None:
         "skip_bias_add": True,
     }
     (folder / "config.json").write_text(json.dumps(settings))
-    everything = PruneConfig(ratio=0.001, calibration=ids, round_to=1, recovery="none", allocation="uniform")
+    everything = PruneConfig(0.001, "slimllm", calibration=ids, round_to=1, recovery="none", allocation="uniform")
     slimllm.prune(folder, tmp_path / "out", everything)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert all(one["num_heads"] == 4 for one in report["layers"])
@@ -160,4 +162,4 @@ def test_fused_tensors_of_other_sizes_are_refused(ids: torch.Tensor, tmp_path: P
         file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
         with pytest.raises(InputError, match=r"has \d+ rows, but its config.json asks for \d+"):
-            slimllm.prune(folder, tmp_path / "out", PruneConfig(ratio=0.3, calibration=ids))
+            slimllm.prune(folder, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=ids))

@@ -45,7 +45,7 @@ def test_gguf_loads_prunes_and_gives_the_same_as_the_folder(
     loaded, _ = slimllm.load(gguf_path, device="cpu")
     with torch.no_grad():
         assert torch.allclose(loaded(token_ids[:2]).logits, stories(token_ids[:2]).logits, atol=1e-5)
-    config = PruneConfig(ratio=0.3, calibration=token_ids)
+    config = PruneConfig(0.3, "slimllm", calibration=token_ids)
     slimllm.prune(gguf_path, tmp_path / "a", config)
     slimllm.prune(stories_path, tmp_path / "b", config)
     for shard in (tmp_path / "b").glob("*.safetensors"):
@@ -55,7 +55,7 @@ def test_gguf_loads_prunes_and_gives_the_same_as_the_folder(
 
 def test_quantised_gguf_is_written_as_bfloat16(stories: Any, token_ids: torch.Tensor, tmp_path: Path) -> None:
     path = write_gguf(stories, tmp_path / "q8.gguf", gguf.GGMLQuantizationType.Q8_0)
-    slimllm.prune(path, tmp_path / "out", PruneConfig(ratio=0.3, calibration=token_ids))
+    slimllm.prune(path, tmp_path / "out", PruneConfig(0.3, "slimllm", calibration=token_ids))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype="auto")
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_parts_are_one_model(parts: list[Path], gguf_path: Path, token_ids: torc
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors.items())
         own, theirs = checkpoint.config.to_dict(), whole.config.to_dict()
         assert own.pop("_name_or_path") != theirs.pop("_name_or_path") and own == theirs
-    settings = PruneConfig(ratio=0.3, calibration=token_ids)
+    settings = PruneConfig(0.3, "slimllm", calibration=token_ids)
     slimllm.prune(parts[1], tmp_path / "a", settings)
     slimllm.prune(gguf_path, tmp_path / "b", settings)
     for shard in (tmp_path / "b").glob("*.safetensors"):

@@ -44,7 +44,7 @@ def removed(allocation: Allocated, shapes: list[LayerShape]) -> int:
 )
 def test_the_target_is_met(ratio: float, similarity: list[float], shape: LayerShape) -> None:
     shapes = [shape] * len(similarity)
-    allocation = allocate(similarity, shapes, PruneConfig(ratio=ratio))
+    allocation = allocate(similarity, shapes, PruneConfig(ratio, "slimllm"))
     total = sum(s.params for s in shapes)
     assert abs(removed(allocation, shapes) / total - ratio) <= 0.005 * ratio + 1e-9
     for removal in allocation.removals:
@@ -78,7 +78,7 @@ def test_kept_heads_are_a_multiple(
     split = heads[1] if size.by_group(head_unit) else heads[0]
     multiple_of = data.draw(st.sampled_from([n for n in range(1, split + 1) if split % n == 0]))
     num_layers = data.draw(st.integers(3, 8))
-    config = PruneConfig(0.5, allocation=allocation, head_unit=head_unit, heads_multiple_of=multiple_of)
+    config = PruneConfig(0.5, "slimllm", allocation=allocation, head_unit=head_unit, heads_multiple_of=multiple_of)
     shapes = [shape_of(size, config)] * num_layers
     total = sum(shape.params for shape in shapes)
     most = sum(most_removable(shape, math.lcm(64, multiple_of)) for shape in shapes)
@@ -107,7 +107,7 @@ def test_kept_heads_are_a_multiple(
 
 def test_heads_give_way_where_channels_cannot() -> None:
     """Four heads at once are more than what is wanted of a layer, whose heads have most of its parameters."""
-    config = PruneConfig(0.05, allocation=LayerImportance(alpha=0.0, pruned_layers=2), heads_multiple_of=4)
+    config = PruneConfig(0.05, "slimllm", allocation=LayerImportance(alpha=0.0, pruned_layers=2), heads_multiple_of=4)
     shapes = [shape_of(layer(32, 32, 1536), config)] * 3
     found = allocate([0.5, 0.5, 0.5], shapes, config)
     assert sorted(removal.units for removal in found.removals) == [0, 0, 4]
@@ -121,7 +121,7 @@ def test_heads_that_are_no_multiple_are_refused() -> None:
         ((8, 4), "query", 3, "3, but a layer of the model has 8 query heads"),
         ((8, 8), "query", 3, "3, but a layer of the model has 8 KV heads"),
     ):
-        settings = PruneConfig(0.2, head_unit=head_unit, heads_multiple_of=multiple_of)
+        settings = PruneConfig(0.2, "slimllm", head_unit=head_unit, heads_multiple_of=multiple_of)
         with pytest.raises(InputError, match=words):
             shape_of(layer(*heads, 2048), settings)
 
@@ -139,14 +139,14 @@ def test_the_most_that_whole_steps_can_give() -> None:
     shape = dataclasses.replace(SMOLLM2, units=4, unit_step=2, params=SMOLLM2.params + 294_912)
     assert most_removable(shape, 64) == 2 * 294_912 - 576 + (1536 - 64) * 1728 - 576
     with pytest.raises(InputError, match="while every layer keeps 2 head units and 64 channels"):
-        find_target([shape] * 8, PruneConfig(ratio=0.95, round_to=64))
+        find_target([shape] * 8, PruneConfig(0.95, "slimllm", round_to=64))
 
 
 def test_widths_can_be_split_as_the_heads() -> None:
     """Where the rounding is left to slimllm."""
     for ratio, step in ((0.5, 192), (0.0002, 3)):
         shapes = [dataclasses.replace(SMOLLM2, unit_step=3)] * 32
-        assert find_target(shapes, PruneConfig(ratio=ratio, heads_multiple_of=3)).round_to == step
+        assert find_target(shapes, PruneConfig(ratio, "slimllm", heads_multiple_of=3)).round_to == step
 
 
 def test_softmax_as_published() -> None:
@@ -179,32 +179,34 @@ def test_paper_settings() -> None:
 
 def test_clamped_layers_hand_on_what_they_cannot_give() -> None:
     similarity = [0.999] + [0.5] * 9
-    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, allocation=LayerImportance(alpha=30.0)))
+    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(0.5, "slimllm", allocation=LayerImportance(alpha=30.0)))
     assert allocation.removals[0].units == 31 and allocation.removals[0].channels == 11008 - 64
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.5, rel=0.005)
 
 
 def test_more_layers_when_n_cannot_give_it() -> None:
-    allocation = allocate([0.9] * 10, [LLAMA_7B] * 10, PruneConfig(ratio=0.5, allocation=LayerImportance(pruned_layers=3)))
+    allocation = allocate(
+        [0.9] * 10, [LLAMA_7B] * 10, PruneConfig(0.5, "slimllm", allocation=LayerImportance(pruned_layers=3))
+    )
     assert allocation.pruned_layers > 3 and any("cannot give so much" in note for note in allocation.notes)
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.5, rel=0.005)
 
 
 def test_almost_nothing_is_nothing() -> None:
-    allocation = allocate([0.9] * 10, [SMOLLM2] * 10, PruneConfig(ratio=1e-6))
+    allocation = allocate([0.9] * 10, [SMOLLM2] * 10, PruneConfig(1e-6, "slimllm"))
     assert not any(removal.pruned for removal in allocation.removals)
 
 
 def test_too_much_is_refused() -> None:
     with pytest.raises(InputError, match=r"more than this model can give.*the most is 0\.885"):
-        allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(ratio=0.99))
+        allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(0.99, "slimllm"))
     with pytest.raises(InputError, match="has 4 layers"):
-        allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(ratio=0.2, allocation=LayerImportance(pruned_layers=5)))
+        allocate([0.9] * 4, [SMOLLM2] * 4, PruneConfig(0.2, "slimllm", allocation=LayerImportance(pruned_layers=5)))
 
 
 def test_a_width_that_is_no_multiple() -> None:
     shape = dataclasses.replace(SMOLLM2, channels=1500)
-    allocation = allocate([0.9] * 12, [shape] * 12, PruneConfig(ratio=0.3, round_to=64))
+    allocation = allocate([0.9] * 12, [shape] * 12, PruneConfig(0.3, "slimllm", round_to=64))
     for removal in allocation.removals:
         assert removal.channels == 0 or (1500 - removal.channels) % 64 == 0
 
@@ -212,7 +214,7 @@ def test_a_width_that_is_no_multiple() -> None:
 @pytest.mark.parametrize("alpha", [0.0, 1e3, 1e6])
 def test_any_temperature(alpha: float) -> None:
     similarity = torch.linspace(0.1, 0.9, 10).tolist()
-    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(ratio=0.4, allocation=LayerImportance(alpha=alpha)))
+    allocation = allocate(similarity, [LLAMA_7B] * 10, PruneConfig(0.4, "slimllm", allocation=LayerImportance(alpha=alpha)))
     assert removed(allocation, [LLAMA_7B] * 10) / (10 * LLAMA_7B.params) == pytest.approx(0.4, rel=0.005)
 
 
@@ -220,7 +222,7 @@ def test_biases_that_the_format_adds_are_said(
     stories_path: Path, token_ids: torch.Tensor, tmp_path: Path, told: list[str]
 ) -> None:
     """All layers alike: a plain format, which has zero biases beside gate and up, misses the ratio by them."""
-    config = PruneConfig(ratio=0.1, calibration=token_ids, allocation=LayerImportance(alpha=0.0, pruned_layers=5))
+    config = PruneConfig(0.1, "slimllm", calibration=token_ids, allocation=LayerImportance(alpha=0.0, pruned_layers=5))
     report = slimllm.prune(stories_path, tmp_path / "out", config)
     assert abs(report.achieved_ratio - 0.1) > 0.0005
     (note,) = report.allocation["notes"]
@@ -230,6 +232,6 @@ def test_biases_that_the_format_adds_are_said(
 
 def test_single_heads_do_not_give_way() -> None:
     """Without multiples the removals are what they were: heads take their rounded share, and channels the rest."""
-    config = PruneConfig(0.2, allocation=LayerImportance(alpha=0.0, pruned_layers=3), round_to=1)
+    config = PruneConfig(0.2, "slimllm", allocation=LayerImportance(alpha=0.0, pruned_layers=3), round_to=1)
     shapes = [shape_of(layer(4, 4, 16), config)] * 3
     assert [(one.units, one.channels) for one in allocate([0.5, 0.5, 0.4], shapes, config).removals] == [(1, 0)] * 3

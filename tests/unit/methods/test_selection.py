@@ -194,7 +194,7 @@ def test_the_published_variant_keeps_to_eigenvectors(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(channels, "_MOST_VECTORS", 32)  # fewer than the model's 64
     monkeypatch.setattr(channels, "_sigmoid_root", counted)
     windows = torch.randint(3, 500, (8, 32), generator=torch.Generator().manual_seed(0))
-    for preset, wanted in (("paper", False), ("default", True)):
+    for preset, wanted in (("paper", False), ("slimllm", True)):
         seen.clear()
         prune_model(copy.deepcopy(stories), windows, PruneConfig(ratio=0.3, preset=preset))
         assert bool(seen) == wanted

@@ -188,7 +188,9 @@ def test_the_engine_on_the_kernel(
     for backend in ("torch", "triton"):
         monkeypatch.setenv("SLIMLLM_BACKEND", backend)
         out = f"{tmp_path}/{backend}"
-        reports.append(slimllm.prune(str(stories_path), out, slimllm.PruneConfig(ratio=0.3, calibration=token_ids)))
+        reports.append(
+            slimllm.prune(str(stories_path), out, slimllm.PruneConfig(0.3, "slimllm", calibration=token_ids[:4]))
+        )
         assert reports[-1].backend == backend
     for plain, fused in zip(reports[0].layers, reports[1].layers):
         assert plain["kept_heads"] == fused["kept_heads"] and plain["kept_channels"] == fused["kept_channels"]

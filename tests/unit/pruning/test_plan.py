@@ -48,7 +48,7 @@ def test_amounts_of_memory() -> None:
     assert parse_bytes("host_memory", "8G") == 8 * GIB and parse_bytes("host_memory", None) == float("inf")
     for wrong in ("8", "8X", "-1GiB", "0GiB", "much"):
         with pytest.raises(InputError, match=r"host_memory is an amount of memory with its unit, such as 16GiB, got"):
-            PruneConfig(ratio=0.2, host_memory=wrong)
+            PruneConfig(0.2, "slimllm", host_memory=wrong)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -80,34 +80,34 @@ def test_a_budget_is_kept_or_the_least_one_named(on_gpu: bool, samples: int, cho
 def test_only_what_is_needed_is_chosen() -> None:
     """Of hidden states that fill the memory, files help, and nothing else has to be given up for it."""
     sizes = dataclasses.replace(LLAMA_33B, samples=2048)
-    plan = make_plan(sizes, PruneConfig(ratio=0.2, host_memory="9GiB"), GIB / 2)
+    plan = make_plan(sizes, PruneConfig(0.2, "slimllm", host_memory="9GiB"), GIB / 2)
     assert plan.choices == ["hidden states are stored in files"] and plan.peak_host < 9 * GIB
 
 
 def test_a_large_regression_moves_to_the_host() -> None:
     """Where a GPU cannot hold the Gram of all channels, and only with the recovery that has one."""
     sizes = dataclasses.replace(LLAMA_33B, on_gpu=True, computed=2)
-    plan = make_plan(sizes, PruneConfig(ratio=0.2, recovery="lstsq", gpu_memory="7GiB"), GIB / 2, GIB / 2)
+    plan = make_plan(sizes, PruneConfig(0.2, "slimllm", recovery="lstsq", gpu_memory="7GiB"), GIB / 2, GIB / 2)
     assert plan.placement.gram == "host" and plan.placement.systems == "device" and plan.peak_gpu < 7 * GIB
-    less = make_plan(sizes, PruneConfig(ratio=0.2, recovery="lstsq", gpu_memory="4GiB"), GIB / 2, GIB / 2)
+    less = make_plan(sizes, PruneConfig(0.2, "slimllm", recovery="lstsq", gpu_memory="4GiB"), GIB / 2, GIB / 2)
     assert less.placement.solves_on_host and less.peak_gpu < 4 * GIB < plan.peak_gpu
-    for preset in ("default", "best"):  # on the GPU altogether
+    for preset in ("slimllm", "best"):  # on the GPU altogether
         on_gpu = make_plan(sizes, PruneConfig(ratio=0.2, preset=preset, gpu_memory="8GiB"), GIB / 2, GIB / 2)
         assert on_gpu.placement.gram == "device" and on_gpu.peak_gpu < 8 * GIB
-    free = make_plan(sizes, PruneConfig(ratio=0.2, recovery="lstsq"), GIB / 2, GIB / 2)
+    free = make_plan(sizes, PruneConfig(0.2, "slimllm", recovery="lstsq"), GIB / 2, GIB / 2)
     on_cpu = make_plan(dataclasses.replace(sizes, on_gpu=False), PruneConfig(ratio=0.2, preset="best"), GIB / 2)
     budget = f"{(on_cpu.peak_host - 0.8 * 17920**2 * 4) / GIB:.2f}GiB"
     settings = PruneConfig(ratio=0.2, preset="best", host_memory=budget)
     smaller = make_plan(dataclasses.replace(sizes, on_gpu=False), settings, GIB / 2)
     assert smaller.placement.gram == "disk" and smaller.disk["file of the Gram"] == 17920**2 * 4
     assert free.placement.gram == "device" and plan.peak_host > free.peak_host + 17920**2 * 4
-    assert make_plan(sizes, PruneConfig(ratio=0.2, gpu_memory="8GiB"), GIB / 2, GIB / 2).placement.gram == "device"
+    assert make_plan(sizes, PruneConfig(0.2, "slimllm", gpu_memory="8GiB"), GIB / 2, GIB / 2).placement.gram == "device"
 
 
 def test_what_ranks_share() -> None:
     sizes = dataclasses.replace(LLAMA_33B, samples=256)
     for recovery in ("affine", "lstsq"):
-        settings = PruneConfig(ratio=0.2, recovery=recovery, samples=256)
+        settings = PruneConfig(0.2, "slimllm", recovery=recovery, samples=256)
         one, four = (make_plan(dataclasses.replace(sizes, ranks=ranks), settings, GIB / 2) for ranks in (1, 4))
         assert one.peak_host > four.peak_host and one.disk == four.disk
         moved = [traffic(dataclasses.replace(sizes, ranks=ranks), settings) for ranks in (1, 2, 1000)]
@@ -119,10 +119,10 @@ def test_what_ranks_share() -> None:
 
 
 def test_explicit_settings_are_not_overruled() -> None:
-    settings = PruneConfig(ratio=0.2, batch_size=8, host_memory="16GiB")
+    settings = PruneConfig(0.2, "slimllm", batch_size=8, host_memory="16GiB")
     assert make_plan(LLAMA_33B, settings, GIB / 2).config == settings
     with pytest.raises(InputError, match="gpu_memory is a budget for a GPU, but the device is a CPU"):
-        make_plan(LLAMA_33B, PruneConfig(ratio=0.2, gpu_memory="8GiB"), GIB / 2)
+        make_plan(LLAMA_33B, PruneConfig(0.2, "slimllm", gpu_memory="8GiB"), GIB / 2)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -185,7 +185,7 @@ def test_a_run_within_its_budget(token_ids: torch.Tensor, tmp_path: Path) -> Non
 
 def test_a_model_in_memory_has_no_budget(token_ids: torch.Tensor, stories: object) -> None:
     with pytest.raises(InputError, match="host_memory does not apply"):
-        prune_model(stories, token_ids, PruneConfig(ratio=0.2, host_memory="8GiB"))  # type: ignore[arg-type]
+        prune_model(stories, token_ids, PruneConfig(0.2, "slimllm", host_memory="8GiB"))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -203,8 +203,8 @@ def test_the_forecast_is_the_plan_of_the_run(form: str, tmp_path: Path, stories:
     (described / "config.json").write_text((STORIES / "config.json").read_text())
     if form == "GGUF in float32":
         model = described = write_gguf(stories, tmp_path / "model.gguf")
-    found = forecast(str(described), PruneConfig(ratio=0.3))
-    report = prune(model, tmp_path / "out", PruneConfig(ratio=0.3))
+    found = forecast(str(described), PruneConfig(0.3, "slimllm"))
+    report = prune(model, tmp_path / "out", PruneConfig(0.3, "slimllm"))
     assert found.num_layers == 5 and found.params == report.parameters["before"] and found.seconds
     ours = {name: size / GIB for name, size in found.plan.host.items() if name != "runtime"}
     theirs = {name: size for name, size in report.memory_gib.items() if name != "runtime"}
@@ -214,7 +214,7 @@ def test_the_forecast_is_the_plan_of_the_run(form: str, tmp_path: Path, stories:
 
 def test_plan_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = call(capsys, "plan", "llama-33b", "--samples", "2048", "--host-memory", "9GiB")
+    code, out, _ = call(capsys, "plan", "llama-33b", "--preset", "slimllm", "--samples", "2048", "--host-memory", "9GiB")
     assert code == 0 and "60 layers, 32.53 billion parameters" in out and "hidden states are stored in files" in out
     code, _, err = call(capsys, "plan", "llama-33b", "--host-memory", "1GiB")
     assert code == 2 and "at least (in the phase" in " ".join(err.split())
@@ -222,7 +222,7 @@ def test_plan_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     assert code == 0 and "GPU memory" in out and "the FFN's Gram is stored in host memory" in out
     code, out, _ = call(capsys, "plan", "llama-33b", "--ranks", "4")
     assert code == 0 and "shared by 4 ranks" in out and "through the busiest rank: Grams" in out
-    code, _, err = call(capsys, "plan", "llama-33b", "--ranks", "40")
+    code, _, err = call(capsys, "plan", "llama-33b", "--ranks", "400")
     assert code == 2 and "ranks must be from 1 to the number of samples" in " ".join(err.split())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
     code, _, err = call(capsys, "plan", tmp_path)

@@ -170,7 +170,7 @@ def test_long_work_shares_the_cores(tmp_path: Path) -> None:
     loaded, tokenizer = slimllm.load(model)
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little fox. " * 40)
-    config = slimllm.PruneConfig(ratio=0.2, samples=2, seq_len=32)
+    config = slimllm.PruneConfig(0.2, "slimllm", samples=2, seq_len=32)
     quick = FinetuneConfig(max_steps=1, held_out=0, seq_len=32)
     assert watched(lambda: slimllm.perplexity(loaded, torch.arange(3, 99), seq_len=32, progress=progress))
     assert watched(lambda: evaluate([model], str(text), seq_lens=[32], progress=progress))

@@ -84,7 +84,7 @@ def test_what_it_refuses() -> None:
 def test_the_choice_by_counted_cost() -> None:
     """At 32 heads of 128 up to 1567 tokens in one batch, as the docstring of the operation counts; not in small batches."""
     shape, cpu = torch.Size([4096, 4096]), torch.device("cpu")
-    default = slimllm.PruneConfig(ratio=0.2)
+    default = slimllm.PruneConfig(0.2, "slimllm")
     assert streams_heads(default, (1567, 1), shape, 32, cpu) and not streams_heads(default, (1568, 1), shape, 32, cpu)
     assert not streams_heads(default, (512, 16), shape, 32, cpu)
     for other in (
@@ -94,7 +94,9 @@ def test_the_choice_by_counted_cost() -> None:
         {"recovery": "lstsq"},
         {"criterion": "obs"},
     ):
-        assert not streams_heads(slimllm.PruneConfig(ratio=0.2, **other), (100, 1), shape, 32, cpu)
+        assert not streams_heads(
+            slimllm.PruneConfig(**{"ratio": 0.2, "preset": "slimllm", **other}), (100, 1), shape, 32, cpu
+        )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +141,7 @@ def test_post_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         for layer in model.model.layers:
             layer.post_attention_layernorm.weight.data.copy_(torch.linspace(-0.5, 1.5, model.config.hidden_size))
         monkeypatch.setattr("slimllm.pruning.streaming.streams_heads", chosen)
-        report = slimllm.prune_model(model, windows, slimllm.PruneConfig(ratio=0.3))
+        report = slimllm.prune_model(model, windows, slimllm.PruneConfig(0.3, "slimllm"))
         importance.append([layer["head_importance"] for layer in report.layers if "head_importance" in layer])
     assert importance[0] and importance[0] == [pytest.approx(one, rel=1e-4) for one in importance[1]]
 
