@@ -83,7 +83,7 @@ def run(stack: ExitStack) -> None:
         base = Setting(as_safetensors(model, folder))
         settings = [replace(base, preset=p, recovery=c, ratio=r) for p, c, r in TABLE]
         settings += [replace(base, preset=p, samples=128) for p in ("slimllm", "best")]
-        settings += [replace(base, criterion="flap", allocation="flap", recovery="bias")]
+        settings += [replace(base, preset="slimllm", criterion="flap", allocation="flap", recovery="bias")]
         settings, rounds = settings + [replace(settings[0], model=str(model))] * (Path(model).suffix == ".gguf"), 3
     rows: list[list[dict[str, object]]] = [[] for _ in settings]
     for _ in range(arguments.rounds or rounds):

@@ -52,7 +52,7 @@ def main() -> None:
             fitting.RIDGE = ridge or fitting.RIDGE
             model = copy.deepcopy(dense)
             config = slimllm.PruneConfig(
-                ratio=ratio, recovery=recovery, samples=arguments.samples, seq_len=arguments.seq_len
+                ratio, "slimllm", recovery=recovery, samples=arguments.samples, seq_len=arguments.seq_len
             )
             report = slimllm.prune_model(model, tokenizer, config)
             value = slimllm.perplexity(model, held_out, max_windows=64)

@@ -1,6 +1,7 @@
 """FLAP's metric (arXiv 2312.11983) as a criterion: activations that hardly fluctuate can be replaced by their mean.
 
-slimllm prune MODEL --out OUT --ratio 0.2 --plugin examples/flap.py --criterion my-flap --recovery bias
+slimllm prune MODEL --out OUT --ratio 0.2 --plugin examples/flap.py --preset slimllm --criterion my-flap \\
+    --allocation flap --recovery bias
 """
 
 import torch
@@ -12,7 +13,7 @@ from slimllm.models.sublayer import Sublayer
 
 @register_criterion("my-flap")
 class MyFlap(Criterion):
-    """Variance of the activations times squared weights, summed over the columns of a head or channel."""
+    """Variance of the activations times squared weights, squared again in attention, and summed over a unit's columns."""
 
     attention_gram = False  # uses only the norms and variances of columns
     dense_statistics = True  # of the dense model, as published: with the recovery bias there is no second pass
@@ -20,4 +21,5 @@ class MyFlap(Criterion):
     def scores(self, sublayer: Sublayer, statistics: SublayerStatistics) -> torch.Tensor:
         weight = sublayer.effective_weight().double()
         variance = statistics.columns.variance().to(weight.device)
-        return (weight.square().sum(0) * variance).view(sublayer.units, -1).sum(1)
+        score = weight.square().sum(0) * variance
+        return (score.square() if sublayer.is_attention else score).view(sublayer.units, -1).sum(1)

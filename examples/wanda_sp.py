@@ -1,6 +1,7 @@
 """Wanda-sp (arXiv 2306.11695, 2312.11983) as a criterion: mean absolute weight times norm of the activations.
 
-slimllm prune MODEL --out OUT --ratio 0.2 --plugin examples/wanda_sp.py --criterion my-wanda-sp
+slimllm prune MODEL --out OUT --ratio 0.2 --plugin examples/wanda_sp.py --preset slimllm \\
+    --criterion my-wanda-sp --allocation uniform --recovery none
 """
 
 import torch

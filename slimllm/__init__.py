@@ -1,4 +1,4 @@
-"""Structured pruning of large language models (SlimLLM, ICML 2025), one layer in memory at a time.
+"""Structured pruning of large language models, one layer in memory at a time.
 
 The public interface; everything else may change:
 

@@ -32,13 +32,14 @@ class PruneConfig:
 
     Attributes:
         ratio: Fraction of the decoder layers' parameters to remove, in (0, 1).
-        preset: Values of settings that are not given: `best` (the most accurate), `slimllm` or `paper` (the published
-            values). It decides the next four settings, and `round_to`, if they are None. `best`: `obs` with `auto`, `lstsq`
-            and `norm`. `slimllm`: the SlimLLM method (`slimllm` with `layer-importance`, `affine` and `none`) with an exact
-            target, clamped ratios and rounded widths; faster, with less memory. `paper`: the published r, n and alpha (the
-            target is then r * n / num_layers, which the report states), round(r_l * H) heads and round(r_l * I) channels,
-            and the published implementation's rule that always keeps the lowest 1 % of channels. With grouped queries,
-            which the paper does not cover, channels compensate for the rounding to whole groups.
+        preset: Values of settings that are not given: `best` (the most accurate), `slimllm` (the paper's method: faster,
+            less memory) or `paper` (as published values). It decides the next four settings, and `round_to`, if they are
+            None. `best`: `obs` with `auto`, `lstsq` and `norm`. `slimllm`: the SlimLLM method (`slimllm` with `layer-
+            importance`, `affine` and `none`) with an exact target, clamped ratios and rounded widths; faster, with less
+            memory. `paper`: the published r, n and alpha (the target is then r * n / num_layers, which the report states),
+            round(r_l * H) heads and round(r_l * I) channels, and the published implementation's rule that always keeps the
+            lowest 1 % of channels. With grouped queries, which the paper does not cover, channels compensate for the
+            rounding to whole groups.
         criterion: Which units are removed, by default the preset's choice: `slimllm` (the paper's), `obs` (lowest output
             error after refit), `wanda-sp`, `flap`, `magnitude` or `random`. Or a `slimllm.methods.criteria.Criterion`,
             which the attribute always is.
@@ -188,14 +189,11 @@ class PruneConfig:
                 )
         if self.criterion.needs_recovery and not self.recovery.adds_bias:
             what = f"criterion {self.criterion.name} removes what a recovery can make up for"
-            raise InputError(
-                f"{what}; give a recovery, lstsq, affine or bias, or another criterion (or the preset slimllm)."
-            )
+            these = "lstsq" if self.bias == "no" else "lstsq, affine or bias"
+            raise InputError(f"{what}; give the recovery {these}, or another criterion (or the preset slimllm).")
         if self.bias == "no" and self.recovery.adds_bias and not self.recovery.goes_without_bias:
-            raise InputError(
-                f"recovery {self.recovery.name} works by its bias; with bias no give recovery lstsq (or the preset best) "
-                "or none."
-            )
+            these = "lstsq" if self.criterion.needs_recovery else "lstsq or none"
+            raise InputError(f"recovery {self.recovery.name} works by its bias; with bias no give recovery {these}.")
 
     @property
     def adds_bias(self) -> bool:

@@ -31,7 +31,7 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Structured pruning of large language models (SlimLLM)."""
+    """Structured pruning of large language models."""
 
 
 def _interrupted(number: int, frame: object) -> None:
@@ -42,7 +42,8 @@ def _interrupted(number: int, frame: object) -> None:
 
 # Advice on how to use less memory, by command.
 _LESS_MEMORY = {
-    "prune": "give a budget with --host-memory or --gpu-memory, or lower --samples, --seq-len or --batch-size",
+    "prune": "give a budget with --host-memory or --gpu-memory, take --preset slimllm, or lower --samples, --seq-len or "
+    "--batch-size",
     "compare": "lower --samples, --seq-len or --eval-len",
     "sweep": "lower --samples, --seq-len, --eval-len or --prompt",
     "eval": "lower --batch-size or --seq-len, or give --dtype bfloat16",

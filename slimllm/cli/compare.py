@@ -25,7 +25,7 @@ def compare_command(
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="best, slimllm, flap, …, or your own, such as mine+lstsq; may be given again. Default: all."),
+        typer.Option(help="best, slimllm, flap, …, or your own, such as mine+affine; may be given again. Default: all."),
     ] = None,
     plugin: Plugin = None,
     text: EvalText = None,

@@ -24,7 +24,7 @@ _EXAMPLES = {
     "export": ["slimllm export slim --to gguf --out slim.gguf", "slimllm export slim --to padded --out padded"],
     "compare": [
         "slimllm compare MODEL --ratio 0.2 --method slimllm --method best --method flap",
-        "slimllm compare MODEL --plugin my_score.py --method my-score --method my-score+lstsq",
+        "slimllm compare MODEL --plugin my_score.py --method my-score --method my-score+affine",
     ],
     "sweep": ["slimllm sweep MODEL --ratio 0.1:0.6:0.1 --preset best --preset slimllm"],
     "bench": ["slimllm bench llama-7b --layers 2 --preset slimllm --recovery affine --recovery lstsq --rounds 3"],

@@ -114,7 +114,7 @@ class _Options:
         for of, option in sorted(set(self._given) - self._used):
             if any(method.name == of and option in get_type_hints(method.Settings) for method in _methods()):
                 unused = f"{_flag(of, option)} is an option of {of}, which this run does not use"
-                raise InputError(f"{unused}; choose {of}, or leave out the option.")
+                raise InputError(f"{unused}; give {_choice(of)}, or leave out the option.")
             there = f"there are {', '.join(known)}" if known else "they have no options"
             raise InputError(f"{_flag(of, option)} is not an option of the methods of this run; {there}.")
 
@@ -154,6 +154,12 @@ def _is_value(word: str, name: str, option: str) -> bool:
 
 def _methods() -> list[type[Method]]:
     return [method for registry in _REGISTRIES.values() for method in registry.all().values()]
+
+
+def _choice(method: str) -> str:
+    """Return the option that chooses a method, such as `--criterion obs`."""
+    kind = next(kind for kind, registry in _REGISTRIES.items() if method in registry.all())
+    return f"--{'to' if kind == 'exporter' else kind} {method}"
 
 
 def _flag(method: str, option: str) -> str:

@@ -34,7 +34,12 @@ def fraction(text: str | float) -> float:
 REMOVED = "partial output is deleted"
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a GGUF file or a hub id.")]
-Preset = Annotated[str, typer.Option(help="default; paper: the published settings; best: the most accurate.")]
+Preset = Annotated[
+    str,
+    typer.Option(
+        help="best (the most accurate), slimllm (the paper's method: faster, less memory) or paper (as published)."
+    ),
+]
 Plugin = Annotated[
     list[str] | None, typer.Option(help="A module, or a file that ends in .py, with methods of your own; it is imported.")
 ]

@@ -19,7 +19,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "flap, uniform": {**_PLAIN, "criterion": "flap", "allocation": "uniform", "recovery": "bias"},
     "slimllm": _PLAIN,
     "slimllm + lstsq": {**_PLAIN, "recovery": "lstsq"},
-    "obs + lstsq": {**_PLAIN, "criterion": "obs", "recovery": "lstsq"},
+    "slimllm + obs + lstsq": {**_PLAIN, "criterion": "obs", "recovery": "lstsq"},
     "obs + lstsq, uniform": {**_PLAIN, "criterion": "obs", "allocation": "uniform", "recovery": "lstsq"},
     "wanda-sp": {**_PLAIN, "criterion": "wanda-sp", "allocation": "uniform", "recovery": "none"},
     "wanda-sp + lstsq": {**_PLAIN, "criterion": "wanda-sp", "allocation": "uniform", "recovery": "lstsq"},
@@ -56,8 +56,8 @@ def row_of(name: str) -> dict[str, Any]:
     """Return the settings of a method by its name.
 
     The name is one in `METHODS`, a preset, or a registered criterion, allocation or recovery; or several joined by `+`,
-    such as `mine + lstsq`. The first part may be a whole method; later parts replace its criterion, allocation or recovery.
-    Settings that are not named are those of the default preset.
+    such as `mine + affine`. The first part may be a whole method, of which later ones replace a part.
+    Settings that neither it nor a row of `METHODS` names are those of the default preset.
 
     Raises:
         ValueError: (as InputError) the name is unknown.
@@ -79,7 +79,7 @@ def row_of(name: str) -> dict[str, Any]:
             rows = ", ".join(f'"{row}"' if "," in row else row for row in every)
             raise InputError(
                 f"{name!r} is not a method.{meant} Give one of {rows}; or join a criterion, an allocation and a recovery "
-                "with +, such as mine+lstsq."
+                "with +, such as mine+affine."
             )
         row[kind] = part
         taken.add(kind)

@@ -28,6 +28,15 @@ def fluctuation(weight: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
     return squares(weight.T) * variance
 
 
+def flap(weight: torch.Tensor, variance: torch.Tensor, is_attention: bool) -> torch.Tensor:
+    """Compute FLAP's score of columns, (F,) fp64: their fluctuation, squared in attention, as FLAP's code has it.
+
+    Arguments are as for `fluctuation`.
+    """
+    score = fluctuation(weight, variance)
+    return score.square() if is_attention else score
+
+
 def squares(weight: torch.Tensor) -> torch.Tensor:
     """Compute ‖W[c, :]‖₂² of every row, (rows,) fp64; magnitude pruning sums them over all rows and columns of a unit."""
     return torch.cat([rows.double().square().sum(1) for rows in weight.split(_ROWS)])

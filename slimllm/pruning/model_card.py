@@ -38,6 +38,8 @@ def write_model_card(report: PruneReport, folder: Path, command: str) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     notes = "".join(f"- {note}\n" for note in report.allocation["notes"]) + "\n" * bool(report.allocation["notes"])
     name = Path(report.model).name
+    by_paper = report.config["criterion"] == "slimllm"
+    paper = ", with the criterion of [SlimLLM](https://arxiv.org/abs/2505.22689)" if by_paper else ""
     title, text_name = in_line(name.removesuffix(".gguf")), in_line(calibration["text"])
     text = f"""---
 library_name: transformers
@@ -49,7 +51,7 @@ tags:
 
 # {title}, pruned by {report.achieved_ratio:.1%}
 
-Structurally pruned with [SlimLLM](https://arxiv.org/abs/2505.22689) (`slimllm-engine`): whole attention heads and whole
+Structurally pruned with `slimllm-engine`{paper}: whole attention heads and whole
 FFN channels are removed, by {report.methods}.{" Only the language model was pruned." if inside else ""}
 
 | | before | after | removed |

@@ -137,7 +137,7 @@ def make_plan(
         least = math.ceil(peak / GIB * 100) / 100
         raise InputError(
             f"{which} is {getattr(config, which)}, but this run takes {least:.2f} GiB at least (in the phase {phase!r}); "
-            f"give {least:.2f}GiB or more."
+            f"give {least:.2f}GiB or more{', or take the preset slimllm' * (Needs.COLUMN_GRAM in config.needs)}."
         )
     for step in taken[:-1]:  # later steps may have made earlier ones unnecessary
         without = [other for other in taken if other is not step]

@@ -242,7 +242,7 @@ def too_few_tokens(config: PruneConfig, sizes: list[LayerSizes], samples: int, s
     if Needs.COLUMN_GRAM not in config.needs or samples * seq_len >= unknowns:
         return ""
     names = [method.name for method in (config.criterion, config.recovery) if Needs.COLUMN_GRAM in method.needs]
-    who = " and ".join(names) + f" (preset {config.preset})"
+    who = " and ".join(names)
     return (
         f"{who} {'fit' if len(names) > 1 else 'fits'} the {unknowns:,} channels of an FFN on "
         f"{samples * seq_len:,} calibration tokens, which are fewer, so the result will be good only on this text; give at "

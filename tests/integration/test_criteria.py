@@ -35,7 +35,11 @@ def flap(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x.var(0, unbiased=False) * weight.square().sum(0)
 
 
-@pytest.mark.parametrize(("criterion", "score"), [("wanda-sp", wanda), ("flap", flap)])
+def flap_of_heads(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return flap(weight, x).square()  # as FLAP's code has it for o_proj alone
+
+
+@pytest.mark.parametrize(("criterion", "score"), [("wanda-sp", wanda), ("flap", flap_of_heads)])
 @pytest.mark.parametrize("recovery", ["none", "lstsq"])
 @pytest.mark.parametrize("head_unit", ["kv-group", "query"])
 def test_scores_of_columns(
@@ -153,7 +157,8 @@ def test_flap_in_one_pass_prunes_by_the_dense_model(
     for before, after, x, layer in zip(dense.model.layers, stories.model.layers, seen, report.layers):
         for name, key, units in (("self_attn.o_proj", "kept_kv_heads", 4), ("mlp.down_proj", "kept_channels", 172)):
             weight, entering = before.get_submodule(name).weight.double(), x[name]
-            score, kept = flap(weight, entering).view(units, -1).sum(1), layer[key]
+            columns_score = (flap_of_heads if units == 4 else flap)(weight, entering)
+            score, kept = columns_score.view(units, -1).sum(1), layer[key]
             assert set(kept) == set(score.argsort()[units - len(kept) :].tolist())
             columns = torch.arange(weight.shape[1]).view(units, -1)[kept].flatten()
             projection = after.get_submodule(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -26,7 +27,8 @@ def test_as_its_docstring_says(
 ) -> None:
     text = (EXAMPLES / f"{file}.py").read_text()
     assert sum(bool(line.strip()) for line in text.split('"""', 2)[2].splitlines()) <= 30
-    command = re.search(r"^slimllm (prune MODEL.*)$", text, re.MULTILINE)
+    described = str(ast.get_docstring(ast.parse(text))).replace("\\\n", " ")
+    command = re.search(r"^slimllm (prune MODEL.*)$", described, re.MULTILINE)
     assert command is not None
     words = command[1].replace("MODEL", str(STORIES)).replace("OUT", str(tmp_path / "out"))
     words = words.replace("examples/", f"{EXAMPLES}/").split()

@@ -154,10 +154,10 @@ def test_what_is_printed_and_written_says_so(tmp_path: Path, capsys: pytest.Capt
     code, out, err = call(capsys, "prune", STORIES, "--out", tmp_path / "out", "--ratio", "0.3", *few)
     words = "32 held-out tokens of the calibration text"
     assert code == 0 and f"perplexity, {words}" in out, err
-    assert "obs and lstsq (preset best) fit the 172 channels of an FFN on 128 calibration tokens" in out
+    assert "obs and lstsq fit the 172 channels of an FFN on 128 calibration tokens" in out
     assert "give at least 11 samples of 16 tokens" in out
     code, planned, _ = call(capsys, "plan", STORIES, "--ratio", "0.3", *few)
-    assert code == 0 and "obs and lstsq (preset best) fit the 172 channels" in planned
+    assert code == 0 and "obs and lstsq fit the 172 channels" in planned
     for name in ("README.md", "report.html"):
         assert words in (tmp_path / "out" / name).read_text(), name
     assert json.loads((tmp_path / "out" / "report.json").read_text())["calibration"]["held_out"] == 2

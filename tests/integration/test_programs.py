@@ -220,6 +220,8 @@ def test_the_plan_says_what_follows() -> None:
         "For vLLM: all layers lose the same",
         "For vLLM: the recovery is lstsq without biases",
     ]
+    notes = forecast("llama-7b", PruneConfig(ratio=0.2, program="vllm")).notes
+    assert [note.split(",")[0] for note in notes] == ["For vLLM: all layers lose the same", "For vLLM: no biases are added"]
     assert not forecast("llama-7b", PruneConfig(ratio=0.2, program="llama.cpp")).notes
     assert forecast("llama-7b", PruneConfig(ratio=0.2)).plan.config.bias == "yes"
 

@@ -16,7 +16,7 @@ from slimllm.methods.allocation.base import (
     register_allocation,
     spend_at_least_cost,
 )
-from slimllm.methods.scores import fluctuation
+from slimllm.methods.scores import flap
 from slimllm.methods.statistics import Needs
 
 
@@ -25,6 +25,7 @@ class FlapAllocation(Allocation):
     """FLAP: one threshold for its scores over the whole model."""
 
     needs = Needs.COLUMNS
+    version = "2"  # squares in attention, as in FLAP's code
 
     def costs(self, dense: DenseSublayer) -> torch.Tensor:
         sublayer = dense.sublayer
@@ -32,8 +33,8 @@ class FlapAllocation(Allocation):
         spread = dense.columns.variance()
         if not sublayer.takes_bias:  # nothing replaces the mean
             spread = spread + dense.columns.mean().square()
-        score = fluctuation(weight, spread.to(weight.device)).cpu()
-        deviation = float(score.std(correction=0))
+        score = flap(weight, spread.to(weight.device), sublayer.is_attention).cpu()
+        deviation = float(score.std())  # of a sample, as in FLAP's code
         score = (score - score.mean()) / deviation if deviation > 0 else torch.zeros_like(score)
         if not sublayer.is_attention:
             return score.sort().values * dense.shape.channel_params

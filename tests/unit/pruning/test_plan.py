@@ -53,7 +53,7 @@ def test_amounts_of_memory() -> None:
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("samples", [8, 4096])
-@pytest.mark.parametrize("choice", [{"recovery": "affine"}, {"recovery": "lstsq"}, {"preset": "best"}])
+@pytest.mark.parametrize("choice", [{"preset": "slimllm"}, {"preset": "slimllm", "recovery": "lstsq"}, {"preset": "best"}])
 def test_a_budget_is_kept_or_the_least_one_named(on_gpu: bool, samples: int, choice: dict[str, str]) -> None:
     sizes = dataclasses.replace(LLAMA_33B, samples=samples, on_gpu=on_gpu, computed=2 if on_gpu else 4)
     settings = PruneConfig(ratio=0.2, **choice)
@@ -136,7 +136,7 @@ def test_stored(place: str, tmp_path: Path) -> None:
     assert torch.equal(stored.load(), second + 1)
 
 
-@pytest.mark.parametrize("choice", [{"recovery": "affine"}, {"recovery": "lstsq"}, {"preset": "best"}])
+@pytest.mark.parametrize("choice", [{"preset": "slimllm"}, {"preset": "slimllm", "recovery": "lstsq"}, {"preset": "best"}])
 @pytest.mark.parametrize(
     "placement",
     [
@@ -192,7 +192,7 @@ def test_a_model_in_memory_has_no_budget(token_ids: torch.Tensor, stories: objec
 @pytest.mark.parametrize("recovery", ["affine", "none"])
 def test_the_plan_is_near_the_truth(recovery: str) -> None:
     """Of a run large enough that Python is not all of it."""
-    row = measure(Setting("tinyllama-1.1b", layers=1, samples=8, recovery=recovery, on_disk=True))
+    row = measure(Setting("tinyllama-1.1b", layers=1, samples=8, preset="slimllm", recovery=recovery, on_disk=True))
     assert sum(row["memory_gib"].values()) == pytest.approx(row["peak_host_gib"], rel=0.15)
 
 
