@@ -215,15 +215,15 @@ def test_a_rotary_embedding_that_gguf_cannot_store(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_what_follows() -> None:
-    notes = forecast("llama-7b", PruneConfig(0.2, "slimllm", program="vllm")).notes
+    notes = forecast("llama-7b", PruneConfig(0.2, "slimllm", program="vllm"), for_gpu=True).notes
     assert [note.split(",")[0] for note in notes] == [
         "For vLLM: all layers lose the same",
         "For vLLM: the recovery is lstsq without biases",
     ]
-    notes = forecast("llama-7b", PruneConfig(ratio=0.2, program="vllm")).notes
+    notes = forecast("llama-7b", PruneConfig(ratio=0.2, program="vllm"), for_gpu=True).notes
     assert [note.split(",")[0] for note in notes] == ["For vLLM: all layers lose the same", "For vLLM: no biases are added"]
-    assert not forecast("llama-7b", PruneConfig(ratio=0.2, program="llama.cpp")).notes
-    assert forecast("llama-7b", PruneConfig(ratio=0.2)).plan.config.bias == "yes"
+    assert not forecast("llama-7b", PruneConfig(ratio=0.2, program="llama.cpp"), for_gpu=True).notes
+    assert forecast("llama-7b", PruneConfig(ratio=0.2), for_gpu=True).plan.config.bias == "yes"
 
 
 def test_in_memory() -> None:

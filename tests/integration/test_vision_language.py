@@ -158,7 +158,7 @@ def test_everywhere_else(tmp_path: Path) -> None:
     source = made(name, tmp_path / "dense", vocab_size=512)
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(source)
     (source / "preprocessor_config.json").write_text("{}")
-    assert "all layers lose the same" in forecast(str(source), PruneConfig(0.3, "slimllm")).notes[0]
+    assert "all layers lose the same" in forecast(str(source), PruneConfig(0.3, "slimllm"), for_gpu=True).notes[0]
     ran = CliRunner().invoke(app, ["prune", str(source), "--out", str(tmp_path / "out"), "--ratio", "0.3", "--no-page"])
     assert ran.exit_code == 0, ran.output
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()

@@ -220,7 +220,7 @@ def test_plan_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkey
     assert code == 2 and "at least (in the phase" in " ".join(err.split())
     code, out, _ = call(capsys, "plan", "llama-33b", "--device", "cuda", "--gpu-memory", "7GiB", "--recovery", "lstsq")
     assert code == 0 and "GPU memory" in out and "the FFN's Gram is stored in host memory" in out
-    code, out, _ = call(capsys, "plan", "llama-33b", "--ranks", "4")
+    code, out, _ = call(capsys, "plan", "llama-33b", "--device", "cuda", "--ranks", "4")
     assert code == 0 and "shared by 4 ranks" in out and "through the busiest rank: Grams" in out
     code, _, err = call(capsys, "plan", "llama-33b", "--ranks", "400")
     assert code == 2 and "ranks must be from 1 to the number of samples" in " ".join(err.split())
