@@ -384,7 +384,9 @@ def torchrun(folder: Path, *arguments: str, size: int = 2) -> subprocess.Popen[s
 
 
 def test_torchrun(tmp_path: Path) -> None:
-    out, err = torchrun(tmp_path, "--samples", "11", "--seq-len", "64", "--batch-size", "3").communicate(timeout=120)
+    out, err = torchrun(
+        tmp_path, "--preset", "slimllm", "--samples", "11", "--seq-len", "64", "--batch-size", "3"
+    ).communicate(timeout=120)
     assert out.count("parameters of the layers") == 1, err
     (tmp_path / "out" / "report.html").unlink()  # which the command writes, once
     shutil.rmtree(tmp_path / "out" / "report")
