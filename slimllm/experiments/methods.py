@@ -60,7 +60,7 @@ def row_of(name: str) -> dict[str, Any]:
     Settings that neither it nor a row of `METHODS` names are those of the default preset.
 
     Raises:
-        ValueError: (as InputError) the name is unknown.
+        ValueError: (as InputError) the name is unknown, or its parts do not go together.
     """
     if (known := _spaced(name)) in METHODS:
         return dict(METHODS[known])
@@ -83,6 +83,10 @@ def row_of(name: str) -> dict[str, Any]:
             )
         row[kind] = part
         taken.add(kind)
+    try:
+        PruneConfig(0.5, **{"preset": DEFAULT, **row})
+    except InputError as error:
+        raise InputError(f"The method {name!r} cannot run: {error}") from None
     return row
 
 

@@ -95,6 +95,10 @@ def test_names_of_methods() -> None:
     for wrong in ("", "obs+obs", "obs+random", "random+obs", "obs+", "obs lstsq"):
         with pytest.raises(InputError, match="is not a method"):
             row_of(wrong)
+    with pytest.raises(
+        InputError, match="The method 'none' cannot run: criterion obs removes what a recovery can make up for"
+    ):
+        row_of("none")
 
 
 @pytest.mark.parametrize(
