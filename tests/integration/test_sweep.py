@@ -100,7 +100,7 @@ def test_interrupted_while_it_measures(token_ids: torch.Tensor, tmp_path: Path) 
 
     with pytest.raises(KeyboardInterrupt):
         sweep(STORIES, [0.2, 0.4], config(token_ids), tokens, on_point=stop, **quick)
-    assert (tmp_path / "kept" / "slimllm" / "0.2" / "report.json").is_file()
+    assert (tmp_path / "kept" / "best" / "0.2" / "report.json").is_file()
     points = sweep(STORIES, [0.2, 0.4], config(token_ids), tokens, done=told[:1], **quick)  # as if it had not been written
     assert [point.ratio for point in points] == [0.0, 0.2, 0.4]
     assert points[1].perplexity == told[1].perplexity
