@@ -1,8 +1,8 @@
 """Cholesky factor, inverse and solution of one large system, in place, by panels of columns.
 
 A system of many thousand unknowns is the largest tensor of a run. Everything here overwrites it and needs only some panels
-beside it, on any device. Products, which are nearly all of the work, are large matrix products. On a CPU, small systems are
-LAPACK's in one piece, and so are all solutions.
+beside it, on any device. Products, which are nearly all of the work, are large matrix products. On a CPU, LAPACK factors in
+place what is not faster by panels, and all solutions are its own.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ from slimllm.ops.checks import PRECISE, check_dtype, check_tensors
 from slimllm.ops.dispatch import full_precision
 
 PANEL = 256  # columns
-# On a CPU, the panels of a factor of up to this many unknowns are narrower: the square of a panel is then a larger share of
-# the work, and is not LAPACK's fastest.
-NARROW, NARROW_UP_TO = 128, 6144
-# Unknowns up to which LAPACK in one piece is faster on a CPU, for the factor and the inverse: the panels' products are too
-# small for several threads.
-IN_ONE = 1280
+# On a CPU, a factor is by panels of this width between these numbers of unknowns. Below, a panel's products are too small
+# for several threads, also those of an inverse; above, each panel reads more than fits in a cache, and LAPACK is faster.
+NARROW, FROM, UP_TO = 128, 1280, 6144
 
 
 class Sharing(Protocol):
@@ -35,7 +32,7 @@ class Sharing(Protocol):
 def factorise_(system: torch.Tensor, ranks: Sharing | None = None) -> torch.Tensor:
     """Overwrite the lower half of a symmetric positive definite A by its factor L, with A = L Lᵀ; the rest is not read.
 
-    Work: k³/6 multiply-adds in its dtype, shared by the processes. Extra memory: one panel, two if it is shared.
+    Work: k³/6 multiply-adds in its dtype, shared by the processes. Extra memory: two panels at most.
 
     Args:
         system: A, (k, k) fp32 or fp64, contiguous.
@@ -55,11 +52,11 @@ def factorise_(system: torch.Tensor, ranks: Sharing | None = None) -> torch.Tens
     with torch.no_grad(), full_precision(system.device):
         if ranks is not None and ranks.size > 1 and size:
             return _factorise_together(system, ranks)
-        if _in_one_piece(system):
+        if system.device.type == "cpu" and not FROM < size <= UP_TO:
             upper, status = system.mT, torch.empty((), dtype=torch.int32)  # in place: LAPACK reads by columns
             torch.linalg.cholesky_ex(upper, upper=True, out=(upper, status))
             return status != 0
-        width = NARROW if system.device.type == "cpu" and size <= NARROW_UP_TO else PANEL
+        width = NARROW if system.device.type == "cpu" else PANEL
         for start in range(0, size, width):
             stop = min(start + width, size)
             panel = system[start:, start:stop]
@@ -106,7 +103,7 @@ def invert_(factor: torch.Tensor) -> torch.Tensor:
     size = len(factor)
     starts = range(0, size, PANEL)
     with torch.no_grad(), full_precision(factor.device):
-        if _in_one_piece(factor):
+        if factor.device.type == "cpu" and size <= FROM:
             return factor.copy_(torch.cholesky_inverse(factor))
         for start in reversed(starts):  # L⁻¹ by columns, each from its last row on
             stop = min(start + PANEL, size)
@@ -158,10 +155,6 @@ def solve_(factor: torch.Tensor, right: torch.Tensor, zero_rows: int = 0) -> tor
             right[rows].addmm_(factor[rows.stop :, rows].T, right[rows.stop :], alpha=-1)
             right[rows] = _inverse(factor[rows, rows]).T @ right[rows]
     return right
-
-
-def _in_one_piece(system: torch.Tensor) -> bool:
-    return system.device.type == "cpu" and len(system) <= IN_ONE
 
 
 def _solves_in_one_piece(factor: torch.Tensor) -> bool:

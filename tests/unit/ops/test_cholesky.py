@@ -15,7 +15,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cholesky, "PANEL", 16)
     monkeypatch.setattr(cholesky, "NARROW", 16)
     if request.param == "panels":
-        monkeypatch.setattr(cholesky, "IN_ONE", 0)
+        monkeypatch.setattr(cholesky, "FROM", 0)
         monkeypatch.setattr(cholesky, "_solves_in_one_piece", lambda factor: False)
 
 
