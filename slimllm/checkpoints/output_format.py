@@ -97,7 +97,9 @@ def biases_of(sizes: list[LayerSizes]) -> Biases:
 
 def _choose(source: PretrainedConfig, sizes: list[LayerSizes], dtype: torch.dtype) -> OutputFormat:
     spec = family_of(source.model_type)
-    common = {name: value for name, value in source.to_dict().items() if name not in _DECIDED}
+    # Beside the experts' own width, Qwen's configuration has that of a dense FFN.
+    decided = _DECIDED - {"intermediate_size"} | {spec.width}
+    common = {name: value for name, value in source.to_dict().items() if name not in decided}
     common |= {"head_dim": head_dim_of(source), "dtype": dtype}
     largest: dict[str, Any] = {
         "num_attention_heads": max(size.num_heads for size in sizes),

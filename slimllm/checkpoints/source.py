@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from slimllm.checkpoints.base import Checkpoint, all_finite
 from slimllm.errors import InputError
-from slimllm.models.families import READ_AS, Container, family_of, head_dim_of
+from slimllm.models.families import FAMILIES, READ_AS, Container, family_of, head_dim_of
 from slimllm.models.layer import Layer
 from slimllm.models.meta import embedding_scale, empty_module, expected_tensors, meta_model
 from slimllm.models.slicing import LayerSizes, Tensors, sizes_by_layer
@@ -228,6 +228,11 @@ class InMemoryModel(ModelSource):
         if (kind := model.config.model_type) in READ_AS:
             raise InputError(
                 f"A model of type {kind} has fused projections and cannot be pruned in memory; save it "
+                "with save_pretrained and prune the folder."
+            )
+        if kind in FAMILIES and FAMILIES[kind].expert:
+            raise InputError(
+                f"A model of type {kind} has the experts of a layer in one tensor and cannot be pruned in memory; save it "
                 "with save_pretrained and prune the folder."
             )
         plain = {name: type(module) for name, module in meta_model(model.config).named_modules() if name}

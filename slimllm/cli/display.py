@@ -146,7 +146,9 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
             "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"per layer, through the busiest rank: {estimate}"
         )
     if forecast.seconds is None:
-        table.add_row("time", "", "unknown: this machine has no GPU; on a machine with one, plan measures its speed")
+        why = "this machine has no GPU; on a machine with one, plan measures its speed"
+        why = "the work of a mixture of experts is not counted" if forecast.mixture else why
+        table.add_row("time", "", f"unknown: {why}")
     else:
         table.add_row("time", _duration(forecast.seconds), "approximately, by counted operations and this machine's rates")
     where = {

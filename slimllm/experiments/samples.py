@@ -15,7 +15,7 @@ from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.config import PruneConfig
 from slimllm.experiments.methods import config_of
-from slimllm.pruning.shapes import samples_for
+from slimllm.pruning.shapes import samples_for, tokens_to_fit
 
 
 def with_samples(config: PruneConfig, rows: Iterable[Mapping[str, Any]], checkpoint: Checkpoint) -> PruneConfig:
@@ -29,8 +29,8 @@ def with_samples(config: PruneConfig, rows: Iterable[Mapping[str, Any]], checkpo
     if config.token_ids is not None or config.samples is not None:
         return config
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
-    channels = max(size.intermediate_size for size in source.sizes())
-    samples = max(samples_for(config_of(config, row, config.ratio), channels) for row in rows)
+    tokens = tokens_to_fit(source.sizes(), source.config)
+    samples = max(samples_for(config_of(config, row, config.ratio), tokens) for row in rows)
     if samples > SAMPLES:  # the text may have fewer
         logger = logging.getLogger("slimllm")
         logger.disabled = True  # each run says it again

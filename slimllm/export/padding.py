@@ -42,16 +42,17 @@ def pad_layer(tensors: Tensors, spec: Family, size: LayerSizes, wanted: LayerSiz
     keys = (size.num_kv_heads, 1, head_dim), (wanted.num_kv_heads, 1, head_dim)
     channels = (1, 1, size.intermediate_size), (1, 1, wanted.intermediate_size)
     result = dict(tensors)
+    experts = spec.by_expert(tensors)
     for name, (old, new) in {
         spec.q_proj: queries,
         spec.k_proj: keys,
         spec.v_proj: keys,
-        **dict.fromkeys(spec.into_ffn, channels),
+        **dict.fromkeys((name for one in experts for name in one.into_ffn), channels),
     }.items():
         for kind in ("weight", "bias"):
             if f"{name}.{kind}" in tensors:
                 result[f"{name}.{kind}"] = _pad_rows(tensors[f"{name}.{kind}"], old, new)
-    for name, (old, new) in {spec.o_proj: queries, spec.down_proj: channels}.items():
+    for name, (old, new) in {spec.o_proj: queries, **dict.fromkeys((one.down_proj for one in experts), channels)}.items():
         result[f"{name}.weight"] = _pad_rows(tensors[f"{name}.weight"].T, old, new).T.contiguous()
     return result
 

@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from slimllm.errors import InputError, exhausted, reason
 from slimllm.models.families import Family, family_of
+from slimllm.models.registration import native_classes
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the model on the meta device, where it takes no memory; only the rotary embedding's tables are computed."""
+    """Build the model on the meta device, where it takes no memory; only the rotary embedding's tables are computed.
+
+    A mixture of experts gets the class of the native format, in which every expert is a module, as in a checkpoint.
+    """
     spec = family_of(config.model_type)
-    config = copy.deepcopy(config)
     try:
+        config = copy.deepcopy(config) if not spec.expert else _with_experts_apart(config, spec)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         if spec.rotary:
@@ -34,6 +38,13 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     if config.num_hidden_layers < 1:
         raise InputError("The model's configuration says that it has no decoder layers.")
     return model.eval().requires_grad_(False)
+
+
+def _with_experts_apart(config: PretrainedConfig, spec: Family) -> PretrainedConfig:
+    native, _, _ = native_classes(spec.name)
+    settings = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    converted: PretrainedConfig = native(**settings)
+    return converted
 
 
 def _make_rotary(model: PreTrainedModel, spec: Family) -> None:

@@ -36,8 +36,8 @@ class OutputChange:
 class LayerSizes:
     """Sizes of one decoder layer, which of its projections have a bias, and whether its FFN has a gate.
 
-    `attention_out_bias` and `ffn_out_bias` are about the output projections, `qkv_bias` about q, k and v, and `gate_bias`
-    about gate and up.
+    An FFN may be a mixture of `experts`, each `intermediate_size` wide; a dense one counts as one. `attention_out_bias` and
+    `ffn_out_bias` are about the output projections, `qkv_bias` about q, k and v, and `gate_bias` about gate and up.
     """
 
     num_heads: int
@@ -49,6 +49,7 @@ class LayerSizes:
     qkv_bias: bool = False
     gate_bias: bool = False
     gated: bool = True
+    experts: int = 1
 
     @property
     def group_size(self) -> int:
@@ -89,23 +90,33 @@ class LayerSizes:
             num_kv_heads=self.num_kv_heads - (units if by_group else 0),
             intermediate_size=self.intermediate_size - channels,
             attention_out_bias=self.attention_out_bias or (new_bias and units > 0),
-            ffn_out_bias=self.ffn_out_bias or (new_bias and channels > 0),
+            ffn_out_bias=self.ffn_out_bias or (new_bias and channels > 0 and self.experts == 1),
             params=0,
         )
 
 
 def layer_sizes(shapes: dict[str, tuple[int, ...]], spec: Family, head_dim: int) -> LayerSizes:
-    """Derive the sizes of a layer from the shapes of its tensors (names relative to the layer)."""
+    """Derive the sizes of a layer from the shapes of its tensors (names relative to the layer).
+
+    Raises:
+        ValueError: (as InputError) its experts have different widths.
+    """
+    experts = spec.by_expert(shapes)
+    first = experts[0]
+    widths = {shapes[f"{one.down_proj}.weight"][1] for one in experts}
+    if len(widths) > 1:
+        raise InputError(f"The experts of a layer must have the same width, got {', '.join(map(str, sorted(widths)))}.")
     return LayerSizes(
         num_heads=shapes[f"{spec.q_proj}.weight"][0] // head_dim,
         num_kv_heads=shapes[f"{spec.k_proj}.weight"][0] // head_dim,
-        intermediate_size=shapes[f"{spec.down_proj}.weight"][1],
+        intermediate_size=widths.pop(),
         attention_out_bias=f"{spec.o_proj}.bias" in shapes,
-        ffn_out_bias=f"{spec.down_proj}.bias" in shapes,
+        ffn_out_bias=f"{first.down_proj}.bias" in shapes,
         params=sum(torch.Size(shape).numel() for shape in shapes.values()),
         qkv_bias=f"{spec.q_proj}.bias" in shapes,
-        gate_bias=f"{spec.up_proj}.bias" in shapes,
+        gate_bias=f"{first.up_proj}.bias" in shapes,
         gated=bool(spec.gate_proj),
+        experts=len(experts),
     )
 
 
@@ -184,7 +195,7 @@ def slice_attention(
 
 
 def slice_ffn(tensors: Tensors, spec: Family, channels: torch.Tensor, change: OutputChange | None = None) -> Tensors:
-    """Return a layer's tensors with only the kept FFN channels; arguments as in `slice_attention`."""
+    """Return a layer's tensors with only the kept channels of an FFN or expert; arguments as in `slice_attention`."""
     return {
         **tensors,
         **{name: rows for part in spec.into_ffn for name, rows in _select_rows(tensors, part, channels).items()},
@@ -204,7 +215,8 @@ def install(
         changed: Names of the tensors that are not installed yet; the others stay in place.
         device, dtype: Device and dtype in which the layer computes.
     """
-    for projection in spec.projections:
+    experts = spec.by_expert(tensors)
+    for projection in (*spec.attention_projections, *(name for one in experts for name in one.ffn_projections)):
         weight, bias = tensors[f"{projection}.weight"], tensors.get(f"{projection}.bias")
         old = layer.get_submodule(projection)
         assert isinstance(old, nn.Linear)
@@ -220,8 +232,9 @@ def install(
     for name in changed:  # one by one, so that each replaced tensor is freed before the next one is copied
         layer.load_state_dict({name: moved(tensors[name], device, dtype)}, strict=False, assign=True)
     attention: Any = layer.get_submodule(spec.attention)
-    ffn: Any = layer.get_submodule(spec.ffn)
     if hasattr(attention, "num_heads"):
         attention.num_heads = tensors[f"{spec.q_proj}.weight"].shape[0] // attention.head_dim
     attention.num_key_value_groups = tensors[f"{spec.q_proj}.weight"].shape[0] // tensors[f"{spec.k_proj}.weight"].shape[0]
-    ffn.intermediate_size = tensors[f"{spec.down_proj}.weight"].shape[1]
+    for one in experts:
+        ffn: Any = layer.get_submodule(one.ffn)
+        ffn.intermediate_size = tensors[f"{one.down_proj}.weight"].shape[1]

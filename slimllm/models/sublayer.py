@@ -7,12 +7,14 @@ activations of all tokens exceed the memory that the stream allows, the sliced, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
+from slimllm.models.families import Family
 from slimllm.models.layer import Layer
 from slimllm.models.slicing import OutputChange, Tensors, slice_attention, slice_ffn
 from slimllm.runtime.hidden_states import Batch, Stream
@@ -33,6 +35,8 @@ class Sublayer:
         groups: Groups of adjacent units, each of which loses the same number of units; 1: any unit may be removed.
         seed: Seed of this sub-layer, for methods that draw random numbers.
         new_bias: Whether its output projection may get a bias if it has none.
+        expert: The number of the expert, if the sub-layer is one of a mixture's; it is then an FFN of the tokens that are
+            routed to it. None: it is the whole attention or FFN.
     """
 
     layer: Layer
@@ -43,6 +47,7 @@ class Sublayer:
     groups: int = 1
     seed: int = 0
     new_bias: bool = True
+    expert: int | None = None
 
     @classmethod
     def attention_of(cls, layer: Layer, index: int, head_unit: str, seed: int = 0, new_bias: bool = True) -> Sublayer:
@@ -54,8 +59,21 @@ class Sublayer:
 
     @classmethod
     def ffn_of(cls, layer: Layer, index: int, seed: int = 0, new_bias: bool = True) -> Sublayer:
-        """Return the FFN of a layer; its units are its channels."""
+        """Return the FFN of a layer; its units are its channels, or of a mixture those of each of its `experts`."""
         return cls(layer, "ffn", index, layer.sizes().intermediate_size, 1, 1, _seed_of(seed, index, 1), new_bias)
+
+    @cached_property
+    def spec(self) -> Family:
+        """Description of the family; for an expert, that with this expert as the layer's dense FFN."""
+        return self.layer.spec if self.expert is None else self.layer.spec.of_expert(self.expert)
+
+    @cached_property
+    def experts(self) -> list[Sublayer]:
+        """The experts of an FFN that is a mixture, in which no projection gets a bias; none of any other sub-layer."""
+        if self.is_attention or not self.spec.expert:
+            return []
+        numbers = range(self.layer.sizes().experts)
+        return [replace(self, expert=one, new_bias=False, seed=_seed_of(self.seed, one, 0)) for one in numbers]
 
     @property
     def is_attention(self) -> bool:
@@ -64,7 +82,7 @@ class Sublayer:
     @property
     def projection(self) -> str:
         """Name of the output projection in the layer."""
-        return self.layer.spec.o_proj if self.is_attention else self.layer.spec.down_proj
+        return self.spec.o_proj if self.is_attention else self.spec.down_proj
 
     @property
     def output_projection(self) -> nn.Linear:
@@ -96,7 +114,7 @@ class Sublayer:
         In attention these are q_proj and, where whole KV groups are removed, k_proj and v_proj; in an FFN they are
         gate_proj, if there is one, and up_proj.
         """
-        spec = self.layer.spec
+        spec = self.spec
         if not self.is_attention:
             return list(spec.into_ffn)
         return [spec.q_proj, spec.k_proj, spec.v_proj] if self._whole_groups else [spec.q_proj]
@@ -121,9 +139,10 @@ class Sublayer:
 
     def post_norm_gain(self) -> torch.Tensor | None:
         """Return the factor by which the post-norm multiplies each output, (D,), or None if there is no post-norm."""
-        norm, weight = self.post_norm, self.output_projection.weight
+        norm = self.post_norm
         if norm is None:
             return None
+        weight = self.output_projection.weight
         gain: torch.Tensor = norm(weight.new_ones(len(weight)))
         return gain
 
@@ -150,7 +169,7 @@ class Sublayer:
             hidden: The norm's output, (batch, seq_len, D).
             kwargs: The layer's keyword arguments; only attention uses them.
         """
-        layer, spec = self.layer, self.layer.spec
+        layer, spec = self.layer, self.spec
         if not self.is_attention and not spec.ffn:
             channels: torch.Tensor = getattr(layer.module, spec.activation)(layer.linear(spec.up_proj)(hidden))
             return channels.flatten(0, 1)
@@ -165,6 +184,11 @@ class Sublayer:
         inner: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return inner.flatten(0, 1)
 
+    @property
+    def mixture(self) -> nn.Module:
+        """The module that routes the tokens to the experts; its `route(x)` gives the gates and the experts' numbers."""
+        return self.layer.module.get_submodule(self.spec.ffn)
+
     def _arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the attention's arguments; under transformers 4, Gemma 3's layer chooses between rotary embeddings."""
         if "position_embeddings_global" not in kwargs:
@@ -176,6 +200,8 @@ class Sublayer:
 
     def update_of(self, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
         """Compute the residual update of the sub-layer, (num_tokens, D), from a residual stream (batch, seq_len, D)."""
+        if self.experts:
+            return self.residual_update(self.mixture(self.norm(hidden)).flatten(0, 1))
         return self.residual_update(self.output_projection(self.inner_activations(self.norm(hidden), kwargs)))
 
     def sliced(self, units: torch.Tensor, change: OutputChange | None = None) -> Tensors:
@@ -185,7 +211,7 @@ class Sublayer:
             units: The units to keep, sorted int64 indices on the CPU.
             change: Change of the output projection; None: its kept values stay the same.
         """
-        columns, tensors, spec = self.columns_of(units), self.layer.tensors, self.layer.spec
+        columns, tensors, spec = self.columns_of(units), self.layer.tensors, self.spec
         if not self.is_attention:
             return slice_ffn(tensors, spec, columns, change)
         kv_heads = units if self._whole_groups else torch.arange(self.layer.sizes().num_kv_heads)

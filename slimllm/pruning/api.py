@@ -25,7 +25,7 @@ from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.programs import fit_programs
 from slimllm.pruning.report import PruneReport
 from slimllm.pruning.run import Run
-from slimllm.pruning.shapes import samples_for
+from slimllm.pruning.shapes import samples_for, tokens_to_fit
 from slimllm.runtime import memory
 from slimllm.runtime.cores import share_cores
 from slimllm.runtime.distributed import Ranks
@@ -181,7 +181,7 @@ def _prepare(
         config = dataclasses.replace(config, calibration=given)
     (config,) = fit_programs([config], source)
     tokenizer = None if isinstance(given, torch.Tensor) else given
-    samples = samples_for(config, max(size.intermediate_size for size in source.sizes()))
+    samples = samples_for(config, tokens_to_fit(source.sizes(), source.config))
     calibration = calibration_windows(config, tokenizer, source.config, samples)
     memory.warm_up(source.device)
     return Run(source, calibration, config, started, memory.resident_gib() * GIB, ranks=ranks)

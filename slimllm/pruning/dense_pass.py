@@ -14,26 +14,18 @@ import torch
 from slimllm.checkpoints.journal import fingerprint
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
-from slimllm.methods.allocation import DenseSublayer
-from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.sensitivity import TOKENS, Probes
-from slimllm.methods.allocation.spending import Curves, sampled
-from slimllm.methods.statistics import Needs
-from slimllm.models.layer import Layer, run_layer
+from slimllm.methods.allocation.spending import Curves
 from slimllm.models.meta import record_layer_inputs
-from slimllm.models.sublayer import Sublayer
-from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
-from slimllm.pruning.dense_statistics import DenseStatistics, packed
+from slimllm.pruning.dense_layer import measure_layer, pass_layer
+from slimllm.pruning.dense_statistics import DenseStatistics
 from slimllm.pruning.residual_stream import mean_loss, num_windows, overflow, pass_held_out, residual_stream
 from slimllm.pruning.shapes import layer_shapes
-from slimllm.pruning.streaming import empty_gram
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement, Stream
 from slimllm.runtime.memory import trim
 from slimllm.runtime.progress import LayerMeasured
-from slimllm.statistics import ColumnStatistics, GramStatistics
-from slimllm.statistics.tokens import layer_similarity
 
 
 @dataclass(frozen=True)
@@ -145,9 +137,9 @@ def run_dense_pass(run: RunContext) -> DensePass:
                 with watch("sensitivity"):
                     damage = probes.pass_layer(layer, index)
             if _measures(config):
-                total, curves, statistics = _measure_layer(layer, stream, index, shapes[index], run)
+                total, curves, statistics = measure_layer(layer, stream, index, shapes[index], run)
             else:
-                total, curves, statistics = _pass_layer(layer, stream, index, run), None, None
+                total, curves, statistics = pass_layer(layer, stream, index, run), None, None
             finite = pass_held_out(layer, stream, index, watch)
             with ranks.together():
                 if not (finite and bool(total.isfinite())):
@@ -205,96 +197,6 @@ def _probes(run: RunContext, stream: Stream) -> Probes:
     """Create probes on the first tokens of the first window, whose stream is on the first rank."""
     window = stream[0].hidden.load()[:1, :TOKENS].float()
     return Probes(window, record_layer_inputs(run.source.model, run.source.spec, window)[1], run.config)
-
-
-def _pass_layer(layer: Layer, stream: Stream, index: int, run: RunContext) -> torch.Tensor:
-    """Pass the residual stream through a dense layer, and return its similarity, summed over all tokens."""
-    total = torch.zeros((), dtype=torch.float64, device=layer.device)
-    for batch in stream:
-        hidden_in = batch.hidden.load()
-        with run.watch("dense pass"):
-            hidden_out = run_layer(layer, hidden_in, batch.kwargs[index])
-        with run.watch("statistics"):
-            total += layer_similarity(hidden_in, hidden_out)
-            batch.hidden.save(hidden_out)
-    stream.ranks.sum_(total)
-    return total
-
-
-def _measure_layer(
-    layer: Layer, stream: Stream, index: int, shape: LayerShape, run: RunContext
-) -> tuple[torch.Tensor, Curves | None, list[DenseStatistics] | None]:
-    """Pass the residual stream through a dense layer and collect statistics.
-
-    Returns:
-        Its similarity, summed over all tokens; its curves, if the allocation needs them; and its statistics, if the run
-        makes one pass. The latter two are None if the stream is not finite any more.
-    """
-    config, watch, ranks = run.config, run.watch, stream.ranks
-    sublayers = (
-        Sublayer.attention_of(layer, index, config.head_unit, config.seed, config.bias != "no"),
-        Sublayer.ffn_of(layer, index, config.seed, config.bias != "no"),
-    )
-    weighted = config.token_weights == "norm"
-    statistics: list[ColumnStatistics | GramStatistics] = []
-    needs = config.allocation.needs or Needs.COLUMNS
-    inputs = ColumnStatistics(layer.linear(layer.spec.down_proj).out_features, layer.device)  # of the FFN
-    for one in sublayers:
-        if Needs.COLUMN_GRAM in needs:
-            with ranks.together():  # the disk can be full
-                statistics.append(empty_gram(one, stream.placement))
-        else:
-            statistics.append(ColumnStatistics(one.output_projection.in_features, layer.device))
-    similarity = torch.zeros((), dtype=torch.float64, device=layer.device)
-    squares = torch.zeros(2, dtype=torch.float64, device=layer.device)  # Σ_t of the mean square after each sub-layer
-    for batch in stream:
-        hidden_in = hidden = batch.hidden.load()
-        for part, (one, columns) in enumerate(zip(sublayers, statistics)):
-            with watch("dense pass"):
-                x = one.norm(hidden)
-                inner = one.inner_activations(x, batch.kwargs[index])
-                output = one.output_projection(inner)
-            with watch("statistics"):
-                weights = one.token_weights(hidden, output)
-                squares[part] += weights.reciprocal().sum(dtype=torch.float64)
-                columns.update(inner, weights if weighted else None)
-                if config.one_pass and not one.is_attention:
-                    inputs.update(x.flatten(0, 1), weights if weighted else None)
-            with watch("dense pass"):
-                hidden = hidden + one.residual_update(output).view_as(hidden)
-        with watch("statistics"):
-            similarity += layer_similarity(hidden_in, hidden)
-            batch.hidden.save(hidden)
-    del hidden_in, hidden, x, inner, output
-    with watch("statistics"):
-        ranks.add_up(*statistics, *([inputs] if config.one_pass else []))
-        ranks.sum_(squares, similarity)
-        if not bool(similarity.isfinite()):
-            return similarity, None, None
-        found = None
-        if config.one_pass:
-            attention, ffn = (packed(one) for one in statistics)
-            found = [DenseStatistics(attention, None), DenseStatistics(ffn, packed(inputs))]
-    if config.allocation.needs is None:
-        return similarity, None, found
-    with watch("allocation"):
-
-        def measured(one: Sublayer, columns: ColumnStatistics | GramStatistics, square: float) -> list[float]:
-            dense = DenseSublayer(one, columns, square, weighted, shape, ranks)
-            with calling(config.allocation, f"measuring the {one.kind} of layer {index}"):
-                costs = config.allocation.costs(dense)
-                if costs.shape != (one.units // one.groups,) or not bool(costs.isfinite().all()):
-                    raise ValueError(
-                        f"costs must be {one.units // one.groups} finite numbers, one for each round, got shape "
-                        f"{tuple(costs.shape)}."
-                    )
-            return sampled(costs)
-
-        make = ranks.made_together if config.allocation.shares_work else ranks.made_by_first
-        curves = Curves(*(make(partial(measured, *each)) for each in zip(sublayers, statistics, squares.tolist())))
-    if Needs.COLUMN_GRAM in needs:
-        trim()
-    return similarity, curves, found
 
 
 def _factors(run: RunContext, probes: Probes | None) -> list[list[float]]:

@@ -26,7 +26,8 @@ LAYER_SHAPE: Shape = {
     "intermediate_size_before?": int,
     "kept_heads": [int],
     "kept_kv_heads": [int],
-    "kept_channels": [int],
+    "kept_channels?": [int],
+    "expert_tokens?": [int],
     "head_importance?": [float],
     "channel_importance?": [float],
     "attention_statistics?": str,
@@ -48,7 +49,6 @@ class _Always(TypedDict):
     intermediate_size: int
     kept_heads: list[int]
     kept_kv_heads: list[int]
-    kept_channels: list[int]
     parameters_before: int
     parameters_after: int
     similarity: float
@@ -63,7 +63,9 @@ class LayerReport(_Always, total=False):
         index: The layer's number.
         ratio: Fraction of its parameters that the allocation asked it to lose.
         num_heads, num_kv_heads, intermediate_size: Its sizes after pruning; with `_before`, those of the dense layer.
-        kept_heads, kept_kv_heads, kept_channels: Sorted indices.
+        kept_heads, kept_kv_heads: Sorted indices.
+        kept_channels: The same; missing in a mixture of experts that was pruned, each of which keeps its own.
+        expert_tokens: Number of calibration tokens that were routed to each expert of a mixture, if it was pruned.
         head_importance, channel_importance: The criterion's score of every unit, if such units were removed.
         attention_statistics: How attention's statistics were streamed, `gram`, `heads` or `dense` (in the dense pass), if
             heads were removed.
@@ -75,6 +77,8 @@ class LayerReport(_Always, total=False):
         peak_host_gib: Peak memory of the run so far.
     """
 
+    kept_channels: list[int]
+    expert_tokens: list[int]
     head_importance: list[float]
     channel_importance: list[float]
     attention_statistics: str
@@ -114,7 +118,6 @@ def layer_report(parts: PrunedParts, **measured: Any) -> LayerReport:
         "intermediate_size": after.intermediate_size,
         "kept_heads": list(range(after.num_heads)),
         "kept_kv_heads": list(range(after.num_kv_heads)),
-        "kept_channels": list(range(after.intermediate_size)),
     }
     if heads:
         units, group = heads.kept, torch.arange(before.group_size)
@@ -123,7 +126,11 @@ def layer_report(parts: PrunedParts, **measured: Any) -> LayerReport:
         report["kept_kv_heads"] = units.tolist() if parts.by_group else list(range(before.num_kv_heads))
         report["head_importance"] = heads.importance
         report["attention_statistics"] = heads.statistics
-    if channels:
+    if channels and channels.expert_tokens is not None:
+        report["expert_tokens"] = channels.expert_tokens
+    elif not channels:
+        report["kept_channels"] = list(range(after.intermediate_size))
+    else:
         report["kept_channels"] = channels.kept.tolist()
         report["channel_importance"] = channels.importance
     for part, pruned in (("attention", heads), ("ffn", channels)):

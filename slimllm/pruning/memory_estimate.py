@@ -45,6 +45,7 @@ class Sizes:
         ranks: Processes that share the windows; the estimate is for one of them.
         on_gpu: Whether the device has its own memory.
         biased_heads: Heads whose scores get a bias for all pairs of tokens, the most of any layer.
+        experts, experts_per_token: Experts of an FFN, each I wide, and those that a token is routed to; 1: it is dense.
     """
 
     hidden_size: int
@@ -65,6 +66,13 @@ class Sizes:
     on_gpu: bool
     ranks: int = 1
     biased_heads: int = 0
+    experts: int = 1
+    experts_per_token: int = 1
+
+    @property
+    def fit_tokens(self) -> int:
+        """See `tokens_to_fit`."""
+        return -(-self.intermediate_size * self.experts // self.experts_per_token)
 
 
 def sizes_of(
@@ -97,6 +105,8 @@ def sizes_of(
         on_gpu=device.type == "cuda",
         ranks=ranks,
         biased_heads=max(size.num_heads for size in layers) if family_of(config.model_type).slopes else 0,
+        experts=max(size.experts for size in layers),
+        experts_per_token=getattr(config, "num_experts_per_tok", 1) if family_of(config.model_type).expert else 1,
     )
 
 
@@ -123,11 +133,12 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         placement: Where token-sized tensors are stored.
     """
     d, i, a, s, c = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, sizes.stored, sizes.computed
+    experts, in_ffn = sizes.experts, sizes.experts_per_token * (4 * i + 4 * d) * c
     kept = math.ceil((1 - config.ratio / 4) * i)  # in the least pruned layer, approximately
     tokens = math.ceil(sizes.samples / sizes.ranks) * sizes.seq_len
     held_out = math.ceil(sizes.held_out / sizes.ranks) * sizes.seq_len
     batch = batch_windows(sizes.samples, sizes.seq_len, config.batch_size) * sizes.seq_len
-    by_channels = Needs.COLUMN_GRAM in config.needs
+    by_channels = Needs.COLUMN_GRAM in config.needs or experts > 1
     lstsq, obs = Needs.COLUMN_GRAM in config.recovery.needs, Needs.COLUMN_GRAM in config.criterion.needs
     by_output = Needs.OUTPUT_GRAM in config.criterion.needs
     units = sizes.num_kv_heads if config.head_unit == "kv-group" else sizes.num_heads
@@ -135,7 +146,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     by_heads = may_stream_heads(config) and "stream" in {
         cheaper_method(tokens, d, a, units, fused, batches) for fused in (False, True)
     }
-    pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * _pinned(d * i * s)
+    pinned = 2 * _pinned(d * a * s) + 2 * _pinned(d * sizes.kv_width * s) + 3 * experts * _pinned(d * i * s)
     # Token-sized tensors in the FFN: the residual stream, and the outputs where they are needed.
     streams = 1 if by_channels else 2
 
@@ -161,25 +172,26 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     if placement.gram == "disk":
         tiles["batches for the Gram"] = (WAITING + batch) * i * c
     # What of a Gram that is not on the device is in host memory: all of it, or what is used at a time of a file.
-    gram_on_host: Parts = {"Gram of channels": (2 * min(i, TILE) * i if placement.gram == "disk" else i**2) * 4}
+    gram_on_host: Parts = {"Gram of channels": experts * (2 * min(i, TILE) * i if placement.gram == "disk" else i**2) * 4}
 
     def inner(width: int) -> Parts:
         num_bytes = tokens * width * c
-        return {"inner activations": num_bytes if num_bytes <= placement.keep_inner_bytes else 0}
+        kept_in_memory = num_bytes <= placement.keep_inner_bytes and (experts == 1 or width == a)
+        return {"inner activations": num_bytes if kept_in_memory else 0}
 
     cast: Parts = {"tensor to cast": d * i * s if sizes.on_gpu and s != c else 0}  # weights are cast on the device
     yield at("read", 1, cast, {"mapped file": d * i * s})
     scores = 2 * batch * sizes.seq_len * sizes.biased_heads * c  # of one batch
     # Of a batch: attention's inputs, q, k and v, both of the last before and after the rotation, and the fp32 norm.
     in_attention = batch * ((6 * a + 4 * sizes.kv_width + 3 * d) * c + 2 * d * 4) + scores
-    yield at("dense pass", 1, {"batch": max(batch * (4 * i + 4 * d) * c, in_attention)})
+    yield at("dense pass", 1, {"batch": max(batch * in_ffn, in_attention)})
     if measures_gram(config):
         # The states before and after a layer, and the layer in fp32.
         probes = (
             2 * probe_bytes(sizes) + (0 if c == 4 else sizes.layer_params * 4) if config.allocation.by_sensitivity else 0
         )
-        both, one = {"Gram": (a**2 + i**2) * 4, "probes": probes}, {"Gram": a**2 * 4, "probes": probes}
-        of_batch = {"batch": batch * (4 * i + 4 * d) * c + scores}
+        both, one = {"Gram": (a**2 + experts * i**2) * 4, "probes": probes}, {"Gram": a**2 * 4, "probes": probes}
+        of_batch = {"batch": batch * in_ffn + scores}
         if placement.gram != "device":
             yield at("measuring", 1, one | of_batch | tiles, gram_on_host)
             here, there = (one, elimination) if placement.solves_on_host else (one | elimination, {})
@@ -198,7 +210,7 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             heads |= {"elimination": 2 * 4 * a * d + 2 * 8 * min(256, a) * a}  # the system replaces the covariance
         yield at("heads", 1, heads)
         ffn_gram: Parts = (
-            {"Gram": i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
+            {"Gram": experts * i**2 * 4} if by_channels else {"Gram": d**2 * 4 if Needs.OUTPUT_GRAM in config.needs else 0}
         )
         away = by_channels and placement.gram != "device"
         stored: tuple[Parts, Parts] = ({}, gram_on_host) if away else (ffn_gram, {})  # on the device, and on the host
@@ -209,14 +221,14 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
             return at(name, streams, inner(i) | (device or {}) | stored[0] | here, (host or {}) | stored[1] | there)
 
         here, there = (tiles, gram_on_host) if away else (ffn_gram, {})
-        yield at("FFN", streams, inner(i) | here | {"batch": batch * (4 * i + 4 * d) * c}, there)
+        yield at("FFN", streams, inner(i) | here | {"batch": batch * in_ffn}, there)
         # A covariance in fp64, and either its eigenvectors and LAPACK's workspace (3 of its size in fp64), or as much for
         # the matrices of the function (6 in fp32).
         space = d**2 * (8 + 3 * 8) + (0 if c == 4 else d * i * 4) if by_output else d**2 * 8
         yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
         if obs:
             yield solving("obs", elimination)
-        sliced: Parts = {"pruned layer": 3 * kept * d * s}
+        sliced: Parts = {"pruned layer": 3 * experts * kept * d * s}
         if lstsq:
             # Of this rank's outputs: the change of all, and of some the covariances with what is lost, the solution twice,
             # and their removed weights; some rows of the covariance.
@@ -271,9 +283,10 @@ def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
     """
     d, i, a, others = sizes.hidden_size, sizes.intermediate_size, sizes.attention_width, 1 - 1 / sizes.ranks
     lstsq, kept = Needs.COLUMN_GRAM in config.recovery.needs, (1 - config.ratio) * i
-    grams = 0 if config.one_pass else 4 * (a**2 + (i if Needs.COLUMN_GRAM in config.needs else d) ** 2)
-    grams += 4 * (a**2 + i**2) if measures_gram(config) else 0
-    dense = dense_windows(config, i, sizes.samples, sizes.seq_len)
+    of_ffn = sizes.experts * i**2 if Needs.COLUMN_GRAM in config.needs or sizes.experts > 1 else d**2
+    grams = 0 if config.one_pass else 4 * (a**2 + of_ffn)
+    grams += 4 * (a**2 + sizes.experts * i**2) if measures_gram(config) else 0
+    dense = dense_windows(config, sizes.fit_tokens, sizes.samples, sizes.seq_len)
     windows = dense + (sizes.ranks if config.one_pass else sizes.samples) + 2 * sizes.held_out
     states = windows * sizes.seq_len * d * sizes.computed
     solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0

@@ -39,7 +39,7 @@ from slimllm.pruning.pipeline import PrunedLayer, Pruning
 from slimllm.pruning.programs import fit_programs
 from slimllm.pruning.report import REPORT_NAME, PruneReport
 from slimllm.pruning.run import Run, operations_of, weight_dtype
-from slimllm.pruning.shapes import check_settings, samples_for
+from slimllm.pruning.shapes import check_settings, samples_for, tokens_to_fit
 from slimllm.runtime import memory
 from slimllm.runtime.cores import share_cores
 from slimllm.runtime.distributed import Ranks
@@ -90,8 +90,8 @@ def prune_all(
         tokenizer = None if isinstance(config.calibration, torch.Tensor) else checkpoint.tokenizer()
         if tokenizer and (code := tokenizer_code(checkpoint.path)):
             _log.warning("The tokenizer's own Python code (%s) is not run; its tokenizer.json is used without it.", code)
-        channels = max(size.intermediate_size for size in source.sizes())
-        samples = max(samples_for(wanted, channels) for _, wanted in jobs)  # all have the same windows
+        tokens = tokens_to_fit(source.sizes(), source.config)
+        samples = max(samples_for(wanted, tokens) for _, wanted in jobs)  # all have the same windows
         calibration = calibration_windows(config, tokenizer, source.config, samples)
     memory.warm_up(device)
     runtime = max(ranks.everyone(memory.resident_gib() * GIB))

@@ -14,6 +14,7 @@ from slimllm.models.sublayer import Sublayer, add_update
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass
 from slimllm.pruning.dense_statistics import DenseStatistics
+from slimllm.pruning.experts import prune_experts
 from slimllm.pruning.layer_report import LayerReport, PrunedParts, layer_report
 from slimllm.pruning.residual_stream import evaluation_context, mean_loss, overflow, pass_held_out, residual_stream
 from slimllm.pruning.sublayer import PrunedSublayer, prune_sublayer
@@ -124,6 +125,8 @@ class Pruning:
 def _prune_or_pass(
     sublayer: Sublayer, stream: Stream, num_removed: int, run: RunContext, dense: DenseStatistics | None
 ) -> PrunedSublayer | None:
+    if num_removed and sublayer.experts:
+        return prune_experts(sublayer, stream, num_removed, run)
     if num_removed:
         return prune_sublayer(sublayer, stream, num_removed, run, dense)
     for batch in stream:

@@ -186,5 +186,5 @@ def _disk(sizes: Sizes, config: PruneConfig, placement: Placement) -> Parts:
         "model.gguf": sizes.params * sizes.written if config.program == "llama.cpp" else 0,
         "journal": 2 * held_out + 2 * (states + (probe_bytes(sizes) if config.allocation.by_sensitivity else 0)),
         "files of hidden states": 2 * states + held_out if placement.states == "disk" else 0,  # lstsq has no outputs there
-        "file of the Gram": sizes.ranks * 4 * sizes.intermediate_size**2 if placement.gram == "disk" else 0,
+        "file of the Gram": sizes.ranks * 4 * sizes.experts * sizes.intermediate_size**2 if placement.gram == "disk" else 0,
     }

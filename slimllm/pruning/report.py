@@ -230,7 +230,7 @@ class PruneReport:
                 return f"layer {index} lacks some of its sizes before pruning"
             if 0 in (layer.get("num_heads_before"), channels):
                 return f"layer {index} had no heads or no channels before pruning"
-            if channels and any(channel >= channels for channel in layer["kept_channels"]):
+            if channels and any(channel >= channels for channel in layer.get("kept_channels", [])):
                 return f"layer {index} has kept a channel that it does not have"
             if channels and len(layer.get("channel_importance") or []) not in (0, channels):
                 return f"layer {index} does not have as many importances as channels"

@@ -13,7 +13,7 @@ from slimllm.models.layer import Layer, run_layer
 from slimllm.models.meta import record_layer_inputs
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.memory_estimate import batch_windows
-from slimllm.pruning.shapes import dense_windows
+from slimllm.pruning.shapes import dense_windows, tokens_to_fit
 from slimllm.runtime.hidden_states import Batch, Stream
 from slimllm.runtime.stopwatch import Stopwatch
 
@@ -102,8 +102,8 @@ def num_windows(run: RunContext) -> int:
     There is at least one for each rank, and the windows of the perplexity are among them if none are held out.
     """
     judged_by = 0 if len(run.calibration.held_out) else len(perplexity_windows(run.calibration))
-    channels = max(size.intermediate_size for size in run.source.sizes())
-    enough = dense_windows(run.config, channels, *run.calibration.token_ids.shape)
+    tokens = tokens_to_fit(run.source.sizes(), run.source.config)
+    enough = dense_windows(run.config, tokens, *run.calibration.token_ids.shape)
     return min(len(run.calibration.token_ids), max(enough, run.ranks.size, judged_by))
 
 

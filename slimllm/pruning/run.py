@@ -36,7 +36,7 @@ from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.pruning.report import PruneReport, versions
 from slimllm.pruning.residual_stream import perplexity_windows
-from slimllm.pruning.shapes import check_settings, layer_shapes
+from slimllm.pruning.shapes import check_settings, layer_shapes, tokens_to_fit
 from slimllm.pruning.tensor_parallel import tensor_parallel_sizes
 from slimllm.runtime import memory
 from slimllm.runtime.distributed import Ranks
@@ -167,7 +167,7 @@ class Run:
 
     def _say_if_few(self, token_ids: torch.Tensor) -> None:
         """Warn if a fit has more unknowns than there are tokens."""
-        if warning := too_few_tokens(self.config, self.sizes, *token_ids.shape):
+        if warning := too_few_tokens(self.config, tokens_to_fit(self.sizes, self.source.config), *token_ids.shape):
             _log.warning(warning)
 
     def report(
@@ -236,9 +236,14 @@ class Run:
         )
 
 
-def too_few_tokens(config: PruneConfig, sizes: list[LayerSizes], samples: int, seq_len: int) -> str:
-    """Return a warning if a fit has more unknowns than there are tokens, and describes only them; else an empty string."""
-    unknowns = max(size.intermediate_size for size in sizes)
+def too_few_tokens(config: PruneConfig, unknowns: int, samples: int, seq_len: int) -> str:
+    """Return a warning if a fit has more unknowns than there are tokens, and describes only them; else an empty string.
+
+    Args:
+        config: The settings.
+        unknowns: `tokens_to_fit` of the model.
+        samples, seq_len: Number and length of the windows.
+    """
     if Needs.COLUMN_GRAM not in config.needs or samples * seq_len >= unknowns:
         return ""
     names = [method.name for method in (config.criterion, config.recovery) if Needs.COLUMN_GRAM in method.needs]

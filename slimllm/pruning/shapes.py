@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+from transformers import PretrainedConfig
 
 from slimllm.calibration.windows import SAMPLES
 from slimllm.checkpoints.source import ModelSource
 from slimllm.config import PruneConfig
+from slimllm.errors import InputError
 from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.target import find_target
 from slimllm.methods.statistics import Needs
@@ -15,6 +17,9 @@ from slimllm.ops.dispatch import choose
 from slimllm.ops.heads import cheaper_method
 from slimllm.pruning.programs import allowed_units
 
+# transformers multiplies the rows of all experts at once, in kernels that want multiples of 16 bytes: 8 numbers in half
+# precision.
+EXPERT_STEP = 8
 # From two tokens for a column on, its ridge is the weaker one of `has_few_tokens`.
 TOKENS_PER_CHANNEL = 2
 
@@ -34,7 +39,48 @@ def check_settings(source: ModelSource, config: PruneConfig) -> None:
     Raises:
         ValueError: (as InputError) it cannot.
     """
+    if source.spec.expert:
+        _check_experts(source, config)
     find_target(layer_shapes(source, config), config)
+
+
+def _check_experts(source: ModelSource, config: PruneConfig) -> None:
+    what = f"the experts of {source.spec.name}"
+    if config.adds_bias and not config.recovery.goes_without_bias:
+        raise InputError(
+            f"The recovery {config.recovery.name} adds biases, for which {what} have no place; give lstsq or none. The "
+            "preset best has lstsq."
+        )
+    if config.program and config.round_to and config.round_to % EXPERT_STEP:
+        raise InputError(
+            f"round_to is {config.round_to}, but transformers and vLLM multiply {what} only in widths that are multiples of "
+            f"{EXPERT_STEP}; give such a number, or leave it out."
+        )
+    if config.criterion.dense_statistics:
+        raise InputError(
+            f"The criterion {config.criterion.name} prunes by statistics of the dense model, which are not collected for "
+            f"{what}; give another one, such as obs."
+        )
+    if config.allocation.needs == Needs.COLUMNS:
+        raise InputError(
+            f"The allocation {config.allocation.name} compares channels of one FFN, but not those of {what}; give auto or "
+            "uniform."
+        )
+
+
+def tokens_to_fit(sizes: list[LayerSizes], model: PretrainedConfig) -> int:
+    """Return the least number of tokens with which a fit of the widest FFN has one for every column.
+
+    It is the FFN's width; or an expert's, times the tokens of which it sees one, on average.
+
+    Args:
+        sizes: Sizes of the layers.
+        model: The model's configuration.
+    """
+    size = max(sizes, key=lambda size: size.intermediate_size)
+    if size.experts == 1:
+        return size.intermediate_size
+    return -(-size.intermediate_size * size.experts // model.num_experts_per_tok)
 
 
 def may_stream_heads(config: PruneConfig) -> bool:
@@ -64,12 +110,12 @@ def streams_heads(
     return cheaper_method(tokens[0], shape[0], shape[1], units, fused, tokens[1]) == "stream"
 
 
-def samples_for(config: PruneConfig, channels: int) -> int:
+def samples_for(config: PruneConfig, tokens: int) -> int:
     """Return how many calibration windows the settings ask for, or else what their methods need.
 
     Args:
         config: The settings.
-        channels: Width of the widest FFN. Methods that fit its Gram get TOKENS_PER_CHANNEL tokens for each.
+        tokens: `tokens_to_fit` of the model. Methods that fit a Gram of channels get TOKENS_PER_CHANNEL times as many.
     """
     if config.token_ids is not None:
         return len(config.token_ids)
@@ -77,22 +123,22 @@ def samples_for(config: PruneConfig, channels: int) -> int:
         return config.samples
     needs, of_allocation = config.needs, config.allocation.needs
     fits = Needs.COLUMN_GRAM in (needs if of_allocation is None else needs | of_allocation)
-    return max(SAMPLES, -(-TOKENS_PER_CHANNEL * channels // config.seq_len)) if fits else SAMPLES
+    return max(SAMPLES, -(-TOKENS_PER_CHANNEL * tokens // config.seq_len)) if fits else SAMPLES
 
 
-def dense_windows(config: PruneConfig, channels: int, samples: int, seq_len: int) -> int:
+def dense_windows(config: PruneConfig, tokens: int, samples: int, seq_len: int) -> int:
     """Return how many of the calibration windows the methods of a run need in the dense pass.
 
     Args:
         config: The settings.
-        channels: Width of the widest FFN; a Gram is measured on at least as many tokens.
+        tokens: `tokens_to_fit` of the model; a Gram is measured on at least as many.
         samples, seq_len: Number and length of the calibration windows.
     """
     if config.one_pass:
         return samples
     needs, enough = config.allocation.needs, config.allocation.dense_windows(samples)
     if needs is not None and Needs.COLUMN_GRAM in needs:
-        enough = max(enough, -(-channels // seq_len))
+        enough = max(enough, -(-tokens // seq_len))
     return min(samples, enough)
 
 
@@ -107,11 +153,12 @@ def _shape(source: ModelSource, size: LayerSizes, config: PruneConfig) -> LayerS
         units=units // groups,
         unit_params=size.group_size * query_params + kv_params if by_group else groups * query_params,
         channels=size.intermediate_size,
-        channel_params=hidden_size + (1 + size.gated) * (hidden_size + size.gate_bias),
+        channel_params=size.experts * (hidden_size + (1 + size.gated) * (hidden_size + size.gate_bias)),
         params=size.params,
         attention_bias_params=0 if size.attention_out_bias else new_bias,
-        ffn_bias_params=0 if size.ffn_out_bias else new_bias,
+        ffn_bias_params=0 if size.ffn_out_bias or size.experts > 1 else new_bias,
         grouped=size.group_size > 1,
         unit_step=size.unit_step(config.head_unit, config.heads_multiple_of),
+        channel_step=EXPERT_STEP if size.experts > 1 else 1,
         allowed=allowed_units(config, source.config, size, source.container),
     )

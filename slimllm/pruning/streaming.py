@@ -21,6 +21,7 @@ from slimllm.models.slicing import slice_output
 from slimllm.models.sublayer import InnerActivations, Sublayer
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.shapes import streams_heads
+from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.hidden_states import Placement, Stored, Stream
 from slimllm.runtime.mapped import GramInFile
 from slimllm.runtime.memory import trim
@@ -105,8 +106,7 @@ class ByGram(Way):
         del x, inner, output
         with watch("statistics"):
             ranks.add_up(*(one for one in (inputs, outputs, gram) if one is not None))
-        weight = self.weight
-        return SublayerStatistics(sublayer, gram, inputs, lambda: gram.of_product(weight), _moments_of_gram, ranks, outputs)
+        return column_statistics(sublayer, gram, inputs, outputs, ranks)
 
     def prepare(self, kept: torch.Tensor) -> None:
         if not self.sublayer.is_attention:
@@ -121,6 +121,18 @@ class ByGram(Way):
         for number, batch in enumerate(self.stream):
             with self.watch("forward"):
                 batch.add(sublayer.residual_update(project(self.activations.again(number, columns))))
+
+
+def column_statistics(
+    sublayer: Sublayer,
+    gram: GramStatistics,
+    inputs: ColumnStatistics | None,
+    outputs: ColumnStatistics | None,
+    ranks: Ranks,
+) -> SublayerStatistics:
+    """Return the statistics of a sub-layer as the methods see them; all but those of its inputs follow from the Gram."""
+    weight = sublayer.output_projection.weight
+    return SublayerStatistics(sublayer, gram, inputs, lambda: gram.of_product(weight), _moments_of_gram, ranks, outputs)
 
 
 def _moments_of_gram(statistics: SublayerStatistics, kept: torch.Tensor) -> OutputMoments:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from slimllm.methods.recovery import Fit, Recovery
-from slimllm.methods.statistics import Needs
+from slimllm.methods.statistics import Needs, SublayerStatistics
 from slimllm.models.slicing import OutputChange
 from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import calling
@@ -26,12 +26,13 @@ class PrunedSublayer:
     """Result of pruning a sub-layer.
 
     Attributes:
-        kept: The kept units, sorted int64 indices.
-        importance: The criterion's score of every unit.
+        kept: The kept units, sorted int64 indices; of a mixture, none: every expert keeps its own.
+        importance: The criterion's score of every unit; of a mixture, none.
         error_before, error_after: The output's error relative to its variance, without and with the recovery; None: it was
             not measured.
         statistics: How the statistics were streamed: `gram` (of the columns), `heads`, `output`, or `dense` (in the dense
             pass).
+        expert_tokens: Number of tokens that were routed to each expert of a mixture; None: it is not one.
     """
 
     kept: torch.Tensor
@@ -39,6 +40,7 @@ class PrunedSublayer:
     error_before: float | None
     error_after: float | None
     statistics: str
+    expert_tokens: list[int] | None = None
 
 
 def prune_sublayer(
@@ -53,32 +55,49 @@ def prune_sublayer(
         run: The run's context.
         dense: Statistics of the dense model to prune by; None: they are streamed now.
     """
-    criterion, recovery, ranks = run.config.criterion, run.config.recovery, stream.ranks
-    where = f"the {sublayer.kind} of layer {sublayer.index}"
     way = way_of(sublayer, stream, run) if dense is None else FromDensePass(sublayer, stream, run, dense)
     statistics = way.collect()
+    kept, importance = select_units(sublayer, statistics, num_removed, run)
+    way.prepare(kept)
+    fit = fit_change(sublayer, statistics, kept, run)
+    with run.watch("recovery"):
+        way.apply(kept, fit)
+    way.replay(kept, fit)
+    return PrunedSublayer(kept, importance, fit.error_before, fit.error_after, way.name)
+
+
+def select_units(
+    sublayer: Sublayer, statistics: SublayerStatistics, num_removed: int, run: RunContext
+) -> tuple[torch.Tensor, list[float]]:
+    """Return the units that the criterion keeps, sorted int64 indices, and its score of every unit."""
+    criterion, ranks = run.config.criterion, statistics.ranks
     with run.watch("heads" if sublayer.is_attention else "channels"):
 
         def select() -> dict[str, Any]:
-            with calling(criterion, where):
+            with calling(criterion, _where(sublayer)):
                 chosen = criterion.select(sublayer, statistics.seen_by(criterion), num_removed)
                 chosen.check(sublayer.units, sublayer.groups, num_removed)
             return {"kept": chosen.kept.tolist(), "importance": chosen.importance.tolist()}
 
         found = ranks.made_together(select) if criterion.shares_work else ranks.made_by_first(select)
-        kept = torch.tensor(found["kept"], dtype=torch.int64)
-    way.prepare(kept)
+        return torch.tensor(found["kept"], dtype=torch.int64), found["importance"]
+
+
+def fit_change(sublayer: Sublayer, statistics: SublayerStatistics, kept: torch.Tensor, run: RunContext) -> Fit:
+    """Return the recovery's change of the output projection, the same in all processes."""
+    recovery, ranks = run.config.recovery, statistics.ranks
     with run.watch("recovery"):
         if recovery.shares_work:
+            return recovery.fit(sublayer, statistics.seen_by(recovery), kept)
+        with ranks.together(), calling(recovery, _where(sublayer)):
             fit = recovery.fit(sublayer, statistics.seen_by(recovery), kept)
-        else:
-            with ranks.together(), calling(recovery, where):
-                fit = recovery.fit(sublayer, statistics.seen_by(recovery), kept)
-                fit = _checked(fit, sublayer, len(kept) * sublayer.width, recovery)
-            fit = _of_first(fit, ranks)
-        way.apply(kept, fit)
-    way.replay(kept, fit)
-    return PrunedSublayer(kept, found["importance"], fit.error_before, fit.error_after, way.name)
+            fit = _checked(fit, sublayer, len(kept) * sublayer.width, recovery)
+        return _of_first(fit, ranks)
+
+
+def _where(sublayer: Sublayer) -> str:
+    expert = "" if sublayer.expert is None else f"expert {sublayer.expert} of "
+    return f"{expert}the {sublayer.kind} of layer {sublayer.index}"
 
 
 def _checked(fit: Fit, sublayer: Sublayer, num_columns: int, recovery: Recovery) -> Fit:

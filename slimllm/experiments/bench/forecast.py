@@ -27,7 +27,7 @@ from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traf
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.pruning.programs import fit_program
 from slimllm.pruning.run import too_few_tokens, weight_dtype
-from slimllm.pruning.shapes import dense_windows, samples_for, streams_heads
+from slimllm.pruning.shapes import dense_windows, samples_for, streams_heads, tokens_to_fit
 from slimllm.runtime.memory import resident_gib
 
 # A run's time divided by that of the counted operations, which leave out norms, activations and copies
@@ -52,6 +52,7 @@ class Forecast:
     device: str
     plan: Plan
     seconds: float | None
+    mixture: bool
     ranks: int
     traffic: Parts
     warning: str
@@ -84,8 +85,8 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     for layer in layers:
         layer.unit_step(config.head_unit, config.heads_multiple_of)  # raises the errors that the run would raise
     config, notes = fit_program(config, model_config, layers, container)
-    channels = max(size.intermediate_size for size in layers)
-    config = dataclasses.replace(config, samples=(samples := samples_for(config, channels)))
+    tokens = tokens_to_fit(layers, model_config)
+    config = dataclasses.replace(config, samples=(samples := samples_for(config, tokens)))
     if not 1 <= ranks <= samples:
         raise InputError(f"ranks must be from 1 to the number of samples ({samples}), got {ranks}.")
     params = sum(torch.Size(shape).numel() for shape in shapes.values())
@@ -93,8 +94,9 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     windows = (samples, config.seq_len, num_held_out(samples))
     sizes = sizes_of(model_config, layers, head_dim, params, dtypes, windows, device, ranks)
     plan = make_plan(sizes, config, resident_gib() * GIB + _LOADED_LATER, GPU_RUNTIME)
-    windows_of_all = dense_windows(config, channels, samples, config.seq_len)
+    windows_of_all = dense_windows(config, tokens, samples, config.seq_len)
     own = dataclasses.replace(config, samples=math.ceil(samples / ranks))
+    rates = measure_rates(device, computed) if there and layers[0].experts == 1 else None
     work = stage_work(
         _report(layers, own, device, (model_config.hidden_size, head_dim), math.ceil(windows_of_all / ranks)),
         layers,
@@ -103,7 +105,6 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         stored.itemsize,
         ranks,
     )
-    rates = measure_rates(device, computed) if there else None
     return Forecast(
         model=model,
         num_layers=len(layers),
@@ -111,10 +112,11 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         compute_dtype=str(computed).removeprefix("torch."),
         device=str(device),
         plan=plan,
+        mixture=layers[0].experts > 1,
         seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()) if rates else None,
         ranks=ranks,
         traffic=traffic(sizes, config) if ranks > 1 else {},
-        warning=too_few_tokens(config, layers, samples, config.seq_len),
+        warning=too_few_tokens(config, tokens, samples, config.seq_len),
         notes=notes,
     )
 

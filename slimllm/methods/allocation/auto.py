@@ -49,9 +49,9 @@ class Auto(Allocation):
         else:
             found = eliminate_channels(surgeon_for(weight, statistics, dense.ranks), units).costs
         # J is a mean over tokens, weighted or not, of a square summed over the outputs.
-        factor = statistics.mass if dense.weighted else statistics.count**2 / dense.stream_square
+        factor = statistics.mass if dense.weighted else statistics.mass * dense.tokens / dense.stream_square
         factor *= ATTENTION_WEIGHT if sublayer.is_attention else 1.0
-        return found * (factor / statistics.count / sublayer.output_projection.out_features)
+        return found * (factor / dense.tokens / sublayer.output_projection.out_features)
 
     def allocate(self, request: Request) -> Removals:
         return spend_at_least_cost(request)

@@ -74,6 +74,7 @@ class DenseSublayer:
     Attributes:
         sublayer: The dense sub-layer.
         columns: Statistics of the inputs z of its output projection: a `GramStatistics` with `Needs.COLUMN_GRAM`.
+        tokens: Number of tokens that pass the layer; an expert of a mixture has seen fewer.
         stream_square: Mean square of the residual stream after the sub-layer, summed over all tokens.
         weighted: Whether tokens are weighted as the next norm scales them (token weights `norm`).
         shape: Sizes of the layer.
@@ -82,6 +83,7 @@ class DenseSublayer:
 
     sublayer: Sublayer
     columns: ColumnStatistics | GramStatistics
+    tokens: int
     stream_square: float
     weighted: bool
     shape: LayerShape

@@ -15,7 +15,7 @@ class LayerShape:
     number of all parameters of the layer. `attention_bias_params` and `ffn_bias_params` are those of the bias that the
     recovery would add to each sub-layer. `grouped` says that query heads share KV heads. Units are removed `unit_step` at a
     time, and `units` is a multiple of it. `allowed`, if it is not None, has the only numbers of units that may be removed,
-    in ascending order from 0.
+    in ascending order from 0. Unless the user says otherwise, kept widths are multiples of `channel_step`.
     """
 
     units: int
@@ -28,6 +28,7 @@ class LayerShape:
     grouped: bool
     unit_step: int = 1
     allowed: tuple[int, ...] | None = None
+    channel_step: int = 1
 
     @property
     def removable(self) -> Sequence[int]:

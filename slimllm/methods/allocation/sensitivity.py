@@ -24,6 +24,7 @@ from torch import nn
 from slimllm.config import PruneConfig
 from slimllm.methods.scores import fluctuation
 from slimllm.models.layer import Layer, run_layer
+from slimllm.models.mixture import route
 from slimllm.models.sublayer import Sublayer
 
 MOST_LAYERS = 8  # evenly spaced layers to damage, not counting the last one
@@ -115,17 +116,17 @@ class Probes:
         self, sublayer: Sublayer, hidden: torch.Tensor, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Return a sub-layer's residual update, the update without half of its units, and J of the difference."""
-        inner = sublayer.inner_activations(sublayer.norm(hidden), kwargs)
-        linear, gain, units = sublayer.output_projection, sublayer.post_norm_gain(), sublayer.units
-        centered = inner - inner.mean(0)  # a recovery makes up for the means
-        if sublayer.is_attention and units == 1:
-            units = sublayer.layer.sizes().num_heads  # a single group has no half
-        scores = fluctuation(sublayer.effective_weight(), centered.double().square().mean(0)).view(units, -1).sum(1)
-        gone = torch.zeros_like(scores, dtype=torch.bool)
-        gone[scores.argsort()[: max(1, units // 2)]] = True
-        columns = gone.repeat_interleave(inner.shape[1] // units)
-        output = linear(inner)
-        error = centered[:, columns] @ linear.weight[:, columns].T
+        x = sublayer.norm(hidden)
+        if sublayer.experts:
+            parts, output = route(sublayer, x.flatten(0, 1))
+            error = torch.zeros_like(output)
+            for part in parts:
+                error.index_add_(0, part.tokens, _half(part.expert, part.inner * part.gates[:, None]))
+        else:
+            inner = sublayer.inner_activations(x, kwargs)
+            output = sublayer.output_projection(inner)
+            error = _half(sublayer, inner - inner.mean(0))  # a recovery makes up for the means
+        gain = sublayer.post_norm_gain()
         seen = error if gain is None else error * gain
         weights = sublayer.token_weights(hidden, output)
         if self._config.token_weights == "none":
@@ -133,3 +134,15 @@ class Probes:
         damage = float((weights * seen.square().mean(-1)).mean(dtype=torch.float64))
         added = [sublayer.residual_update(one).view_as(hidden) for one in (output, output - error)]
         return added[0], added[1], damage
+
+
+def _half(sublayer: Sublayer, inner: torch.Tensor) -> torch.Tensor:
+    """Return the output of the half of a sub-layer's units that adds least to it, from the inputs of its projection."""
+    weight, units = sublayer.output_projection.weight, sublayer.units
+    if sublayer.is_attention and units == 1:
+        units = sublayer.layer.sizes().num_heads  # a single group has no half
+    scores = fluctuation(sublayer.effective_weight(), inner.double().square().mean(0)).view(units, -1).sum(1)
+    gone = torch.zeros_like(scores, dtype=torch.bool)
+    gone[scores.argsort()[: max(1, units // 2)]] = True
+    columns = gone.repeat_interleave(inner.shape[1] // units)
+    return inner[:, columns] @ weight[:, columns].T

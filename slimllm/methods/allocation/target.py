@@ -71,13 +71,14 @@ def find_target(shapes: list[LayerShape], config: PruneConfig) -> Target:
     wanted = config.allocation.wanted(config.ratio, num_layers)
     target = round(wanted.ratio * total)
     at_once = num_layers if config.allocation.alike else 1  # layers that are rounded alike
-    round_to = config.round_to or default_rounding(target / at_once, shapes, config.heads_multiple_of, config.roundings)
+    multiple_of = math.lcm(config.heads_multiple_of, *(shape.channel_step for shape in shapes))
+    round_to = config.round_to or default_rounding(target / at_once, shapes, multiple_of, config.roundings)
     narrowest = min(shape.channels for shape in shapes)
     if round_to > narrowest:
         raise InputError(f"round_to is {round_to}, but the FFN is only {narrowest} channels wide; give less.")
     most = sum(most_removable(shape, round_to) for shape in shapes)
     if config.program and config.round_to is None:  # a smaller step that the program takes leaves less
-        for step in (math.lcm(power, config.heads_multiple_of) for power in config.roundings):
+        for step in (math.lcm(power, multiple_of) for power in config.roundings):
             if most < target and step < round_to:
                 round_to = step
                 most = sum(most_removable(shape, round_to) for shape in shapes)

@@ -37,7 +37,9 @@ __all__ = [
 EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
 _REASONS = {
     "gpt_neox": "its attention and its FFN run in parallel rather than one after the other",
-    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "llama4"), EXPERTS),
+    **dict.fromkeys(("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4"), "some of its experts see all tokens"),
+    "gpt_oss": "its experts have biases, and store their weights as one tensor",
+    "olmoe": "it normalises the queries and keys of all heads together, so that no head can go alone",
     "mllama": "its language model sees images in layers of its own",
 }
 

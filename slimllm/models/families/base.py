@@ -8,8 +8,8 @@ docs/extending/families.md describes how to add a family.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,6 +134,8 @@ class Family:
         rotary: The rotary embedding; empty: there is none.
         slopes: A tensor with one number for each head; empty: there is none.
         ffn: The module of the FFN; empty: its parts belong to the layer itself, with `activation` between up and down.
+        expert: One of the experts of an FFN that is a mixture of them, with `{}` for its number, to which the names of the
+            FFN's projections are then relative; empty: the FFN is dense. See `by_expert`.
         gate_proj: The gate of the FFN; empty: there is none.
         width: Name of the FFN's width in config.json.
         also: Other values of `model_type` whose models belong to this family unchanged.
@@ -167,6 +169,7 @@ class Family:
     ffn: str = "mlp"
     ffn_norm: str = "post_attention_layernorm"
     ffn_post_norm: str = ""
+    expert: str = ""
     gate_proj: str = "mlp.gate_proj"
     up_proj: str = "mlp.up_proj"
     down_proj: str = "mlp.down_proj"
@@ -181,15 +184,40 @@ class Family:
     gguf: GGUFNames | None = None
 
     @property
-    def projections(self) -> tuple[str, ...]:
-        """All linear layers of a decoder layer."""
-        attention = self.q_proj, self.k_proj, self.v_proj, self.o_proj
-        return (*attention, *self.into_ffn, self.down_proj)
+    def attention_projections(self) -> tuple[str, ...]:
+        """The linear layers of the attention."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
+
+    @property
+    def ffn_projections(self) -> tuple[str, ...]:
+        """The linear layers of a dense FFN, or of one expert."""
+        return (*self.into_ffn, self.down_proj)
 
     @property
     def into_ffn(self) -> tuple[str, ...]:
         """The linear layers whose outputs are the FFN's channels."""
         return (self.gate_proj, self.up_proj) if self.gate_proj else (self.up_proj,)
+
+    def of_expert(self, number: int) -> Family:
+        """Return the description with one expert as the layer's dense FFN."""
+        expert = self.expert.format(number)
+        gate = f"{expert}.{self.gate_proj}" if self.gate_proj else ""
+        up, down = f"{expert}.{self.up_proj}", f"{expert}.{self.down_proj}"
+        return replace(self, ffn=expert, expert="", gate_proj=gate, up_proj=up, down_proj=down)
+
+    def by_expert(self, tensors: Iterable[str]) -> list[Family]:
+        """Return the descriptions of the layer's dense FFNs: of its only one, or of every expert.
+
+        Args:
+            tensors: Names of the layer's tensors, by which the experts are counted.
+        """
+        if not self.expert:
+            return [self]
+        experts: list[Family] = []
+        tensors = set(tensors)
+        while f"{(one := self.of_expert(len(experts))).down_proj}.weight" in tensors:
+            experts.append(one)
+        return experts
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,10 @@ other projections.
 import copy
 from contextlib import contextmanager
 
+import torch
 import torch.nn as nn
 import transformers
+from transformers.activations import ACT2FN
 
 
 def rope_of_transformers_4(rope):
@@ -100,9 +102,61 @@ class SlimDecoderLayer:
             if hasattr(module, "config"):
                 module.config = config
         # The family's own switches for biases do not distinguish these two from the other projections.
-        o_proj, down_proj = self.self_attn.o_proj, getattr(self.mlp, self.down)
+        o_proj = self.self_attn.o_proj
         self.self_attn.o_proj = nn.Linear(o_proj.in_features, config.hidden_size, bias=own.attention_out_bias)
-        setattr(self.mlp, self.down, nn.Linear(down_proj.in_features, config.hidden_size, bias=own.mlp_out_bias))
+        self.set_ffn(own)
+
+    def set_ffn(self, own):
+        """Replace what the FFN of this layer's configuration has that the family's own does not."""
+        down_proj = getattr(self.mlp, self.down)
+        setattr(self.mlp, self.down, nn.Linear(down_proj.in_features, own.hidden_size, bias=own.mlp_out_bias))
+
+
+class SlimExpert(nn.Module):
+    """One expert, a gated FFN; `names` are those of its gate, up and down projections."""
+
+    names = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, hidden_size, width, activation):
+        super().__init__()
+        self.intermediate_size, self.activation = width, ACT2FN[activation]
+        gate, up, down = self.names
+        setattr(self, gate, nn.Linear(hidden_size, width, bias=False))
+        setattr(self, up, nn.Linear(hidden_size, width, bias=False))
+        setattr(self, down, nn.Linear(width, hidden_size, bias=False))
+
+    def forward(self, x):
+        gate, up, down = (getattr(self, name) for name in self.names)
+        return down(self.activation(gate(x)) * up(x))
+
+
+class SlimMixture(nn.Module):
+    """A mixture of experts, y = Σ_e g_e E_e(x) over the `top_k` experts whose gates g are the largest.
+
+    The experts are modules of their own, as they are in a checkpoint, and not one tensor.
+    """
+
+    def __init__(self, experts, top_k, hidden_size, normalised):
+        super().__init__()
+        self.top_k, self.normalised = top_k, normalised
+        self.gate = nn.Linear(hidden_size, len(experts), bias=False)
+        self.experts = nn.ModuleList(experts)
+
+    def route(self, x):
+        """Return the gates, (tokens, top_k), and the numbers of the experts, (tokens, top_k), of tokens x (tokens, D)."""
+        gates, chosen = self.gate(x).softmax(-1, dtype=torch.float32).topk(self.top_k, -1)
+        if self.normalised:
+            gates = gates / gates.sum(-1, keepdim=True)
+        return gates.to(x.dtype), chosen
+
+    def forward(self, hidden_states):
+        x = hidden_states.flatten(0, -2)
+        gates, chosen = self.route(x)
+        output = torch.zeros_like(x)
+        for number in chosen.unique().tolist():
+            tokens, place = torch.where(chosen == number)
+            output.index_add_(0, tokens, self.experts[number](x[tokens]) * gates[tokens, place, None])
+        return output.view_as(hidden_states)
 
 
 @contextmanager

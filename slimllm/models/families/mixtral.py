@@ -1,0 +1,17 @@
+"""Mixtral: Mistral with mixtures of experts."""
+
+from __future__ import annotations
+
+from slimllm.models.families.base import Family, divides_hidden_size, register_family
+
+MIXTRAL = register_family(
+    Family(
+        name="mixtral",
+        ffn="block_sparse_moe",
+        expert="block_sparse_moe.experts.{}",
+        gate_proj="w1",
+        up_proj="w3",
+        down_proj="w2",
+        vllm_takes_heads=divides_hidden_size,
+    )
+)
