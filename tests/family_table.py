@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import COMMON, IDS, LIKE_LLAMA_CPP, PECULIAR, saved, tiny
+from tiny_models import COMMON, IDS, LIKE_LLAMA_CPP, MIXTURES, PECULIAR, saved, tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from vision_language_models import ALIKE, MODELS, made
 
@@ -133,7 +133,7 @@ for name in ModelRegistry.get_supported_archs():
 def rows() -> list[list[str]]:
     logging.getLogger("slimllm").setLevel(logging.ERROR)
     known, found = known_to_vllm(), []
-    for name in [*PECULIAR, "phi3", *MODELS, *ALIKE]:
+    for name in [*PECULIAR, *MIXTURES, "phi3", *MODELS, *ALIKE]:
         with tempfile.TemporaryDirectory() as folder:
             whole = name in CONTAINERS
             model = None if whole else _plain(name)

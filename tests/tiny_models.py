@@ -83,6 +83,19 @@ PECULIAR: dict[str, dict[str, Any]] = {
 }
 
 
+# Mixtures of experts, whose own classes have them in one tensor.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "moe_intermediate_size": 48,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "attention_bias": True,
+    },
+}
+
+
 # What llama.cpp computes as these families do: no windows, biases or caps that it lacks.
 LIKE_LLAMA_CPP: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": False, "attention_bias": False, "sliding_window": None, "layer_types": None},
@@ -112,7 +125,7 @@ def of_this_version(settings: dict[str, Any]) -> dict[str, Any]:
 
 def tiny(family: str, **changes: Any) -> PreTrainedModel:
     kind = "slim_bloom" if family == "bloom" else family  # BLOOM is read as slim_bloom, with separate projections
-    config = AutoConfig.for_model(kind, **of_this_version({**COMMON, **PECULIAR[family], **changes}))
+    config = AutoConfig.for_model(kind, **of_this_version({**COMMON, **(PECULIAR | MIXTURES)[family], **changes}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

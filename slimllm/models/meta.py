@@ -23,10 +23,12 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     A mixture of experts gets the class of the native format, in which every expert is a module, as in a checkpoint.
     """
     spec = family_of(config.model_type)
+    config = copy.deepcopy(config)
     try:
-        config = copy.deepcopy(config) if not spec.expert else _with_experts_apart(config, spec)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            if spec.expert and config.model_type == spec.name:
+                model = AutoModelForCausalLM.from_config(_with_experts_apart(model, spec), dtype=torch.float32)
         if spec.rotary:
             _make_rotary(model, spec)
     except Exception as error:  # a setting of a wrong type can raise anything in transformers
@@ -40,10 +42,14 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def _with_experts_apart(config: PretrainedConfig, spec: Family) -> PretrainedConfig:
+def _with_experts_apart(model: PreTrainedModel, spec: Family) -> PretrainedConfig:
+    """Return the native format's configuration of a model of the family's own class."""
     native, _, _ = native_classes(spec.name)
-    settings = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
-    converted: PretrainedConfig = native(**settings)
+    settings = {
+        name: value for name, value in model.config.to_dict().items() if name not in ("model_type", "architectures")
+    }
+    biased = any(name.endswith(f".{spec.o_proj}.bias") for name in model.state_dict())
+    converted: PretrainedConfig = native(**settings, attention_out_bias=biased)
     return converted
 
 

@@ -138,3 +138,18 @@ def layer_report(parts: PrunedParts, **measured: Any) -> LayerReport:
             if pruned and (error := getattr(pruned, f"error_{when}")) is not None:
                 report[f"{part}_error_{when}"] = error  # type: ignore[literal-required]
     return report
+
+
+def notes_of_experts(layers: list[LayerReport]) -> list[str]:
+    """Return what is to be said of experts that saw few calibration tokens, in sentences without a full stop."""
+    seen = [(count, layer["intermediate_size_before"]) for layer in layers for count in layer.get("expert_tokens", [])]
+    none, few = sum(count == 0 for count, _ in seen), sum(0 < count < width for count, width in seen)
+    notes = []
+    if none:
+        notes.append(f"{none} of {len(seen)} experts saw no calibration tokens; their smallest channels were removed")
+    if few:
+        notes.append(
+            f"{few} of {len(seen)} experts saw fewer calibration tokens than they have channels, and were pruned by these "
+            "alone; give more samples, or text that is more like what the model is for"
+        )
+    return notes

@@ -31,6 +31,7 @@ from slimllm.ops import dispatch
 from slimllm.pruning.context import RunContext
 from slimllm.pruning.dense_pass import DensePass, run_dense_pass, steps_of
 from slimllm.pruning.identity import say_changes
+from slimllm.pruning.layer_report import notes_of_experts
 from slimllm.pruning.memory_estimate import sizes_of
 from slimllm.pruning.pipeline import Pruning
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
@@ -177,7 +178,8 @@ class Run:
         source, config, layers = self.source, self.config, pruning.reports
         layers_before = sum(size.params for size in self.sizes)
         layers_after = sum(layer["parameters_after"] for layer in layers)
-        for note in (added := allocated.note_of_biases(layers_before, layers_after, output.name)):
+        added = allocated.note_of_biases(layers_before, layers_after, output.name) + notes_of_experts(layers)
+        for note in added:
             _log.info("%s.", note)
         before, judged_by = self.parameters_before, perplexity_windows(self.calibration)
         return PruneReport(

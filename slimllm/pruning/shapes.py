@@ -53,8 +53,8 @@ def _check_experts(source: ModelSource, config: PruneConfig) -> None:
         )
     if config.program and config.round_to and config.round_to % EXPERT_STEP:
         raise InputError(
-            f"round_to is {config.round_to}, but transformers and vLLM multiply {what} only in widths that are multiples of "
-            f"{EXPERT_STEP}; give such a number, or leave it out."
+            f"round_to is {config.round_to}, but transformers and vLLM multiply {what} only in multiples of {EXPERT_STEP} "
+            "channels; give such a number, or leave it out."
         )
     if config.criterion.dense_statistics:
         raise InputError(

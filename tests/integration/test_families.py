@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import logits
 from safetensors.torch import load_file, save_file
-from tiny_models import COMMON, PECULIAR, of_this_version, saved, tiny
+from tiny_models import COMMON, MIXTURES, PECULIAR, of_this_version, saved, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimllm
@@ -36,7 +36,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def test_every_family_is_here() -> None:
-    assert {spec.name for spec in FAMILIES.values()} == set(PECULIAR)
+    assert {spec.name for spec in FAMILIES.values()} == {*PECULIAR, *MIXTURES}
 
 
 def test_the_engine_computes_what_the_model_does(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
@@ -265,11 +265,13 @@ def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
     assert again.achieved_ratio == pytest.approx(0.2, rel=0.03)
 
 
-@pytest.mark.parametrize("kind", [*PECULIAR, "phi3"])
+@pytest.mark.parametrize("kind", [*PECULIAR, *MIXTURES, "phi3"])
 def test_plan_from_the_configuration_alone(kind: str, tmp_path: Path) -> None:
     settings = {name: value for name, value in COMMON.items() if kind != "phi3" or name != "head_dim"}
-    AutoConfig.for_model(kind, **of_this_version({**settings, **PECULIAR.get(kind, {})})).save_pretrained(tmp_path)
-    found = forecast(str(tmp_path), PruneConfig(0.3, "slimllm"), for_gpu=True)  # whose time is not known, nor measured
+    AutoConfig.for_model(kind, **of_this_version({**settings, **(PECULIAR | MIXTURES).get(kind, {})})).save_pretrained(
+        tmp_path
+    )
+    found = forecast(str(tmp_path), PruneConfig(0.3), for_gpu=True)  # whose time is not known, nor measured
     assert found.num_layers == 4 and found.plan.peak_host > 0
 
 
@@ -287,6 +289,6 @@ def test_a_family_that_promises_too_much_is_refused(
 
 
 def test_what_is_not_supported_says_why() -> None:
-    for kind, reason in (("mixtral", "mixtures of experts"), ("gpt_neox", "run in parallel"), ("gpt2", "'gpt2' are not")):
+    for kind, reason in (("deepseek_v3", "see all tokens"), ("gpt_neox", "run in parallel"), ("gpt2", "'gpt2' are not")):
         with pytest.raises(InputError, match=f"{reason}.*supported types are arcee"):
             family_of(kind)
