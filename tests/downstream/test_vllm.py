@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import config, logits
+from conftest import STORIES, config, logits
+from tiny_models import MIXTURES, saved, tiny
+from transformers import AutoTokenizer
 
 import slimllm
+from slimllm import PruneConfig
 from slimllm.calibration import bundled_text, draw_windows, tokenize
 from slimllm.cli.demo_display import find_demo_model
 from slimllm.export.api import export
@@ -65,6 +68,25 @@ def test_demo_model(tmp_path: Path, settings: dict[str, Any], form: str | None, 
     model, _ = slimllm.load(folder)
     assert model.config.model_type == architecture
     prompts = ids[:3, :40]
+    compare(model, folder, prompts, tmp_path)
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+def test_a_mixture_of_experts(family: str, tmp_path: Path) -> None:
+    """With random weights, and heads as wide as vLLM has them on a CPU."""
+    widths = {"moe_intermediate_size": 128} if family == "qwen3_moe" else {"intermediate_size": 128}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "attention_bias": False}
+    dense = saved(tiny(family, vocab_size=512, hidden_size=128, **heads, **widths), tmp_path / "dense")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(dense)
+    ids = torch.randint(3, 400, (32, 40), generator=torch.Generator().manual_seed(1))
+    slimllm.prune(dense, tmp_path / "out", PruneConfig(0.3, program="vllm", dtype="float32", calibration=ids))
+    model, _ = slimllm.load(tmp_path / "out")
+    assert model.config.model_type == family
+    compare(model, tmp_path / "out", ids[:3], tmp_path)
+
+
+def compare(model: Any, folder: Path, prompts: torch.Tensor, tmp_path: Path) -> None:
+    """vLLM's log-probabilities and greedy continuations with torch's."""
     (tmp_path / "prompts.json").write_text(json.dumps(prompts.tolist()))
     (tmp_path / "ask.py").write_text(SCRIPT)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
