@@ -90,7 +90,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "num_experts": 6,
         "num_experts_per_tok": 2,
-        "norm_topk_prob": False,
+        "norm_topk_prob": True,
         "attention_bias": True,
     },
 }

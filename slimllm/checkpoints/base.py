@@ -99,7 +99,9 @@ class Checkpoint(ABC):
         found = self.shapes()
         if missing := [name for name in expected if name not in found]:
             other = next((name for name in found if name.endswith(f".{missing[0]}")), None)
+            fused = next((name for name in found if name.endswith(".experts.gate_up_proj")), None)
             advice = f"it has {other}: save the inner model alone" if other else "is the checkpoint complete?"
+            advice = f"it has the experts in one tensor, {fused}: save it as it was published" if fused else advice
             raise InputError(f"{name_some(missing, 'is', 'are')} missing in {self.path}; {advice}")
         if other_shape := [name for name in expected if found[name] != expected[name]]:
             name, *more = other_shape

@@ -18,7 +18,7 @@ from slimllm.checkpoints.gguf_header import check_sizes
 from slimllm.checkpoints.gguf_rope import ROPE_FREQS, rope_rule
 from slimllm.checkpoints.safetensors import settle_tokenizer_class
 from slimllm.errors import InputError, first_line
-from slimllm.models.families import EXPERTS, FAMILIES, head_dim_of
+from slimllm.models.families import FAMILIES, head_dim_of
 from slimllm.models.modeling.slim_layers import knows_rope_parameters
 
 _FLOAT_TYPES = {
@@ -56,7 +56,9 @@ class GGUFCheckpoint(Checkpoint):
         self._theirs = self._spec.gguf
         experts = any("_exps." in name or ".ffn_gate_inp." in name for name in self._file.entries)
         if experts or number_of(self._file.settings, f"{architecture}.expert_count", 0, path) > 0:
-            raise InputError(f"The model in {path} is not supported ({EXPERTS}).")
+            raise InputError(
+                f"The model in {path} is a mixture of experts, which is not read from GGUF; prune the Hugging Face folder."
+            )
         check_sizes(self._file.settings, [entry.shape for entry in self._file.entries.values()], path)
         self._names = {self._hugging_face_name(name): name for name in self._file.entries if name != ROPE_FREQS}
         try:

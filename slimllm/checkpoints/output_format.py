@@ -200,6 +200,8 @@ def write_config(config: PretrainedConfig, folder: Path, checkpoint: Checkpoint)
     """
     settings = json.loads(config.to_json_string())
     native = config.model_type.startswith("slim_")
+    if "num_local_experts" in settings:
+        settings["num_experts"] = settings["num_local_experts"]  # version 4 of transformers knows Qwen's by this name
     if settings.get("rope_parameters") and not native:
         settings |= rope_of_transformers_4(settings["rope_parameters"])  # version 5 prefers rope_parameters
     text = json.dumps(checkpoint.around(settings), indent=2, sort_keys=True) + "\n"

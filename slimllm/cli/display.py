@@ -146,8 +146,8 @@ def print_forecast(console: Console, forecast: Forecast) -> None:
             "network", f"{sum(forecast.traffic.values()) / GIB:.2f} GiB", f"per layer, through the busiest rank: {estimate}"
         )
     if forecast.seconds is None:
-        why = "this machine has no GPU; on a machine with one, plan measures its speed"
-        why = "the work of a mixture of experts is not counted" if forecast.mixture else why
+        no_gpu = "this machine has no GPU; on a machine with one, plan measures its speed"
+        why = "the work of a mixture of experts is not counted" if forecast.mixture else no_gpu
         table.add_row("time", "", f"unknown: {why}")
     else:
         table.add_row("time", _duration(forecast.seconds), "approximately, by counted operations and this machine's rates")

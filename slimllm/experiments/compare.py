@@ -6,6 +6,7 @@ the first pruned layer on, activations differ.
 
 from __future__ import annotations
 
+import logging
 import math
 import shutil
 import tempfile
@@ -16,16 +17,21 @@ from typing import Any
 
 import torch
 
+from slimllm.checkpoints.base import Checkpoint
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
 from slimllm.evaluation.perplexity import perplexity_of
 from slimllm.experiments.methods import METHODS, config_of, rows_of
 from slimllm.experiments.samples import with_samples
+from slimllm.models.families import family_of
 from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.report import PruneReport
+from slimllm.pruning.shapes import check_experts
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.progress import ProgressCallback
+
+_log = logging.getLogger("slimllm")
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,16 @@ class Compared:
     methods: str = ""
 
 
+def _suits(checkpoint: Checkpoint, config: PruneConfig, name: str) -> bool:
+    """Return whether a method can prune a model; if not, the reason is logged."""
+    try:
+        check_experts(family_of(checkpoint.config.model_type), config)
+    except InputError as error:
+        _log.info("%s is left out: %s", name, error)
+        return False
+    return True
+
+
 def compare(
     model: str | Path,
     ratios: Sequence[float],
@@ -79,7 +95,8 @@ def compare(
         config: The common settings: calibration, memory, device. A method sets the criterion, the allocation, the recovery
             and the token weights. Without `samples`, all get as many windows as the method that needs most.
         token_ids: The evaluation text, (num_tokens,) int64; not the calibration text.
-        methods: Names, see `slimllm.experiments.methods.row_of`; or settings of `PruneConfig` by a name for the table.
+        methods: Names, see `slimllm.experiments.methods.row_of`; or settings of `PruneConfig` by a name for the table. By
+            default all that suit the model.
         seq_len: Tokens per window of the text.
         max_windows: Number of windows from the beginning of the text; None: all.
         bos_token_id: As for `perplexity`.
@@ -99,6 +116,9 @@ def compare(
     rows = rows_of(methods)
     order = [*(name for name in METHODS if name in rows), *(name for name in rows if name not in METHODS)]
     checkpoint = open_checkpoint(model)
+    if tuple(methods) == tuple(METHODS):
+        order = [name for name in order if _suits(checkpoint, config_of(config, rows[name], ratios[0]), name)]
+        rows = {name: rows[name] for name in order}
     config = with_samples(config, rows.values(), checkpoint)
     configs = {(name, ratio): config_of(config, rows[name], ratio) for name in order for ratio in ratios}
     lines: list[Compared] = []

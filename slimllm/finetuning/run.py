@@ -96,6 +96,10 @@ def finetune(
     source = CheckpointModel(checkpoint, torch.device("cpu"), torch.float32)
     for sentence in checkpoint.left_out():
         _log.info(sentence)
+    if source.spec.expert:
+        raise InputError(
+            f"{model} is a mixture of experts, whose training is not supported: it needs a loss that balances the experts."
+        )
     if config.train == "lora" and config.rank > source.config.hidden_size:
         raise InputError(
             f"rank is {config.rank}, but the model's matrices have only {source.config.hidden_size} rows or columns; "

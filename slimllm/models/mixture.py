@@ -16,6 +16,7 @@ class Routed:
     """What the tokens of a batch are to one of the experts.
 
     Attributes:
+        number: The expert's number.
         expert: The expert, as an FFN.
         tokens: Numbers of the tokens that are routed to it, (n,) int64.
         gates: Their gates g, (n,).
@@ -23,6 +24,7 @@ class Routed:
         output: The output of that projection, (n, D).
     """
 
+    number: int
     expert: Sublayer
     tokens: torch.Tensor
     gates: torch.Tensor
@@ -41,13 +43,11 @@ def route(ffn: Sublayer, x: torch.Tensor) -> tuple[list[Routed], torch.Tensor]:
         What every expert that has tokens makes of them, and the output of the mixture, (num_tokens, D).
     """
     mixture: Any = ffn.mixture
-    gates, chosen = mixture.route(x)
     output, parts = torch.zeros_like(x), []
-    for number in chosen.unique().tolist():
-        tokens, place = torch.where(chosen == number)
+    for number, tokens, gates in mixture.route(x):
         expert = ffn.experts[number]
         inner = expert.inner_activations(x[tokens][None], {})
         own = linear(inner, expert.output_projection.weight)
-        parts.append(Routed(expert, tokens, gates[tokens, place], inner, own))
-        output.index_add_(0, tokens, own * parts[-1].gates[:, None])
+        parts.append(Routed(number, expert, tokens, gates, inner, own))
+        output.index_add_(0, tokens, (own * gates[:, None]).to(x.dtype))
     return parts, output

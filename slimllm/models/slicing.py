@@ -230,7 +230,8 @@ def install(
         owner, _, name = spec.slopes.rpartition(".")
         setattr(layer.get_submodule(owner), name, torch.empty_like(tensors[spec.slopes], device="meta"))
     for name in changed:  # one by one, so that each replaced tensor is freed before the next one is copied
-        layer.load_state_dict({name: moved(tensors[name], device, dtype)}, strict=False, assign=True)
+        owner, _, last = name.rpartition(".")
+        layer.get_submodule(owner).load_state_dict({last: moved(tensors[name], device, dtype)}, strict=False, assign=True)
     attention: Any = layer.get_submodule(spec.attention)
     if hasattr(attention, "num_heads"):
         attention.num_heads = tensors[f"{spec.q_proj}.weight"].shape[0] // attention.head_dim

@@ -12,6 +12,7 @@ from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.spending import Curves, sampled
 from slimllm.methods.statistics import Needs
 from slimllm.models.layer import Layer, run_layer
+from slimllm.models.mixture import route
 from slimllm.models.sublayer import Sublayer
 from slimllm.plugins import calling
 from slimllm.pruning.context import RunContext
@@ -117,8 +118,12 @@ class _Part:
         with watch("dense pass"):
             x = one.norm(hidden)
         if isinstance(self.columns, ExpertStatistics):
+            with watch("dense pass"):
+                tokens = x.flatten(0, 1)
+                parts, output = route(one, tokens)
             with watch("statistics"):
-                output, weights = self.columns.update(hidden, x.flatten(0, 1))
+                weights = one.token_weights(hidden, output)
+                self.columns.update(parts, tokens, weights)
         else:
             with watch("dense pass"):
                 inner = one.inner_activations(x, batch.kwargs[one.index])
@@ -153,9 +158,9 @@ class _Part:
         if not isinstance(self.columns, ExpertStatistics):
             return sampled(self._costs(self.sublayer, self.columns, self.columns.count, shape))
         total = torch.zeros(self.sublayer.units, dtype=torch.float64)
-        for expert, outputs in zip(self.sublayer.experts, self.columns.outputs):
-            if outputs.mass > 0:
-                total += self._costs(expert, self.columns.gram(expert.expert or 0), self.columns.tokens, shape).cpu()
+        for number, expert in enumerate(self.sublayer.experts):
+            if self.columns.outputs[number].mass > 0:
+                total += self._costs(expert, self.columns.gram(number), self.columns.tokens, shape).cpu()
         return sampled(total)
 
     def _costs(

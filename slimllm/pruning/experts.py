@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 
 from slimllm.methods.criteria.magnitude import Magnitude
-from slimllm.methods.recovery import Fit
 from slimllm.methods.statistics import SublayerStatistics
-from slimllm.models.mixture import route
+from slimllm.models.mixture import Routed, route
 from slimllm.models.slicing import Tensors
 from slimllm.models.sublayer import Sublayer, add_update
 from slimllm.pruning.context import RunContext
@@ -40,43 +39,39 @@ class ExpertStatistics:
     """
 
     def __init__(self, ffn: Sublayer, placement: Placement, weighted: bool) -> None:
-        self._ffn, self._weighted, self.tokens = ffn, weighted, 0
+        self._experts, self._weighted, self.tokens = ffn.experts, weighted, 0
         device, hidden_size = ffn.layer.device, len(ffn.experts[0].output_projection.weight)
         self.columns: list[GramStatistics | None] = [empty_gram(one, placement) for one in ffn.experts]
         self.inputs = [ColumnStatistics(hidden_size, device) for _ in ffn.experts]
         self.outputs = [ColumnStatistics(hidden_size, device) for _ in ffn.experts]
 
-    def update(self, hidden: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add a batch, and return the mixture's output, (num_tokens, D), and the tokens' own weights, (num_tokens,).
+    def update(self, parts: list[Routed], x: torch.Tensor, weights: torch.Tensor) -> None:
+        """Add a batch.
 
         Args:
-            hidden: The residual stream before the mixture, (batch, seq_len, D).
-            x: The norm's output of it, (num_tokens, D).
+            parts: What `route` returned for it.
+            x: The norm's output, (num_tokens, D).
+            weights: The tokens' own weights, (num_tokens,).
         """
-        parts, output = route(self._ffn, x)
-        weights = self._ffn.token_weights(hidden, output)
         self.tokens += len(x)
         for part in parts:
             own = part.gates.float().square()
             if self._weighted:
                 own = own * weights[part.tokens]
-            number = part.expert.expert or 0
-            self.gram(number).update(part.inner, own)
-            self.inputs[number].update(x[part.tokens], own)
-            self.outputs[number].update(part.output, own)
-        return output, weights
+            self.gram(part.number).update(part.inner, own)
+            self.inputs[part.number].update(x[part.tokens], own)
+            self.outputs[part.number].update(part.output, own)
 
     def add_up(self, ranks: Ranks) -> None:
         """Add up the statistics of all processes."""
         ranks.add_up(*map(self.gram, range(len(self.columns))), *self.inputs, *self.outputs)
         self.tokens = sum(ranks.everyone(self.tokens))
 
-    def of_expert(self, expert: Sublayer, ranks: Ranks) -> SublayerStatistics | None:
+    def of_expert(self, number: int, ranks: Ranks) -> SublayerStatistics | None:
         """Return the statistics of an expert; None: no token was routed to it."""
-        number = expert.expert or 0
         if self.outputs[number].mass <= 0:
             return None
-        return column_statistics(expert, self.gram(number), self.inputs[number], self.outputs[number], ranks)
+        return column_statistics(self._experts[number], self.gram(number), self.inputs[number], self.outputs[number], ranks)
 
     def gram(self, number: int) -> GramStatistics:
         """Return the Gram of an expert's columns, which has not been freed."""
@@ -84,9 +79,9 @@ class ExpertStatistics:
         assert gram is not None
         return gram
 
-    def energy(self, expert: Sublayer) -> float:
+    def energy(self, number: int) -> float:
         """Return Σ_t w_t g_t² ‖W z_t - E(W z)‖² of an expert."""
-        outputs = self.outputs[expert.expert or 0]
+        outputs = self.outputs[number]
         return outputs.mass * float(outputs.variance().sum()) if outputs.mass > 0 else 0.0
 
 
@@ -111,37 +106,40 @@ def prune_experts(ffn: Sublayer, stream: Stream, num_removed: int, run: RunConte
         with watch("forward"):
             hidden = batch.hidden.load()
             x = ffn.norm(hidden).flatten(0, 1)
+            parts, output = route(ffn, x)
         with watch("statistics"):
-            statistics.update(hidden, x)
-    del hidden, x
+            statistics.update(parts, x, ffn.token_weights(hidden, output))
+    del hidden, x, parts, output
     with watch("statistics"):
         statistics.add_up(ranks)
     trim()
     sliced: Tensors = {}
-    errors: list[tuple[float, Fit]] = []
+    errors: list[tuple[float, float | None, float | None]] = []
     for number, expert in enumerate(ffn.experts):
-        found = statistics.of_expert(expert, ranks)
+        found = statistics.of_expert(number, ranks)
         if found is None:
-            kept, change = Magnitude().select(expert, unseen(expert, ranks), num_removed).kept, None
+            own = Magnitude().select(expert, unseen(expert, ranks), num_removed).kept
+            kept, change = torch.tensor(ranks.tell(own.tolist())), None
         else:
             kept, _ = select_units(expert, found, num_removed, run)
             fit = fit_change(expert, found, kept, run)
+            errors.append((statistics.energy(number), fit.error_before, fit.error_after))
             change = fit.change
-            errors.append((statistics.energy(expert), fit))
+            del fit
         with watch("recovery"):
             whole = expert.layer.tensors
-            own = expert.sliced(kept, change)
-            sliced |= {name: tensor for name, tensor in own.items() if tensor is not whole.get(name)}
-        del found
+            pruned = expert.sliced(kept, change)
+            sliced |= {name: tensor for name, tensor in pruned.items() if tensor is not whole.get(name)}
+        del found, change, pruned
         statistics.columns[number] = None
     with watch("recovery"):
         ffn.layer.replace({**ffn.layer.tensors, **sliced})
     for batch in stream:
         with watch("forward"):
             add_update(batch, ffn)
-    before, after = (_mean_error(errors, when) for when in ("before", "after"))
-    tokens = [one.count for one in statistics.outputs]
-    return PrunedSublayer(torch.arange(0), [], before, after, "experts", tokens)
+    before, after = (_mean([(energy, pair[when]) for energy, *pair in errors]) for when in (0, 1))
+    tokens = [one.count if one.mass > 0 else 0 for one in statistics.outputs]
+    return PrunedSublayer(None, [], before, after, "experts", tokens)
 
 
 def unseen(expert: Sublayer, ranks: Ranks) -> SublayerStatistics:
@@ -151,7 +149,8 @@ def unseen(expert: Sublayer, ranks: Ranks) -> SublayerStatistics:
     return SublayerStatistics(expert, *empty, None, None, ranks)
 
 
-def _mean_error(errors: list[tuple[float, Fit]], when: str) -> float | None:
-    known = [(energy, value) for energy, fit in errors if (value := getattr(fit, f"error_{when}")) is not None]
-    total = sum(energy for energy, _ in known)
-    return sum(energy * value for energy, value in known) / total if total > 0 else None
+def _mean(values: list[tuple[float, float | None]]) -> float | None:
+    """Return the mean of values with weights; None: there are none."""
+    known = [(weight, value) for weight, value in values if value is not None]
+    total = sum(weight for weight, _ in known)
+    return sum(weight * value for weight, value in known) / total if total > 0 else None

@@ -71,6 +71,7 @@ class LayerReport(_Always, total=False):
             heads were removed.
         attention_error_before, attention_error_after, ffn_error_before, ffn_error_after: The output's error relative to its
             variance, without and with the recovery, if something was removed; missing with statistics of the dense model.
+            Of a mixture of experts, the experts' mean, weighted by their variances.
         parameters_before, parameters_after: Number of the layer's parameters.
         similarity: c, the mean cosine over tokens of the dense layer's input with its output.
         elapsed_s: Seconds, from reading it to writing it.
@@ -119,17 +120,17 @@ def layer_report(parts: PrunedParts, **measured: Any) -> LayerReport:
         "kept_heads": list(range(after.num_heads)),
         "kept_kv_heads": list(range(after.num_kv_heads)),
     }
-    if heads:
+    if heads and heads.kept is not None:
         units, group = heads.kept, torch.arange(before.group_size)
         of_units = (units[:, None] * before.group_size + group).flatten() if parts.by_group else units
         report["kept_heads"] = of_units.tolist()
         report["kept_kv_heads"] = units.tolist() if parts.by_group else list(range(before.num_kv_heads))
         report["head_importance"] = heads.importance
         report["attention_statistics"] = heads.statistics
-    if channels and channels.expert_tokens is not None:
-        report["expert_tokens"] = channels.expert_tokens
-    elif not channels:
+    if not channels:
         report["kept_channels"] = list(range(after.intermediate_size))
+    elif channels.kept is None:
+        report["expert_tokens"] = channels.expert_tokens or []
     else:
         report["kept_channels"] = channels.kept.tolist()
         report["channel_importance"] = channels.importance
@@ -143,13 +144,13 @@ def layer_report(parts: PrunedParts, **measured: Any) -> LayerReport:
 def notes_of_experts(layers: list[LayerReport]) -> list[str]:
     """Return what is to be said of experts that saw few calibration tokens, in sentences without a full stop."""
     seen = [(count, layer["intermediate_size_before"]) for layer in layers for count in layer.get("expert_tokens", [])]
-    none, few = sum(count == 0 for count, _ in seen), sum(0 < count < width for count, width in seen)
+    none, few = sum(count == 0 for count, _ in seen), sum(0 < count < 2 * width for count, width in seen)
     notes = []
     if none:
         notes.append(f"{none} of {len(seen)} experts saw no calibration tokens; their smallest channels were removed")
     if few:
         notes.append(
-            f"{few} of {len(seen)} experts saw fewer calibration tokens than they have channels, and were pruned by these "
-            "alone; give more samples, or text that is more like what the model is for"
+            f"{few} of {len(seen)} experts saw fewer than two calibration tokens for each of their channels; give more "
+            "samples, or text that is more like what the model is for"
         )
     return notes

@@ -20,7 +20,7 @@ from slimllm.methods.statistics import Needs
 from slimllm.models.families import family_of
 from slimllm.models.slicing import LayerSizes
 from slimllm.ops.heads import CONTRIBUTIONS, cheaper_method
-from slimllm.pruning.shapes import dense_windows, may_stream_heads
+from slimllm.pruning.shapes import dense_windows, may_stream_heads, tokens_to_fit
 from slimllm.runtime.hidden_states import Placement
 from slimllm.runtime.mapped import WAITING
 from slimllm.statistics import TILE
@@ -46,6 +46,7 @@ class Sizes:
         on_gpu: Whether the device has its own memory.
         biased_heads: Heads whose scores get a bias for all pairs of tokens, the most of any layer.
         experts, experts_per_token: Experts of an FFN, each I wide, and those that a token is routed to; 1: it is dense.
+        fit_tokens: See `tokens_to_fit`.
     """
 
     hidden_size: int
@@ -68,11 +69,7 @@ class Sizes:
     biased_heads: int = 0
     experts: int = 1
     experts_per_token: int = 1
-
-    @property
-    def fit_tokens(self) -> int:
-        """See `tokens_to_fit`."""
-        return -(-self.intermediate_size * self.experts // self.experts_per_token)
+    fit_tokens: int = 0
 
 
 def sizes_of(
@@ -106,6 +103,7 @@ def sizes_of(
         ranks=ranks,
         biased_heads=max(size.num_heads for size in layers) if family_of(config.model_type).slopes else 0,
         experts=max(size.experts for size in layers),
+        fit_tokens=tokens_to_fit(layers, config),
         experts_per_token=getattr(config, "num_experts_per_tok", 1) if family_of(config.model_type).expert else 1,
     )
 
@@ -170,9 +168,10 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
     copies = 2 if config.token_weights == "norm" else 1
     tiles = {"tiles of the Gram": (min(i, TILE) + copies * batch) * i * 4}
     if placement.gram == "disk":
-        tiles["batches for the Gram"] = (WAITING + batch) * i * c
+        waiting = min(experts * WAITING, tokens * sizes.experts_per_token)  # every Gram has its own
+        tiles["batches for the Gram"] = (waiting + batch) * i * c
     # What of a Gram that is not on the device is in host memory: all of it, or what is used at a time of a file.
-    gram_on_host: Parts = {"Gram of channels": experts * (2 * min(i, TILE) * i if placement.gram == "disk" else i**2) * 4}
+    gram_on_host: Parts = {"Gram of channels": (2 * min(i, TILE) * i if placement.gram == "disk" else experts * i**2) * 4}
 
     def inner(width: int) -> Parts:
         num_bytes = tokens * width * c
@@ -228,7 +227,8 @@ def phases(sizes: Sizes, config: PruneConfig, placement: Placement) -> Iterator[
         yield at("channels", streams, inner(i) | here | {"feature space": space}, there)
         if obs:
             yield solving("obs", elimination)
-        sliced: Parts = {"pruned layer": 3 * experts * kept * d * s}
+        # Changed projections are in fp32 until they are written.
+        sliced: Parts = {"pruned layer": 3 * kept * d * s if experts == 1 else experts * kept * d * (2 * s + 4)}
         if lstsq:
             # Of this rank's outputs: the change of all, and of some the covariances with what is lost, the solution twice,
             # and their removed weights; some rows of the covariance.
@@ -292,8 +292,10 @@ def traffic(sizes: Sizes, config: PruneConfig) -> Parts:
     solutions = 8 * (1 - config.ratio) * (a + i) * d if lstsq else 0
     # A factor by panels, and the rows of an inverse that a removal needs.
     solutions += 4 * kept**2 if lstsq else 0
+    solutions *= sizes.experts
     removals = 4 * (i**2 / 2 + i * (i - kept)) if Needs.COLUMN_GRAM in config.criterion.needs else 0
     removals += 4 * (i**2 / 2 + i**2 / 2) if measures_gram(config) else 0
+    removals *= sizes.experts
     parts = {
         "Grams": 2 * grams * others,
         "hidden states": states * others,

@@ -135,9 +135,10 @@ def make_plan(
         which = "host_memory" if plan.peak_host > budgets["host_memory"] else "gpu_memory"
         peak, phase = (plan.peak_host, plan.host_phase) if which == "host_memory" else (plan.peak_gpu, plan.gpu_phase)
         least = math.ceil(peak / GIB * 100) / 100
+        advice = ", or take the preset slimllm" * (Needs.COLUMN_GRAM in config.needs and sizes.experts == 1)
         raise InputError(
             f"{which} is {getattr(config, which)}, but this run takes {least:.2f} GiB at least (in the phase {phase!r}); "
-            f"give {least:.2f}GiB or more{', or take the preset slimllm' * (Needs.COLUMN_GRAM in config.needs)}."
+            f"give {least:.2f}GiB or more{advice}."
         )
     for step in taken[:-1]:  # later steps may have made earlier ones unnecessary
         without = [other for other in taken if other is not step]
@@ -156,7 +157,8 @@ class _Step:
     gpu_only: bool = False
 
     def applies(self, sizes: Sizes, config: PruneConfig) -> bool:
-        needed = self.field not in ("gram", "systems") or Needs.COLUMN_GRAM in config.needs or measures_gram(config)
+        has_gram = Needs.COLUMN_GRAM in config.needs or measures_gram(config) or sizes.experts > 1
+        needed = self.field not in ("gram", "systems") or has_gram
         return needed and (sizes.on_gpu or not self.gpu_only)
 
 

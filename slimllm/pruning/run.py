@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from slimllm import ops
 from slimllm.calibration import Calibration, calibration_name
@@ -168,7 +169,7 @@ class Run:
 
     def _say_if_few(self, token_ids: torch.Tensor) -> None:
         """Warn if a fit has more unknowns than there are tokens."""
-        if warning := too_few_tokens(self.config, tokens_to_fit(self.sizes, self.source.config), *token_ids.shape):
+        if warning := too_few_tokens(self.config, self.sizes, self.source.config, *token_ids.shape):
             _log.warning(warning)
 
     def report(
@@ -238,20 +239,20 @@ class Run:
         )
 
 
-def too_few_tokens(config: PruneConfig, unknowns: int, samples: int, seq_len: int) -> str:
-    """Return a warning if a fit has more unknowns than there are tokens, and describes only them; else an empty string.
-
-    Args:
-        config: The settings.
-        unknowns: `tokens_to_fit` of the model.
-        samples, seq_len: Number and length of the windows.
-    """
+def too_few_tokens(
+    config: PruneConfig, sizes: list[LayerSizes], model: PretrainedConfig, samples: int, seq_len: int
+) -> str:
+    """Return a warning if a fit has more unknowns than there are tokens, and describes only them; else an empty string."""
+    unknowns = tokens_to_fit(sizes, model)
     if Needs.COLUMN_GRAM not in config.needs or samples * seq_len >= unknowns:
         return ""
     names = [method.name for method in (config.criterion, config.recovery) if Needs.COLUMN_GRAM in method.needs]
     who = " and ".join(names)
+    what = f"the {unknowns:,} channels of an FFN"
+    if (experts := max(size.experts for size in sizes)) > 1:
+        what = f"{experts} experts, some of which see few tokens and need {unknowns:,} of all,"
     return (
-        f"{who} {'fit' if len(names) > 1 else 'fits'} the {unknowns:,} channels of an FFN on "
+        f"{who} {'fit' if len(names) > 1 else 'fits'} {what} on "
         f"{samples * seq_len:,} calibration tokens, which are fewer, so the result will be good only on this text; give at "
         f"least {-(-unknowns // seq_len)} samples of {seq_len} tokens, better several times as many."
     )

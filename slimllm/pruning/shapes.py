@@ -9,9 +9,11 @@ from slimllm.calibration.windows import SAMPLES
 from slimllm.checkpoints.source import ModelSource
 from slimllm.config import PruneConfig
 from slimllm.errors import InputError
+from slimllm.methods.allocation.flap import FlapAllocation
 from slimllm.methods.allocation.removal import LayerShape
 from slimllm.methods.allocation.target import find_target
 from slimllm.methods.statistics import Needs
+from slimllm.models.families import Family
 from slimllm.models.slicing import LayerSizes
 from slimllm.ops.dispatch import choose
 from slimllm.ops.heads import cheaper_method
@@ -39,39 +41,44 @@ def check_settings(source: ModelSource, config: PruneConfig) -> None:
     Raises:
         ValueError: (as InputError) it cannot.
     """
-    if source.spec.expert:
-        _check_experts(source, config)
+    check_experts(source.spec, config)
     find_target(layer_shapes(source, config), config)
 
 
-def _check_experts(source: ModelSource, config: PruneConfig) -> None:
-    what = f"the experts of {source.spec.name}"
+def check_experts(spec: Family, config: PruneConfig) -> None:
+    """Check that the settings suit a mixture of experts, if a family is one.
+
+    Raises:
+        ValueError: (as InputError) they do not.
+    """
+    if not spec.expert:
+        return
+    what = f"the experts of {spec.name}"
     if config.adds_bias and not config.recovery.goes_without_bias:
         raise InputError(
             f"The recovery {config.recovery.name} adds biases, for which {what} have no place; give lstsq or none. The "
             "preset best has lstsq."
         )
-    if config.program and config.round_to and config.round_to % EXPERT_STEP:
+    if config.round_to and config.round_to % EXPERT_STEP:
         raise InputError(
-            f"round_to is {config.round_to}, but transformers and vLLM multiply {what} only in multiples of {EXPERT_STEP} "
-            "channels; give such a number, or leave it out."
+            f"round_to is {config.round_to}, but {what} need widths that are multiples of {EXPERT_STEP}; give such a "
+            "number, or leave it out."
         )
     if config.criterion.dense_statistics:
         raise InputError(
             f"The criterion {config.criterion.name} prunes by statistics of the dense model, which are not collected for "
             f"{what}; give another one, such as obs."
         )
-    if config.allocation.needs == Needs.COLUMNS:
+    if isinstance(config.allocation, FlapAllocation):
         raise InputError(
-            f"The allocation {config.allocation.name} compares channels of one FFN, but not those of {what}; give auto or "
-            "uniform."
+            f"The allocation flap compares the channels of one FFN, not those of {what}; give auto or uniform."
         )
 
 
 def tokens_to_fit(sizes: list[LayerSizes], model: PretrainedConfig) -> int:
     """Return the least number of tokens with which a fit of the widest FFN has one for every column.
 
-    It is the FFN's width; or an expert's, times the tokens of which it sees one, on average.
+    It is the FFN's width; or an expert's, times the tokens of which it sees one if it sees half as many as the average one.
 
     Args:
         sizes: Sizes of the layers.
@@ -80,7 +87,7 @@ def tokens_to_fit(sizes: list[LayerSizes], model: PretrainedConfig) -> int:
     size = max(sizes, key=lambda size: size.intermediate_size)
     if size.experts == 1:
         return size.intermediate_size
-    return -(-size.intermediate_size * size.experts // model.num_experts_per_tok)
+    return -(-2 * size.intermediate_size * size.experts // model.num_experts_per_tok)
 
 
 def may_stream_heads(config: PruneConfig) -> bool:

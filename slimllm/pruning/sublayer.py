@@ -26,16 +26,16 @@ class PrunedSublayer:
     """Result of pruning a sub-layer.
 
     Attributes:
-        kept: The kept units, sorted int64 indices; of a mixture, none: every expert keeps its own.
-        importance: The criterion's score of every unit; of a mixture, none.
+        kept: The kept units, sorted int64 indices; None of a mixture, where every expert keeps its own.
+        importance: The criterion's score of every unit; empty for a mixture.
         error_before, error_after: The output's error relative to its variance, without and with the recovery; None: it was
-            not measured.
-        statistics: How the statistics were streamed: `gram` (of the columns), `heads`, `output`, or `dense` (in the dense
-            pass).
+            not measured. Of a mixture, the experts' mean, weighted by their variances.
+        statistics: How the statistics were streamed: `gram` (of the columns), `heads`, `output`, `experts` (the
+            Gram of each), or `dense` (in the dense pass).
         expert_tokens: Number of tokens that were routed to each expert of a mixture; None: it is not one.
     """
 
-    kept: torch.Tensor
+    kept: torch.Tensor | None
     importance: list[float]
     error_before: float | None
     error_after: float | None

@@ -24,11 +24,14 @@ from slimllm.checkpoints.journal import Journal
 from slimllm.checkpoints.opening import open_checkpoint
 from slimllm.checkpoints.source import CheckpointModel
 from slimllm.experiments.bench.forecast import forecast
+from slimllm.experiments.compare import compare
 from slimllm.export.api import export
+from slimllm.finetuning import finetune
 from slimllm.methods.elimination import eliminate_channels
 from slimllm.methods.recovery.lstsq import refit_kept
 from slimllm.methods.surgeon import Surgeon
 from slimllm.models.families import family_of
+from slimllm.models.mixture import route
 from slimllm.models.sublayer import Sublayer
 from slimllm.pruning.experts import ExpertStatistics
 from slimllm.runtime.hidden_states import Placement
@@ -40,16 +43,11 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def settings(**changes: Any) -> PruneConfig:
-    return PruneConfig(**{"ratio": 0.3, "preset": "best", "calibration": IDS, "round_to": 1, **changes})
+    return PruneConfig(**{"ratio": 0.3, "preset": "best", "calibration": IDS, "round_to": 8, **changes})
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def stock(folder: Path) -> PreTrainedModel:
-    """With the experts one by one: products of all at once want widths that are multiples of 4 numbers."""
-    return AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
 
 
 def test_the_engine_computes_what_the_model_does(family: str, tmp_path: Path) -> None:
@@ -61,14 +59,14 @@ def test_the_engine_computes_what_the_model_does(family: str, tmp_path: Path) ->
         pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         loss = pruned(used, labels=used).loss
     assert report.calibration["perplexity_pruned"] == pytest.approx(loss.exp().item(), rel=1e-4)
-    assert report.achieved_ratio == pytest.approx(0.3, rel=0.02) and report.format == f"slim_{family}"
+    assert report.achieved_ratio == pytest.approx(0.3, rel=0.06) and report.format == f"slim_{family}"
     counted = sum(one.numel() for name, one in pruned.state_dict().items() if ".layers." in name)
     assert counted == sum(layer["parameters_after"] for layer in report.layers)
     prompt = {"input_ids": IDS[:2, :12], "attention_mask": torch.ones(2, 12, dtype=torch.int64)}
     how: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
     assert torch.equal(pruned.generate(**prompt, **how), pruned.generate(**prompt, use_cache=False, **how))
     again = slimllm.prune(tmp_path / "out", tmp_path / "again", settings(ratio=0.2))
-    assert again.achieved_ratio == pytest.approx(0.2, rel=0.03)
+    assert again.achieved_ratio == pytest.approx(0.2, rel=0.15)
 
 
 def test_router_norms_and_embeddings_stay(family: str, tmp_path: Path) -> None:
@@ -89,22 +87,28 @@ def routed(model: PreTrainedModel, layer: int) -> tuple[torch.Tensor, torch.Tens
     stream, x = (one.flatten(0, 1).double() for one in found)
     scores = x @ block.mlp.gate.weight.double().T
     top = scores.softmax(-1).topk(model.config.num_experts_per_tok, -1)
-    values = top.values / top.values.sum(-1, keepdim=True) if model.config.model_type == "mixtral" else top.values
+    normalised = model.config.model_type == "mixtral" or model.config.norm_topk_prob
+    values = top.values / top.values.sum(-1, keepdim=True) if normalised else top.values
     return stream, x, torch.zeros_like(scores).scatter(-1, top.indices, values), scores
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_statistics_against_fp64(family: str, tmp_path: Path, weighted: bool) -> None:
+@pytest.mark.parametrize(("weighted", "gram"), [(False, "device"), (True, "device"), (True, "host"), (True, "disk")])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_statistics_against_fp64(family: str, tmp_path: Path, weighted: bool, gram: str, normalised: bool) -> None:
     """The Gram of every expert: its own tokens, with the squares of their gates, and of the stream's size or not."""
-    model = tiny(family)
+    if family == "mixtral" and not normalised:
+        pytest.skip("its gates always sum to 1")
+    model = tiny(family, **({"norm_topk_prob": normalised} if family == "qwen3_moe" else {}))
+    placement = Placement(gram=gram, folder=tmp_path)
     source = CheckpointModel(open_checkpoint(saved(model, tmp_path / "dense")), torch.device("cpu"), torch.float32)
     layer = source.place(1, source.weights(1))
     ffn = Sublayer.ffn_of(layer, 1)
     stream, x, gates, _ = routed(model, 1)
-    statistics = ExpertStatistics(ffn, Placement(), weighted)
+    statistics = ExpertStatistics(ffn, placement, weighted)
     for start in range(0, len(x), 100):
         some = slice(start, start + 100)
-        statistics.update(stream[some].float()[None], x[some].float())
+        parts, output = route(ffn, x[some].float())
+        statistics.update(parts, x[some].float(), ffn.token_weights(stream[some].float()[None], output))
     assert statistics.tokens == len(x)
     specs = family_of(family).by_expert(layer.tensors)
     inner, output = [], torch.zeros_like(x)
@@ -115,10 +119,11 @@ def test_statistics_against_fp64(family: str, tmp_path: Path, weighted: bool) ->
     own = 1 / (stream + output).square().mean(-1) if weighted else torch.ones(len(x), dtype=torch.float64)
     for number, z in enumerate(inner):
         weight = gates[:, number].square() * own
-        gram = statistics.gram(number)
-        assert gram.count == int((gates[:, number] > 0).sum()) and gram.mass == pytest.approx(float(weight.sum()), rel=1e-4)
+        found = statistics.gram(number)
+        assert found.count == int((gates[:, number] > 0).sum())
+        assert found.mass == pytest.approx(float(weight.sum()), rel=1e-4)
         wanted = (z * weight[:, None]).T @ z / weight.sum()
-        torch.testing.assert_close(gram.about_zero().covariance(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.max()))
+        torch.testing.assert_close(found.about_zero().covariance(), wanted, rtol=1e-3, atol=1e-4 * float(wanted.max()))
 
 
 def test_an_expert_is_pruned_as_a_dense_ffn_is(family: str, tmp_path: Path) -> None:
@@ -127,11 +132,9 @@ def test_an_expert_is_pruned_as_a_dense_ffn_is(family: str, tmp_path: Path) -> N
     changes = {"allocation": "uniform", "token_weights": "none", "ratio": 0.4, "head_unit": "kv-group"}
     slimllm.prune(saved(model, tmp_path / "dense"), tmp_path / "out", settings(**changes))
     dense, pruned = (tensors(tmp_path / name) for name in ("dense", "out"))
-    between = stock(tmp_path / "dense")  # the FFN as it was, behind the pruned attention
-    attention = {name: one for name, one in pruned.items() if name.startswith("model.layers.0.self_attn.")}
+    between = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")  # the FFN as it was, behind the pruned attention
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     between.model.layers[0].self_attn = native.model.layers[0].self_attn
-    assert attention
     _, x, gates, _ = routed(between, 0)
     spec = family_of(family)
     for number, one in enumerate(spec.by_expert(name.removeprefix("model.layers.0.") for name in dense)):
@@ -271,14 +274,15 @@ def test_for_a_program_it_is_the_family_itself(family: str, tmp_path: Path, prog
     with torch.no_grad():
         loss = loaded(used, labels=used).loss
     assert report.calibration["perplexity_pruned"] == pytest.approx(loss.exp().item(), rel=1e-4)
-    with pytest.raises(InputError, match="multiples of 8"):
-        slimllm.prune(dense, tmp_path / "other", settings(program=program, round_to=12))
 
 
 def test_padded_it_is_the_family_itself(family: str, tmp_path: Path) -> None:
     slimllm.prune(saved(tiny(family), tmp_path / "dense"), tmp_path / "out", settings(bias="no"))
     export(tmp_path / "out", tmp_path / "padded", "padded")
-    native, padded = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), stock(tmp_path / "padded")
+    native, padded = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "padded"),
+    )
     assert padded.config.model_type == family and torch.allclose(logits(native, IDS), logits(padded, IDS), atol=1e-4)
 
 
@@ -295,16 +299,19 @@ def test_goes_on_where_it_was(family: str, tmp_path: Path, monkeypatch: pytest.M
     assert report.resumed_steps > 0 and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def _perplexity(group: Any, model: str, out: str) -> float:
-    report = slimllm.prune(model, out, settings(), group=group)
-    return float(report.calibration["perplexity_pruned"])
+def _perplexity(group: Any, model: str, out: str) -> list[float]:
+    report = slimllm.prune(model, out, settings(ratio=0.5), group=group)
+    return [report.calibration["perplexity_pruned"], *(count for one in report.layers for count in one["expert_tokens"])]
 
 
 def test_several_processes(tmp_path: Path) -> None:
     dense = saved(tiny("qwen3_moe"), tmp_path / "dense")
-    alone = slimllm.prune(dense, tmp_path / "alone", settings()).calibration["perplexity_pruned"]
+    alone = slimllm.prune(dense, tmp_path / "alone", settings(ratio=0.5))
+    counts = [count for layer in alone.layers for count in layer["expert_tokens"]]
     found = results(_perplexity, 2, tmp_path / "world", str(dense), str(tmp_path / "out"))
-    assert found == [pytest.approx(alone, rel=2e-2)] * 2
+    assert found == [[pytest.approx(alone.calibration["perplexity_pruned"], rel=1e-4), *counts]] * 2
+    one, other = tensors(tmp_path / "alone"), tensors(tmp_path / "out")
+    assert all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
 
 
 @pytest.mark.parametrize(
@@ -313,7 +320,8 @@ def test_several_processes(tmp_path: Path) -> None:
         ({"preset": "paper", "round_to": None}, "recovery affine adds biases.*experts.*give lstsq or none"),
         ({"recovery": "bias"}, "recovery bias adds biases"),
         ({"criterion": "flap", "recovery": "none"}, "criterion flap prunes by statistics of the dense model"),
-        ({"allocation": "flap"}, "allocation flap compares channels"),
+        ({"allocation": "flap"}, "allocation flap compares the channels of one FFN"),
+        ({"round_to": 12}, "multiples of 8"),
         ({"program": "llama.cpp"}, "cannot be written as GGUF"),
     ],
 )
@@ -344,6 +352,46 @@ def test_layers_without_experts_and_odd_experts_are_refused(tmp_path: Path) -> N
     save_file({**found, name: found[name][:, :-1].contiguous()}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
         slimllm.prune(other, tmp_path / "out", settings())
+    with pytest.raises(InputError, match="there have to be at least two"):
+        slimllm.prune(
+            saved(tiny("mixtral", num_local_experts=1, num_experts_per_tok=1), tmp_path / "one"), tmp_path / "out"
+        )
+    tiny("mixtral").save_pretrained(tmp_path / "fused", save_original_format=False)
+    with pytest.raises(InputError, match="has the experts in one tensor"):
+        slimllm.prune(tmp_path / "fused", tmp_path / "out", settings())
+
+
+def test_other_commands(family: str, tmp_path: Path) -> None:
+    dense = saved(tiny(family, vocab_size=512), tmp_path / "dense")
+    AutoTokenizer.from_pretrained(STORIES).save_pretrained(dense)
+    (tmp_path / "data.txt").write_text("Once upon a time there was a house. " * 400)
+    for settings_of in ({"preset": "paper"}, {"round_to": 12}):
+        with pytest.raises(InputError, match="experts of"):
+            forecast(str(dense), PruneConfig(0.2, **settings_of))
+    with pytest.raises(InputError, match="mixture of experts, whose training is not supported"):
+        finetune(dense, tmp_path / "data.txt", tmp_path / "tuned")
+    text = torch.randint(3, 500, (600,), generator=torch.Generator().manual_seed(0))
+    lines = compare(dense, [0.3], PruneConfig(0.3, samples=8, seq_len=32), text, max_windows=2)
+    assert {line.method for line in lines} >= {"dense", "best", "magnitude", "random"}
+    assert not {line.method for line in lines} & {"slimllm", "flap"}
+
+
+def test_the_loss_with_labels_and_routers_logits(family: str, tmp_path: Path) -> None:
+    """A configuration that asks for the router's logits, which the native format does not have."""
+    dense = saved(tiny(family, output_router_logits=True), tmp_path / "dense")
+    slimllm.prune(dense, tmp_path / "out", settings())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert bool(model(IDS, labels=IDS).loss.isfinite())
+
+
+def test_in_half_precision(family: str, tmp_path: Path) -> None:
+    dense = tiny(family).to(torch.bfloat16)
+    slimllm.prune(saved(dense, tmp_path / "dense"), tmp_path / "out", settings(compute_dtype="bfloat16", ratio=0.1))
+    kind = {"dtype": torch.bfloat16}
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name, **kind) for name in ("dense", "out"))
+    assert after.dtype == torch.bfloat16
+    between = torch.nn.functional.cosine_similarity(logits(before, IDS).float(), logits(after, IDS).float(), dim=-1)
+    assert float(between.mean()) > 0.9
 
 
 def test_memory_is_that_of_all_grams_and_one_elimination(tmp_path: Path) -> None:
@@ -353,7 +401,7 @@ def test_memory_is_that_of_all_grams_and_one_elimination(tmp_path: Path) -> None
     config = tiny("qwen3_moe").config.to_dict() | sizes | more | {"vocab_size": 151936, "dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = forecast(str(tmp_path), PruneConfig(0.2), for_gpu=True)
-    assert found.plan.config.samples * found.plan.config.seq_len == 2 * 768 * 128 // 8
+    assert found.plan.config.samples * found.plan.config.seq_len == 4 * 768 * 128 // 8
     grams = 128 * 768**2 * 4
     assert found.plan.gpu["Gram"] == pytest.approx(grams, rel=0.3) and found.seconds is None
     assert 28e9 < found.params < 32e9

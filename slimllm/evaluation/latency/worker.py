@@ -128,10 +128,15 @@ def _counted(model: PreTrainedModel, shape: Shape) -> dict[str, float]:
     """Count multiply-adds per token in two runs: the pass of the prompt alone, and with one more token."""
     ids = _prompts(model, shape)[:1]
     by_tokens = []
+    implementation = getattr(model.config, "_experts_implementation", None)
+    if implementation:  # the counter does not see products of several experts at once
+        model.set_experts_implementation("eager")
     for new_tokens in (1, 2):
         with FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
             _generate(model, ids, new_tokens)
         by_tokens.append(counter.get_total_flops() / 2)
+    if implementation:
+        model.set_experts_implementation(implementation)
     return {"prefill_macs": by_tokens[0] / shape.prompt, "decode_macs": by_tokens[1] - by_tokens[0]}
 
 

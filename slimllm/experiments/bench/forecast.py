@@ -27,7 +27,7 @@ from slimllm.pruning.memory_estimate import Parts, batch_windows, sizes_of, traf
 from slimllm.pruning.plan import GPU_RUNTIME, Plan, make_plan
 from slimllm.pruning.programs import fit_program
 from slimllm.pruning.run import too_few_tokens, weight_dtype
-from slimllm.pruning.shapes import dense_windows, samples_for, streams_heads, tokens_to_fit
+from slimllm.pruning.shapes import check_experts, dense_windows, samples_for, streams_heads, tokens_to_fit
 from slimllm.runtime.memory import resident_gib
 
 # A run's time divided by that of the counted operations, which leave out norms, activations and copies
@@ -84,6 +84,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
     layers = sizes_by_layer(shapes, spec, head_dim, model_config.num_hidden_layers)
     for layer in layers:
         layer.unit_step(config.head_unit, config.heads_multiple_of)  # raises the errors that the run would raise
+    check_experts(spec, config)
     config, notes = fit_program(config, model_config, layers, container)
     tokens = tokens_to_fit(layers, model_config)
     config = dataclasses.replace(config, samples=(samples := samples_for(config, tokens)))
@@ -116,7 +117,7 @@ def forecast(model: str, config: PruneConfig, ranks: int = 1, for_gpu: bool = Fa
         seconds=_TIMES_FLOOR * sum(rates.floor_s(part) for part in work.values()) if rates else None,
         ranks=ranks,
         traffic=traffic(sizes, config) if ranks > 1 else {},
-        warning=too_few_tokens(config, tokens, samples, config.seq_len),
+        warning=too_few_tokens(config, layers, model_config, samples, config.seq_len),
         notes=notes,
     )
 

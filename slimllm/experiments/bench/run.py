@@ -27,7 +27,7 @@ from slimllm.errors import InputError
 from slimllm.experiments.bench.shapes import SHAPES
 from slimllm.experiments.bench.synthetic import FirstLayers, RandomCheckpoint
 from slimllm.experiments.bench.work import measure_rates, stage_work
-from slimllm.models.families import head_dim_of
+from slimllm.models.families import family_of, head_dim_of
 from slimllm.plugins import import_plugin
 from slimllm.presets import DEFAULT
 from slimllm.pruning.api import prune
@@ -173,6 +173,8 @@ def _run(setting: Setting, folder: Path) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(setting.seed)
         windows = (setting.samples, setting.seq_len)
         calibration = torch.randint(checkpoint.config.vocab_size, windows, generator=generator)
+    if family_of(checkpoint.config.model_type).expert:
+        raise InputError("bench counts the work of dense models; it does not measure mixtures of experts.")
     device = parse_device(setting.device)
     if setting.gpu_memory and device.type == "cuda":  # enforce the budget
         whole = torch.cuda.get_device_properties(device).total_memory

@@ -21,7 +21,6 @@ from slimllm.models.families.base import (
 
 __all__ = [
     "CONTAINERS",
-    "EXPERTS",
     "FAMILIES",
     "READ_AS",
     "Biases",
@@ -34,7 +33,6 @@ __all__ = [
     "head_dim_of",
 ]
 
-EXPERTS = "its FFNs are mixtures of experts, each of which sees only some of the tokens"
 _REASONS = {
     "gpt_neox": "its attention and its FFN run in parallel rather than one after the other",
     **dict.fromkeys(("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4"), "some of its experts see all tokens"),

@@ -99,6 +99,13 @@ def _never(config: PretrainedConfig) -> bool:
     return False
 
 
+def one_expert(config: PretrainedConfig) -> str | None:
+    """Return a sentence if a mixture has fewer than two experts, else None."""
+    if config.num_local_experts < 2:
+        return f"The model has mixtures of {config.num_local_experts} experts; there have to be at least two."
+    return None
+
+
 def head_dim_of(config: PretrainedConfig) -> int:
     """Return the size of an attention head; it is computed for older configurations, which do not store it."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slimllm.models.families.base import Family, divides_hidden_size, register_family
+from slimllm.models.families.base import Family, divides_hidden_size, one_expert, register_family
 
 MIXTRAL = register_family(
     Family(
@@ -12,6 +12,7 @@ MIXTRAL = register_family(
         gate_proj="w1",
         up_proj="w3",
         down_proj="w2",
+        why_not=one_expert,
         vllm_takes_heads=divides_hidden_size,
     )
 )

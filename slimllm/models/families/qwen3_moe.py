@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from slimllm.models.families.base import Family, register_family
+from slimllm.models.families.base import Family, one_expert, register_family
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def _why_not(config: PretrainedConfig) -> str | None:
     if config.mlp_only_layers or config.decoder_sparse_step != 1:
         return "Some layers of the model have no experts (mlp_only_layers, decoder_sparse_step), which is not supported."
-    return None
+    return one_expert(config)
 
 
 QWEN3_MOE = register_family(

@@ -10,10 +10,10 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralPreTrainedModel,
 )
 
-from .slim_layers import SlimConfig, SlimDecoderLayer, SlimExpert, SlimForCausalLM, SlimMixture, SlimModel
+from .slim_layers import SlimDecoderLayer, SlimExpert, SlimForCausalLM, SlimMixture, SlimMixtureConfig, SlimModel
 
 
-class SlimMixtralConfig(SlimConfig, MixtralConfig):
+class SlimMixtralConfig(SlimMixtureConfig, MixtralConfig):
     model_type = "slim_mixtral"
 
     def __init__(self, **kwargs):
@@ -27,20 +27,24 @@ class SlimMixtralExpert(SlimExpert):
 class SlimMixtralDecoderLayer(SlimDecoderLayer, MixtralDecoderLayer):
     @property
     def mlp(self):
-        """The mixture, by the name that the family's forward pass has for it; checkpoints have the other one."""
+        """The mixture, by the name that transformers 5 has for it; checkpoints have the other one.
+
+        Before `set_ffn`, nn.Module finds the family's own module of this name.
+        """
         return self.block_sparse_moe
 
     def set_ffn(self, own):
         self._modules.pop("mlp", None)
         sizes = own.hidden_size, own.intermediate_size, own.hidden_act
         experts = [SlimMixtralExpert(*sizes) for _ in range(own.num_local_experts)]
-        self.block_sparse_moe = SlimMixture(experts, own.num_experts_per_tok, own.hidden_size, True)
+        self.block_sparse_moe = SlimMixture(experts, own.num_experts_per_tok, own.hidden_size, True, False)
 
 
 class SlimMixtralPreTrainedModel(MixtralPreTrainedModel):
     config_class = SlimMixtralConfig
     config: SlimMixtralConfig
     _no_split_modules = ["SlimMixtralDecoderLayer"]
+    _can_compile_fullgraph = False  # the number of an expert's tokens is not known before
     _can_record_outputs = {"hidden_states": SlimMixtralDecoderLayer, "attentions": MixtralAttention}
 
 

@@ -133,30 +133,42 @@ class SlimExpert(nn.Module):
 class SlimMixture(nn.Module):
     """A mixture of experts, y = Σ_e g_e E_e(x) over the `top_k` experts whose gates g are the largest.
 
-    The experts are modules of their own, as they are in a checkpoint, and not one tensor.
+    The experts are modules of their own, as they are in a checkpoint, and not one tensor. `normalised`: the gates of a
+    token sum to 1. `rounded`: they are rounded to the dtype of x, as some families do.
     """
 
-    def __init__(self, experts, top_k, hidden_size, normalised):
+    def __init__(self, experts, top_k, hidden_size, normalised, rounded):
         super().__init__()
-        self.top_k, self.normalised = top_k, normalised
+        self.top_k, self.normalised, self.rounded = top_k, normalised, rounded
         self.gate = nn.Linear(hidden_size, len(experts), bias=False)
         self.experts = nn.ModuleList(experts)
 
     def route(self, x):
-        """Return the gates, (tokens, top_k), and the numbers of the experts, (tokens, top_k), of tokens x (tokens, D)."""
+        """Return (number, numbers of its tokens, their gates) of every expert that has any of the tokens x, (n, D)."""
         gates, chosen = self.gate(x).softmax(-1, dtype=torch.float32).topk(self.top_k, -1)
         if self.normalised:
             gates = gates / gates.sum(-1, keepdim=True)
-        return gates.to(x.dtype), chosen
+        gates = (gates.to(x.dtype) if self.rounded else gates).flatten()
+        order = chosen.flatten().sort(stable=True).indices
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        parts = enumerate(zip(order.div(self.top_k, rounding_mode="floor").split(counts), gates[order].split(counts)))
+        return [(number, tokens, own) for number, (tokens, own) in parts if len(tokens)]
 
     def forward(self, hidden_states):
         x = hidden_states.flatten(0, -2)
-        gates, chosen = self.route(x)
         output = torch.zeros_like(x)
-        for number in chosen.unique().tolist():
-            tokens, place = torch.where(chosen == number)
-            output.index_add_(0, tokens, self.experts[number](x[tokens]) * gates[tokens, place, None])
-        return output.view_as(hidden_states)
+        for number, tokens, gates in self.route(x):
+            own = self.experts[number](x[tokens]) * gates[:, None]
+            output.index_add_(0, tokens, own.to(x.dtype))
+        output = output.view_as(hidden_states)
+        return output if knows_rope_parameters() else (output, None)  # transformers 4 has the router's logits, too
+
+
+class SlimMixtureConfig(SlimConfig):
+    """A configuration of a mixture of experts, without the router's logits, which only the family's own class has."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "output_router_logits": False})
 
 
 @contextmanager
