@@ -353,9 +353,8 @@ def test_layers_without_experts_and_odd_experts_are_refused(tmp_path: Path) -> N
     with pytest.raises(InputError, match=name.replace(".", r"\.")):
         slimllm.prune(other, tmp_path / "out", settings())
     with pytest.raises(InputError, match="there have to be at least two"):
-        slimllm.prune(
-            saved(tiny("mixtral", num_local_experts=1, num_experts_per_tok=1), tmp_path / "one"), tmp_path / "out"
-        )
+        one = saved(tiny("mixtral", num_local_experts=1, num_experts_per_tok=1), tmp_path / "one")
+        slimllm.prune(one, tmp_path / "out", settings())
     tiny("mixtral").save_pretrained(tmp_path / "fused", save_original_format=False)
     with pytest.raises(InputError, match="has the experts in one tensor"):
         slimllm.prune(tmp_path / "fused", tmp_path / "out", settings())
