@@ -80,6 +80,23 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "nemotron": {"partial_rotary_factor": 0.5, "attention_bias": True},
     "ernie4_5": {"use_bias": True, "tie_word_embeddings": True},
     "starcoder2": {**WINDOWS, "use_bias": True},
+    "ministral": {**WINDOWS, **ALTERNATING},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "llama_4_scaling_beta": 0.5,
+        }
+    },
+    "hunyuan_v1_dense": {
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 1.0, "alpha": 50.0},
+    },
+    "apertus": {"attention_bias": True},
 }
 
 
