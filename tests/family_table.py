@@ -110,7 +110,7 @@ class Row:
     def vllm(self, known: dict[str, str]) -> str:
         form = self.pruned("for_vllm", program="vllm").format
         (architecture,) = self.load("for_vllm").config.architectures
-        return f"`{form}`, {known.get(architecture, 'which vLLM does not know')}"
+        return f"`{form}`, {known.get(architecture, 'through transformers')}"  # what vLLM does with any other one
 
 
 def known_to_vllm() -> dict[str, str]:
