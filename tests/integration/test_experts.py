@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,33 +232,6 @@ def test_an_expert_without_tokens(tmp_path: Path) -> None:
         assert torch.equal(after[w1], before[w1][kept]) and torch.equal(after[w2], before[w2][:, kept])
 
 
-STRANGER = """
-import sys, torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-ids = load_file("ids.safetensors")["ids"]
-for family in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(family, trust_remote_code=True)
-    with torch.no_grad():
-        save_file({"logits": model(ids).logits}, f"{family}.safetensors")
-assert "slimllm" not in sys.modules
-"""
-
-
-def test_loads_without_slimllm(tmp_path: Path) -> None:
-    for family in MIXTURES:
-        slimllm.prune(saved(tiny(family), tmp_path / f"dense-{family}"), tmp_path / family, settings())
-    save_file({"ids": IDS}, tmp_path / "ids.safetensors")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *MIXTURES], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    for family in MIXTURES:
-        wanted = logits(AutoModelForCausalLM.from_pretrained(tmp_path / family), IDS)
-        assert torch.allclose(load_file(tmp_path / f"{family}.safetensors")["logits"], wanted, atol=1e-5)
-
-
 @pytest.mark.parametrize("program", ["transformers", "vllm"])
 def test_for_a_program_it_is_the_family_itself(family: str, tmp_path: Path, program: str) -> None:
     dense = saved(tiny(family), tmp_path / "dense")
@@ -360,8 +330,8 @@ def test_layers_without_experts_and_odd_experts_are_refused(tmp_path: Path) -> N
         slimllm.prune(tmp_path / "fused", tmp_path / "out", settings())
 
 
-def test_other_commands(family: str, tmp_path: Path) -> None:
-    dense = saved(tiny(family, vocab_size=512), tmp_path / "dense")
+def test_other_commands(tmp_path: Path) -> None:
+    dense = saved(tiny("qwen3_moe", vocab_size=512), tmp_path / "dense")
     AutoTokenizer.from_pretrained(STORIES).save_pretrained(dense)
     (tmp_path / "data.txt").write_text("Once upon a time there was a house. " * 400)
     for settings_of in ({"preset": "paper"}, {"round_to": 12}):
