@@ -63,11 +63,13 @@ class Compared:
     methods: str = ""
 
 
-def _suits(checkpoint: Checkpoint, config: PruneConfig, name: str) -> bool:
-    """Return whether a method can prune a model; if not, the reason is logged."""
+def _suits(checkpoint: Checkpoint, config: PruneConfig, name: str, asked: bool) -> bool:
+    """Return whether a method can prune a model; if not, the reason is logged, or raised if it was asked for."""
     try:
         check_experts(family_of(checkpoint.config.model_type), config)
     except InputError as error:
+        if asked:
+            raise InputError(f"The method {name!r} cannot prune this model. {error}") from None
         _log.info("%s is left out: %s", name, error)
         return False
     return True
@@ -116,9 +118,9 @@ def compare(
     rows = rows_of(methods)
     order = [*(name for name in METHODS if name in rows), *(name for name in rows if name not in METHODS)]
     checkpoint = open_checkpoint(model)
-    if tuple(methods) == tuple(METHODS):
-        order = [name for name in order if _suits(checkpoint, config_of(config, rows[name], ratios[0]), name)]
-        rows = {name: rows[name] for name in order}
+    asked = tuple(methods) != tuple(METHODS)
+    order = [name for name in order if _suits(checkpoint, config_of(config, rows[name], ratios[0]), name, asked)]
+    rows = {name: rows[name] for name in order}
     config = with_samples(config, rows.values(), checkpoint)
     configs = {(name, ratio): config_of(config, rows[name], ratio) for name in order for ratio in ratios}
     lines: list[Compared] = []

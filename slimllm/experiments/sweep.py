@@ -25,9 +25,11 @@ from slimllm.evaluation.latency.worker import check_length
 from slimllm.evaluation.perplexity import perplexity_of
 from slimllm.experiments.methods import config_of, rows_of
 from slimllm.experiments.samples import with_samples
+from slimllm.models.families import family_of
 from slimllm.presets import DEFAULT
 from slimllm.pruning.on_disk import prune_all
 from slimllm.pruning.report import PruneReport
+from slimllm.pruning.shapes import check_experts
 from slimllm.runtime.distributed import Ranks
 from slimllm.runtime.memory import release
 from slimllm.runtime.progress import ProgressCallback
@@ -140,6 +142,9 @@ def sweep(
         for ratio in ratios
         if (preset, ratio) not in there
     }
+
+    for one in configs.values():
+        check_experts(family_of(checkpoint.config.model_type), one)
 
     def add(point: Swept) -> None:
         points.append(point)

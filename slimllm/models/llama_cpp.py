@@ -26,6 +26,11 @@ def gguf_names(spec: Family, config: PretrainedConfig) -> GGUFNames:
         assert LLAMA.gguf is not None
         return _with_its_rotary(LLAMA.gguf, config)
     why = "it does not compute as LLaMA does" if spec.gguf is None else spec.gguf.why_not(config)
+    if spec.expert:
+        raise InputError(
+            f"This {spec.name} model cannot be written as GGUF: slimllm does not write mixtures of experts. Prune it with "
+            "--for transformers, for llama.cpp's own convert_hf_to_gguf.py."
+        )
     if spec.gguf is None or why:
         raise InputError(
             f"This {spec.name} model cannot be written as GGUF: {why}. Keep the folder; for stock architectures there is "

@@ -62,7 +62,7 @@ def check_experts(spec: Family, config: PruneConfig) -> None:
     if config.round_to and config.round_to % EXPERT_STEP:
         raise InputError(
             f"round_to is {config.round_to}, but {what} need widths that are multiples of {EXPERT_STEP}; give such a "
-            "number, or leave it out."
+            "number (the preset paper has 1)."
         )
     if config.criterion.dense_statistics:
         raise InputError(

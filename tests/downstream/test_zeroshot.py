@@ -71,10 +71,8 @@ def by_hand(folder: Path, tasks: Path, few_shot: int) -> dict[str, dict[str, flo
     return result
 
 
-@pytest.mark.parametrize(
-    ("few_shot", "grouped"),
-    [pytest.param(0, True, marks=pytest.mark.slow), pytest.param(0, False, marks=pytest.mark.slow), (2, True)],
-)
+@pytest.mark.parametrize(("few_shot", "grouped"), [(0, True), (0, False), (2, True)])
+@pytest.mark.slow
 def test_as_lm_eval_by_hand(
     stories_path: Path, token_ids: torch.Tensor, tasks: Path, tmp_path: Path, few_shot: int, grouped: bool
 ) -> None:

@@ -111,7 +111,7 @@ def bad_inputs(stories: Path, tmp: Path) -> list[tuple[str, list[str | Path], st
             [broken(stories, tmp / "cls", architectures=["LlamaForSequenceClassification"])],
             "not a causal language",
         ),
-        ("unknown family", [broken(stories, tmp / "gpt2", model_type="gpt2")], "supported types are arcee"),
+        ("unknown family", [broken(stories, tmp / "gpt2", model_type="gpt2")], "supported types are apertus"),
         ("quantised", [broken(stories, tmp / "q", quantization_config={"quant_method": "gptq"})], "gptq weights"),
         ("no weights", [unsharded], "holds no weights"),
         ("pickled", [pickled], "never read"),

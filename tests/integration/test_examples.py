@@ -88,6 +88,7 @@ def test_compared_with_others(forgotten: None, tmp_path: Path, capsys: pytest.Ca
     assert code == 2 and "--own-score.power is an option of own-score, which this run does not use" in err
 
 
+@pytest.mark.slow
 def test_swept(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     speeds = ["--prompt", "8", "--new-tokens", "2", "--rounds", "1"]
     options = ["--preset", "own-score", "--out", tmp_path / "sweep", *speeds, "--quiet"]
@@ -110,6 +111,7 @@ def test_measured(forgotten: None) -> None:
     assert row["allocation"] == "auto" and row["times_floor"] > 0 and json.dumps(row)
 
 
+@pytest.mark.slow
 def test_measured_by_the_command(forgotten: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plugin = tmp_path / "rows.jsonl", EXAMPLES / "own_score.py"
     small = ["--samples", "4", "--seq-len", "32", "--plugin", plugin, "--criterion", "own-score", "--own-score.power", "2"]

@@ -54,7 +54,7 @@ def test_the_engine_computes_what_the_model_does(family: str, ids: torch.Tensor,
     assert report.format == f"slim_{family}"
 
 
-@pytest.mark.parametrize("settings", [{}, {"preset": "best"}, {"recovery": "lstsq", "head_unit": "query"}])
+@pytest.mark.parametrize("settings", [{"preset": "best"}, {"recovery": "lstsq", "head_unit": "query"}])
 def test_in_memory_and_reloaded(family: str, ids: torch.Tensor, tmp_path: Path, settings: dict[str, Any]) -> None:
     model = tiny(family)
     folder = saved(model, tmp_path / "dense")
@@ -148,6 +148,7 @@ def test_a_norm_between_says_which_outputs_count(ids: torch.Tensor) -> None:
             assert wanted[gone].mean() < 0.5 * wanted.mean()
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "opt", "apertus"])
 def test_lora_trains_is_saved_and_merges(family: str, ids: torch.Tensor, tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -223,7 +224,6 @@ NO_WINDOWS: dict[str, dict[str, Any]] = {
         ("qwen2", "bias", {}, "slim_qwen2"),
         ("qwen3", "lstsq", {}, "slim_qwen3"),
         ("gemma3_text", "affine", {}, "slim_gemma3_text"),
-        *[(family, "affine", NO_WINDOWS.get(family, {}), "") for family in PECULIAR if family not in ("llama", "mistral")],
     ],
 )
 def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
@@ -240,7 +240,7 @@ def test_alike_layers_are_written_as_a_stock_model_that_keeps_all(
     }
     report = slimllm.prune(folder, tmp_path / "out", PruneConfig(calibration=ids, **settings))
     assert len({(one["num_heads"], one["intermediate_size"]) for one in report.layers}) == 1
-    assert report.format == wanted or not wanted
+    assert report.format == wanted
     assert any((tmp_path / "out").glob("*.py")) == report.format.startswith("slim_")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     used = ids[: report.calibration["perplexity_tokens"] // ids.shape[1]]
@@ -286,5 +286,5 @@ def test_a_family_that_promises_too_much_is_refused(
 
 def test_what_is_not_supported_says_why() -> None:
     for kind, reason in (("deepseek_v3", "see all tokens"), ("gpt_neox", "run in parallel"), ("gpt2", "'gpt2' are not")):
-        with pytest.raises(InputError, match=f"{reason}.*supported types are arcee"):
+        with pytest.raises(InputError, match=f"{reason}.*supported types are apertus"):
             family_of(kind)

@@ -17,6 +17,7 @@ OLD = tuple(map(int, importlib.metadata.version("tokenizers").split(".")[:2])) <
 
 
 @pytest.mark.skipif(OLD, reason="tokenizers before 0.23 aborts the process on some damaged files")
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_read_as_they_are() -> None:
     done = subprocess.run([sys.executable, str(FUZZ), "--seconds", "20"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

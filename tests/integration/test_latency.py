@@ -24,6 +24,7 @@ def pruned(token_ids: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.mark.slow
 def test_models_in_turn(pruned: Path) -> None:
     told: list[tuple[int, int, str]] = []
     found = measure_latency(

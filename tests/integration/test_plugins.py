@@ -70,6 +70,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
 
 
+@pytest.mark.slow
 def test_a_package_of_others(installed: dict[str, str], tmp_path: Path) -> None:
     """Prunes, is killed, goes on, shows in report and page, and is exported."""
 

@@ -14,7 +14,8 @@ pytest.importorskip("triton", minversion="3.6")
 GPU = Path(__file__).parents[1] / "gpu"
 
 
-@pytest.mark.parametrize(("capability", "processors"), [pytest.param("8.0", "108", marks=pytest.mark.slow), ("9.0", "132")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "processors"), [("8.0", "108"), ("9.0", "132")])
 def test_on_a_simulated_gpu(capability: str, processors: str, tmp_path: Path) -> None:
     chosen = "test_simulated" if capability == "9.0" else "inner_activations or least_squares or dtype1"
     environment = os.environ | {

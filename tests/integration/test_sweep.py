@@ -158,6 +158,7 @@ def test_kept_models_before_the_first_point(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"best", "sweep.jsonl", "sweep.png"}
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     options = [

@@ -127,7 +127,7 @@ def allocate(
             + (
                 f"the allocation {config.allocation.name} asks for that"
                 if config.allocation.is_foreign
-                else f"whole heads and widths in steps of {target.round_to} come no nearer"
+                else f"{config.allocation.name} came no nearer with whole heads and widths in steps of {target.round_to}"
             )
         )
     return Allocated(found.layers, target.params, found.pruned_layers, target.wanted.alpha, target.round_to, notes, coarse)
