@@ -95,6 +95,11 @@ def _with_all_of_attention(biases: Biases) -> bool:
     return biases.qkv == biases.out and not (biases.gate or biases.down)
 
 
+def without_biases(biases: Biases) -> bool:
+    """Return whether there are no biases at all, which is what the classes of Mistral's families hold."""
+    return not (biases.qkv or biases.out or biases.gate or biases.down)
+
+
 def _never(config: PretrainedConfig) -> bool:
     return False
 

@@ -1,11 +1,7 @@
 """Mistral: LLaMA with sliding windows, and no biases."""
 
-from slimllm.models.families.base import Family, has_windows, register_family
+from slimllm.models.families.base import Family, has_windows, register_family, without_biases
 
 MISTRAL = register_family(
-    Family(
-        name="mistral",
-        stock_holds=lambda biases: not (biases.qkv or biases.out or biases.gate or biases.down),
-        fits_llama=lambda config: not has_windows(config),
-    )
+    Family(name="mistral", stock_holds=without_biases, fits_llama=lambda config: not has_windows(config))
 )
